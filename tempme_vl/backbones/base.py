@@ -1,0 +1,99 @@
+"""What the front end needs of an encoder, whatever library it comes from.
+
+A backbone is three called modules (`embed`, `blocks`, `head`) and its shape. Nobody reads another module's
+parameters: ZeRO-3 gathers them when a module is called, and LoRA replaces children.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The numbers of a ViT that counting and checking need; sizes in pixels."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    heads: int
+    embed_dim: int
+    mlp_ratio: float = 4.0
+    quick_gelu: bool = False
+    norm_pre: bool = True
+    num_prefix: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens of one frame, CLS included."""
+        return (self.image_size // self.patch_size) ** 2 + self.num_prefix
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on plain Linear children, so that peft's LoRA on `qkv` just works."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Args:
+            x: (R, N, D) tokens.
+            bias: added to the attention logits, broadcastable to (R, heads, N, N), or None.
+
+        Returns:
+            the attended tokens (R, N, D), and the keys (R, heads, N, D_head).
+        """
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if bias is not None:
+            bias = bias.to(q.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(attended.transpose(1, 2).flatten(2)), k
+
+
+class BlockAdapter(nn.Module):
+    """A pre-norm transformer block taken apart into its two residual branches.
+
+    Norms, LayerScale, DropPath and qk-norm stay inside the branches.
+    """
+
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(R, N, D) tokens -> the branch's (R, N, D) delta, and keys (R, heads, N, D_head)."""
+        raise NotImplementedError
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """(R, N, D) tokens -> the branch's (R, N, D) delta."""
+        raise NotImplementedError
+
+
+class Backbone(nn.Module):
+    """An encoder for `VisualFrontend`.
+
+    Attributes:
+        embed: (R, 3, H, W) images -> (R, N, D) tokens, positions included.
+        blocks: the `BlockAdapter`s in order.
+        head: (..., D) CLS tokens -> (..., E) projected embeddings.
+        shape: its `TowerShape`.
+    """
+
+    def __init__(self, embed: nn.Module, blocks: list[BlockAdapter], head: nn.Module, shape: TowerShape):
+        super().__init__()
+        self.embed, self.blocks, self.head, self.shape = embed, nn.ModuleList(blocks), head, shape
+
+
+def square_side(num_patches: int) -> int:
+    """Patches along a side of a square image.
+
+    Raises:
+        ValueError: if the patches form no square.
+    """
+    side = math.isqrt(num_patches)
+    if side**2 != num_patches:
+        raise ValueError(f"expected the position table of a square image; got {num_patches} patch positions")
+    return side

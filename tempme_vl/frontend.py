@@ -1,0 +1,280 @@
+"""`VisualFrontend`: an image encoder that merges a video's tokens while it encodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tempme_vl.backbones import FAMILIES, split_name
+from tempme_vl.backbones import open_clip as openai
+from tempme_vl.backbones.base import Backbone, BlockAdapter
+from tempme_vl.merging import METHODS, LayerMerge, MergeSchedule, merge_layers
+from tempme_vl.merging.tempme import CrossClipMerge
+from tempme_vl.pretrained import load_model, save_model
+from tempme_vl.state import FrontendOutput, TokenState
+
+
+class MergedBlock(nn.Module):
+    """A transformer block with merging before attention and between attention and MLP."""
+
+    def __init__(self, block: BlockAdapter, merge: LayerMerge):
+        super().__init__()
+        self.block = block
+        self.before_attention, self.after_attention = merge.before_attention, merge.after_attention
+
+    def forward(self, state: TokenState) -> TokenState:
+        state = self.before_attention(state, state.x.detach())
+        delta, keys = self.block.attention_branch(state.x, state.attention_bias)
+        state = self.after_attention(state.add(delta), keys.detach())
+        return state.add(self.block.mlp_branch(state.x))
+
+
+class VisualFrontend(nn.Module):
+    """Turns a batch of videos into few tokens and one embedding each.
+
+    Args:
+        backbone: the encoder; its modules are used, not copied.
+        schedule: how many tokens every block keeps.
+        config: how to build the same tower again (see `from_pretrained`); needed only for saving.
+
+    Raises:
+        ValueError: a schedule made for another number of layers or tokens than the backbone's.
+    """
+
+    def __init__(self, backbone: Backbone, schedule: MergeSchedule, config: dict[str, Any] | None = None):
+        super().__init__()
+        layers, tokens = len(backbone.blocks), backbone.shape.tokens
+        if (len(schedule.plan), schedule.tokens, schedule.prefix) != (layers, tokens, backbone.shape.num_prefix):
+            raise ValueError(
+                f"the backbone has {layers} layers and {tokens} tokens a frame ({backbone.shape.num_prefix} CLS); the "
+                f"schedule was made for layers={len(schedule.plan)}, tokens={schedule.tokens} ({schedule.prefix} CLS)"
+            )
+        self.shape, self.schedule, self.config = backbone.shape, schedule, config or {}
+        self.embed, self.head = backbone.embed, backbone.head
+        merges = merge_layers(schedule, backbone.shape.width)
+        self.blocks = nn.ModuleList(
+            MergedBlock(block, merge) for block, merge in zip(backbone.blocks, merges, strict=True)
+        )
+        self.grad_checkpointing = False
+
+    def forward(self, video: Tensor, frame_mask: Tensor | None = None, trace_source: bool = False) -> FrontendOutput:
+        """Encodes videos (TempMe, section 3).
+
+        Args:
+            video: (B, F, 3, H, W) normalised frames, F = schedule.frames, H = W = shape.image_size.
+            frame_mask: (B, F), nonzero for real frames; padding frames take part in matching and attention and
+                are left out of `pooled` only, as in the paper's code. Default: all real.
+            trace_source: also say which input tokens every output token holds.
+
+        Raises:
+            ValueError: a video or mask of another shape.
+        """
+        self._check(video, frame_mask)
+        x = self.embed(video.flatten(0, 1))
+        state = TokenState.start(x, video.shape[1], self.shape.num_prefix, trace_source)
+        for block in self.blocks:
+            state = checkpoint(block, state, use_reentrant=False) if self._recompute() else block(state)
+        return self._output(state, frame_mask)
+
+    def _output(self, state: TokenState, frame_mask: Tensor | None) -> FrontendOutput:
+        tokens, size = (t.unflatten(0, (-1, state.num_clips)).flatten(1, 2) for t in (state.x, state.size))
+        cls_BFD = state.x[:, : state.num_prefix].unflatten(0, (-1, state.num_clips)).flatten(1, 2)
+        frames = self.head(cls_BFD)
+        pooled = masked_mean(F.normalize(frames, dim=-1), frame_mask)
+        source = state.source
+        if source is not None:
+            clip = torch.arange(state.num_clips, device=source.device).view(1, -1, 1)
+            source = source.unflatten(0, (-1, state.num_clips))
+            source = torch.where(source < 0, source, source + clip * state.x.shape[1]).flatten(1, 2)
+        return FrontendOutput(tokens, pooled, size, frames, source)
+
+    def _check(self, video: Tensor, frame_mask: Tensor | None) -> None:
+        side = self.shape.image_size
+        expected = (self.schedule.frames, 3, side, side)
+        if video.ndim != 5 or tuple(video.shape[1:]) != expected:
+            raise ValueError(
+                f"expected video (B, F, 3, H, W) with (F, 3, H, W) = {expected}; got {tuple(video.shape)}. Sample "
+                f"{expected[0]} frames and resize them to {side} px, or create the front end with other num_frames"
+            )
+        if frame_mask is not None and frame_mask.shape != video.shape[:2]:
+            raise ValueError(f"expected frame_mask {tuple(video.shape[:2])}; got {tuple(frame_mask.shape)}")
+
+    def _recompute(self) -> bool:
+        return self.grad_checkpointing and torch.is_grad_enabled()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes every block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @property
+    def clip_positions(self) -> dict[str, nn.Parameter]:
+        """TempMe's clip positions by layer number (as a string): (clips before the join, D)."""
+        return {
+            str(layer): block.before_attention.clip_position.weight
+            for layer, block in enumerate(self.blocks)
+            if isinstance(block.before_attention, CrossClipMerge)
+        }
+
+    def gflops(self) -> float:
+        """Cost of one video in the paper's counting (`MergeSchedule.gflops`)."""
+        s = self.shape
+        return self.schedule.gflops(
+            s.width, s.heads, s.mlp_ratio, s.embed_dim, s.image_size, s.patch_size, s.quick_gelu, s.norm_pre
+        )
+
+    @classmethod
+    def from_openai_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        heads: int,
+        schedule: MergeSchedule,
+        quick_gelu: bool = True,
+    ) -> VisualFrontend:
+        """A front end on OpenAI-named CLIP ViT weights (float32; cast it with `.to(dtype)`).
+
+        Args:
+            state: visual weights, with or without the "visual." prefix; other keys of a whole model are ignored
+                when the prefix is there.
+            heads: attention heads of the tower (width // 64 for OpenAI's models).
+
+        Raises:
+            ValueError: weights of another architecture, or a schedule for another one.
+        """
+        visual, config = openai.visual_from_openai(state, heads, quick_gelu)
+        return cls(openai.visual_backbone(visual), schedule, config)
+
+    def openai_state_dict(self) -> dict[str, Tensor]:
+        """The tower's weights under open_clip's names, bit for bit; merging parameters are left out."""
+        own = {key: value for key, value in self.state_dict().items() if ".before_attention." not in key}
+        return openai.to_openai_names(own)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes model.safetensors and config.json, which hold everything `from_pretrained` needs."""
+        save_model(directory, {"kind": "frontend", "frontend": self.full_config()}, self.state_dict())
+
+    def full_config(self) -> dict[str, Any]:
+        """JSON data: the tower, its preprocessing, and the schedule."""
+        return {**self.config, "schedule": self.schedule.to_dict()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> VisualFrontend:
+        """A front end with random weights from what `full_config` gave."""
+        rest = dict(config)
+        schedule = MergeSchedule.from_dict(rest.pop("schedule"))
+        return cls(FAMILIES[rest["family"]].build_tower(rest), schedule, rest)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> VisualFrontend:
+        """Reads what `save_pretrained` wrote, here or for a whole retrieval model (its visual part).
+
+        Raises:
+            ValueError: a folder without config.json and model.safetensors, or weights that do not fit.
+        """
+        config, state = load_model(directory)
+        if config["kind"] != "frontend":
+            state = {k.removeprefix("frontend."): v for k, v in state.items() if k.startswith("frontend.")}
+        frontend = cls.from_config(config["frontend"])
+        frontend.load_state_dict(state)
+        return frontend
+
+
+def masked_mean(frames: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """Mean over the real frames, zero where there is none: (B, F, E), (B, F) -> (B, E)."""
+    if frame_mask is None:
+        return frames.mean(dim=1)
+    weight = frame_mask.to(frames.dtype).unsqueeze(-1)
+    return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+# Settings of the paper's Table 1 by the tokens of a frame (B/32, B/16), and its joins by the frames of a video.
+_TEMPME_BY_TOKENS = {
+    50: {"r": 2, "cross_percent": 30, "intra_percent": 10},
+    197: {"r": 10, "cross_percent": 40, "intra_percent": 20},
+}
+_TEMPME_JOINS = {12: (2, 2, 3), 64: (4, 4, 4)}
+_TOME_R = {50: 2, 197: 10}
+
+
+def make_schedule(method: str, layers: int, frames: int, tokens: int, prefix: int = 1, **options: Any) -> MergeSchedule:
+    """The schedule of a method for an encoder shape, the paper's settings filled in where it gives any.
+
+    Args:
+        method: a name in `tempme_vl.merging.METHODS`.
+        options: the method's own, as in `MergeSchedule.tempme` and `MergeSchedule.tome`.
+
+    Raises:
+        ValueError: an unknown method or option, or a shape that the paper has no setting for and no options.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    published: dict[str, Any] = {}
+    if method == "tempme":
+        published = dict(_TEMPME_BY_TOKENS.get(tokens, {}))
+        if layers == 12:
+            published["merge_layers"] = (8, 9, 10)
+        if frames in _TEMPME_JOINS:
+            published["merge_frames"] = _TEMPME_JOINS[frames]
+    elif method == "tome" and tokens in _TOME_R:
+        published = {"r": _TOME_R[tokens]}
+    needed = {"tempme": ["r", "merge_layers", "merge_frames", "cross_percent", "intra_percent"], "tome": ["r"]}
+    chosen = {**published, **options}
+    missing = [name for name in needed.get(method, []) if name not in chosen]
+    if missing:
+        raise ValueError(
+            f"the paper has no {method} setting for {layers} layers, {frames} frames of {tokens} tokens: "
+            f"give {', '.join(missing)} (as in MergeSchedule.{method})"
+        )
+    try:
+        return METHODS[method].schedule(layers=layers, frames=frames, tokens=tokens, prefix=prefix, **chosen)
+    except TypeError as error:
+        raise ValueError(f"method {method!r} does not know these options: {sorted(options)} ({error})") from error
+
+
+def create_frontend(
+    name: str,
+    pretrained: str | None = None,
+    method: str = "tempme",
+    num_frames: int = 12,
+    clip_position_std: float = 0.0,
+    **schedule_options: Any,
+) -> VisualFrontend:
+    """A front end by name, as `open_clip.create_model` and `timm.create_model` make theirs.
+
+    Args:
+        name: "family:model", for example "open_clip:ViT-B-16-quickgelu".
+        pretrained: a tag of the family ("openai"), a file's path, or None for random weights.
+        method: "tempme", "tome" or "none".
+        num_frames: F.
+        clip_position_std: TempMe's clip positions start as N(0, std^2). 0 starts at the pretrained function; a
+            tower trained from scratch needs about 0.5.
+        schedule_options: see `make_schedule`.
+
+    Raises:
+        ValueError: see `split_name`, the family's loader and `make_schedule`.
+    """
+    family, model = split_name(name)
+    backbone, config = FAMILIES[family].load_tower(model, pretrained)
+    return assemble_frontend(backbone, config, method, num_frames, clip_position_std, **schedule_options)
+
+
+def assemble_frontend(
+    backbone: Backbone,
+    config: dict[str, Any],
+    method: str,
+    num_frames: int,
+    clip_position_std: float = 0.0,
+    **schedule_options: Any,
+) -> VisualFrontend:
+    """`create_frontend` on a backbone that is already there."""
+    shape, layers = backbone.shape, len(backbone.blocks)
+    schedule = make_schedule(method, layers, num_frames, shape.tokens, shape.num_prefix, **schedule_options)
+    frontend = VisualFrontend(backbone, schedule, config)
+    for position in frontend.clip_positions.values():
+        nn.init.normal_(position, std=clip_position_std)
+    return frontend

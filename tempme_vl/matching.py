@@ -1,0 +1,118 @@
+"""Bipartite soft matching: which tokens merge, as pure functions on tensors (ToMe, ICLR 2023; TempMe, section 3).
+
+Shapes: R rows (clips) of N tokens, r merged pairs, N - r tokens remain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MergeMap:
+    """One match: which input token each output token continues, and which tokens are added to them.
+
+    Attributes:
+        base: (R, N - r) int64, the input token that each output token continues.
+        src: (R, r) int64, input tokens that merge into another.
+        dst: (R, r) int64, the *output* token that takes each `src`.
+    """
+
+    base: Tensor
+    src: Tensor
+    dst: Tensor
+
+    @property
+    def assignment(self) -> Tensor:
+        """(R, N) int64: the output token of each input token."""
+        rows, kept = self.base.shape
+        out = self.base.new_empty(rows, kept + self.src.shape[1])
+        positions = torch.arange(kept, device=out.device).expand(rows, -1)
+        return out.scatter(1, self.base, positions).scatter(1, self.src, self.dst)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Adds merged tokens up: (R, N, D) -> (R, N - r, D)."""
+        return _gather(x, self.base).scatter_add(1, _wide(self.dst, x), _gather(x, self.src))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Unweighted mean over the tokens that merge: (R, N, D) -> (R, N - r, D)."""
+        return self.sum(x) / self.sum(torch.ones_like(x[..., :1]))
+
+    def weighted_mean(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Size-weighted mean (TempMe section 3.2) and the summed sizes.
+
+        Args:
+            x: (R, N, D) tokens, any floating dtype; the result has the same.
+            size: (R, N, 1) sizes.
+
+        Returns:
+            (R, N - r, D) tokens and (R, N - r, 1) sizes.
+        """
+        new_size = self.sum(size)
+        return (self.sum(x * size) / new_size).to(x.dtype), new_size
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Gives every input token the value of its output token: (R, N - r, D) -> (R, N, D)."""
+        return _gather(y, self.assignment)
+
+    def trace(self, source: Tensor) -> Tensor:
+        """Follows input tokens through this match: (R, S) token numbers before -> after; -1 stays -1."""
+        return torch.where(source < 0, source, self.assignment.gather(1, source.clamp(min=0)))
+
+
+def bipartite_match(
+    metric: Tensor, r: int, num_prefix: int = 1, order: Literal["position", "similarity"] = "position"
+) -> MergeMap:
+    """Matches the r most similar pairs between alternating tokens.
+
+    The first `num_prefix` tokens stay out. Of the rest, set A holds the even positions of the whole sequence
+    and B the odd ones; each A token takes its most similar B token (cosine), the r best pairs merge into
+    their B token. Output order: prefix, unmerged A, all B. Indices carry no gradient.
+
+    Args:
+        metric: (R, N, D_metric) features to compare.
+        r: pairs to merge, 0 <= r <= (N - num_prefix) // 2.
+        num_prefix: P leading tokens that never merge (CLS).
+        order: unmerged A tokens by ascending position, or by descending similarity of their best match, as
+            ToMe leaves them when there is no CLS token.
+
+    Raises:
+        ValueError: if r is outside its range.
+    """
+    _, num_tokens, _ = metric.shape
+    limit = (num_tokens - num_prefix) // 2
+    if not 0 <= r <= limit:
+        raise ValueError(f"{num_tokens} tokens with {num_prefix} CLS can merge at most {limit} pairs; got r={r}")
+    rows = metric.shape[0]
+    if r == 0:  # nothing merges, and nothing is reordered either
+        everything = torch.arange(num_tokens, device=metric.device).expand(rows, -1)
+        return MergeMap(everything, everything[:, :0], everything[:, :0])
+    a_pos = torch.arange(num_prefix + num_prefix % 2, num_tokens, 2, device=metric.device)
+    b_pos = torch.arange(num_prefix + 1 - num_prefix % 2, num_tokens, 2, device=metric.device)
+    # half precision would tie most similarities near 1, so they are always compared in at least float32
+    with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
+        unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+        similarity_RAB = unit[:, a_pos] @ unit[:, b_pos].transpose(1, 2)
+        best, partner = similarity_RAB.max(dim=-1)
+        ranked = best.argsort(dim=-1, descending=True, stable=True)
+        merged, kept = ranked[:, :r], ranked[:, r:]
+        if order == "position":
+            kept = kept.sort(dim=-1).values
+
+        prefix = torch.arange(num_prefix, device=metric.device).expand(rows, -1)
+        base = torch.cat([prefix, a_pos[kept], b_pos.expand(rows, -1)], dim=1)
+        dst = num_prefix + kept.shape[1] + partner.gather(1, merged)
+    return MergeMap(base, a_pos[merged], dst)
+
+
+def _wide(index: Tensor, x: Tensor) -> Tensor:
+    return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, _wide(index, x))

@@ -1,0 +1,36 @@
+"""Merging methods. A new one is a file with `schedule` and `layer_merge`, and a line in `METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tempme_vl.merging import tempme, tome
+from tempme_vl.merging.base import LayerMerge, TokenMerger
+from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
+
+__all__ = ["METHODS", "LayerMerge", "LayerPlan", "MergeSchedule", "Method", "TokenMerger", "merge_layers"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method makes its schedule (keywords layers, frames, tokens, prefix and its own) and a block's modules."""
+
+    schedule: Callable[..., MergeSchedule]
+    layer_merge: Callable[[LayerPlan, int, int], LayerMerge]
+
+
+METHODS = {
+    "none": Method(MergeSchedule.identity, lambda plan, clips, width: LayerMerge(TokenMerger(), TokenMerger())),
+    "tome": Method(MergeSchedule.tome, tome.layer_merge),
+    "tempme": Method(MergeSchedule.tempme, tempme.layer_merge),
+}
+
+
+def merge_layers(schedule: MergeSchedule, width: int) -> list[LayerMerge]:
+    """The merging modules of every block of a tower of the given width."""
+    method, clips, layers = METHODS[schedule.method], schedule.frames, []
+    for plan in schedule.plan:
+        layers.append(method.layer_merge(plan, clips, width))
+        clips //= plan.join or 1
+    return layers

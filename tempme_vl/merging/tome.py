@@ -1,0 +1,42 @@
+"""ToMe (ICLR 2023): r pairs merged between attention and MLP of every block, each frame by itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tempme_vl.matching import bipartite_match
+from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge
+from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
+from tempme_vl.state import TokenState
+
+
+def schedule(layers: int, frames: int, tokens: int, r: int, prefix: int = 1) -> MergeSchedule:
+    """r pairs a block, clamped to what the remaining tokens can form.
+
+    Raises:
+        ValueError: a negative r.
+    """
+    if r < 0:
+        raise ValueError(f"r counts the pairs merged in each block and cannot be negative; got {r}")
+    plan, n = [], tokens
+    for _ in range(layers):
+        pairs = min(r, (n - prefix) // 2)
+        n -= pairs
+        plan.append(LayerPlan(after=pairs))
+    return MergeSchedule("tome", frames, tokens, tuple(plan), prefix)
+
+
+class ToMeMerge(TokenMerger):
+    """Merges r pairs compared by head-mean keys; without CLS tokens it keeps ToMe's order by similarity."""
+
+    def __init__(self, pairs: int):
+        super().__init__()
+        self.pairs = pairs
+
+    def forward(self, state: TokenState, metric: Tensor) -> TokenState:
+        order = "position" if state.num_prefix else "similarity"
+        return apply_merge(state, bipartite_match(metric.mean(1), self.pairs, state.num_prefix, order))
+
+
+def layer_merge(plan: LayerPlan, clips: int, width: int) -> LayerMerge:
+    return LayerMerge(TokenMerger(), ToMeMerge(plan.after) if plan.after else TokenMerger())

@@ -1,0 +1,36 @@
+"""One folder format for every model of the package: config.json and model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+def save_model(directory: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Writes the two files; the configuration names its "kind" of model."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the weights of a folder.
+
+    Raises:
+        ValueError: a file is missing; the message lists what is there.
+    """
+    directory = Path(directory)
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / name).is_file()]
+    if missing:
+        found = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else "no such folder"
+        raise ValueError(f"expected {' and '.join(missing)} in {directory}; found {found}")
+    return json.loads((directory / CONFIG_FILE).read_text()), load_file(directory / WEIGHTS_FILE)

@@ -1,0 +1,152 @@
+"""Text-video retrieval: a dual encoder and its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tempme_vl.backbones import open_clip as clip_family
+from tempme_vl.backbones import split_name
+from tempme_vl.frontend import VisualFrontend, assemble_frontend
+from tempme_vl.pretrained import load_model, save_model
+from tempme_vl.tasks.losses import contrastive_loss, gather_rows
+from tempme_vl.text import ClipTextEncoder
+
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+class LogitScale(nn.Module):
+    """The learnable temperature, clamped so that similarities scale by 100 at most (CLIP)."""
+
+    def __init__(self, initial: float = math.log(1 / 0.07)):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor([initial]))
+
+    def forward(self) -> Tensor:
+        return _at_least_float32(self.log_scale).clamp(max=MAX_LOGIT_SCALE).exp().squeeze(0)
+
+
+class RetrievalModel(nn.Module):
+    """Video and text encoders with one embedding space.
+
+    Args:
+        frontend: the visual tower.
+        text: the text tower.
+        config: JSON data with which `from_pretrained` builds both again.
+    """
+
+    def __init__(self, frontend: VisualFrontend, text: ClipTextEncoder, config: Mapping[str, Any]):
+        super().__init__()
+        self.frontend, self.text, self.logit_scale = frontend, text, LogitScale()
+        self.config = dict(config)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encodes what a batch holds of either side; the one way in under DeepSpeed, which hooks this call.
+
+        Args:
+            batch: video (B, F, 3, H, W) and frame_mask (B, F), and/or text_ids and text_mask (B, L).
+
+        Returns:
+            video and/or text: (B, E), L2-normalised; scale: exp(logit scale), a scalar.
+        """
+        features = {"scale": self.logit_scale()}
+        if "video" in batch:
+            features["video"] = self.encode_video(batch["video"], batch["frame_mask"])
+        if "text_ids" in batch:
+            features["text"] = self.encode_text(batch["text_ids"], batch["text_mask"])
+        return features
+
+    def encode_video(self, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """(B, F, 3, H, W) -> (B, E), L2-normalised; arguments as in `VisualFrontend.forward`."""
+        return F.normalize(_at_least_float32(self.frontend(video, frame_mask).pooled), dim=-1)
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) -> (B, E), L2-normalised; arguments as in `ClipTextEncoder.forward`."""
+        return F.normalize(_at_least_float32(self.text(ids, mask)), dim=-1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the blocks of both towers in the backward pass."""
+        self.frontend.set_grad_checkpointing(enable)
+        self.text.grad_checkpointing = enable
+
+    def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes config.json and model.safetensors.
+
+        Args:
+            state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
+        """
+        config = {"kind": "retrieval", "frontend": self.frontend.full_config(), "text_cfg": self.config["text_cfg"]}
+        save_model(directory, config, self.state_dict() if state is None else state)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> RetrievalModel:
+        """Reads what `save_pretrained` wrote.
+
+        Raises:
+            ValueError: a folder without the two files, or one of another kind of model.
+        """
+        config, state = load_model(directory)
+        if config["kind"] != "retrieval":
+            raise ValueError(f"expected a retrieval model in {directory}; got one of kind {config['kind']!r}")
+        text = ClipTextEncoder(clip_family.build_clip({**config["frontend"], "text_cfg": config["text_cfg"]}))
+        model = cls(VisualFrontend.from_config(config["frontend"]), text, config)
+        model.load_state_dict(state)
+        return model
+
+
+def create_retrieval_model(
+    name: str,
+    pretrained: str | None = None,
+    method: str = "tempme",
+    num_frames: int = 12,
+    clip_position_std: float = 0.0,
+    **schedule_options: Any,
+) -> RetrievalModel:
+    """A dual encoder on an open_clip model; arguments and errors as in `tempme_vl.create_frontend`."""
+    family, model = split_name(name)
+    if family != "open_clip":
+        raise ValueError(f"retrieval needs a text tower, which only open_clip models have here; got {name!r}")
+    clip, config = clip_family.load_clip(model, pretrained)
+    text = ClipTextEncoder(clip)
+    backbone = clip_family.visual_backbone(clip.visual)
+    tower = {key: value for key, value in config.items() if key != "text_cfg"}
+    frontend = assemble_frontend(backbone, tower, method, num_frames, clip_position_std, **schedule_options)
+    retrieval = RetrievalModel(frontend, text, config)
+    with torch.no_grad():
+        retrieval.logit_scale.log_scale.copy_(clip.logit_scale.reshape(1))
+    return retrieval
+
+
+def retrieval_loss(features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    """The contrastive loss over all ranks' pairs.
+
+    Args:
+        features: what `RetrievalModel` made of the batch.
+        batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss`.
+    """
+    video, text, video_id, text_id, valid = (
+        gather_rows(rows)
+        for rows in (features["video"], features["text"], batch["video_id"], batch["text_id"], batch["valid"].long())
+    )
+    return contrastive_loss(video, text, features["scale"], video_id, text_id, valid.bool())
+
+
+def freeze_as_clip4clip(model: RetrievalModel) -> None:
+    """Freezes what CLIP4Clip's full fine-tuning freezes: input embeddings of both towers, conv1 and ln_pre."""
+    model.frontend.embed.requires_grad_(False)
+    model.text.embed.requires_grad_(False)
+
+
+def is_new_parameter(name: str) -> bool:
+    """Whether a parameter was not in the pretrained model and learns at its own rate: TempMe's clip positions."""
+    return ".before_attention." in name or ".after_attention." in name
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
