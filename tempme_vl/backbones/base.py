@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,6 +56,17 @@ class SelfAttention(nn.Module):
             bias = bias.to(q.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(attended.transpose(1, 2).flatten(2)), k
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), bit for bit the usual one, with one temporary instead of three.
+
+    The activations of the widest layer are worth it: on CPU their allocation costs more than the arithmetic.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = (1.702 * x).sigmoid_()
+        return gate * x if torch.is_grad_enabled() else gate.mul_(x)
 
 
 class BlockAdapter(nn.Module):

@@ -12,10 +12,11 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import QuickGELU as OpenClipQuickGELU
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from tempme_vl.backbones.base import Backbone, BlockAdapter, SelfAttention, TowerShape, square_side
+from tempme_vl.backbones.base import Backbone, BlockAdapter, QuickGELU, SelfAttention, TowerShape, square_side
 
 # Small towers for the embedded data set and for tests; everything else comes from open_clip's own configurations.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -72,7 +73,7 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
     else:
         clip = open_clip.create_model(name, pretrained=pretrained)
     # what was built counts, not the name: OpenAI weights make open_clip switch to QuickGELU by itself
-    quick_gelu = isinstance(clip.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
+    quick_gelu = isinstance(clip.visual.transformer.resblocks[0].mlp.gelu, OpenClipQuickGELU)
     built = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
     return clip, {"family": "open_clip", "name": name, **built, "quick_gelu": quick_gelu, **_preprocess(clip.visual)}
 
@@ -120,6 +121,8 @@ class OpenClipBlock(BlockAdapter):
             )
         self.ln_1, self.ls_1 = block.ln_1, block.ls_1
         self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
+        if isinstance(self.mlp.gelu, OpenClipQuickGELU):
+            self.mlp.gelu = QuickGELU()
         self.attn = SelfAttention(block.attn.embed_dim, block.attn.num_heads)
         self.attn.qkv.weight, self.attn.qkv.bias = block.attn.in_proj_weight, block.attn.in_proj_bias
         self.attn.proj.weight, self.attn.proj.bias = block.attn.out_proj.weight, block.attn.out_proj.bias
@@ -179,7 +182,7 @@ def visual_backbone(visual: nn.Module) -> Backbone:
         heads=first.attn.num_heads,
         embed_dim=visual.output_dim,
         mlp_ratio=first.mlp.c_fc.out_features / width,
-        quick_gelu=isinstance(first.mlp.gelu, QuickGELU),
+        quick_gelu=isinstance(first.mlp.gelu, OpenClipQuickGELU),
         norm_pre=not isinstance(visual.ln_pre, nn.Identity),
     )
     blocks: list[BlockAdapter] = [OpenClipBlock(block) for block in visual.transformer.resblocks]
