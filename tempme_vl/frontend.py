@@ -121,6 +121,11 @@ class VisualFrontend(nn.Module):
             if isinstance(block.before_attention, CrossClipMerge)
         }
 
+    def init_clip_positions(self, std: float) -> None:
+        """Draws the clip positions from N(0, std^2)."""
+        for position in self.clip_positions.values():
+            nn.init.normal_(position, std=std)
+
     def gflops(self) -> float:
         """Cost of one video in the paper's counting (`MergeSchedule.gflops`)."""
         s = self.shape
@@ -260,21 +265,8 @@ def create_frontend(
     """
     family, model = split_name(name)
     backbone, config = FAMILIES[family].load_tower(model, pretrained)
-    return assemble_frontend(backbone, config, method, num_frames, clip_position_std, **schedule_options)
-
-
-def assemble_frontend(
-    backbone: Backbone,
-    config: dict[str, Any],
-    method: str,
-    num_frames: int,
-    clip_position_std: float = 0.0,
-    **schedule_options: Any,
-) -> VisualFrontend:
-    """`create_frontend` on a backbone that is already there."""
     shape, layers = backbone.shape, len(backbone.blocks)
     schedule = make_schedule(method, layers, num_frames, shape.tokens, shape.num_prefix, **schedule_options)
     frontend = VisualFrontend(backbone, schedule, config)
-    for position in frontend.clip_positions.values():
-        nn.init.normal_(position, std=clip_position_std)
+    frontend.init_clip_positions(clip_position_std)
     return frontend

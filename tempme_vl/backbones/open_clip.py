@@ -173,9 +173,15 @@ def visual_backbone(visual: nn.Module) -> Backbone:
         raise ValueError(f"expected CLS pooling ('tok'); this tower pools by {visual.pool_type!r} or attention")
     if not isinstance(visual.patch_dropout, nn.Identity):
         raise ValueError("patch dropout changes token counts; build the tower with patch_dropout=0")
-    first = visual.transformer.resblocks[0]
-    width = visual.conv1.out_channels
-    shape = TowerShape(
+    shape = tower_shape(visual)
+    blocks: list[BlockAdapter] = [OpenClipBlock(block) for block in visual.transformer.resblocks]
+    return Backbone(ClipEmbed(visual), blocks, ClipHead(visual), shape)
+
+
+def tower_shape(visual: VisionTransformer) -> TowerShape:
+    """The numbers of an open_clip tower."""
+    first, width = visual.transformer.resblocks[0], visual.conv1.out_channels
+    return TowerShape(
         image_size=visual.image_size[0],
         patch_size=visual.patch_size[0],
         width=width,
@@ -185,8 +191,6 @@ def visual_backbone(visual: nn.Module) -> Backbone:
         quick_gelu=isinstance(first.mlp.gelu, OpenClipQuickGELU),
         norm_pre=not isinstance(visual.ln_pre, nn.Identity),
     )
-    blocks: list[BlockAdapter] = [OpenClipBlock(block) for block in visual.transformer.resblocks]
-    return Backbone(ClipEmbed(visual), blocks, ClipHead(visual), shape)
 
 
 def visual_from_openai(
@@ -214,15 +218,53 @@ def visual_from_openai(
         "patch_size": patch_size,
         "width": width,
         "head_width": width // heads,
-        "layers": 1 + max(int(key.split(".")[2]) for key in state if key.startswith("transformer.resblocks.")),
+        "layers": _count_blocks(state),
         "mlp_ratio": state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
     }
     config = {"embed_dim": state["proj"].shape[1], "vision_cfg": vision_cfg, "quick_gelu": quick_gelu}
     visual = build_visual(config)
-    missing, unexpected = visual.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"not the visual tower of an OpenAI CLIP ViT: missing {missing}, unexpected {unexpected}")
+    _load_all(visual, state)
     return visual, {"family": "open_clip", **config, **_preprocess(visual)}
+
+
+def clip_from_openai(
+    state: Mapping[str, Tensor], heads: int, text_heads: int | None = None, quick_gelu: bool = True
+) -> tuple[open_clip.CLIP, dict[str, Any]]:
+    """A whole OpenAI-named CLIP ViT, both towers, and the configuration that builds it again.
+
+    Args:
+        heads, text_heads: of the visual and the text tower; text default: width // 64, as in OpenAI's models.
+
+    Raises:
+        ValueError: see `visual_from_openai`.
+    """
+    _, config = visual_from_openai(state, heads, quick_gelu)
+    missing = [key for key in ("token_embedding.weight", "positional_embedding", "ln_final.weight") if key not in state]
+    if missing:
+        raise ValueError(f"not a whole OpenAI CLIP: keys {missing} of the text tower are missing")
+    vocab_size, text_width = state["token_embedding.weight"].shape
+    config["text_cfg"] = {
+        "context_length": state["positional_embedding"].shape[0],
+        "vocab_size": vocab_size,
+        "width": text_width,
+        "heads": text_heads or text_width // 64,
+        "layers": _count_blocks(state),
+    }
+    clip = build_clip(config)
+    sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's files hold beside weights
+    weights = {key: value for key, value in state.items() if key not in sizes}
+    _load_all(clip, {**weights, "logit_scale": state["logit_scale"].reshape(())})
+    return clip, config
+
+
+def _count_blocks(state: Mapping[str, Tensor]) -> int:
+    return 1 + max(int(key.split(".")[2]) for key in state if key.startswith("transformer.resblocks."))
+
+
+def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"not an OpenAI CLIP ViT: missing keys {missing}, unexpected keys {unexpected}")
 
 
 def to_openai_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

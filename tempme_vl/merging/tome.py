@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from tempme_vl.matching import bipartite_match
@@ -10,17 +12,21 @@ from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 from tempme_vl.state import TokenState
 
 
-def schedule(layers: int, frames: int, tokens: int, r: int, prefix: int = 1) -> MergeSchedule:
+def schedule(layers: int, frames: int, tokens: int, r: int | Sequence[int], prefix: int = 1) -> MergeSchedule:
     """r pairs a block, clamped to what the remaining tokens can form.
 
+    Args:
+        r: for all blocks, or one number a block.
+
     Raises:
-        ValueError: a negative r.
+        ValueError: a negative r, or not one number a block.
     """
-    if r < 0:
-        raise ValueError(f"r counts the pairs merged in each block and cannot be negative; got {r}")
+    wanted = [r] * layers if isinstance(r, int) else list(r)
+    if len(wanted) != layers or min(wanted) < 0:
+        raise ValueError(f"r counts the pairs merged in each of {layers} blocks, none negative; got {r}")
     plan, n = [], tokens
-    for _ in range(layers):
-        pairs = min(r, (n - prefix) // 2)
+    for pairs in wanted:
+        pairs = min(pairs, (n - prefix) // 2)
         n -= pairs
         plan.append(LayerPlan(after=pairs))
     return MergeSchedule("tome", frames, tokens, tuple(plan), prefix)

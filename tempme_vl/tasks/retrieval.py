@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones import open_clip as clip_family
 from tempme_vl.backbones import split_name
-from tempme_vl.frontend import VisualFrontend, assemble_frontend
+from tempme_vl.frontend import VisualFrontend, make_schedule
+from tempme_vl.merging import MergeSchedule
 from tempme_vl.pretrained import load_model, save_model
 from tempme_vl.tasks.losses import contrastive_loss, gather_rows
 from tempme_vl.text import ClipTextEncoder
@@ -24,7 +25,7 @@ MAX_LOGIT_SCALE = math.log(100.0)
 class LogitScale(nn.Module):
     """The learnable temperature, clamped so that similarities scale by 100 at most (CLIP)."""
 
-    def __init__(self, initial: float = math.log(1 / 0.07)):
+    def __init__(self, initial: float):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor([initial]))
 
@@ -39,11 +40,18 @@ class RetrievalModel(nn.Module):
         frontend: the visual tower.
         text: the text tower.
         config: JSON data with which `from_pretrained` builds both again.
+        logit_scale: the logarithm of the initial temperature's inverse.
     """
 
-    def __init__(self, frontend: VisualFrontend, text: ClipTextEncoder, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        frontend: VisualFrontend,
+        text: ClipTextEncoder,
+        config: Mapping[str, Any],
+        logit_scale: float = math.log(1 / 0.07),
+    ):
         super().__init__()
-        self.frontend, self.text, self.logit_scale = frontend, text, LogitScale()
+        self.frontend, self.text, self.logit_scale = frontend, text, LogitScale(logit_scale)
         self.config = dict(config)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,6 +82,18 @@ class RetrievalModel(nn.Module):
         """Recomputes the blocks of both towers in the backward pass."""
         self.frontend.set_grad_checkpointing(enable)
         self.text.grad_checkpointing = enable
+
+    @classmethod
+    def from_openai_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        heads: int,
+        schedule: MergeSchedule,
+        text_heads: int | None = None,
+        quick_gelu: bool = True,
+    ) -> RetrievalModel:
+        """A dual encoder on a whole OpenAI-named CLIP ViT; arguments and errors as in `VisualFrontend`'s."""
+        return _assemble(*clip_family.clip_from_openai(state, heads, text_heads, quick_gelu), schedule)
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes config.json and model.safetensors.
@@ -113,14 +133,20 @@ def create_retrieval_model(
     if family != "open_clip":
         raise ValueError(f"retrieval needs a text tower, which only open_clip models have here; got {name!r}")
     clip, config = clip_family.load_clip(model, pretrained)
-    text = ClipTextEncoder(clip)
-    backbone = clip_family.visual_backbone(clip.visual)
+    shape = clip_family.tower_shape(clip.visual)
+    layers = len(clip.visual.transformer.resblocks)
+    schedule = make_schedule(method, layers, num_frames, shape.tokens, **schedule_options)
+    return _assemble(clip, config, schedule, clip_position_std)
+
+
+def _assemble(
+    clip: nn.Module, config: dict[str, Any], schedule: MergeSchedule, clip_position_std: float = 0.0
+) -> RetrievalModel:
+    text, initial = ClipTextEncoder(clip), clip.logit_scale.item()
     tower = {key: value for key, value in config.items() if key != "text_cfg"}
-    frontend = assemble_frontend(backbone, tower, method, num_frames, clip_position_std, **schedule_options)
-    retrieval = RetrievalModel(frontend, text, config)
-    with torch.no_grad():
-        retrieval.logit_scale.log_scale.copy_(clip.logit_scale.reshape(1))
-    return retrieval
+    frontend = VisualFrontend(clip_family.visual_backbone(clip.visual), schedule, tower)
+    frontend.init_clip_positions(clip_position_std)
+    return RetrievalModel(frontend, text, config, initial)
 
 
 def retrieval_loss(features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:

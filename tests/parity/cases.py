@@ -1,0 +1,45 @@
+"""Reference outputs by family, from tests/parity/data or the folder of the same layout in TEMPME_GOLDENS."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+FOLDER = Path(os.environ.get("TEMPME_GOLDENS", Path(__file__).parent / "data"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One JSON file and the safetensors file of the same name, if there is one."""
+
+    path: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path.with_suffix(".safetensors"))
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names start with a prefix, without it."""
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+    def __str__(self) -> str:
+        return self.path.stem
+
+
+def find(family: str, pattern: str = "*") -> list[Case]:
+    """All cases of a family; none is an error, since a test without a case would pass unseen."""
+    cases = [Case(path) for path in sorted((FOLDER / family).glob(f"{pattern}.json"))]
+    if not cases:
+        raise FileNotFoundError(f"no case {family}/{pattern}.json in {FOLDER}")
+    return cases
