@@ -1,0 +1,270 @@
+"""The motion data set: only the order of frames tells a clip from its reversal, and the files are MSRVTT's."""
+
+import csv
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tempme_vl.data import motion
+from tempme_vl.data.motion import COLORS, DIRECTIONS, SHAPES, MoveClip, OrderClip, Thing, render_frames
+
+SMALL = {"num_train": 40, "num_test": 12, "num_order_train": 10, "num_order_val": 4, "num_order_test": 4}
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+ODD = Thing("magenta", "triangle", x=3.3, y=-2.7, radius=10.6)
+
+
+def decode(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def annotations(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.iterdir() if path.suffix in (".json", ".csv")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return motion.render_motion(tmp_path_factory.mktemp("motion"), **SMALL)
+
+
+def reversible_clips():
+    for direction, opposite in OPPOSITE.items():
+        clip = MoveClip(ODD, direction, extent=12.3, background="gray")
+        yield pytest.param(clip, dataclasses.replace(clip, direction=opposite), id=direction)
+    other = Thing("yellow", "cross", x=-4.1, y=6.2, radius=9.4)
+    yield pytest.param(OrderClip(ODD, other, "black"), OrderClip(other, ODD, "black"), id="order")
+
+
+@pytest.mark.parametrize(("clip", "opposite"), reversible_clips())
+def test_reversed_clip_holds_the_same_frames(clip, opposite, tmp_path):
+    frames, reverse = render_frames(clip), render_frames(opposite)
+    assert frames.shape == (motion.NUM_FRAMES, motion.SIZE, motion.SIZE, 3) and frames.dtype == np.uint8
+    assert np.array_equal(frames[::-1], reverse)
+    assert not np.array_equal(frames, reverse)
+
+    motion.write_video(tmp_path / "clip.mp4", frames)
+    motion.write_video(tmp_path / "reverse.mp4", reverse)
+    decoded, decoded_reverse = decode(tmp_path / "clip.mp4"), decode(tmp_path / "reverse.mp4")
+    assert np.array_equal(decoded[::-1], decoded_reverse), "compression gives the direction of time away"
+    assert np.abs(decoded.astype(int) - frames).mean() < 4, "compression changes the picture too much"
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        pytest.param(np.linspace(0, 15, 8).astype(int), id="linspace"),
+        pytest.param(np.arange(0, 16, 2), id="segment-start"),
+        pytest.param(np.arange(8) * 2 + np.array([0, 1, 1, 0, 1, 0, 0, 1]), id="segment-random"),
+        pytest.param(np.arange(16), id="all"),
+    ],
+)
+@pytest.mark.parametrize(("clip", "opposite"), reversible_clips())
+def test_sampled_frames_do_not_depend_on_the_direction(clip, opposite, indices):
+    def as_set(clip):
+        return Counter(frame.tobytes() for frame in render_frames(clip)[indices])
+
+    assert as_set(clip) == as_set(opposite)
+
+
+def test_object_moves_the_way_it_is_called():
+    for direction, (dx, dy) in DIRECTIONS.items():
+        frames = render_frames(MoveClip(ODD, direction, extent=12.0, background="black")).astype(float).sum(-1)
+        weights = frames - frames.min()
+        total = weights.sum((1, 2))
+        pixel = np.arange(motion.SIZE)
+        x = (weights.sum(1) * pixel).sum(1) / total
+        y = (weights.sum(2) * pixel).sum(1) / total
+        assert (x[-1] - x[0], y[-1] - y[0]) == pytest.approx((24 * dx, 24 * dy), abs=0.2)
+
+
+def test_shapes_and_colors_differ_at_half_the_size():
+    pictures = {}
+    for shape in SHAPES:
+        frame = render_frames(MoveClip(Thing("red", shape, 0, 0, 9.0), "left", 10.0, "black"))[8, ..., 0]
+        pictures[shape] = frame.reshape(32, 2, 32, 2).mean((1, 3)) > 100
+    for a, b in [(a, b) for a in SHAPES for b in SHAPES if a < b]:
+        differing = (pictures[a] ^ pictures[b]).sum()
+        assert differing > 0.15 * pictures[a].sum(), f"{a} and {b} look alike"
+    palette = np.array([*COLORS.values(), *motion.BACKGROUNDS.values()], dtype=float)
+    distances = np.linalg.norm(palette[:, None] - palette[None], axis=-1)
+    assert distances[np.triu_indices(len(palette), 1)].min() > 90
+
+
+def test_objects_stay_in_view():
+    def area(clip):
+        frames = render_frames(clip).astype(float)
+        return np.abs(frames - motion.BACKGROUNDS[clip.background]).sum((1, 2, 3))
+
+    for _, clip in motion._draw_clips(0, 100, 0, 20, 0, 0):
+        visible = area(clip)
+        if isinstance(clip, MoveClip):
+            assert visible.min() > 0.9 * visible.max()
+        else:
+            first, second = (dataclasses.replace(thing, x=0, y=0) for thing in (clip.first, clip.second))
+            centred = OrderClip(first, second, clip.background)
+            assert (visible > 0.98 * area(centred)).all()
+
+
+def test_layout_is_that_of_msrvtt(root):
+    data = json.loads((root / "MSRVTT_data.json").read_text())
+    videos = {video["video_id"]: video for video in data["videos"]}
+    assert len(videos) == len(data["videos"]) == sum(SMALL.values())
+    assert {f"{name}.mp4" for name in videos} == {path.name for path in (root / "videos").iterdir()}
+    assert all(video["video_id"] == f"video{video['id']}" for video in data["videos"])
+
+    train9k = [row["video_id"] for row in read_csv(root / "MSRVTT_train.9k.csv")]
+    train7k = [row["video_id"] for row in read_csv(root / "MSRVTT_train.7k.csv")]
+    test = read_csv(root / "MSRVTT_JSFUSION_test.csv")
+    assert (root / "MSRVTT_JSFUSION_test.csv").read_text().startswith("key,vid_key,video_id,sentence\n")
+    assert len(train9k) == 40 and len(train7k) == 31 and len(test) == 12
+    assert set(train7k) < set(train9k) and not set(train9k) & {row["video_id"] for row in test}
+    assert {videos[row["video_id"]]["split"] for row in test} == {"test"}
+
+    captions: dict[str, list[str]] = {}
+    for sentence in data["sentences"]:
+        captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
+    assert len({sentence["sen_id"] for sentence in data["sentences"]}) == len(data["sentences"])
+    assert captions.keys() == videos.keys()
+    assert all(len(set(captions[name])) == 4 for name in train9k)
+    assert [captions[row["video_id"]] for row in test] == [[row["sentence"]] for row in test]
+
+    frames = decode(root / "videos" / f"{train9k[0]}.mp4")
+    assert frames.shape == (motion.NUM_FRAMES, motion.SIZE, motion.SIZE, 3)
+    with av.open(str(root / "videos" / "video0.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec.name, stream.average_rate) == ("h264", motion.FPS)
+        assert stream.frames == motion.NUM_FRAMES
+
+
+def test_captions_of_one_clip_say_what_it_was_rendered_from():
+    clip = MoveClip(ODD, "up", 11.0, "white")
+    for caption in clip.captions():
+        assert {"magenta", "triangle", "up", "white"} <= set(caption.split())
+    order = OrderClip(ODD, Thing("blue", "ring", 0, 0, 9.0), "black").captions()
+    assert all(
+        ("magenta triangle" in caption) and ("blue ring" in caption) and ("black" in caption) for caption in order
+    )
+
+
+def test_all_test_captions_differ():
+    entries = motion._draw_clips(0, 1, 288, 0, 0, 0)
+    captions = {clip.captions()[0] for split, clip in entries if split == "test"}
+    assert len(captions) == 288
+    with pytest.raises(ValueError, match="only 288"):
+        motion._draw_clips(0, 1, 289, 0, 0, 0)
+
+
+def test_train_directions_are_balanced_and_independent_of_the_place():
+    entries = motion._draw_clips(0, 4000, 0, 0, 0, 0)
+    moves = [clip for _, clip in entries if isinstance(clip, MoveClip)]
+    counts = Counter(clip.direction for clip in moves)
+    assert min(counts.values()) > 900
+    for a, b in (("left", "right"), ("up", "down")):
+        for quantity in (lambda c: c.thing.x, lambda c: c.thing.y, lambda c: c.thing.radius, lambda c: c.extent):
+            means = [np.mean([quantity(clip) for clip in moves if clip.direction == d]) for d in (a, b)]
+            assert abs(means[0] - means[1]) < 0.8
+
+
+def test_questions_split_by_video_and_order_is_not_in_the_question(root):
+    parts = {name: json.loads((root / f"{name}_qa.json").read_text()) for name in ("train", "val", "test")}
+    data = json.loads((root / "MSRVTT_data.json").read_text())
+    first_caption: dict[str, list[str]] = {}
+    for sentence in data["sentences"]:
+        first_caption.setdefault(sentence["video_id"], sentence["caption"].split())
+    ids = {name: {pair["video_id"] for pair in pairs} for name, pairs in parts.items()}
+    assert not ids["train"] & ids["val"] and not ids["train"] & ids["test"] and not ids["val"] & ids["test"]
+    assert sum(map(len, ids.values())) == sum(SMALL.values())
+    test_ids = {int(row["video_id"][5:]) for row in read_csv(root / "MSRVTT_JSFUSION_test.csv")}
+    assert test_ids <= ids["test"]
+
+    pairs = [pair for part in parts.values() for pair in part]
+    assert len({pair["id"] for pair in pairs}) == len(pairs)
+    for pair in pairs:
+        assert pair.keys() == {"answer", "category_id", "id", "question", "video_id"}
+        words = first_caption[f"video{pair['video_id']}"]
+        assert pair["answer"] in words and " " not in pair["answer"]
+        if "appears" in pair["question"]:  # order captions: "a C S then a C S on a ..."
+            position = 1 if pair["question"].endswith("first") else 5
+            assert pair["answer"] == words[position + ("shape" in pair["question"])]
+        if "way" in pair["question"]:
+            assert pair["answer"] in DIRECTIONS
+    kinds = {pair["question"] for pair in pairs}
+    assert {"which way does the object move", "which color appears first", "which shape appears last"} <= kinds
+
+
+def test_same_seed_same_data_set(root, tmp_path):
+    again = motion.render_motion(tmp_path / "again", **SMALL)
+    assert annotations(again) == annotations(root)
+    for name in ("video0.mp4", "video45.mp4", "video69.mp4"):
+        assert np.array_equal(decode(again / "videos" / name), decode(root / "videos" / name))
+    other = motion.render_motion(tmp_path / "other", seed=1, **SMALL)
+    assert annotations(other)["MSRVTT_JSFUSION_test.csv"] != annotations(root)["MSRVTT_JSFUSION_test.csv"]
+
+
+def test_finished_data_set_is_left_alone(root):
+    times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    motion.render_motion(root, **SMALL)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == times
+
+
+def test_other_parameters_are_refused(root):
+    with pytest.raises(ValueError, match="other parameters"):
+        motion.render_motion(root, **{**SMALL, "num_test": 11})
+    with pytest.raises(ValueError, match="training clip"):
+        motion.render_motion(root, num_train=0)
+
+
+def test_somebody_elses_folder_is_refused(tmp_path):
+    (tmp_path / "MSRVTT_data.json").write_text("precious")
+    with pytest.raises(ValueError, match="not made by render_motion"):
+        motion.render_motion(tmp_path, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["MSRVTT_data.json"]
+
+
+def test_killed_rendering_is_made_complete(root, tmp_path):
+    many = {**SMALL, "num_train": 1000}  # some seconds, so that the kill comes in the middle
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=motion.render_motion, args=(tmp_path,), kwargs=many)
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("videos/*.mp4"))) < 100:
+        assert time.monotonic() < deadline and process.is_alive()
+        time.sleep(0.002)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "motion.json").exists()
+
+    # What the killed run left, clips beyond the wanted number included, must not survive.
+    motion.render_motion(tmp_path, **SMALL)
+    assert annotations(tmp_path) == annotations(root)
+    names = {path.name for path in (tmp_path / "videos").iterdir()}
+    assert names == {path.name for path in (root / "videos").iterdir()}
+    assert all(len(decode(tmp_path / "videos" / name)) == motion.NUM_FRAMES for name in names)
+
+
+def test_processes_may_render_at_the_same_time(root, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    target = tmp_path / "shared"
+    processes = [fork.Process(target=motion.render_motion, args=(target,), kwargs=SMALL) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert annotations(target) == annotations(root)
+    assert len(list((target / "videos").iterdir())) == sum(SMALL.values())
