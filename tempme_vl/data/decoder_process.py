@@ -1,0 +1,139 @@
+"""A decoder in a process of its own, which is killed when it takes too long and started again when needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tempme_vl.data import decoder
+
+START_LIMIT = 120.0  # seconds for a fresh interpreter to import numpy, PyAV
+
+
+class DecoderTimeout(decoder.DecodeError):
+    """The limit passed; the process was killed."""
+
+
+class DecoderProcess:
+    """Calls the handlers of a script like decoder.py in a child process, each with a time limit.
+
+    The child starts with the first call, lives on between calls, and ends with this process. It is an ordinary
+    subprocess, since multiprocessing forbids children of the daemonic workers of a DataLoader.
+    """
+
+    def __init__(self, script: str | Path = decoder.__file__) -> None:
+        self._script = str(script)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.RLock()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def call(self, name: str, timeout: float, **arguments: Any) -> decoder.Answer:
+        """Runs one handler. Raises DecodeError with its cause; DecoderTimeout after `timeout` seconds."""
+        with self._lock:
+            self.start()
+            process = self._process
+            assert process is not None
+            try:
+                return _limited(process, timeout, lambda: _exchange(process, {"call": name, "arguments": arguments}))
+            except (EOFError, BrokenPipeError) as error:
+                self._process = None
+                raise decoder.DecodeError(f"the decoder crashed ({_end(process, patience=5.0)})") from error
+            except (DecoderTimeout, KeyboardInterrupt):
+                self._process = None
+                _end(process)
+                raise
+
+    def start(self) -> None:
+        """Starts the child unless it runs. Done by `call`, outside its time limit."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+
+    def close(self) -> None:
+        """Ends the child, if there is one."""
+        with self._lock:
+            if self._process is not None:
+                _end(self._process)
+                self._process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # Not `python decoder.py`: that would put this folder in front of the import path.
+        run = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+        process = subprocess.Popen(
+            [sys.executable, "-c", run, self._script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        stdout = process.stdout
+        assert stdout is not None
+        try:
+            _limited(process, START_LIMIT, lambda: decoder.read_message(stdout))
+        except EOFError as error:
+            raise decoder.DecodeError(f"the decoder process did not start ({_end(process, patience=5.0)})") from error
+        return process
+
+    def _forget(self) -> None:
+        """After a fork the child belongs to the parent; this copy closes its ends of the pipes."""
+        self._lock = threading.RLock()
+        if self._process is not None:
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            self._process.returncode = 0  # not ours to wait for
+            self._process = None
+
+
+def _limited(process: subprocess.Popen[bytes], timeout: float, action: Callable[[], Any]) -> Any:
+    """`action`, with `process` killed when it takes longer than `timeout` seconds (which ends a blocking read)."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        process.kill()
+
+    timer = threading.Timer(timeout, expire)
+    timer.start()
+    try:
+        return action()
+    except (EOFError, BrokenPipeError):
+        if expired.is_set():
+            raise DecoderTimeout(f"did not finish within {timeout:g} s and was stopped") from None
+        raise
+    finally:
+        timer.cancel()
+
+
+def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any]) -> decoder.Answer:
+    assert process.stdin is not None and process.stdout is not None
+    decoder.write_message(process.stdin, request)
+    process.stdin.flush()
+    answer = decoder.read_message(process.stdout)
+    data = decoder.read_exactly(process.stdout, answer["bytes"])
+    if "error" in answer["meta"]:
+        error = decoder.ShortStream if answer["meta"]["short"] else decoder.DecodeError
+        raise error(answer["meta"]["error"])
+    # Through a bytearray: arrays over bytes cannot be written to, which torch.from_numpy warns of.
+    return answer["meta"], np.frombuffer(bytearray(data), answer["dtype"]).reshape(answer["shape"])
+
+
+def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> str:
+    """Kills and reaps; says how it ended, by itself if it does so within `patience` seconds."""
+    try:
+        code = process.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+    return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -1,0 +1,78 @@
+"""Retrieval splits as torch datasets: caption-clip pairs to train on, clips and captions to evaluate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from tempme_vl.data.reader import ClipReader
+from tempme_vl.data.sampling import sample_generator
+from tempme_vl.data.splits import RetrievalSplit
+from tempme_vl.data.text import ClipTokenizer, caption_id
+
+
+class TrainPairs(Dataset):
+    """Every caption of every clip with its clip, addressed by (epoch, index).
+
+    Everything random of a sample is drawn from (seed, epoch, index), so neither ranks, workers nor a resumed run
+    change it.
+
+    Items: video (F, 3, S, S) float32, frame_mask (F,), text_ids and text_mask (L,), video_id and text_id int64
+    (equal for the same clip, the same caption), valid 0 or 1, name.
+    """
+
+    def __init__(self, split: RetrievalSplit, reader: ClipReader, tokenizer: ClipTokenizer, seed: int = 0):
+        self.split, self.reader, self.tokenizer, self.seed = split, reader, tokenizer, seed
+        self.pairs = split.pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        clip_index, caption_index = self.pairs[index]
+        clip, caption = self.split.clips[clip_index], self.split.captions[clip_index][caption_index]
+        video, valid = self.reader(clip, sample_generator(self.seed, epoch, index))
+        ids, mask = self.tokenizer(caption)
+        return {
+            "video": video,
+            "frame_mask": torch.ones(len(video)),
+            "text_ids": ids,
+            "text_mask": mask,
+            "video_id": clip_index,
+            "text_id": caption_id(caption),
+            "valid": int(valid),
+            "name": f"{clip.video_id}#{caption_index}",
+        }
+
+
+class EvalClips(Dataset):
+    """The clips of a split in order. Items: video, frame_mask, valid."""
+
+    def __init__(self, split: RetrievalSplit, reader: ClipReader):
+        self.split, self.reader = split, reader
+
+    def __len__(self) -> int:
+        return len(self.split.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        video, valid = self.reader(self.split.clips[index])
+        return {"video": video, "frame_mask": torch.ones(len(video)), "valid": int(valid)}
+
+
+class EvalCaptions(Dataset):
+    """All captions of a split, clip by clip. Items: text_ids, text_mask."""
+
+    def __init__(self, split: RetrievalSplit, tokenizer: ClipTokenizer):
+        self.captions = [caption for texts in split.captions for caption in texts]
+        self.video_of_caption = [clip for clip, _ in split.pairs]
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids, mask = self.tokenizer(self.captions[index])
+        return {"text_ids": ids, "text_mask": mask}

@@ -1,0 +1,120 @@
+"""Checkpoints that survive a kill at any moment, and exports of full weights.
+
+A checkpoint is written beside its final name and renamed when it is complete; `latest` names the last complete one
+and is replaced in one step. DeepSpeed's files are pickles: resume only from run folders of your own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from tempme_vl.training import distributed
+
+LATEST = "latest"
+
+
+def save_checkpoint(engine: Any, root: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+    """Writes model, optimizer, schedule, `state` and every rank's random states; all ranks call it.
+
+    Args:
+        root: folder of all checkpoints of a run.
+        state: JSON-like data to give back on loading.
+        keep: how many of the newest checkpoints stay.
+    """
+    final = root / f"step-{step:08d}"
+    partial = root / f"{final.name}.partial"
+    if distributed.is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    distributed.barrier()
+    engine.save_checkpoint(str(root), tag=partial.name, client_state={"run": state}, save_latest=False)
+    torch.save(_random_states(), partial / f"random_{distributed.rank()}.pt")
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _replace(root / LATEST, lambda path: path.write_text(final.name))
+        for old in sorted(root.glob("step-*[0-9]"))[:-keep]:
+            shutil.rmtree(old)
+    distributed.barrier()
+    return final
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The last complete checkpoint below `root`, if there is one."""
+    pointer = root / LATEST
+    return root / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
+    """Restores what `save_checkpoint` wrote and returns its `state`; all ranks call it.
+
+    Raises:
+        ValueError: DeepSpeed cannot load it, or it was written by another number of ranks.
+    """
+    written = len(list(checkpoint.glob("random_*.pt")))
+    if written != distributed.world_size():
+        raise ValueError(
+            f"{checkpoint} was written by {written} ranks and {distributed.world_size()} are running; "
+            "resume with the same number, or start anew from the exported weights"
+        )
+    path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise ValueError(
+            f"DeepSpeed found nothing to load in {checkpoint}; is it complete, and of the same ZeRO stage?"
+        )
+    _restore_random_states(torch.load(checkpoint / f"random_{distributed.rank()}.pt", weights_only=True))
+    return client_state["run"]
+
+
+def full_state_dict(engine: Any) -> dict[str, Tensor]:
+    """All parameters whole, in the optimizer's float32 where it holds them so; all ranks call it."""
+    module: nn.Module = engine.module
+    state = {key: value for key, value in module.state_dict().items() if key not in dict(module.named_parameters())}
+    for name, parameter in module.named_parameters():
+        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if full is None:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                full = parameter.detach().clone()
+        state[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
+    return state
+
+
+def replace_export(target: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Writes a folder beside `target` and makes `target` a link to it in one step; the older one goes afterwards."""
+    folder = target.with_name(f"{target.name}-step-{step:08d}")
+    shutil.rmtree(folder, ignore_errors=True)
+    write(folder)
+    _replace(target, lambda path: path.symlink_to(folder.name, target_is_directory=True))
+    for old in target.parent.glob(f"{target.name}-step-*"):
+        if old != folder:
+            shutil.rmtree(old)
+
+
+def _replace(path: Path, make: Callable[[Path], Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    make(partial)
+    os.replace(partial, path)
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])

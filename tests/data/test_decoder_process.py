@@ -1,0 +1,139 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from clips import write_clip
+
+from tempme_vl.data import decoder, video
+from tempme_vl.data.decoder_process import DecoderProcess, DecoderTimeout
+from tempme_vl.data.video import VideoError, read_frames
+
+# A decoder that hangs or crashes on files of these names; its other answers are the real one's.
+FAULTY = f"""
+import os, runpy, time
+real = runpy.run_path({decoder.__file__!r})
+
+def faulty(path, **arguments):
+    name = os.path.basename(path)
+    if "hang" in name and ("decord" not in name or arguments["backend"] == "decord"):
+        time.sleep(1000)
+    if "crash" in name:
+        os.abort()
+    if "noise" in name:
+        os.write(1, b"a library's chatter")
+    return real["frames"](path, **arguments)
+
+real["serve"]({{"index": real["index"], "frames": faulty}})
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    process = DecoderProcess(script)
+    monkeypatch.setattr(video, "_decoder_process", process)
+    yield process
+    process.close()
+
+
+def test_with_and_without_a_limit_the_frames_are_the_same(tmp_path):
+    path = write_clip(tmp_path / "a.mp4")
+    here, there = read_frames(path, 6), read_frames(path, 6, timeout=60)
+    np.testing.assert_array_equal(here.pixels, there.pixels)
+    np.testing.assert_array_equal(here.indices, there.indices)
+    assert here.backend == there.backend
+    assert there.pixels.flags.writeable
+
+
+def test_a_hanging_decoder_is_stopped_and_the_next_call_works(tmp_path, faulty):
+    good, bad = write_clip(tmp_path / "good.mp4"), write_clip(tmp_path / "hang.mp4")
+    read_frames(good, 4, timeout=60)  # the process has started
+    began = time.monotonic()
+    with pytest.raises(VideoError, match=r"hang\.mp4: decoding did not finish within 0\.6 s"):
+        read_frames(bad, 4, timeout=0.6)
+    assert time.monotonic() - began < 5
+    assert read_frames(good, 4, timeout=60).pixels.shape == (4, 64, 96, 3)
+
+
+def test_pyav_answers_when_only_decord_hangs(tmp_path, faulty):
+    path = write_clip(tmp_path / "hang decord.mp4")
+    assert read_frames(path, 4, timeout=6).backend == "pyav"
+
+
+def test_a_crash_is_an_error_and_the_next_call_works(tmp_path, faulty):
+    good, bad = write_clip(tmp_path / "good.mp4"), write_clip(tmp_path / "crash.mp4")
+    with pytest.raises(VideoError, match=r"crash\.mp4.*decord: the decoder crashed \(signal 6\); pyav: the decoder"):
+        read_frames(bad, 4, timeout=60)
+    assert read_frames(good, 4, timeout=60).backend == "decord"
+
+
+def test_what_libraries_print_does_not_enter_the_protocol(tmp_path, faulty):
+    assert read_frames(write_clip(tmp_path / "noise.mp4"), 4, timeout=60).pixels.shape == (4, 64, 96, 3)
+
+
+def test_the_child_lives_on_between_calls_and_is_given_up_after_a_fork(tmp_path, faulty):
+    path = write_clip(tmp_path / "a.mp4")
+    read_frames(path, 4, timeout=60)
+    first = faulty._process
+    read_frames(path, 4, timeout=60)
+    assert faulty._process is first
+    child = os.fork()
+    if child == 0:
+        works = faulty._process is None and read_frames(path, 4, timeout=60).backend == "decord"
+        faulty.close()
+        os._exit(0 if works else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert read_frames(path, 4, timeout=60).backend == "decord"
+    assert faulty._process is first
+
+
+def test_the_child_ends_with_its_parent_even_while_it_hangs(faulty):
+    receiver, sender = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        faulty.start()
+        os.write(sender, str(faulty._process.pid).encode())
+        faulty.call("frames", 500, path="hang.mp4", indices=[0], num_raw=1, backend="pyav")
+        os._exit(0)
+    decoder_pid = int(os.read(receiver, 100))
+    time.sleep(0.3)  # it hangs now
+    assert is_running(decoder_pid)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    deadline = time.monotonic() + 30
+    while is_running(decoder_pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(decoder_pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_decoder_imports_neither_torch_nor_the_package():
+    check = (
+        "import runpy, sys; runpy.run_path(sys.argv[1]); "
+        "sys.exit(int(any(name.split('.')[0] in ('torch', 'tempme_vl') for name in sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", check, decoder.__file__], timeout=60).returncode == 0
+
+
+def test_a_script_that_does_not_start_is_an_error(tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(decoder.DecodeError, match=r"did not start \(exit status 3\)"):
+        DecoderProcess(script).call("index", 60, path="a.mp4")
+
+
+def test_timeout_of_a_single_call(faulty, tmp_path):
+    with pytest.raises(DecoderTimeout, match=r"did not finish within 0\.3 s"):
+        faulty.call("frames", 0.3, path="hang", indices=[0], num_raw=1, backend="pyav")

@@ -1,0 +1,112 @@
+from pathlib import Path
+
+import pytest
+
+from tempme_vl.data.splits import (
+    Clip,
+    RetrievalSplit,
+    find_annotations,
+    holdout_validation,
+    locate_videos,
+    missing_videos,
+    video_stem,
+)
+
+
+def split(captions: list[list[str]]) -> RetrievalSplit:
+    clips = tuple(Clip(f"v{i}", Path(f"v{i}.mp4")) for i in range(len(captions)))
+    return RetrievalSplit("toy/train", clips, tuple(map(tuple, captions)), max_words=5, num_frames=3)
+
+
+def test_pairs_list_every_caption_once():
+    ragged = split([["a", "b"], ["c"], ["d", "e", "f"]])
+    assert ragged.num_captions == 6
+    assert [ragged.captions[clip][caption] for clip, caption in ragged.pairs] == list("abcdef")
+
+
+def test_invalid_splits_are_rejected():
+    clip = Clip("v0", Path("v0.mp4"))
+    for clips, captions, message in (
+        ((clip,), (), "1 clips but captions of 0"),
+        ((), (), "no clips"),
+        ((clip,), ((),), "no caption or an empty one: v0"),
+        ((clip,), (("fine", " "),), "no caption or an empty one: v0"),
+        ((clip, clip), (("a",), ("b",)), "more than once: v0"),
+    ):
+        with pytest.raises(ValueError, match=f"toy/test: .*{message}"):
+            RetrievalSplit("toy/test", clips, captions)
+
+
+def test_holdout_divides_whole_clips_and_keeps_the_rest():
+    whole = split([[f"caption {i} {k}" for k in range(4)] for i in range(50)])
+    train, val = holdout_validation(whole, 12, seed=3)
+    assert len(val.clips) == val.num_captions == 12
+    assert {*train.clips, *val.clips} == set(whole.clips) and len(train.clips) == 38
+    by_id = dict(zip((clip.video_id for clip in whole.clips), whole.captions, strict=True))
+    assert all(by_id[clip.video_id] == texts for clip, texts in zip(train.clips, train.captions, strict=True))
+    assert all(texts[0] in by_id[clip.video_id] for clip, texts in zip(val.clips, val.captions, strict=True))
+    assert (val.max_words, val.num_frames) == (5, 3)
+    assert "12 held out, seed 3" in val.name and "without 12 held out, seed 3" in train.name
+    assert holdout_validation(whole, 12, seed=3) == (train, val)
+    assert holdout_validation(whole, 12, seed=4)[1] != val
+
+
+def test_held_out_captions_are_unique_where_possible():
+    # Greedy in file order would give the first clip "same", leaving the second without a caption of its own.
+    whole = split([["same", "only here"], ["same"], ["same", "and here"], ["train"]])
+    for seed in range(20):
+        _, val = holdout_validation(whole, 3, seed)
+        assert len({texts[0] for texts in val.captions}) == 3
+    _, val = holdout_validation(split([["twin"], ["twin"], ["other"]]), 2, seed=0)
+    assert val.num_captions == 2
+
+
+@pytest.mark.parametrize("num_clips", [0, 4, 5])
+def test_holding_out_none_or_all_is_an_error(num_clips):
+    with pytest.raises(ValueError, match="toy/train has 4 clips; expected to hold out 1 to 3"):
+        holdout_validation(split([["a"], ["b"], ["c"], ["d"]]), num_clips, seed=0)
+
+
+def test_videos_are_found_by_stem_in_subfolders_and_missing_ones_listed(tmp_path):
+    for name in ("videos/a.webm", "videos/train/b.AVI", "videos/c.avi.mp4", "videos/d.txt", "videos/e"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    paths = locate_videos("abcde", tmp_path, None)
+    assert [str(path.relative_to(tmp_path / "videos")) for path in paths] == [
+        "a.webm",
+        "train/b.AVI",
+        "c.avi.mp4",
+        "d.mp4",
+        "e",
+    ]
+    clips = tuple(Clip(name, path) for name, path in zip("abcde", paths, strict=True))
+    assert missing_videos(RetrievalSplit("toy", clips, (("x",),) * 5)) == [clips[3]]
+    assert locate_videos("a", tmp_path, tmp_path / "videos/train") == [tmp_path / "videos/train/a.mp4"]
+
+
+def test_ambiguous_and_absent_video_folders_are_errors(tmp_path):
+    for name in ("one/a.mp4", "two/a.mp4"):
+        (tmp_path / "videos" / name).parent.mkdir(parents=True)
+        (tmp_path / "videos" / name).touch()
+    with pytest.raises(ValueError, match=r"several files fit the clip a: .*; keep one, or set video_root"):
+        locate_videos("a", tmp_path, None)
+    with pytest.raises(ValueError, match="elsewhere is not a folder"):
+        locate_videos("a", tmp_path, tmp_path / "elsewhere")
+
+
+def test_stems_keep_dots_that_are_no_extension():
+    assert video_stem("3086_UGLY_TRUTH_00.23.23.000-00.23.28.886.avi") == "3086_UGLY_TRUTH_00.23.23.000-00.23.28.886"
+    assert video_stem("3086_UGLY_TRUTH_00.23.23.000-00.23.28.886") == "3086_UGLY_TRUTH_00.23.23.000-00.23.28.886"
+
+
+def test_a_wrong_folder_lists_what_is_expected_and_found(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "b.json").touch()
+    (tmp_path / "other.txt").touch()
+    assert find_annotations(tmp_path, ["b.json"]) == [tmp_path / "annotations" / "b.json"]
+    with pytest.raises(
+        ValueError, match=r"expected a\.json, b\.json .*missing a\.json; found there: annotations/, other\.txt"
+    ):
+        find_annotations(tmp_path, ["a.json", "b.json"])
+    with pytest.raises(ValueError, match="there is no such folder"):
+        find_annotations(tmp_path / "nowhere", ["a.json"])

@@ -1,0 +1,226 @@
+import pickle
+
+import av
+import numpy as np
+import pytest
+from clips import picture, write_clip
+
+from tempme_vl.data import video
+from tempme_vl.data.video import VideoError, read_frames
+
+# Seeking into groups of pictures with B frames is where decoders go wrong.
+GROUPS = {"g": "8", "bf": "2"}
+
+
+def nearest(pixels: np.ndarray, count: int, turns: int = 0) -> list[int]:
+    """Which `picture` each frame shows, turned by `turns` quarter turns counterclockwise."""
+    size = pixels.shape[1:3] if turns % 2 == 0 else pixels.shape[2:0:-1]
+    known = np.stack([np.rot90(picture(number, *size), turns) for number in range(count)]).astype(int)
+    if (pixels == pixels[..., :1]).all():  # a grey video
+        known = known @ [[0.299] * 3, [0.587] * 3, [0.114] * 3]
+    return [int(np.abs(known - frame.astype(int)).mean((1, 2, 3)).argmin()) for frame in pixels]
+
+
+VARIANTS = {
+    "groups": {"num_frames": 60, "options": GROUPS},
+    "vfr": {"num_frames": 12, "times": [0, 1, 2, 7, 8, 20, 21, 22, 23, 40, 41, 60]},
+    "late start": {"shift": 9},
+    "444 odd size": {"height": 65, "width": 97, "pixel_format": "yuv444p"},
+    "full range": {"pixel_format": "yuvj420p"},
+    "grey": {"pixel_format": "gray"},
+    "rotated 90": {"rotation": 90},
+    "rotated 180": {"rotation": 180},
+    "rotated 270": {"rotation": 270},
+    "rotated 90, odd size": {"rotation": 90, "height": 65, "width": 97, "pixel_format": "yuv444p"},
+    "half a frame a second": {"num_frames": 3, "fps": 1, "times": [0, 2, 4]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decord_and_pyav_return_the_same_bits_and_the_right_pictures(tmp_path, variant):
+    options = VARIANTS[variant]
+    path = write_clip(tmp_path / "a.mp4", **{"num_frames": 20, **options})
+    count = options.get("num_frames", 20)
+    for num_frames in (1, 5, 12):
+        by_decord = read_frames(path, num_frames, backend="decord")
+        by_pyav = read_frames(path, num_frames, backend="pyav")
+        assert (by_decord.backend, by_pyav.backend) == ("decord", "pyav")
+        assert by_decord.pixels.dtype == np.uint8
+        assert by_decord.fps == by_pyav.fps
+        np.testing.assert_array_equal(by_decord.indices, by_pyav.indices)
+        np.testing.assert_array_equal(by_decord.pixels, by_pyav.pixels)
+        turns = -options.get("rotation", 0) // 90
+        assert nearest(by_pyav.pixels, count, turns) == by_pyav.indices.tolist()
+
+
+# What decord decodes inexactly or not at all: each is left to PyAV, and the frames are right.
+LEFT_TO_PYAV = {
+    "open groups": ("a.mp4", {"num_frames": 60, "options": GROUPS | {"x264-params": "open-gop=1"}}, "later frames"),
+    "edit list": ("a.mp4", {"num_frames": 20, "shift": -7, "options": {"bf": "2"}}, "edit list"),
+    "h264 in avi": ("a.avi", {"num_frames": 60, "options": GROUPS}, "decord"),
+    "transport stream": ("a.ts", {"num_frames": 60, "options": GROUPS}, "mpegts"),
+    "odd 4:2:0": ("a.webm", {"height": 65, "width": 97, "codec": "libvpx"}, "odd size"),
+    "4:2:2": ("a.mp4", {"pixel_format": "yuv422p"}, "yuv422p"),
+    "10 bit": ("a.mp4", {"pixel_format": "yuv420p10le"}, "yuv420p10le"),
+    "tiny": ("a.mp4", {"height": 16, "width": 16}, "size must exactly match"),
+    "gif": ("a.gif", {"codec": "gif", "pixel_format": "rgb8"}, "pixel format"),
+}
+
+
+@pytest.mark.parametrize("variant", LEFT_TO_PYAV)
+def test_what_decord_gets_wrong_is_left_to_pyav(tmp_path, variant):
+    name, options, cause = LEFT_TO_PYAV[variant]
+    path = write_clip(tmp_path / name, **{"num_frames": 20, **options})
+    frames = read_frames(path, 7)
+    assert frames.backend == "pyav"
+    hidden = -min(options.get("shift", 0), 0)
+    assert nearest(frames.pixels, 60) == (frames.indices + hidden).tolist()
+    with pytest.raises(VideoError, match=cause):
+        read_frames(path, 7, backend="decord")
+
+
+@pytest.mark.parametrize("default", [0, 1])
+def test_of_two_streams_the_default_one_is_read(tmp_path, default):
+    path = tmp_path / "two.mp4"
+    sizes = [(32, 48), (64, 96)]
+    with av.open(str(path), "w") as container:
+        streams = []
+        for number, (height, width) in enumerate(sizes):
+            stream = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.disposition = av.stream.Disposition.default if number == default else av.stream.Disposition(0)
+            streams.append(stream)
+        for number in range(20):
+            for stream in streams:
+                pixels = picture(number, stream.height, stream.width)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    # decord's older FFmpeg does not always choose the same one.
+    frames = read_frames(path, 4)
+    assert frames.backend == "pyav"
+    assert frames.pixels.shape == (4, *sizes[default], 3)
+    with pytest.raises(VideoError, match="several video streams"):
+        read_frames(path, 4, backend="decord")
+
+
+def test_short_clips_repeat_frames(tmp_path):
+    frames = read_frames(write_clip(tmp_path / "a.mp4", 3), 12)
+    assert frames.pixels.shape[0] == 12
+    assert nearest(frames.pixels, 3) == frames.indices.tolist()
+    assert set(frames.indices) == {0, 1, 2}
+
+
+def test_start_and_end_choose_by_timestamps(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 50)  # 5 s at 10 frames a second
+    frames = read_frames(path, 10, start=1.0, end=2.0, sampling="uniform")
+    assert frames.indices.tolist() == list(range(10, 20))
+    assert read_frames(path, 4, start=4.8, sampling="uniform").indices.tolist() == [48, 48, 48, 49]
+    assert read_frames(path, 2, end=99.0, sampling="uniform").indices.tolist() == [0, 49]
+    # Between two frames: the one on show.
+    assert read_frames(path, 2, start=2.52, end=2.58).indices.tolist() == [25, 25]
+    # At a variable rate, time is not the index.
+    varying = write_clip(tmp_path / "b.mp4", 6, times=[0, 1, 2, 30, 31, 32])
+    assert read_frames(varying, 3, start=2.9, end=3.15, sampling="uniform").indices.tolist() == [3, 3, 4]
+    with pytest.raises(VideoError, match=r"start 7 s lies behind its last frame, shown at 4\.9 s"):
+        read_frames(path, 4, start=7)
+
+
+def test_a_stream_that_promises_more_than_it_holds(tmp_path):
+    whole = write_clip(tmp_path / "a.mp4", 200, options={"g": "200", "movflags": "faststart"})
+    front = write_faststart(whole, tmp_path / "front.mp4")
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(front.read_bytes()[: front.stat().st_size * 6 // 10])
+    with pytest.raises(VideoError, match=r"only \d+ of the 200 frames") as caught:
+        read_frames(cut, 8)
+    assert caught.value.path == cut
+
+
+def write_faststart(source, target):
+    """The same packets with the header in front."""
+    with av.open(str(source)) as old, av.open(str(target), "w", options={"movflags": "faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+def test_packets_without_a_frame_of_their_own_are_not_counted(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mkv", 20)
+    index = video.decoder.HANDLERS["index"]
+
+    def overcounting(path, exact):
+        info, times = index(path, exact)
+        return (info, times) if exact else (info, np.append(times, times[-1] + 0.1))
+
+    monkeypatch.setitem(video.decoder.HANDLERS, "index", overcounting)
+    frames = read_frames(path, 5, sampling="uniform")
+    assert frames.indices.tolist() == np.linspace(0, 19, 5).astype(int).tolist()
+    assert nearest(frames.pixels, 20) == frames.indices.tolist()
+
+
+def damaged(path, name, change):
+    data = bytearray(path.read_bytes())
+    copy = path.with_name(name)
+    copy.write_bytes(bytes(change(data)))
+    return copy
+
+
+def test_broken_files_raise_the_typed_error(tmp_path):
+    good = write_clip(tmp_path / "a.mp4", 60, options=GROUPS)
+
+    def flip(data):
+        for place in range(len(data) // 4, len(data) // 2, 7):
+            data[place] ^= 0xFF
+        return data
+
+    broken = [
+        tmp_path / "missing.mp4",
+        damaged(good, "empty.mp4", lambda data: b""),
+        damaged(good, "text.mp4", lambda data: b"not a video at all"),
+        damaged(good, "half.mp4", lambda data: data[: len(data) // 2]),
+        damaged(good, "flipped.mp4", flip),
+    ]
+    for path in broken:
+        for timeout in (None, 60.0):
+            with pytest.raises(VideoError) as caught:
+                read_frames(path, 8, timeout=timeout)
+            assert isinstance(caught.value, ValueError)
+            assert caught.value.path == path
+            assert caught.value.cause
+            assert str(path) in str(caught.value) and caught.value.cause in str(caught.value)
+
+
+def test_when_both_backends_fail_the_error_holds_both_causes(tmp_path, monkeypatch):
+    def failing(path, indices, num_raw, backend):
+        raise video.decoder.DecodeError(f"{backend} is out of order")
+
+    monkeypatch.setitem(video.decoder.HANDLERS, "frames", failing)
+    with pytest.raises(VideoError, match=r"decord is out of order.*pyav is out of order"):
+        read_frames(write_clip(tmp_path / "a.mp4"), 4)
+
+
+def test_the_error_survives_pickling_and_a_data_loader():
+    error = VideoError("a.mp4", "is broken")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.path, copy.cause) == (str(error), error.path, error.cause)
+    assert str(VideoError("worker 0: a.mp4: is broken")) == "worker 0: a.mp4: is broken"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_frames": 0},
+        {"sampling": "all"},
+        {"backend": "opencv"},
+        {"timeout": 0.0},
+        {"start": 3, "end": 3},
+        {"start": -1},
+    ],
+)
+def test_wrong_arguments(tmp_path, arguments):
+    with pytest.raises(ValueError, match=r"expected|must be|known") as caught:
+        read_frames(tmp_path / "a.mp4", **{"num_frames": 4, **arguments})
+    assert not isinstance(caught.value, VideoError)
