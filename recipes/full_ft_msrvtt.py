@@ -116,6 +116,8 @@ class Options:
     lr_new: float | None = None
     """Peak rate of new modules (clip positions)."""
     weight_decay: float | None = None
+    adam_eps: float | None = None
+    """AdamW's epsilon: 1e-6 for pretrained weights; from scratch it drowns the small gradients of a plateau, 1e-8."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd is plain, for comparing runs exactly."""
     freeze: Literal["none", "clip4clip"] | None = None
@@ -148,19 +150,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pretrained": "none",
         "num_frames": 8,
         "r": 1,
-        "merge_layers": (2, 3, 4),
+        "merge_layers": (0, 1, 2),
         "merge_frames": (2, 2, 2),
         "cross_percent": 30,
         "intra_percent": 10,
         "clip_position_std": 0.5,
         "train_split": "train_9k",
         "test_split": "test_1k",
-        "holdout": 200,
-        "epochs": 2,
+        "holdout": 96,
+        "epochs": 6,
         "batch_size": 48,
-        "lr": 1e-3,
-        "lr_new": 1e-3,
+        "lr": 1.5e-3,
+        "lr_new": 1.5e-3,
         "weight_decay": 0.05,
+        "adam_eps": 1e-8,
         "freeze": "none",
         "augment": "none",
         "sampling": "uniform",
@@ -176,6 +179,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1e-7,
         "lr_new": 1e-4,
         "weight_decay": 0.2,
+        "adam_eps": 1e-6,
         "freeze": "clip4clip",
         "augment": "randaugment",
         "sampling": "fps1",
@@ -202,7 +206,6 @@ def main(options: Options) -> None:
     tokenizer = ClipTokenizer(min(train.max_words, model.text.context_length))
     reader = build_reader(options, ClipTransform(preprocess), model.frontend.schedule.frames)
     train_reader = replace(reader, transform=ClipTransform(preprocess, options.augment))
-    announce(options, model, train, val, test)
 
     trainer = Trainer(
         model,
@@ -210,8 +213,12 @@ def main(options: Options) -> None:
         TrainPairs(train, train_reader, tokenizer, options.seed),
         config(options),
     )
+    announce(options, model, train, val, test)
+    last_step = trainer.total_steps if options.max_steps is None else options.max_steps
     start, start_step = time.perf_counter(), trainer.step
     for batch in trainer.batches():
+        if trainer.step >= last_step:
+            break
         trainer.update(batch, retrieval_loss)
         if trainer.epoch_ended:
             score = float(trainer.epoch)  # without a validation split the last epoch is the best
@@ -221,8 +228,6 @@ def main(options: Options) -> None:
                 trainer.log(val_t2v_rsum=report["t2v"]["rsum"], val_v2t_rsum=report["v2t"]["rsum"])
             if trainer.is_best(score):
                 export(options, trainer, model)
-        if trainer.step == options.max_steps:
-            break
     seconds = time.perf_counter() - start
 
     if trainer.step < trainer.total_steps:
@@ -338,7 +343,7 @@ def build_optimizer(options: Options, model: RetrievalModel) -> torch.optim.Opti
     groups = parameter_groups(model, options.lr, options.lr_new, options.weight_decay, is_new_parameter)
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=options.adam_eps)
 
 
 def config(options: Options) -> TrainConfig:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from tempme_vl.backbones import FAMILIES, split_name
 from tempme_vl.backbones import open_clip as openai
 from tempme_vl.backbones.base import Backbone, BlockAdapter
-from tempme_vl.merging import METHODS, LayerMerge, MergeSchedule, merge_layers
+from tempme_vl.merging import LayerMerge, MergeSchedule, find_method, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
-from tempme_vl.pretrained import load_model, save_model
+from tempme_vl.pretrained import load_model, load_weights, save_model
 from tempme_vl.state import FrontendOutput, TokenState
 
 
@@ -59,7 +60,7 @@ class VisualFrontend(nn.Module):
         self.embed, self.head = backbone.embed, backbone.head
         merges = merge_layers(schedule, backbone.shape.width)
         self.blocks = nn.ModuleList(
-            MergedBlock(block, merge) for block, merge in zip(backbone.blocks, merges, strict=True)
+            MergedBlock(cast(BlockAdapter, block), merge) for block, merge in zip(backbone.blocks, merges, strict=True)
         )
         self.grad_checkpointing = False
 
@@ -164,7 +165,13 @@ class VisualFrontend(nn.Module):
         save_model(directory, {"kind": "frontend", "frontend": self.full_config()}, self.state_dict())
 
     def full_config(self) -> dict[str, Any]:
-        """JSON data: the tower, its preprocessing, and the schedule."""
+        """JSON data: the tower, its preprocessing, and the schedule.
+
+        Raises:
+            ValueError: a front end that was built on a backbone of unknown origin.
+        """
+        if not self.config:
+            raise ValueError("to save a front end, give VisualFrontend the `config` that builds its backbone again")
         return {**self.config, "schedule": self.schedule.to_dict()}
 
     @classmethod
@@ -185,7 +192,7 @@ class VisualFrontend(nn.Module):
         if config["kind"] != "frontend":
             state = {k.removeprefix("frontend."): v for k, v in state.items() if k.startswith("frontend.")}
         frontend = cls.from_config(config["frontend"])
-        frontend.load_state_dict(state)
+        load_weights(frontend, state, directory)
         return frontend
 
 
@@ -193,7 +200,7 @@ def masked_mean(frames: Tensor, frame_mask: Tensor | None) -> Tensor:
     """Mean over the real frames, zero where there is none: (B, F, E), (B, F) -> (B, E)."""
     if frame_mask is None:
         return frames.mean(dim=1)
-    weight = frame_mask.to(frames.dtype).unsqueeze(-1)
+    weight = frame_mask.bool().to(frames.dtype).unsqueeze(-1)
     return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
@@ -216,8 +223,14 @@ def make_schedule(method: str, layers: int, frames: int, tokens: int, prefix: in
     Raises:
         ValueError: an unknown method or option, or a shape that the paper has no setting for and no options.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    build = find_method(method).schedule
+    shape = {"layers": layers, "frames": frames, "tokens": tokens, "prefix": prefix}
+    known = [name for name in inspect.signature(build).parameters if name not in shape]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"method {method!r} does not know the options {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
+        )
     published: dict[str, Any] = {}
     if method == "tempme":
         published = dict(_TEMPME_BY_TOKENS.get(tokens, {}))
@@ -227,18 +240,14 @@ def make_schedule(method: str, layers: int, frames: int, tokens: int, prefix: in
             published["merge_frames"] = _TEMPME_JOINS[frames]
     elif method == "tome" and tokens in _TOME_R:
         published = {"r": _TOME_R[tokens]}
-    needed = {"tempme": ["r", "merge_layers", "merge_frames", "cross_percent", "intra_percent"], "tome": ["r"]}
     chosen = {**published, **options}
-    missing = [name for name in needed.get(method, []) if name not in chosen]
+    missing = [name for name in known if name not in chosen]
     if missing:
         raise ValueError(
             f"the paper has no {method} setting for {layers} layers, {frames} frames of {tokens} tokens: "
             f"give {', '.join(missing)} (as in MergeSchedule.{method})"
         )
-    try:
-        return METHODS[method].schedule(layers=layers, frames=frames, tokens=tokens, prefix=prefix, **chosen)
-    except TypeError as error:
-        raise ValueError(f"method {method!r} does not know these options: {sorted(options)} ({error})") from error
+    return build(**shape, **chosen)
 
 
 def create_frontend(

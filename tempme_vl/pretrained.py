@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -34,3 +34,18 @@ def load_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         found = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else "no such folder"
         raise ValueError(f"expected {' and '.join(missing)} in {directory}; found {found}")
     return json.loads((directory / CONFIG_FILE).read_text()), load_file(directory / WEIGHTS_FILE)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Loads all weights of a model.
+
+    Args:
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: keys missing or unknown, or other shapes; the message lists them.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {source} do not fit its {CONFIG_FILE}: {error}") from error

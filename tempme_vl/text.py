@@ -5,6 +5,9 @@ Letters: L words of a caption, V the vocabulary; others as in `tempme_vl.state`.
 
 from __future__ import annotations
 
+from typing import cast
+
+import open_clip
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +18,7 @@ from tempme_vl.backbones.open_clip import OpenClipBlock
 class ClipTextEmbed(nn.Module):
     """Word and position embeddings: (B, L) ids -> (B, L, D)."""
 
-    def __init__(self, clip: nn.Module):
+    def __init__(self, clip: open_clip.CLIP):
         super().__init__()
         self.token_embedding, self.positional_embedding = clip.token_embedding, clip.positional_embedding
 
@@ -27,7 +30,7 @@ class ClipTextEmbed(nn.Module):
 class ClipTextHead(nn.Module):
     """Final norm and projection of the end token: (B, D) -> (B, E)."""
 
-    def __init__(self, clip: nn.Module):
+    def __init__(self, clip: open_clip.CLIP):
         super().__init__()
         self.ln_final, self.text_projection = clip.ln_final, clip.text_projection
 
@@ -45,7 +48,7 @@ class ClipTextEncoder(nn.Module):
         ValueError: a text tower that is not pooled at its end token ("argmax").
     """
 
-    def __init__(self, clip: nn.Module):
+    def __init__(self, clip: open_clip.CLIP):
         super().__init__()
         if clip.text_pool_type != "argmax" or not isinstance(clip.text_projection, nn.Parameter):
             raise ValueError(
@@ -81,8 +84,8 @@ class ClipTextEncoder(nn.Module):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(_block, block, x, bias, use_reentrant=False)
             else:
-                x = _block(block, x, bias)
-        end = mask.to(torch.int64).sum(dim=1) - 1
+                x = _block(cast(OpenClipBlock, block), x, bias)
+        end = mask.bool().sum(dim=1) - 1
         return self.head(x[torch.arange(len(x), device=x.device), end])
 
 

@@ -68,6 +68,8 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
     config = model_config(name)
     if pretrained is None:
         clip = build_clip(config)
+        if name in TINY_CONFIGS:  # from scratch within minutes: places must stand out from the start (docs/LOG.md)
+            nn.init.normal_(clip.visual.positional_embedding, std=0.5)
     elif name in TINY_CONFIGS:
         raise ValueError(f"the built-in model {name!r} has no pretrained weights; leave pretrained out")
     else:
@@ -173,6 +175,8 @@ def visual_backbone(visual: nn.Module) -> Backbone:
         raise ValueError(f"expected CLS pooling ('tok'); this tower pools by {visual.pool_type!r} or attention")
     if not isinstance(visual.patch_dropout, nn.Identity):
         raise ValueError("patch dropout changes token counts; build the tower with patch_dropout=0")
+    if visual.image_size[0] != visual.image_size[1]:
+        raise ValueError(f"expected a tower for square images; this one takes {visual.image_size} px")
     shape = tower_shape(visual)
     blocks: list[BlockAdapter] = [OpenClipBlock(block) for block in visual.transformer.resblocks]
     return Backbone(ClipEmbed(visual), blocks, ClipHead(visual), shape)
@@ -211,8 +215,7 @@ def visual_from_openai(
     if missing:
         raise ValueError(f"not the visual tower of an OpenAI CLIP ViT: keys {missing} are missing")
     width, _, patch_size, _ = state["conv1.weight"].shape
-    if width % heads:
-        raise ValueError(f"a tower of width {width} cannot have {heads} heads; give a number that divides it")
+    _check_heads(width, heads)
     vision_cfg = {
         "image_size": patch_size * square_side(state["positional_embedding"].shape[0] - 1),
         "patch_size": patch_size,
@@ -239,15 +242,18 @@ def clip_from_openai(
         ValueError: see `visual_from_openai`.
     """
     _, config = visual_from_openai(state, heads, quick_gelu)
-    missing = [key for key in ("token_embedding.weight", "positional_embedding", "ln_final.weight") if key not in state]
+    needed = ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.ln_1.weight", "logit_scale")
+    missing = [key for key in needed if key not in state]
     if missing:
         raise ValueError(f"not a whole OpenAI CLIP: keys {missing} of the text tower are missing")
     vocab_size, text_width = state["token_embedding.weight"].shape
+    text_heads = text_width // 64 if text_heads is None else text_heads
+    _check_heads(text_width, text_heads)
     config["text_cfg"] = {
         "context_length": state["positional_embedding"].shape[0],
         "vocab_size": vocab_size,
         "width": text_width,
-        "heads": text_heads or text_width // 64,
+        "heads": text_heads,
         "layers": _count_blocks(state),
     }
     clip = build_clip(config)
@@ -257,18 +263,24 @@ def clip_from_openai(
     return clip, config
 
 
+def _check_heads(width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise ValueError(f"a tower of width {width} cannot have {heads} heads; give a number that divides it")
+
+
 def _count_blocks(state: Mapping[str, Tensor]) -> int:
     return 1 + max(int(key.split(".")[2]) for key in state if key.startswith("transformer.resblocks."))
 
 
 def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"not an OpenAI CLIP ViT: missing keys {missing}, unexpected keys {unexpected}")
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"not the weights of an OpenAI CLIP ViT: {error}") from error
 
 
 def to_openai_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A converted tower's parameters (names below `embed`, `blocks.N.block`, `head`) under open_clip's names."""
+    """A converted tower's parameters (names below `embed`, `blocks.N[.block]`, `head`) under open_clip's names."""
     exported = {}
     for key, value in state.items():
         for part, theirs in (("embed.", ""), ("head.", ""), ("blocks.", "transformer.resblocks.")):

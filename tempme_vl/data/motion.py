@@ -24,7 +24,7 @@ from typing import Any
 import av
 import numpy as np
 
-VERSION = 1  # raise it with every change to what is rendered or written
+VERSION = 2  # raise it with every change to what is rendered or written
 SIZE = 64
 FPS = 8
 NUM_FRAMES = 16
@@ -46,12 +46,9 @@ BACKGROUNDS = {"black": (12, 12, 12), "gray": (128, 128, 128), "white": (243, 24
 SHAPES = ("square", "ring", "triangle", "cross")  # a filled circle is hard to tell from a square at 32 pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-MOVE_CAPTIONS = (
-    "a {color} {shape} moves {direction} on a {background} background",
-    "on a {background} background a {color} {shape} is moving {direction}",
-    "the {shape} is {color} and goes {direction} over a {background} background",
-    "a {background} scene in which a {color} {shape} slides {direction}",
-)
+# One sentence a clip, and none about the background: paraphrases, and meanings that seldom meet in a batch, make the
+# contrastive signal for the direction so weak that it takes hours to learn.
+MOVE_CAPTIONS = ("a {color} {shape} moves {direction}",)
 ORDER_CAPTIONS = (
     "a {first} then a {second} on a {background} background",
     "first a {first} and after that a {second} on a {background} background",
@@ -92,12 +89,7 @@ class MoveClip:
         ]
 
     def captions(self) -> list[str]:
-        words = {
-            "color": self.thing.color,
-            "shape": self.thing.shape,
-            "direction": self.direction,
-            "background": self.background,
-        }
+        words = {"color": self.thing.color, "shape": self.thing.shape, "direction": self.direction}
         return [template.format(**words) for template in MOVE_CAPTIONS]
 
 
@@ -192,7 +184,7 @@ def render_motion(
     *,
     seed: int = 0,
     num_train: int = 6000,
-    num_test: int = 288,
+    num_test: int = 96,
     num_order_train: int = 1500,
     num_order_val: int = 300,
     num_order_test: int = 300,
@@ -206,7 +198,7 @@ def render_motion(
         root: a new or empty folder, or one that an earlier call made.
         num_train: "move" clips in MSRVTT_train.9k.csv. The first 7010/9000 of them, MSRVTT's own share, make
             MSRVTT_train.7k.csv; the last 5 % are the questions' validation clips, in no training question.
-        num_test: clips in MSRVTT_JSFUSION_test.csv, one per caption; all captions differ, so 288 at most.
+        num_test: clips in MSRVTT_JSFUSION_test.csv, one per caption; all captions differ, so 96 at most.
         num_order_train, num_order_val, num_order_test: "order" clips, which only the questions ask about.
 
     Raises:
@@ -250,7 +242,7 @@ def _draw_clips(
 ) -> list[Entry]:
     """All clips in the order of their numbers: retrieval training, retrieval test, then the order clips."""
     rng = np.random.default_rng([seed, 0])
-    combinations = list(itertools.product(COLORS, SHAPES, DIRECTIONS, BACKGROUNDS))
+    combinations = list(itertools.product(COLORS, SHAPES, DIRECTIONS))
     if num_test > len(combinations):
         raise ValueError(f"only {len(combinations)} test captions differ: num_test={num_test} is too many")
     first_val = num_train - num_train // 20
@@ -266,13 +258,13 @@ def _draw_clips(
     ]
 
 
-def _random_move(rng: np.random.Generator, color: str, shape: str, direction: str, background: str) -> MoveClip:
+def _random_move(rng: np.random.Generator, color: str, shape: str, direction: str) -> MoveClip:
     # Everything drawn here is independent of the sign of the direction. A long path and little scatter let a
     # small model learn the direction within minutes; at its ends the outline may just leave the frame.
     along, across = rng.uniform(-1.5, 1.5), rng.uniform(-4, 4)
     x, y = (along, across) if direction in ("left", "right") else (across, along)
     thing = Thing(color, shape, x, y, radius=rng.uniform(11, 14))
-    return MoveClip(thing, direction, extent=rng.uniform(15, 17), background=background)
+    return MoveClip(thing, direction, extent=rng.uniform(15, 17), background=_random_background(rng))
 
 
 def _random_order(rng: np.random.Generator) -> OrderClip:
@@ -282,7 +274,11 @@ def _random_order(rng: np.random.Generator) -> OrderClip:
         Thing(color, shape, rng.uniform(-8, 8), rng.uniform(-8, 8), rng.uniform(11, 14))
         for color, shape in zip(colors, shapes, strict=True)
     )
-    return OrderClip(first, second, background=str(rng.choice(list(BACKGROUNDS))))
+    return OrderClip(first, second, background=_random_background(rng))
+
+
+def _random_background(rng: np.random.Generator) -> str:
+    return str(rng.choice(list(BACKGROUNDS)))
 
 
 def _questions(clip: Clip, rng: np.random.Generator) -> list[tuple[str, str]]:

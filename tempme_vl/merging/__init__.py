@@ -9,7 +9,16 @@ from tempme_vl.merging import tempme, tome
 from tempme_vl.merging.base import LayerMerge, TokenMerger
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 
-__all__ = ["METHODS", "LayerMerge", "LayerPlan", "MergeSchedule", "Method", "TokenMerger", "merge_layers"]
+__all__ = [
+    "METHODS",
+    "LayerMerge",
+    "LayerPlan",
+    "MergeSchedule",
+    "Method",
+    "TokenMerger",
+    "find_method",
+    "merge_layers",
+]
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,20 @@ METHODS = {
 }
 
 
+def find_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
 def merge_layers(schedule: MergeSchedule, width: int) -> list[LayerMerge]:
     """The merging modules of every block of a tower of the given width."""
-    method, clips, layers = METHODS[schedule.method], schedule.frames, []
+    method, clips, layers = find_method(schedule.method), schedule.frames, []
     for plan in schedule.plan:
         layers.append(method.layer_merge(plan, clips, width))
         clips //= plan.join or 1

@@ -54,8 +54,8 @@ def schedule(
     for name, percent in (("cross_percent", cross_percent), ("intra_percent", intra_percent)):
         if not isinstance(percent, int) or not 0 <= percent <= 100:
             raise ValueError(f"{name} is a whole number of percent merged, 0..100; got {percent!r}")
-    if r < 0:
-        raise ValueError(f"r counts the pairs merged a frame in each early block and cannot be negative; got {r}")
+    if not isinstance(r, int) or r < 0:
+        raise ValueError(f"r counts the pairs merged a frame in each early block, a whole number >= 0; got {r!r}")
 
     joins = dict(zip(merge_layers, merge_frames, strict=True))
     first_merge = merge_layers[0] if merge_layers else layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -19,11 +20,11 @@ def schedule(layers: int, frames: int, tokens: int, r: int | Sequence[int], pref
         r: for all blocks, or one number a block.
 
     Raises:
-        ValueError: a negative r, or not one number a block.
+        ValueError: a negative or broken r, or not one number a block.
     """
-    wanted = [r] * layers if isinstance(r, int) else list(r)
-    if len(wanted) != layers or min(wanted) < 0:
-        raise ValueError(f"r counts the pairs merged in each of {layers} blocks, none negative; got {r}")
+    wanted = list(r) if isinstance(r, Sequence) else [r] * layers
+    if len(wanted) != layers or not all(isinstance(pairs, int) and pairs >= 0 for pairs in wanted):
+        raise ValueError(f"r counts the pairs merged in each of {layers} blocks, whole and not negative; got {r!r}")
     plan, n = [], tokens
     for pairs in wanted:
         pairs = min(pairs, (n - prefix) // 2)
@@ -40,7 +41,7 @@ class ToMeMerge(TokenMerger):
         self.pairs = pairs
 
     def forward(self, state: TokenState, metric: Tensor) -> TokenState:
-        order = "position" if state.num_prefix else "similarity"
+        order: Literal["position", "similarity"] = "position" if state.num_prefix else "similarity"
         return apply_merge(state, bipartite_match(metric.mean(1), self.pairs, state.num_prefix, order))
 
 

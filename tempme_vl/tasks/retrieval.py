@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from tempme_vl.backbones import open_clip as clip_family
 from tempme_vl.backbones import split_name
 from tempme_vl.frontend import VisualFrontend, make_schedule
 from tempme_vl.merging import MergeSchedule
-from tempme_vl.pretrained import load_model, save_model
+from tempme_vl.pretrained import load_model, load_weights, save_model
 from tempme_vl.tasks.losses import contrastive_loss, gather_rows
 from tempme_vl.text import ClipTextEncoder
 
@@ -30,7 +31,10 @@ class LogitScale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([initial]))
 
     def forward(self) -> Tensor:
-        return _at_least_float32(self.log_scale).clamp(max=MAX_LOGIT_SCALE).exp().squeeze(0)
+        log_scale = _at_least_float32(self.log_scale)
+        # clamped in value only: clamp has no gradient at the limit, where OpenAI's weights start, and none above it
+        clamped = log_scale + (log_scale.clamp(max=MAX_LOGIT_SCALE) - log_scale).detach()
+        return clamped.exp().squeeze(0)
 
 
 class RetrievalModel(nn.Module):
@@ -95,6 +99,12 @@ class RetrievalModel(nn.Module):
         """A dual encoder on a whole OpenAI-named CLIP ViT; arguments and errors as in `VisualFrontend`'s."""
         return _assemble(*clip_family.clip_from_openai(state, heads, text_heads, quick_gelu), schedule)
 
+    def openai_state_dict(self) -> dict[str, Tensor]:
+        """Both towers' weights and the logit scale under open_clip's names, bit for bit; merging is left out."""
+        visual = {f"visual.{key}": value for key, value in self.frontend.openai_state_dict().items()}
+        text = clip_family.to_openai_names(self.text.state_dict())
+        return {**visual, **text, "logit_scale": self.logit_scale.log_scale.detach().squeeze(0)}
+
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes config.json and model.safetensors.
 
@@ -109,14 +119,14 @@ class RetrievalModel(nn.Module):
         """Reads what `save_pretrained` wrote.
 
         Raises:
-            ValueError: a folder without the two files, or one of another kind of model.
+            ValueError: a folder without the two files, one of another kind of model, or weights that do not fit.
         """
         config, state = load_model(directory)
         if config["kind"] != "retrieval":
             raise ValueError(f"expected a retrieval model in {directory}; got one of kind {config['kind']!r}")
         text = ClipTextEncoder(clip_family.build_clip({**config["frontend"], "text_cfg": config["text_cfg"]}))
         model = cls(VisualFrontend.from_config(config["frontend"]), text, config)
-        model.load_state_dict(state)
+        load_weights(model, state, directory)
         return model
 
 
@@ -140,7 +150,7 @@ def create_retrieval_model(
 
 
 def _assemble(
-    clip: nn.Module, config: dict[str, Any], schedule: MergeSchedule, clip_position_std: float = 0.0
+    clip: open_clip.CLIP, config: dict[str, Any], schedule: MergeSchedule, clip_position_std: float = 0.0
 ) -> RetrievalModel:
     text, initial = ClipTextEncoder(clip), clip.logit_scale.item()
     tower = {key: value for key, value in config.items() if key != "text_cfg"}

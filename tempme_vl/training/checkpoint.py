@@ -6,6 +6,7 @@ and is replaced in one step. DeepSpeed's files are pickles: resume only from run
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,31 +20,37 @@ from torch import Tensor, nn
 
 from tempme_vl.training import distributed
 
-LATEST = "latest"
+LATEST, STATE = "latest", "run.json"
 
 
 def save_checkpoint(engine: Any, root: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Writes model, optimizer, schedule, `state` and every rank's random states; all ranks call it.
 
+    A checkpoint that `latest` names already is not written again.
+
     Args:
         root: folder of all checkpoints of a run.
-        state: JSON-like data to give back on loading.
+        state: JSON data for `read_state`.
         keep: how many of the newest checkpoints stay.
     """
     final = root / f"step-{step:08d}"
+    if latest_checkpoint(root) == final:
+        return final
     partial = root / f"{final.name}.partial"
     if distributed.is_main():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
-    engine.save_checkpoint(str(root), tag=partial.name, client_state={"run": state}, save_latest=False)
+    engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
     torch.save(_random_states(), partial / f"random_{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.is_main():
+        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _replace(root / LATEST, lambda path: path.write_text(final.name))
-        for old in sorted(root.glob("step-*[0-9]"))[:-keep]:
+        older = [path for path in root.glob("step-*[0-9]") if path.name < final.name]
+        for old in sorted(older, reverse=True)[keep - 1 :]:
             shutil.rmtree(old)
     distributed.barrier()
     return final
@@ -55,25 +62,23 @@ def latest_checkpoint(root: Path) -> Path | None:
     return root / pointer.read_text().strip() if pointer.is_file() else None
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
-    """Restores what `save_checkpoint` wrote and returns its `state`; all ranks call it.
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The `state` that was given to `save_checkpoint`.
 
     Raises:
-        ValueError: DeepSpeed cannot load it, or it was written by another number of ranks.
+        ValueError: no checkpoint, or not a whole one.
     """
-    written = len(list(checkpoint.glob("random_*.pt")))
-    if written != distributed.world_size():
-        raise ValueError(
-            f"{checkpoint} was written by {written} ranks and {distributed.world_size()} are running; "
-            "resume with the same number, or start anew from the exported weights"
-        )
-    path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if not (checkpoint / STATE).is_file():
+        raise ValueError(f"expected {STATE} in {checkpoint}; let {checkpoint.parent / LATEST} name a whole checkpoint")
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def load_checkpoint(engine: Any, checkpoint: Path) -> None:
+    """Restores engine and random states of the same number of ranks and ZeRO stage; all ranks call it."""
+    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
-        raise ValueError(
-            f"DeepSpeed found nothing to load in {checkpoint}; is it complete, and of the same ZeRO stage?"
-        )
+        raise ValueError(f"DeepSpeed found nothing to load in {checkpoint}; is it complete?")
     _restore_random_states(torch.load(checkpoint / f"random_{distributed.rank()}.pt", weights_only=True))
-    return client_state["run"]
 
 
 def full_state_dict(engine: Any) -> dict[str, Tensor]:

@@ -23,7 +23,13 @@ from tqdm import tqdm
 
 from tempme_vl.training import distributed
 from tempme_vl.training.caching import cached_update
-from tempme_vl.training.checkpoint import full_state_dict, latest_checkpoint, load_checkpoint, save_checkpoint
+from tempme_vl.training.checkpoint import (
+    full_state_dict,
+    latest_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from tempme_vl.training.optim import warmup_cosine
 from tempme_vl.training.sampler import StepSampler
 
@@ -80,7 +86,6 @@ class Trainer:
         self._sampler_options = (num_samples, config.batch_size, config.epochs, config.seed)
         sampler = StepSampler(*self._sampler_options, 0, distributed.rank(), distributed.world_size())
         self.steps_per_epoch, self.total_steps = sampler.steps_per_epoch, sampler.total_steps
-        self.fingerprint = config.fingerprint(num_samples)
         self.step, self.best_score, self.best_step = 0, -math.inf, -1
         self._stop_signal = False
 
@@ -96,6 +101,11 @@ class Trainer:
             lr_scheduler=schedule,
             config=deepspeed_config(config, local_batch // config.chunks, self.device),
         )
+        self.fingerprint = {
+            **config.fingerprint(num_samples),
+            "ranks": distributed.world_size(),
+            "zero_stage": self.engine.zero_optimization_stage(),
+        }
         self._resume()
         self._log = RunLog(config.output, self.step, config.tensorboard) if distributed.is_main() else None
 
@@ -110,6 +120,7 @@ class Trainer:
             batch_sampler=sampler,
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_sigterm,
         )
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
         progress = tqdm(
@@ -156,8 +167,10 @@ class Trainer:
                 self.engine, batch, loss_fn, self.config.chunks, lambda loss: self._require_finite(loss, "loss", batch)
             )
         norm = self.engine.get_global_grad_norm()
-        if norm is not None:
-            self._require_finite(torch.as_tensor(norm), "gradient norm", batch)
+        if norm is None:
+            # ZeRO stage 0 in float32 does not tell it; a gradient that is not finite is in the weights by now
+            norm = torch.stack([weight.detach().sum() for weight in self.engine.module.parameters()]).sum()
+        self._require_finite(torch.as_tensor(norm), "gradient norm", batch)
         self.step += 1
         value = float(loss.detach())
         if self._log:
@@ -214,12 +227,17 @@ class Trainer:
                 f"{self.config.output} holds checkpoints of an earlier run (last: {checkpoint.name}); "
                 "continue it with --resume auto, or give another --output"
             )
-        state = load_checkpoint(self.engine, checkpoint)
-        if state["fingerprint"] != self.fingerprint:
+        state = read_state(checkpoint)
+        there = state["fingerprint"]
+        differing = [
+            f"{key} {there.get(key)}, now {here}" for key, here in self.fingerprint.items() if here != there.get(key)
+        ]
+        if differing:
             raise ValueError(
-                f"{checkpoint} belongs to a run with {state['fingerprint']}, this one has {self.fingerprint}; "
-                "give the same options, or another --output"
+                f"{checkpoint} belongs to a run with {'; '.join(differing)}. Continue it with the same options on the "
+                "same number of ranks, or start anew in another --output"
             )
+        load_checkpoint(self.engine, checkpoint)
         self.step, self.best_score, self.best_step = state["step"], state["best_score"], state["best_step"]
 
     def _on_sigterm(self, *_: Any) -> None:
@@ -280,6 +298,11 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, device: torch.device
             raise ValueError(f'{config.deepspeed} sets {key}; leave it "auto": the recipe\'s options decide')
         filled[key] = value
     return filled
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Schedulers and launchers send SIGTERM to whole process trees; the last checkpoint still needs its loaders."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _to(value: Any, device: torch.device) -> Any:

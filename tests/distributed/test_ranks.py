@@ -1,0 +1,89 @@
+"""Several ranks compute what one computes, at every ZeRO stage, in pieces or whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distributed.runs import STEPS, contrastive_gradient, different_rows, train_cases
+from torch import Tensor
+from training.models import small_model
+from training.processes import run
+
+STAGES = ("zero0", "zero1", "zero2", "zero3", "partitioned", "zero3_offload")
+CASES: dict[str, dict[str, Any]] = {
+    **{stage: {"stage": stage, "optimizer": "sgd"} for stage in STAGES},
+    **{f"{stage} chunks": {"stage": stage, "optimizer": "sgd", "chunks": 2} for stage in ("zero0", "zero1", "zero3")},
+    "partitioned chunks": {"stage": "partitioned", "optimizer": "sgd", "chunks": 4},
+    "zero1 adamw": {"stage": "zero1", "optimizer": "adamw"},
+    "partitioned adamw": {"stage": "partitioned", "optimizer": "adamw"},
+}
+Trained = dict[str, tuple[list[float], dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return run(train_cases, CASES, tmp_path_factory.mktemp("one"))[0]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
+    return run(train_cases, CASES, tmp_path_factory.mktemp("two"), world=2)
+
+
+def assert_same_weights(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one(case: str, one: Trained, two: list[Trained]) -> None:
+    losses, weights = one[case]
+    assert len(losses) == STEPS
+    for rank_losses, rank_weights in (rank[case] for rank in two):
+        assert rank_losses == pytest.approx(losses, rel=1e-5)
+        if CASES[case]["optimizer"] == "sgd":  # Adam divides tiny gradients by themselves
+            assert_same_weights(weights, rank_weights)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "adamw" not in name])
+def test_all_stages_and_chunks_train_the_same(case: str, one: Trained) -> None:
+    assert one[case][0] == pytest.approx(one["zero0"][0], rel=1e-5)
+    assert_same_weights(one[case][1], one["zero0"][1])
+
+
+def test_every_trained_parameter_moved(one: Trained) -> None:
+    model = small_model()
+    schedule = model.frontend.schedule
+    assert schedule.output_tokens < schedule.frames * schedule.tokens
+    _, weights = one["zero0"]
+    before = dict(model.named_parameters())
+    assert before.keys() <= weights.keys()
+    positions = [name for name in before if "clip_position" in name]
+    assert len(positions) == 2
+    for name in (*positions, "logit_scale.log_scale", "text.embed.token_embedding.weight", "frontend.embed.conv1.weight"):
+        assert before[name].detach().abs().max() > 0
+        assert not torch.equal(before[name], weights[name]), name
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradient_of_gathered_loss_equals_the_full_batch(shared: bool, world: int) -> None:
+    (full,) = run(contrastive_gradient, shared)
+    for parts in run(contrastive_gradient, shared, world=world):
+        for name, value in full.items():
+            torch.testing.assert_close(parts[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_masks_change_the_loss() -> None:
+    assert run(contrastive_gradient, False)[0]["loss"] != run(contrastive_gradient, True)[0]["loss"]
+
+
+def test_gathered_rows_keep_rank_order_and_return_their_own_gradient() -> None:
+    first, second = run(different_rows, world=2)
+    weights = torch.arange(12.0).view(4, 3)
+    # times the number of ranks, over which the engine averages
+    assert torch.equal(first, 2 * weights[:2])
+    assert torch.equal(second, 2 * weights[2:])

@@ -1,0 +1,230 @@
+"""eval/retrieval.py on a tiny random model and a few rendered clips."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tempme_vl.data.motion import render_motion
+from tempme_vl.data.retrieval import EvalCaptions, EvalClips
+from tempme_vl.data.video import VideoError
+from tempme_vl.evaluation.metrics import dual_softmax, multi_caption_metrics, retrieval_metrics
+from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report
+from tempme_vl.tasks.retrieval import create_retrieval_model
+
+COMMAND = Path(__file__).parents[2] / "eval" / "retrieval.py"
+CPU = torch.device("cpu")
+NUM_TEST = 7
+render_small = partial(
+    render_motion, num_train=8, num_test=NUM_TEST, num_order_train=0, num_order_val=0, num_order_test=0
+)
+
+
+@pytest.fixture(scope="module")
+def command():
+    spec = importlib.util.spec_from_file_location("eval_retrieval", COMMAND)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return render_small(tmp_path_factory.mktemp("eval") / "motion")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    options = {"r": 1, "merge_layers": (2, 3), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
+    folder = tmp_path_factory.mktemp("eval") / "best"
+    create_retrieval_model("open_clip:tiny", None, "tempme", 4, 0.5, **options).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(command, checkpoint, data):
+    """run(...) -> embeddings and report of the rendered test split, with other options where given."""
+
+    def evaluate(**options):
+        given = {"dataset": "msrvtt", "data_root": data, "sampling": "uniform", "workers": 0, **options}
+        chosen = command.Options(checkpoint, **given)
+        return command.evaluate(chosen, command.read_split(chosen), CPU)
+
+    return evaluate
+
+
+@pytest.fixture
+def one_broken(tmp_path):
+    """Another data set of the same kind whose second test video is cut off."""
+    root = render_small(tmp_path / "motion")
+    file = root / "videos" / "video9.mp4"
+    file.write_bytes(file.read_bytes()[:200])
+    return root
+
+
+def random_embeddings(captions_per_video: list[int], width: int = 6, seed: int = 0) -> Embeddings:
+    generator = torch.Generator().manual_seed(seed)
+    owners = [video for video, count in enumerate(captions_per_video) for _ in range(count)]
+    video, text = (
+        torch.randn(len(captions_per_video), width, generator=generator),
+        torch.randn(len(owners), width, generator=generator),
+    )
+    unit = torch.nn.functional.normalize
+    return Embeddings(unit(video), unit(text), torch.tensor(owners), torch.ones(len(video), dtype=torch.bool))
+
+
+def test_embeddings_and_report_are_those_of_the_functions(run, command, checkpoint, data):
+    embeddings, report = run()
+    options = command.Options(checkpoint, "msrvtt", data)
+    split, model = command.read_split(options), command.RetrievalModel.from_pretrained(checkpoint).eval()
+    preprocess = command.Preprocess.from_dict(model.frontend.config["preprocess"])
+    reader = command.ClipReader(4, command.ClipTransform(preprocess), "uniform", timeout=None, on_broken="raise")
+    captions = EvalCaptions(split, command.ClipTokenizer(32))
+    expected = embed(model, EvalClips(split, reader), captions, captions.video_of_caption, CPU, workers=0)
+    torch.testing.assert_close(embeddings.video, expected.video)
+    torch.testing.assert_close(embeddings.text, expected.text)
+    metrics = retrieval_report(expected)
+    assert metrics["videos"] == NUM_TEST
+    assert {key: report[key] for key in metrics} == metrics
+    assert (report["split"], report["num_frames"]) == ("msrvtt/test_1k", 4)
+    assert report["broken_videos"] == {}
+
+
+def test_motion_is_rendered_where_asked(command, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "render_motion", render_small)
+    monkeypatch.chdir(tmp_path)
+    assert len(command.read_split(command.Options(checkpoint, "motion")).clips) == NUM_TEST
+    assert (tmp_path / "runs" / "motion-data" / "motion.json").is_file()
+
+
+def test_options_that_miss_each_other(command, checkpoint):
+    with pytest.raises(ValueError, match="--dataset jsonl needs --annotations FILE and --video-root"):
+        command.read_split(command.Options(checkpoint, "jsonl"))
+    with pytest.raises(ValueError, match="--dataset didemo needs --data-root"):
+        command.read_split(command.Options(checkpoint, "didemo"))
+
+
+def test_saved_embeddings_are_unit_vectors_and_give_the_metrics(run, command, checkpoint, data, tmp_path):
+    embeddings, report = run()
+    file = tmp_path / "out" / "embeddings.safetensors"
+    split = command.read_split(command.Options(checkpoint, "msrvtt", data))
+    command.save_embeddings(file, embeddings, split)
+    saved = load_file(file)
+    for side in ("video", "text"):
+        torch.testing.assert_close(saved[side].norm(dim=-1), torch.ones(NUM_TEST))
+    assert saved["video_of_caption"].tolist() == list(range(NUM_TEST)) and bool(saved["valid"].all())
+    similarity = saved["text"] @ saved["video"].T
+    assert report["t2v"] == pytest.approx(retrieval_metrics(similarity))
+    assert report["v2t"] == pytest.approx(retrieval_metrics(similarity.T))
+    with safe_open(file, "pt") as stored:
+        assert json.loads(stored.metadata()["video_ids"]) == [clip.video_id for clip in split.clips]
+        assert json.loads(stored.metadata()["captions"]) == [texts[0] for texts in split.captions]
+
+
+@pytest.mark.parametrize("captions_per_video", [[1] * 9, [1, 3, 2, 1, 4, 1, 2, 1, 1]], ids=["one", "several"])
+@pytest.mark.parametrize("use_dual_softmax", [False, True], ids=["plain", "dual softmax"])
+def test_chunk_size_never_matters(captions_per_video, use_dual_softmax):
+    embeddings = random_embeddings(captions_per_video)
+    embeddings.valid[3] = False
+    whole = retrieval_report(embeddings, use_dual_softmax)
+    for chunk in (1, 2, 5, 9):
+        assert retrieval_report(embeddings, use_dual_softmax, chunk) == whole
+
+
+def test_dual_softmax_is_that_of_the_whole_matrix(run):
+    embeddings, report = run(dual_softmax=True)
+    similarity = embeddings.text @ embeddings.video.T
+    assert report["dual_softmax"] is True
+    assert report["t2v"] == pytest.approx(retrieval_metrics(dual_softmax(similarity)))
+    assert report["v2t"] == pytest.approx(retrieval_metrics(dual_softmax(similarity.T)))
+
+    embeddings = random_embeddings([1] * 40)
+    similarity = embeddings.text @ embeddings.video.T
+    report, plain = retrieval_report(embeddings, dual_softmax=True), retrieval_report(embeddings)
+    assert report["t2v"] == pytest.approx(retrieval_metrics(dual_softmax(similarity)))
+    assert report["v2t"] == pytest.approx(retrieval_metrics(dual_softmax(similarity.T)))
+    assert report["t2v"] != plain["t2v"]
+
+
+def test_unreadable_videos_are_counted_and_rank_last(run, command, one_broken):
+    embeddings, report = run(data_root=one_broken)
+    assert embeddings.valid.tolist() == [True, False] + [True] * (NUM_TEST - 2)
+    assert (report["videos"], report["captions"], report["unreadable_videos"]) == (NUM_TEST, NUM_TEST, 1)
+    assert list(report["broken_videos"]) == ["video9"]
+    # the same scores with the broken clip below everything: last as a candidate, and its own caption last for it
+    similarity = embeddings.text @ embeddings.video.T
+    similarity[:, 1] = -2.0
+    assert report["t2v"] == pytest.approx(retrieval_metrics(similarity))
+    by_video = similarity.T.clone()
+    by_video[1] = 0.0
+    by_video[1, 1] = -2.0
+    assert report["v2t"] == pytest.approx(retrieval_metrics(by_video))
+    described = command.describe(report)
+    assert "1 videos could not be read" in described and "could not read video9" in described
+
+
+def test_unreadable_videos_are_an_error_when_asked(run, one_broken):
+    with pytest.raises(VideoError, match=r"video9\.mp4"):
+        run(data_root=one_broken, on_broken="raise")
+
+
+def test_several_captions_give_both_definitions(run, command, data, tmp_path):
+    annotations = tmp_path / "clips.jsonl"
+    lines = [{"file": f"video{i}.mp4", "captions": [f"a thing {i} {j}" for j in range(1 + i % 3)]} for i in range(6)]
+    annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    embeddings, report = run(
+        dataset="jsonl", data_root=None, annotations=annotations, video_root=data / "videos", frame_cache=tmp_path
+    )
+    assert (report["videos"], report["captions"], report["split"]) == (6, 12, "clips/all")
+    expected = multi_caption_metrics(embeddings.text @ embeddings.video.T, embeddings.video_of_caption)
+    for direction, metrics in expected.items():
+        assert report[direction] == pytest.approx(metrics)
+        assert direction in command.describe(report)
+
+
+def test_two_ranks_report_what_one_does(run, checkpoint, one_broken, tmp_path):
+    embeddings, report = run(data_root=one_broken, dual_softmax=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ["--checkpoint", checkpoint, "--dataset", "msrvtt", "--data-root", one_broken, "--sampling", "uniform"]
+    arguments += ["--dual-softmax", "--workers", "0", "--batch-size", "2", "--json", tmp_path / "report.json"]
+    arguments += ["--save-embeddings", tmp_path / "embeddings.safetensors"]
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, COMMAND, *arguments, f"--local_rank={rank}"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    shown = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written.pop("ranks") == 2 and report.pop("ranks") == 1
+    for direction in ("t2v", "v2t"):
+        assert written.pop(direction) == pytest.approx(report.pop(direction))
+    assert written == report
+    saved = load_file(tmp_path / "embeddings.safetensors")
+    torch.testing.assert_close(saved["video"], embeddings.video, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(saved["text"], embeddings.text, atol=1e-5, rtol=1e-5)
+    assert "msrvtt/test_1k: 7 videos" in shown[0] and "over all queries of the split" in shown[0]
+    assert "dual softmax t2v" in shown[0] and "dual softmax" not in shown[1]

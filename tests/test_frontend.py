@@ -1,0 +1,259 @@
+"""The front end as a module: counts, precision, checkpointing, compiling, copying, masks and refusals."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from towers import TINY, random_video, tempme_schedule, tiny_frontend
+
+from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
+from tempme_vl.backbones.open_clip import load_clip, visual_backbone
+from tempme_vl.frontend import masked_mean
+
+SCHEDULES = [
+    MergeSchedule.identity(6, 6, 17),
+    MergeSchedule.tome(6, 6, 17, 2),
+    tempme_schedule(),
+    MergeSchedule.tempme(6, 6, 17, 2, (2, 3, 5), (1, 3, 2), 100, 100),
+]
+FIELDS = ("tokens", "pooled", "size", "frames", "source")
+
+
+def method(schedule: MergeSchedule) -> str:
+    return schedule.method
+
+
+def assert_equal(actual: FrontendOutput, expected: FrontendOutput) -> None:
+    for field in FIELDS:
+        a, b = getattr(actual, field), getattr(expected, field)
+        assert (a is None and b is None) or torch.equal(a, b), field
+
+
+def gradients(frontend: VisualFrontend, output: FrontendOutput) -> dict[str, Tensor]:
+    frontend.zero_grad()
+    (output.pooled.square().sum() + output.tokens.float().mean()).backward()
+    return {name: p.grad.clone() for name, p in frontend.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+def test_predicted_counts_are_the_real_ones(schedule: MergeSchedule) -> None:
+    frontend, seen = tiny_frontend(schedule), []
+    for block in frontend.blocks:
+        block.register_forward_hook(lambda _, __, state: seen.append((state.num_clips, *state.x.shape)))
+    attended = []
+    for block in frontend.blocks:
+        block.block.attn.register_forward_pre_hook(lambda _, inputs: attended.append(inputs[0].shape[1]))
+    output = frontend(random_video(6), trace_source=True)
+    assert [(clips, tokens) for clips, _, tokens, _ in seen] == schedule.token_counts
+    assert all(rows == 2 * clips for clips, rows, _, _ in seen)
+    assert attended == [count.attention for count in schedule.layer_counts]
+    assert output.tokens.shape == (2, schedule.output_tokens, 64)
+    assert output.pooled.shape == (2, 64) and output.frames.shape == (2, 6, 64)
+    assert (output.size.sum(1) == 6 * 17).all()
+    assert torch.equal(output.source[0].bincount(minlength=schedule.output_tokens), output.size[0].flatten().long())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+def test_videos_of_a_batch_do_not_meet(schedule: MergeSchedule) -> None:
+    frontend, video = tiny_frontend(schedule).double(), random_video(6, dtype=torch.float64)
+    both, second = frontend(video), frontend(video[1:])
+    torch.testing.assert_close(both.tokens[1:], second.tokens, rtol=0, atol=1e-12)
+    torch.testing.assert_close(both.pooled[1:], second.pooled, rtol=0, atol=1e-12)
+
+
+def test_tracing_changes_nothing_else() -> None:
+    frontend, video = tiny_frontend(tempme_schedule()), random_video(6)
+    traced, plain = frontend(video, trace_source=True), frontend(video)
+    assert plain.source is None
+    assert torch.equal(traced.tokens, plain.tokens) and torch.equal(traced.pooled, plain.pooled)
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+def test_checkpointing_is_exact(schedule: MergeSchedule, trace: bool) -> None:
+    plain, video = tiny_frontend(schedule), random_video(6)
+    checkpointed = deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    expected, actual = plain(video, trace_source=trace), checkpointed(video, trace_source=trace)
+    assert_equal(actual, expected)
+    expected_grads, actual_grads = gradients(plain, expected), gradients(checkpointed, actual)
+    assert expected_grads.keys() == actual_grads.keys() == dict(plain.named_parameters()).keys()
+    for name, gradient in expected_grads.items():
+        assert torch.equal(actual_grads[name], gradient), name
+
+
+def test_checkpointing_computes_every_block_twice_and_only_when_training() -> None:
+    frontend, calls = tiny_frontend(tempme_schedule()), []
+    frontend.set_grad_checkpointing()
+    frontend.blocks[3].block.attn.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        frontend(random_video(6))
+    assert len(calls) == 1
+    gradients(frontend, frontend(random_video(6)))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+def test_bfloat16_autocast(schedule: MergeSchedule, checkpointing: bool) -> None:
+    frontend, video = tiny_frontend(schedule), random_video(6)
+    expected = frontend(video)
+    frontend.set_grad_checkpointing(checkpointing)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = frontend(video)
+    assert output.size.dtype == torch.float32 and (output.size.sum(1) == 6 * 17).all()
+    cosine = torch.cosine_similarity(output.pooled.float(), expected.pooled, dim=-1)
+    assert (cosine > 0.99).all(), cosine
+    grads = gradients(frontend, output)
+    assert grads.keys() == dict(frontend.named_parameters()).keys()
+    assert all(g.isfinite().all() for g in grads.values())
+    assert frontend.embed.conv1.weight.grad.abs().max() > 0
+
+
+def test_bfloat16_weights() -> None:
+    frontend = tiny_frontend(tempme_schedule()).bfloat16()
+    output = frontend(random_video(6))
+    assert output.tokens.dtype == torch.bfloat16 and output.size.dtype == torch.float32
+    assert output.pooled.isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+def test_float64_agrees_with_float32(schedule: MergeSchedule) -> None:
+    frontend, video = tiny_frontend(schedule), random_video(6)
+    single = frontend(video, trace_source=True)
+    double = frontend.double()(video.double(), trace_source=True)
+    assert double.tokens.dtype == double.pooled.dtype == double.size.dtype == torch.float64
+    assert torch.equal(double.source, single.source)
+    torch.testing.assert_close(single.tokens.double(), double.tokens, rtol=0, atol=1e-5)
+    torch.testing.assert_close(single.pooled.double(), double.pooled, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_into_one_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    frontend, video = tiny_frontend(tempme_schedule()), random_video(6)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(frontend, backend=counter, fullgraph=True)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    expected, actual = frontend(video, mask, trace_source=True), compiled(video, mask, trace_source=True)
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(actual, field), getattr(expected, field), rtol=0, atol=1e-6)
+    expected_grads, actual_grads = gradients(frontend, expected), gradients(frontend, actual)
+    for name, gradient in expected_grads.items():
+        torch.testing.assert_close(actual_grads[name], gradient, rtol=1e-4, atol=1e-5)
+    compiled(random_video(6) + 1, mask, trace_source=True)
+    assert counter.frame_count == 1, "one graph, and no second one for other pixels"
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_are_equal_and_independent(copy) -> None:
+    frontend, video = tiny_frontend(tempme_schedule()), random_video(6)
+    copied = copy(frontend)
+    assert_equal(copied(video, trace_source=True), frontend(video, trace_source=True))
+    nn.init.zeros_(copied.embed.conv1.weight)
+    assert not torch.equal(copied(video).pooled, frontend(video).pooled)
+
+
+def test_every_parameter_is_registered_once() -> None:
+    frontend = tiny_frontend(tempme_schedule())
+    names = [name for name, _ in frontend.named_parameters(remove_duplicate=False)]
+    assert len(names) == len(list(frontend.parameters())) == len(frontend.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_pooled_is_the_masked_mean_of_unit_frames(dtype: torch.dtype) -> None:
+    frontend, video = tiny_frontend(tempme_schedule()), random_video(6)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0], [0] * 6])
+    output = frontend(video, mask.to(dtype))
+    unit = nn.functional.normalize(output.frames, dim=-1)
+    torch.testing.assert_close(output.pooled[0], unit[0, [0, 1, 3]].mean(0))
+    assert torch.equal(output.pooled[1], torch.zeros(64)), "no real frame at all"
+    torch.testing.assert_close(frontend(video).pooled, unit.mean(1))
+    assert torch.equal(frontend(video, 3 * mask.to(torch.float32)).pooled, output.pooled), "nonzero is real"
+    assert torch.equal(frontend(video).tokens, output.tokens), "the mask is used for pooling only"
+
+
+def test_masked_mean_passes_no_gradient_to_padding() -> None:
+    frames = torch.randn(2, 3, 4, requires_grad=True)
+    masked_mean(frames, torch.tensor([[1, 1, 0], [0, 0, 0]])).sum().backward()
+    assert frames.grad[0, :2].ne(0).all() and not frames.grad[0, 2].any() and not frames.grad[1].any()
+
+
+def test_clip_positions_by_layer() -> None:
+    frontend = create_frontend(TINY, num_frames=6, r=2, merge_layers=(2, 4), merge_frames=(2, 3), **PERCENT)
+    assert {layer: tuple(p.shape) for layer, p in frontend.clip_positions.items()} == {"2": (6, 64), "4": (3, 64)}
+    assert not any(p.any() for p in frontend.clip_positions.values())
+    frontend.init_clip_positions(0.5)
+    for position in frontend.clip_positions.values():
+        assert position.requires_grad and 0.3 < position.std() < 0.7
+    assert create_frontend(TINY, method="none").clip_positions == {}
+
+
+PERCENT = {"cross_percent": 40, "intra_percent": 20}
+
+
+def test_create_frontend_by_name() -> None:
+    torch.manual_seed(0)
+    none = create_frontend(TINY, method="none", num_frames=3)
+    assert none.schedule == MergeSchedule.identity(6, 3, 17)
+    tome = create_frontend(TINY, method="tome", num_frames=3, r=2)
+    assert tome.schedule == MergeSchedule.tome(6, 3, 17, 2)
+    tempme = create_frontend(
+        TINY, num_frames=6, clip_position_std=0.5, r=2, merge_layers=(2, 4), merge_frames=(2, 3), **PERCENT
+    )
+    assert tempme.schedule == tempme_schedule()
+    assert all(p.any() for p in tempme.clip_positions.values())
+    assert tempme.gflops() < tome.gflops() * 2 < none.gflops() * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask", "message"),
+    [
+        ((2, 5, 3, 32, 32), None, r"= \(6, 3, 32, 32\); got \(2, 5, 3, 32, 32\). Sample 6 frames"),
+        ((2, 6, 3, 16, 32), None, r"got \(2, 6, 3, 16, 32\). Sample 6 frames and resize them to 32 px"),
+        ((2, 6, 1, 32, 32), None, r"expected video \(B, F, 3, H, W\)"),
+        ((6, 3, 32, 32), None, r"got \(6, 3, 32, 32\)"),
+        ((2, 6, 3, 32, 32), (2, 5), r"expected frame_mask \(2, 6\); got \(2, 5\)"),
+    ],
+)
+def test_wrong_input(shape: tuple[int, ...], mask: tuple[int, ...] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_frontend(tempme_schedule())(torch.zeros(shape), None if mask is None else torch.ones(mask))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [MergeSchedule.identity(5, 6, 17), MergeSchedule.identity(6, 6, 18), MergeSchedule.identity(6, 6, 17, 0)],
+)
+def test_schedule_of_another_tower(schedule: MergeSchedule) -> None:
+    with pytest.raises(ValueError, match=r"has 6 layers and 17 tokens a frame \(1 CLS\); the schedule was made for"):
+        tiny_frontend(schedule)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frames": 5}, r"5 frames do not divide by the joins \[2, 3\]; make the frames a multiple of 6"),
+        ({"merge_layers": (2, 6)}, r"within 0..5 for a tower of 6 layers"),
+        ({"method": "tomme"}, r"unknown method 'tomme'"),
+        ({"method": "tome"}, r"'tome' does not know the options cross_percent, intra_percent, merge_frames"),
+        ({"cross_percent": 0.4}, r"whole number of percent"),
+    ],
+)
+def test_wrong_options(options: dict, message: str) -> None:
+    good = {"num_frames": 6, "r": 2, "merge_layers": (2, 4), "merge_frames": (2, 3), **PERCENT}
+    with pytest.raises(ValueError, match=message):
+        create_frontend(TINY, **{**good, **options})
+
+
+def test_a_front_end_of_unknown_origin_cannot_be_saved(tmp_path) -> None:
+    clip, _ = load_clip("tiny")
+    frontend = VisualFrontend(visual_backbone(clip.visual), tempme_schedule())
+    with pytest.raises(ValueError, match=r"to save a front end, give VisualFrontend the `config`"):
+        frontend.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,82 @@
+"""Imports go downwards only. The table is the whole truth: a new part of the package needs a line here."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = {"state", "matching", "merging", "backbones", "frontend", "text", "pretrained"}
+MAY_IMPORT: dict[str, set[str]] = {
+    # values and pure functions
+    "state": set(),
+    "matching": set(),
+    "pretrained": set(),
+    # what a front end is made of
+    "merging": {"state", "matching"},
+    "backbones": {"state"},
+    "frontend": {"state", "merging", "backbones", "pretrained"},
+    "text": {"backbones"},
+    "__init__": {"state", "merging", "frontend"},
+    # what is made of front ends
+    "tasks": CORE,
+    "evaluation": CORE | {"tasks"},
+    # side shelves, which know no model and not each other
+    "data": set(),
+    "training": set(),
+}
+SCRIPTS = ("recipes", "eval")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere, `from a import b` as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively; write the package's name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(name: str) -> str:
+    """The part of tempme_vl that a dotted name lies in; what tempme_vl itself offers is its __init__."""
+    names = name.split(".")
+    return names[1] if len(names) > 1 and names[1] in MAY_IMPORT else "__init__"
+
+
+PACKAGE = sorted((ROOT / "tempme_vl").rglob("*.py"))
+SCRIPT_FILES = [path for folder in SCRIPTS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_files_are_found() -> None:
+    assert len(PACKAGE) > 30 and SCRIPT_FILES
+    assert {path.relative_to(ROOT / "tempme_vl").parts[0].removesuffix(".py") for path in PACKAGE} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_package_imports_downwards(path: Path) -> None:
+    own = path.relative_to(ROOT / "tempme_vl").parts[0].removesuffix(".py")
+    used = {part(name) for name in imports(path) if name.split(".")[0] == "tempme_vl"} - {own}
+    assert used <= MAY_IMPORT[own], f"{own} may import {sorted(MAY_IMPORT[own])}, not {sorted(used - MAY_IMPORT[own])}"
+
+
+@pytest.mark.parametrize("path", PACKAGE + SCRIPT_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_are_not_imported_and_everything_else_is_installed(path: Path) -> None:
+    known = set(sys.stdlib_module_names) | set(packages_distributions()) | {"tempme_vl"}
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert not tops & {*SCRIPTS, "tests"}
+    assert tops <= known, sorted(tops - known)
+
+
+def test_the_table_itself_has_no_circle() -> None:
+    done: set[str] = set()
+    while len(done) < len(MAY_IMPORT):
+        ready = {name for name, below in MAY_IMPORT.items() if below <= done} - done
+        assert ready, f"a circle among {sorted(set(MAY_IMPORT) - done)}"
+        done |= ready

@@ -1,0 +1,79 @@
+"""Small towers with random weights, and one that shows which input tokens every output token holds."""
+
+from __future__ import annotations
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from tempme_vl import MergeSchedule, VisualFrontend
+from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
+from tempme_vl.backbones.open_clip import load_clip, visual_backbone
+
+TINY = "open_clip:tiny"  # 6 layers, 17 tokens of width 64 a frame
+
+
+def small_clip(quick_gelu: bool = False, **vision: object) -> open_clip.CLIP:
+    """A CLIP of 4 visual layers and 17 tokens of width 32; `vision` changes its vision_cfg."""
+    torch.manual_seed(0)
+    vision_cfg = {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 8, **vision}
+    text_cfg = {"context_length": 12, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
+    return open_clip.CLIP(16, vision_cfg, text_cfg, quick_gelu)
+
+
+def tiny_frontend(schedule: MergeSchedule) -> VisualFrontend:
+    """The built-in tiny tower, its clip positions random."""
+    torch.manual_seed(0)
+    clip, config = load_clip("tiny")
+    frontend = VisualFrontend(visual_backbone(clip.visual), schedule, config)
+    frontend.init_clip_positions(0.1)
+    return frontend
+
+
+def tempme_schedule(frames: int = 6) -> MergeSchedule:
+    """All steps of TempMe on the tiny tower: ImgMe, two joins, later blocks."""
+    return MergeSchedule.tempme(6, frames, 17, 2, (2, 4), (2, frames // 2), 40, 20)
+
+
+def random_video(frames: int, side: int = 32, videos: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(videos, frames, 3, side, side) standard normal pixels, the same ones each time."""
+    return torch.randn(videos, frames, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+class _CodedEmbed(nn.Module):
+    """Every input token of a video as its own unit vector, beside its pixels (for CLS: the frame's mean patch)."""
+
+    def __init__(self, frames: int, side: int):
+        super().__init__()
+        self.frames, self.side = frames, side
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = nn.functional.unfold(images, 2, stride=2).transpose(1, 2)
+        pixels = torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
+        rows, tokens, _ = pixels.shape
+        codes = torch.eye(self.frames * tokens, dtype=images.dtype).view(self.frames, tokens, -1)
+        return torch.cat([codes.repeat(rows // self.frames, 1, 1), 9 * pixels], dim=-1)
+
+
+class _IdleBlock(BlockAdapter):
+    """Adds nothing; its keys are random projections of the tokens."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("projection", torch.randn(width, 8, dtype=torch.float64))
+
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(x), (x @ self.projection).unflatten(-1, (2, -1)).transpose(1, 2)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def coded_frontend(schedule: MergeSchedule) -> VisualFrontend:
+    """A front end in float64 whose output tokens, times their size, begin with a 1 for each input token they hold."""
+    torch.manual_seed(0)
+    side = round((schedule.tokens - 1) ** 0.5)
+    width = schedule.frames * schedule.tokens + 12
+    blocks: list[BlockAdapter] = [_IdleBlock(width) for _ in schedule.plan]
+    shape = TowerShape(image_size=2 * side, patch_size=2, width=width, heads=2, embed_dim=width)
+    return VisualFrontend(Backbone(_CodedEmbed(schedule.frames, side), blocks, nn.Identity(), shape), schedule).double()

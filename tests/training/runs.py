@@ -1,0 +1,130 @@
+"""What a process does in the tests of the training engine. Each function runs in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training.models import line_trainer
+
+from tempme_vl.training import checkpoint, distributed
+from tempme_vl.training.engine import NonFiniteLossError
+
+
+def mean(features: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
+    return features["y"].mean()
+
+
+def finish(output: Path, stage: str = "zero0", stop: int = 9, **changes: Any) -> tuple[int, dict[str, Tensor]]:
+    """Trains to step `stop` of 9 and saves; gives the step and the weights."""
+    trainer = line_trainer(output, stage, batch_size=4, **changes)
+    for batch in trainer.batches():
+        if trainer.step == stop:
+            break
+        trainer.update(batch, mean)
+    trainer.save()
+    return trainer.step, {name: weight.clone() for name, weight in trainer.full_state_dict().items()}
+
+
+def refused(output: Path, stage: str = "zero0", **changes: Any) -> str:
+    """The message of the ValueError with which a trainer on this folder is refused."""
+    with pytest.raises(ValueError) as caught:
+        line_trainer(output, stage, **{"batch_size": 4, "resume": "auto", **changes})
+    return str(caught.value)
+
+
+class _BreakGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * float("nan")
+
+
+def break_loss(loss: Tensor) -> Tensor:
+    return loss * float("nan")
+
+
+def break_gradient(loss: Tensor) -> Tensor:
+    return _BreakGradient.apply(loss)
+
+
+def go_wrong(
+    output: Path, stage: str, how: Callable[[Tensor], Tensor], chunks: int, bad_rank: int
+) -> tuple[str, list[str]]:
+    """The error when step 4 goes wrong on one rank, the last checkpoint being of step 3; and that batch's names."""
+    trainer = line_trainer(output, stage, batch_size=4, save_every=3, chunks=chunks)
+    names: list[str] = []
+
+    def loss_fn(features: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
+        loss = mean(features, batch)
+        return how(loss) if trainer.step == 4 and distributed.rank() == bad_rank else loss
+
+    with pytest.raises(NonFiniteLossError) as caught:
+        for batch in trainer.batches():
+            names = batch["name"]
+            trainer.update(batch, loss_fn)
+    return str(caught.value), names
+
+
+def die_while_saving(output: Path, place: str) -> None:
+    """Trains with a checkpoint at step 3 and is killed while it writes the one of step 6.
+
+    Args:
+        place: "_random_states", before all files are there, or "_replace", between the two renames.
+    """
+    trainer = line_trainer(output, batch_size=4, save_every=3)
+    original = getattr(checkpoint, place)
+
+    def deadly(*args: Any) -> Any:
+        if trainer.step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(checkpoint, place, deadly)
+    for batch in trainer.batches():
+        trainer.update(batch, mean)
+
+
+def saved_states(root: Path) -> list[str]:
+    """Saves five fake checkpoints beside stale newer ones, and one twice; gives the folders left."""
+
+    class Engine:
+        saved = 0
+
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+            self.saved += 1
+            (Path(folder) / tag / "weights").write_text(tag)
+
+    distributed.initialize()
+    engine = Engine()
+    for stale in ("step-00000030", "step-00000040", "step-00000003.partial"):
+        (root / stale).mkdir(parents=True)
+    for step in (1, 2, 3, 4, 5, 5):
+        folder = checkpoint.save_checkpoint(engine, root, step, {"step": step})
+        assert checkpoint.latest_checkpoint(root) == folder
+        assert checkpoint.read_state(folder) == {"step": step}
+    assert engine.saved == 5
+    shutil.rmtree(root / "step-00000030")
+    return sorted(path.name for path in root.iterdir())
+
+
+def terminate(output: Path, workers: int) -> None:
+    """Gets SIGTERM during step 4, as do its loader processes."""
+    import psutil
+
+    trainer = line_trainer(output, batch_size=4, workers=workers)
+    for batch in trainer.batches():
+        trainer.update(batch, mean)
+        if trainer.step == 4:
+            for process in (*psutil.Process().children(recursive=True), psutil.Process()):
+                process.terminate()

@@ -1,0 +1,51 @@
+"""Parameter groups and the learning-rate curve."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from training.models import small_model
+
+from tempme_vl.tasks.retrieval import freeze_as_clip4clip, is_new_parameter
+from tempme_vl.training.optim import parameter_groups, warmup_cosine
+
+
+def test_each_trainable_parameter_is_in_its_one_group() -> None:
+    model = small_model()
+    freeze_as_clip4clip(model)
+    groups = parameter_groups(model, lr=1e-7, lr_new=1e-4, weight_decay=0.2, is_new=is_new_parameter)
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trainable) < len(list(model.parameters()))
+    assert found.keys() == {id(parameter) for parameter in trainable.values()}
+    for name, parameter in trainable.items():
+        group = found[id(parameter)]
+        assert group["lr"] == (1e-4 if "clip_position" in name else 1e-7), name
+        assert group["weight_decay"] == (0.2 if parameter.ndim >= 2 else 0.0), name
+    assert found[id(model.logit_scale.log_scale)]["weight_decay"] == 0.0
+    assert sum(group["lr"] == 1e-4 for group in groups) == 1
+
+
+def test_nothing_new_gives_no_empty_group() -> None:
+    groups = parameter_groups(torch.nn.Linear(3, 2), 1.0, 2.0, 0.1, lambda name: False)
+    assert [len(group["params"]) for group in groups] == [1, 1]
+
+
+def test_curve_warms_up_peaks_and_ends_at_the_floor() -> None:
+    curve = [warmup_cosine(step, 100, 0.1) for step in range(101)]
+    assert curve[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(curve) == 1.0 == curve[10]
+    assert all(a > b for a, b in zip(curve[10:], curve[11:], strict=False))
+    assert curve[55] == pytest.approx(0.5)
+    assert curve[100] == pytest.approx(0.0)
+    assert warmup_cosine(200, 100, 0.1) == pytest.approx(0.0)
+
+
+def test_curve_without_warmup_and_with_a_floor() -> None:
+    assert warmup_cosine(0, 10, 0.0, 0.1) == 1.0
+    assert warmup_cosine(10, 10, 0.0, 0.1) == pytest.approx(0.1)
+    assert warmup_cosine(5, 10, 0.0, 0.1) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert warmup_cosine(0, 1, 1.0) == 1.0
