@@ -66,7 +66,7 @@ class Options:
     split: str | None = None
     """Default: the test split (msrvtt test_1k, activitynet val_1); jsonl without a test split: all clips."""
     sampling: Literal["fps1", "uniform", "segment"] | None = None
-    """Which frames, as in training. Default: uniform for motion, otherwise fps1 (one a second)."""
+    """Which frames. Default: as in training."""
     dual_softmax: bool = False
     """Reweight scores by a softmax over all queries of the split; named in the report."""
     save_embeddings: Path | None = None
@@ -123,8 +123,8 @@ def read_split(options: Options) -> RetrievalSplit:
 def evaluate(options: Options, split: RetrievalSplit, device: torch.device) -> tuple[Embeddings, dict[str, Any]]:
     """Embeddings and report of a split, all ranks together and the same on every rank."""
     model = RetrievalModel.from_pretrained(options.checkpoint).to(device).eval()
-    captions = EvalCaptions(split, ClipTokenizer(min(split.max_words, model.text.context_length)))
-    sampling = options.sampling or ("uniform" if options.dataset == "motion" else "fps1")
+    captions = EvalCaptions(split, ClipTokenizer(model.config["input"]["max_words"]))
+    sampling = options.sampling or model.config["input"]["sampling"]
     with tempfile.TemporaryDirectory() as folder:
         # a rank's own log; what it holds goes into the report
         reader = ClipReader(

@@ -16,9 +16,11 @@ Your own clips (one JSON object a line: file, caption or captions, optional star
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +49,7 @@ from tempme_vl.training.engine import TrainConfig, Trainer
 from tempme_vl.training.optim import parameter_groups
 
 RECIPES = Path(__file__).resolve().parent
+BROKEN_VIDEOS = "broken_videos.jsonl"
 DATASET_NAMES = Literal["motion", "msrvtt", "msvd", "activitynet", "didemo", "lsmdc", "jsonl"]
 
 
@@ -54,11 +57,11 @@ DATASET_NAMES = Literal["motion", "msrvtt", "msvd", "activitynet", "didemo", "ls
 class Options:
     """Fine-tune a CLIP dual encoder with TempMe for text-video retrieval.
 
-    Options left out take the preset of the data set: small and from scratch for "motion", CLIP4Clip's published
-    full fine-tuning otherwise. The options in use are written to OUTPUT/options.json.
+    The defaults shown are those of the data set: --help together with --data-root or --dataset shows its own. The
+    options in use are written to OUTPUT/options.json.
     """
 
-    dataset: DATASET_NAMES | None = None
+    dataset: DATASET_NAMES = "msrvtt"
     """Default: motion, the embedded data set; msrvtt as soon as --data-root is given."""
     data_root: Path | None = None
     """Folder of the annotation files (and videos) in their public layout; for motion, where to render it."""
@@ -66,25 +69,25 @@ class Options:
     """Folder of the videos, if it is not below --data-root."""
     annotations: Path | None = None
     """The JSON-lines file of --dataset jsonl."""
-    train_split: str | None = None
-    """For example train_9k (default) or train_7k on MSRVTT."""
+    train_split: str = "train"
+    """For example train_9k or train_7k on MSRVTT."""
     val_split: str | None = None
     """The data set's own validation split, to choose the best epoch by; else see holdout."""
-    test_split: str | None = None
-    """Looked at once, after training. For example test_1k (default) or test_full on MSRVTT."""
-    holdout: int | None = None
-    """Clips taken away from train to choose the best epoch by; 0 takes the last epoch instead."""
+    test_split: str = "test"
+    """Looked at once, after training. For example test_1k or test_full on MSRVTT."""
+    holdout: int = 0
+    """Clips taken away from train to choose the best epoch by; 0 without a val_split takes the last epoch."""
     on_broken: Literal["record", "raise"] = "record"
     """Videos that cannot be read: listed in OUTPUT/broken_videos.jsonl and counted, or an error."""
 
-    model: str | None = None
+    model: str = "open_clip:ViT-B-32-quickgelu"
     """open_clip:NAME, or open_clip:tiny."""
-    pretrained: str | None = None
+    pretrained: str = "openai"
     """open_clip's tag ("openai"), a weights file, or "none" for random weights."""
     method: Literal["tempme", "tome", "none"] = "tempme"
     """none encodes every frame by itself with all its tokens (mean pooling, CLIP4Clip's meanP)."""
     num_frames: int | None = None
-    """Frames sampled from each clip."""
+    """Frames sampled from each clip; default: the data set's usual 12 or 64."""
     r: int | None = None
     """Pairs merged a frame in each early block (ImgMe, ToMe). These five default to the paper's for B/32, B/16."""
     merge_layers: tuple[int, ...] | None = None
@@ -95,42 +98,42 @@ class Options:
     """Percent of tokens merged across clips there."""
     intra_percent: int | None = None
     """Percent of tokens merged inside the clips from there on."""
-    clip_position_std: float | None = None
+    clip_position_std: float = 0.0
     """Clip positions start as N(0, std^2): 0 for pretrained weights, 0.5 from scratch."""
 
-    output: Path | None = None
-    """Run folder. Default: runs/DATASET-METHOD."""
+    output: Path = Path("runs/run")
+    """Run folder."""
     deepspeed_config: Path = RECIPES / "ds" / "zero1.json"
     """zero0, zero1, zero2, zero3, zero3_offload, or your own."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
-    epochs: int | None = None
-    batch_size: int | None = None
+    epochs: int = 5
+    batch_size: int = 128
     """Global: over all ranks."""
     chunks: int = 1
     """Gradient caching: encode a rank's batch in this many pieces, with the exact gradient of the whole."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass to save memory."""
-    lr: float | None = None
+    lr: float = 1e-7
     """Peak rate of pretrained weights."""
-    lr_new: float | None = None
+    lr_new: float = 1e-4
     """Peak rate of new modules (clip positions)."""
-    weight_decay: float | None = None
-    adam_eps: float | None = None
-    """AdamW's epsilon: 1e-6 for pretrained weights; from scratch it drowns the small gradients of a plateau, 1e-8."""
+    weight_decay: float = 0.2
+    adam_eps: float = 1e-6
+    """From scratch 1e-8: a larger one drowns the small gradients of a plateau."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd is plain, for comparing runs exactly."""
-    freeze: Literal["none", "clip4clip"] | None = None
+    freeze: Literal["none", "clip4clip"] = "clip4clip"
     """clip4clip freezes token, position and class embeddings, conv1 and ln_pre, as its authors do."""
-    augment: Literal["none", "randaugment", "crop_flip"] | None = None
+    augment: Literal["none", "randaugment", "crop_flip"] = "randaugment"
     """crop_flip mirrors clips: not where captions say left or right."""
-    sampling: Literal["fps1", "uniform", "segment"] | None = None
+    sampling: Literal["fps1", "uniform", "segment"] = "fps1"
     """Which frames: one a second (TempMe), evenly, or UMT's segments."""
-    frame_cache: str | None = None
+    frame_cache: str = "none"
     """"memory", a folder, or "none": keeps decoded frames, the main speed-up of later epochs."""
     decode_timeout: float | None = 60.0
-    """Seconds after which a decoder is ended."""
-    workers: int | None = None
+    """Seconds after which a decoder is ended; None decodes without a guard."""
+    workers: int = 8
     """Loader processes a rank."""
     seed: int = 0
     save_every: int = 500
@@ -144,66 +147,73 @@ class Options:
     """Set by the deepspeed launcher."""
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+# What differs from the defaults above, which are CLIP4Clip's published full fine-tuning.
+SPLITS: dict[str, dict[str, Any]] = {
     "motion": {
-        "model": "open_clip:tiny",
-        "pretrained": "none",
-        "num_frames": 8,
-        "r": 1,
-        "merge_layers": (0, 1, 2),
-        "merge_frames": (2, 2, 2),
-        "cross_percent": 30,
-        "intra_percent": 10,
-        "clip_position_std": 0.5,
         "train_split": "train_9k",
         "test_split": "test_1k",
         "holdout": 96,
-        "epochs": 6,
-        "batch_size": 48,
-        "lr": 1.5e-3,
-        "lr_new": 1.5e-3,
-        "weight_decay": 0.05,
-        "adam_eps": 1e-8,
-        "freeze": "none",
-        "augment": "none",
-        "sampling": "uniform",
-        "frame_cache": "memory",
-        "workers": 0,
+        "data_root": Path("runs/motion-data"),
     },
-    "published": {
-        "model": "open_clip:ViT-B-32-quickgelu",
-        "pretrained": "openai",
-        "clip_position_std": 0.0,
-        "epochs": 5,
-        "batch_size": 128,
-        "lr": 1e-7,
-        "lr_new": 1e-4,
-        "weight_decay": 0.2,
-        "adam_eps": 1e-6,
-        "freeze": "clip4clip",
-        "augment": "randaugment",
-        "sampling": "fps1",
-        "frame_cache": "none",
-        "workers": 8,
-    },
-    # without a validation split of the data set's own, `holdout` clips are taken away from train
     "msrvtt": {"train_split": "train_9k", "test_split": "test_1k", "holdout": 500},
-    "msvd": {"train_split": "train", "val_split": "val", "test_split": "test", "holdout": 0},
-    "activitynet": {"train_split": "train", "test_split": "val_1", "holdout": 500},
-    "didemo": {"train_split": "train", "val_split": "val", "test_split": "test", "holdout": 0},
-    "lsmdc": {"train_split": "train", "val_split": "val", "test_split": "test", "holdout": 0},
-    "jsonl": {"holdout": 0},
+    "msvd": {"val_split": "val"},
+    "activitynet": {"test_split": "val_1", "holdout": 500},
+    "didemo": {"val_split": "val"},
+    "lsmdc": {"val_split": "val"},
+    "jsonl": {},
+}
+FROM_SCRATCH: dict[str, Any] = {
+    "model": "open_clip:tiny",
+    "pretrained": "none",
+    "num_frames": 8,
+    "r": 1,
+    "merge_layers": (0, 1, 2),
+    "merge_frames": (2, 2, 2),
+    "cross_percent": 30,
+    "intra_percent": 10,
+    "clip_position_std": 0.5,
+    "epochs": 6,
+    "batch_size": 48,
+    "lr": 1.5e-3,
+    "lr_new": 1.5e-3,
+    "weight_decay": 0.05,
+    "adam_eps": 1e-8,
+    "freeze": "none",
+    "augment": "none",
+    "sampling": "uniform",
+    "frame_cache": "memory",
+    "workers": 0,
 }
 
 
+def parse(arguments: list[str] | None = None) -> Options:
+    """Options from the command line, on top of the defaults of their data set and model."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("dataset", "data-root", "model", "method"):
+        first.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
+    given, _ = first.parse_known_args(arguments)
+    dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt")
+    if dataset not in SPLITS:
+        raise ValueError(f"unknown --dataset {dataset}; expected one of {', '.join(SPLITS)}")
+    small = dataset == "motion" or given.model == "open_clip:tiny"
+    preset = {**(FROM_SCRATCH if small else {}), **SPLITS[dataset], "dataset": dataset}
+    output = Path("runs") / f"{dataset}-{given.method or 'tempme'}"
+    options = tyro.cli(Options, args=arguments, default=Options(**preset, output=output))
+    if dataset == "jsonl" and (options.annotations is None or options.video_root is None):
+        raise ValueError("--dataset jsonl needs --annotations FILE and --video-root FOLDER")
+    if dataset != "jsonl" and options.data_root is None:
+        raise ValueError(f"--dataset {dataset} needs --data-root, the folder of its annotation files")
+    return options
+
+
 def main(options: Options) -> None:
-    options = fill(options)
     device = distributed.initialize()
     torch.manual_seed(options.seed)
     train, val, test = read_splits(options)
     model = build_model(options, train).to(device)
     preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])
     tokenizer = ClipTokenizer(min(train.max_words, model.text.context_length))
+    model.config["input"] = {"sampling": options.sampling, "max_words": tokenizer.max_words}
     reader = build_reader(options, ClipTransform(preprocess), model.frontend.schedule.frames)
     train_reader = replace(reader, transform=ClipTransform(preprocess, options.augment))
 
@@ -248,61 +258,43 @@ def main(options: Options) -> None:
         "train_seconds": seconds,
         "train_steps": trainer.step - start_step,
         "ranks": distributed.world_size(),
-        "broken_videos": broken_clips(reader.broken_log),
+        "broken_videos": broken_clips(options.output / BROKEN_VIDEOS),
     }
     if distributed.is_main():
         (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         say(f"\n{report['split']}; best epoch chosen on {report['selected_on']}\n{table({options.method: report})}")
         if report["broken_videos"]:
-            say(f"{len(report['broken_videos'])} videos could not be read: {reader.broken_log}")
-
-
-def fill(options: Options) -> Options:
-    """The options with the data set's preset in place of everything left out.
-
-    Raises:
-        ValueError: options that miss each other.
-    """
-    dataset = options.dataset or ("motion" if options.data_root is None else "msrvtt")
-    if dataset == "jsonl" and (options.annotations is None or options.video_root is None):
-        raise ValueError("--dataset jsonl needs --annotations FILE and --video-root FOLDER")
-    if dataset not in ("motion", "jsonl") and options.data_root is None:
-        raise ValueError(f"--dataset {dataset} needs --data-root, the folder of its annotation files")
-    preset = PRESETS["motion"] if dataset == "motion" else {**PRESETS["published"], **PRESETS[dataset]}
-    if options.model == "open_clip:tiny":  # another data set with the small model: train it as motion does
-        small = {key: value for key, value in PRESETS["motion"].items() if "split" not in key and key != "holdout"}
-        preset = {**preset, **small}
-    preset |= {"dataset": dataset, "output": Path("runs") / f"{dataset}-{options.method}"}
-    if dataset == "motion":
-        preset["data_root"] = Path("runs") / "motion-data"
-    left_out = {field.name for field in fields(options) if getattr(options, field.name) is None}
-    return replace(options, **{name: value for name, value in preset.items() if name in left_out})
+            say(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
 
 
 def read_splits(options: Options) -> tuple[RetrievalSplit, RetrievalSplit | None, RetrievalSplit]:
     """Training, validation (or None) and test split."""
     if options.dataset == "jsonl":
-        there = jsonl_splits(options.annotations)
-
-        def read(name: str | None) -> RetrievalSplit:
-            return read_jsonl(options.annotations, options.video_root, name)
-
-        train = read("train" if "train" in there else None)
-        val = read("val") if "val" in there else None
-        test = read("test") if "test" in there else train
+        train, val, test = read_jsonl_splits(options)
     else:
+        assert options.data_root is not None
         if options.dataset == "motion":
             render_motion(options.data_root)
+        root = options.data_root
         dataset = "msrvtt" if options.dataset == "motion" else options.dataset
 
-        def read(name: str | None) -> RetrievalSplit:
-            return load_split(dataset, options.data_root, name, options.video_root)
+        def read(name: str) -> RetrievalSplit:
+            return load_split(dataset, root, name, options.video_root)
 
         train, test = read(options.train_split), read(options.test_split)
         val = read(options.val_split) if options.val_split else None
     if val is None and options.holdout:
         train, val = holdout_validation(train, options.holdout, options.seed)
     return train, val, test
+
+
+def read_jsonl_splits(options: Options) -> tuple[RetrievalSplit, RetrievalSplit | None, RetrievalSplit]:
+    """The file's own splits; without a training split all lines train, without a test split train is tested."""
+    assert options.annotations is not None and options.video_root is not None
+    there = jsonl_splits(options.annotations)
+    read = partial(read_jsonl, options.annotations, options.video_root)
+    train = read("train" if "train" in there else None)
+    return train, read("val") if "val" in there else None, read("test") if "test" in there else train
 
 
 def build_model(options: Options, train: RetrievalSplit) -> RetrievalModel:
@@ -334,7 +326,7 @@ def build_reader(options: Options, transform: ClipTransform, num_frames: int) ->
         # the data set that we rendered ourselves needs no guard around its decoder
         timeout=None if options.dataset == "motion" else options.decode_timeout,
         on_broken=options.on_broken,
-        broken_log=options.output / "broken_videos.jsonl",
+        broken_log=options.output / BROKEN_VIDEOS,
         cache=None if options.frame_cache == "none" else options.frame_cache,
     )
 
@@ -343,7 +335,7 @@ def build_optimizer(options: Options, model: RetrievalModel) -> torch.optim.Opti
     groups = parameter_groups(model, options.lr, options.lr_new, options.weight_decay, is_new_parameter)
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=options.adam_eps)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=options.adam_eps, fused=True)
 
 
 def config(options: Options) -> TrainConfig:
@@ -393,7 +385,7 @@ def announce(
     chosen = {field.name: getattr(options, field.name) for field in fields(options)}
     (options.output / "options.json").write_text(json.dumps(chosen, indent=2, default=str) + "\n")
     if options.dataset == "motion":
-        say(f"No --data-root given: training on the embedded data set motion, in {options.data_root}")
+        say(f"No data set given: training on the embedded data set motion, in {options.data_root}")
     schedule = model.frontend.schedule
     clips, tokens = schedule.token_counts[-1]
     say(
@@ -411,4 +403,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(parse())

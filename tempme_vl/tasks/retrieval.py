@@ -43,7 +43,8 @@ class RetrievalModel(nn.Module):
     Args:
         frontend: the visual tower.
         text: the text tower.
-        config: JSON data with which `from_pretrained` builds both again.
+        config: JSON data with which `from_pretrained` builds both again; its "input" says how clips and captions
+            were sampled and cut in training (sampling, max_words).
         logit_scale: the logarithm of the initial temperature's inverse.
     """
 
@@ -56,7 +57,7 @@ class RetrievalModel(nn.Module):
     ):
         super().__init__()
         self.frontend, self.text, self.logit_scale = frontend, text, LogitScale(logit_scale)
-        self.config = dict(config)
+        self.config: dict[str, Any] = {"input": {"sampling": "fps1", "max_words": 32}, **config}
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encodes what a batch holds of either side; the one way in under DeepSpeed, which hooks this call.
@@ -111,7 +112,8 @@ class RetrievalModel(nn.Module):
         Args:
             state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
         """
-        config = {"kind": "retrieval", "frontend": self.frontend.full_config(), "text_cfg": self.config["text_cfg"]}
+        shared = {key: self.config[key] for key in ("text_cfg", "input")}
+        config = {"kind": "retrieval", "frontend": self.frontend.full_config(), **shared}
         save_model(directory, config, self.state_dict() if state is None else state)
 
     @classmethod

@@ -38,7 +38,8 @@ def save_checkpoint(engine: Any, root: Path, step: int, state: dict[str, Any], k
         return final
     partial = root / f"{final.name}.partial"
     if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in root.glob("step-*.partial"):
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     distributed.barrier()
     engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)

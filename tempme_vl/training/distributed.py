@@ -32,6 +32,8 @@ def initialize() -> torch.device:
         os.environ.update(alone)
     device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
     if device.type == "cpu":
+        # else DeepSpeed compiles an all-reduce for inference at start: half a minute and a compiler, for nothing here
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     else:

@@ -310,4 +310,7 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()  # without a last line that a kill cut off

@@ -33,7 +33,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"a global batch of {batch_size} does not divide over {world} ranks; change --batch-size")
         if num_samples < batch_size:
             raise ValueError(
-                f"a batch of {batch_size} needs as many samples; the training split has {num_samples}; lower --batch-size"
+                f"a batch of {batch_size} needs as many samples; the training split has {num_samples}; "
+                "lower --batch-size"
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.start_step, self.rank, self.world = start_step, rank, world

@@ -63,7 +63,12 @@ def test_every_trained_parameter_moved(one: Trained) -> None:
     assert before.keys() <= weights.keys()
     positions = [name for name in before if "clip_position" in name]
     assert len(positions) == 2
-    for name in (*positions, "logit_scale.log_scale", "text.embed.token_embedding.weight", "frontend.embed.conv1.weight"):
+    for name in (
+        *positions,
+        "logit_scale.log_scale",
+        "text.embed.token_embedding.weight",
+        "frontend.embed.conv1.weight",
+    ):
         assert before[name].detach().abs().max() > 0
         assert not torch.equal(before[name], weights[name]), name
 

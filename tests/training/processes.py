@@ -23,7 +23,7 @@ import torch
 TESTS = Path(__file__).resolve().parents[1]
 RECIPES = TESTS.parent / "recipes"
 SERVER = multiprocessing.get_context("forkserver")
-LIMIT = 120.0
+LIMIT = 90.0
 
 
 def run(function: Callable[..., Any], *args: Any, world: int = 1) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_curve_warms_up_peaks_and_ends_at_the_floor() -> None:
     curve = [warmup_cosine(step, 100, 0.1) for step in range(101)]
     assert curve[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(curve) == 1.0 == curve[10]
-    assert all(a > b for a, b in zip(curve[10:], curve[11:], strict=False))
+    assert all(a > b for a, b in pairwise(curve[10:]))
     assert curve[55] == pytest.approx(0.5)
     assert curve[100] == pytest.approx(0.0)
     assert warmup_cosine(200, 100, 0.1) == pytest.approx(0.0)

@@ -1,0 +1,6 @@
+"""Makes the recipes importable: they are scripts, outside the package."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
