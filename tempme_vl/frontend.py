@@ -18,7 +18,7 @@ from tempme_vl.backbones.base import Backbone, BlockAdapter
 from tempme_vl.merging import LayerMerge, MergeSchedule, find_method, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
 from tempme_vl.pretrained import load_model, load_weights, save_model
-from tempme_vl.state import FrontendOutput, TokenState
+from tempme_vl.state import FrontendOutput, TokenState, at_least_float32
 
 
 class MergedBlock(nn.Module):
@@ -45,12 +45,15 @@ class VisualFrontend(nn.Module):
         config: how to build the same tower again (see `from_pretrained`); needed only for saving.
 
     Raises:
-        ValueError: a schedule made for another number of layers or tokens than the backbone's.
+        ValueError: a schedule made for another number of layers or tokens than the backbone's, or a backbone without
+            CLS tokens.
     """
 
     def __init__(self, backbone: Backbone, schedule: MergeSchedule, config: dict[str, Any] | None = None):
         super().__init__()
         layers, tokens = len(backbone.blocks), backbone.shape.tokens
+        if not backbone.shape.num_prefix:
+            raise ValueError("videos are pooled from the CLS tokens of their frames; this backbone has none")
         if (len(schedule.plan), schedule.tokens, schedule.prefix) != (layers, tokens, backbone.shape.num_prefix):
             raise ValueError(
                 f"the backbone has {layers} layers and {tokens} tokens a frame ({backbone.shape.num_prefix} CLS); the "
@@ -87,7 +90,7 @@ class VisualFrontend(nn.Module):
         tokens, size = (t.unflatten(0, (-1, state.num_clips)).flatten(1, 2) for t in (state.x, state.size))
         cls_BFD = state.x[:, : state.num_prefix].unflatten(0, (-1, state.num_clips)).flatten(1, 2)
         frames = self.head(cls_BFD)
-        pooled = masked_mean(F.normalize(frames, dim=-1), frame_mask)
+        pooled = masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask)
         source = state.source
         if source is not None:
             clip = torch.arange(state.num_clips, device=source.device).view(1, -1, 1)

@@ -14,7 +14,17 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 def save_model(directory: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes the two files; the configuration names its "kind" of model."""
+    """Writes the two files; the configuration names its "kind" of model.
+
+    Raises:
+        ValueError: weights of unmerged adapters, which a plain model could not load.
+    """
+    adapters = [key for key in state if ".lora_" in key or ".base_layer." in key]
+    if adapters:
+        raise ValueError(
+            f"{len(adapters)} weights belong to unmerged adapters ({adapters[0]}, ...): merge them first "
+            "(peft's merge_and_unload), or save the adapter with peft's save_pretrained"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}

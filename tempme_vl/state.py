@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class TokenState:
     """Tokens between two steps of the encoder. Immutable: a step returns a new state.

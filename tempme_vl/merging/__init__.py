@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tempme_vl.merging import tempme, tome
-from tempme_vl.merging.base import LayerMerge, TokenMerger
+from tempme_vl.merging.base import LayerMerge, TokenMerger, no_clip_step
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 
 __all__ = [
@@ -29,8 +29,15 @@ class Method:
     layer_merge: Callable[[LayerPlan, int, int], LayerMerge]
 
 
+def _no_merging(plan: LayerPlan, clips: int, width: int) -> LayerMerge:
+    no_clip_step(plan, "none")
+    if plan.after:
+        raise ValueError(f"method 'none' merges nothing; its schedule has {plan}")
+    return LayerMerge(TokenMerger(), TokenMerger())
+
+
 METHODS = {
-    "none": Method(MergeSchedule.identity, lambda plan, clips, width: LayerMerge(TokenMerger(), TokenMerger())),
+    "none": Method(MergeSchedule.identity, _no_merging),
     "tome": Method(MergeSchedule.tome, tome.layer_merge),
     "tempme": Method(MergeSchedule.tempme, tempme.layer_merge),
 }

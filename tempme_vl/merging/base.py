@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from tempme_vl.matching import MergeMap
+from tempme_vl.merging.schedule import LayerPlan
 from tempme_vl.state import TokenState
 
 
@@ -27,6 +28,16 @@ class LayerMerge:
 
     before_attention: TokenMerger
     after_attention: TokenMerger
+
+
+def no_clip_step(plan: LayerPlan, method: str) -> None:
+    """For methods that never join clips: a plan that wants it would make predicted counts a lie.
+
+    Raises:
+        ValueError: the plan joins clips or merges before attention.
+    """
+    if plan.join is not None or plan.before:
+        raise ValueError(f"method {method!r} does not join clips or merge before attention; its schedule has {plan}")
 
 
 def apply_merge(state: TokenState, merge: MergeMap) -> TokenState:

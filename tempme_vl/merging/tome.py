@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from tempme_vl.matching import bipartite_match
-from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge
+from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge, no_clip_step
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 from tempme_vl.state import TokenState
 
@@ -46,4 +46,5 @@ class ToMeMerge(TokenMerger):
 
 
 def layer_merge(plan: LayerPlan, clips: int, width: int) -> LayerMerge:
+    no_clip_step(plan, "tome")
     return LayerMerge(TokenMerger(), ToMeMerge(plan.after) if plan.after else TokenMerger())

@@ -64,6 +64,8 @@ def contrastive_loss(
     Returns:
         the scalar mean of both directions; 0 if no pair is valid.
     """
+    if valid is not None:  # whatever an unreadable video's features are, even NaN, they must not spread
+        video = torch.where(valid[:, None], video, torch.zeros_like(video))
     logits_VT = scale * video @ text.T
     count = len(logits_VT)
     excluded = torch.zeros(count, count, dtype=torch.bool, device=logits_VT.device)

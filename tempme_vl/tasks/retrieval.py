@@ -17,6 +17,7 @@ from tempme_vl.backbones import split_name
 from tempme_vl.frontend import VisualFrontend, make_schedule
 from tempme_vl.merging import MergeSchedule
 from tempme_vl.pretrained import load_model, load_weights, save_model
+from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import contrastive_loss, gather_rows
 from tempme_vl.text import ClipTextEncoder
 
@@ -31,7 +32,7 @@ class LogitScale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([initial]))
 
     def forward(self) -> Tensor:
-        log_scale = _at_least_float32(self.log_scale)
+        log_scale = at_least_float32(self.log_scale)
         # clamped in value only: clamp has no gradient at the limit, where OpenAI's weights start, and none above it
         clamped = log_scale + (log_scale.clamp(max=MAX_LOGIT_SCALE) - log_scale).detach()
         return clamped.exp().squeeze(0)
@@ -77,11 +78,11 @@ class RetrievalModel(nn.Module):
 
     def encode_video(self, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """(B, F, 3, H, W) -> (B, E), L2-normalised; arguments as in `VisualFrontend.forward`."""
-        return F.normalize(_at_least_float32(self.frontend(video, frame_mask).pooled), dim=-1)
+        return F.normalize(self.frontend(video, frame_mask).pooled, dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L) -> (B, E), L2-normalised; arguments as in `ClipTextEncoder.forward`."""
-        return F.normalize(_at_least_float32(self.text(ids, mask)), dim=-1)
+        return F.normalize(at_least_float32(self.text(ids, mask)), dim=-1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in the backward pass."""
@@ -184,7 +185,3 @@ def freeze_as_clip4clip(model: RetrievalModel) -> None:
 def is_new_parameter(name: str) -> bool:
     """Whether a parameter was not in the pretrained model and learns at its own rate: TempMe's clip positions."""
     return ".before_attention." in name or ".after_attention." in name
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
