@@ -121,6 +121,8 @@ class Trainer:
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_ignore_sigterm,
+            # of its own: else every start draws from the global one, and a resumed run is another than an unbroken one
+            generator=torch.Generator().manual_seed(self.config.seed),
         )
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
         progress = tqdm(

@@ -24,10 +24,10 @@ from tempme_vl.tasks.retrieval import RetrievalModel
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MSRVTT's layout with 30 training and 8 test clips."""
+    """MSRVTT's layout with 102 training and 8 test clips."""
     return render_motion(
         tmp_path_factory.mktemp("data") / "motion",
-        num_train=30,
+        num_train=102,
         num_test=8,
         num_order_train=0,
         num_order_val=0,
@@ -204,11 +204,11 @@ def test_broken_clip_is_trained_around_and_reported(clips: Path, tmp_path: Path)
     videos = tmp_path / "videos"
     videos.mkdir()
     for path in (clips / "videos").iterdir():
-        (videos / path.name).write_bytes(b"not a video" if path.stem in ("video2", "video33") else path.read_bytes())
+        (videos / path.name).write_bytes(b"not a video" if path.stem in ("video2", "video103") else path.read_bytes())
     output, log = tmp_path / "run", tmp_path / "log"
     assert run_recipe(log, arguments(clips, output, video_root=videos, holdout=0, method="tome", r=1)) == [0]
     report = json.loads((output / "report.json").read_text())
-    assert set(report["broken_videos"]) == {"video2", "video33"}
+    assert set(report["broken_videos"]) == {"video2", "video103"}
     assert (report["videos"], report["unreadable_videos"]) == (8, 1)
     assert report["selected_on"] == "none: last epoch"
     assert "2 videos could not be read" in log.read_text()

@@ -100,6 +100,7 @@ def _python_path() -> Iterator[None]:
 
 def _become_rank(env: dict[str, str]) -> None:
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # data loaders start as they do in a plain process
     cores = sorted(os.sched_getaffinity(0))
     # one core, hence one thread: threads that wait for each other are slow where other work goes on
     os.sched_setaffinity(0, {cores[int(env["RANK"]) % len(cores)]})

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -119,12 +122,12 @@ def saved_states(root: Path) -> list[str]:
 
 
 def terminate(output: Path, workers: int) -> None:
-    """Gets SIGTERM during step 4, as do its loader processes."""
-    import psutil
-
+    """Gets SIGTERM during step 4, as do its loader processes, from a process that is none of them."""
     trainer = line_trainer(output, batch_size=4, workers=workers)
     for batch in trainer.batches():
         trainer.update(batch, mean)
         if trainer.step == 4:
-            for process in (*psutil.Process().children(recursive=True), psutil.Process()):
-                process.terminate()
+            everyone = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            assert len(everyone) == 1 + workers
+            subprocess.run(["kill", "-TERM", *(str(process.pid) for process in everyone)], check=True)
+            time.sleep(0.2)

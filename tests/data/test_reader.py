@@ -1,0 +1,143 @@
+"""Clips as input: cached, augmented, and accounted for when they cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clips import write_clip
+
+from tempme_vl.data import reader as module
+from tempme_vl.data.reader import ClipReader, broken_clips
+from tempme_vl.data.splits import Clip
+from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.video import VideoError
+
+SMALL = ClipTransform(Preprocess(image_size=32))
+
+
+def make_reader(folder: Path, **changes: Any) -> ClipReader:
+    return ClipReader(
+        **{"num_frames": 4, "transform": SMALL, "timeout": None, "broken_log": folder / "broken"} | changes
+    )
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files decoded so far."""
+    paths: list[Path] = []
+    original = module.read_frames
+
+    def counting(path: Path, *args: Any, **named: Any) -> Any:
+        paths.append(path)
+        return original(path, *args, **named)
+
+    monkeypatch.setattr(module, "read_frames", counting)
+    return paths
+
+
+def test_a_clip_becomes_input(tmp_path: Path) -> None:
+    video, real = make_reader(tmp_path)(Clip("a", write_clip(tmp_path / "a.mp4")))
+    assert real
+    assert (video.shape, video.dtype) == ((4, 3, 32, 32), torch.float32)
+    assert not torch.equal(video[0], video[3])
+
+
+@pytest.mark.parametrize("place", ["memory", "folder"])
+def test_cached_pixels_are_the_same_and_decoded_once(tmp_path: Path, decoded: list[Path], place: str) -> None:
+    cache = "memory" if place == "memory" else tmp_path / "cache"
+    whole = Clip("a", write_clip(tmp_path / "a.mp4"))
+    part = Clip("b", whole.path, start=0.5, end=1.5)
+    plain, cached = make_reader(tmp_path), make_reader(tmp_path, cache=cache)
+    expected = {clip: plain(clip)[0] for clip in (whole, part)}
+    assert not torch.equal(expected[whole], expected[part])
+    decoded.clear()
+    for _ in range(3):
+        for clip in (whole, part):
+            assert torch.equal(cached(clip)[0], expected[clip])
+    assert len(decoded) == 2
+    if place == "folder":  # another process finds it there
+        assert torch.equal(make_reader(tmp_path, cache=cache)(whole)[0], expected[whole])
+        assert len(decoded) == 2
+        assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize("place", ["memory", "folder"])
+def test_cache_notices_a_changed_file_and_other_settings(tmp_path: Path, decoded: list[Path], place: str) -> None:
+    cache = "memory" if place == "memory" else tmp_path / "cache"
+    clip = Clip("a", write_clip(tmp_path / "a.mp4"))
+    cached = make_reader(tmp_path, cache=cache)
+    before = cached(clip)[0]
+    write_clip(clip.path, num_frames=30, fps=5)
+    os.utime(clip.path, ns=(1, 1))
+    after = cached(clip)[0]
+    assert not torch.equal(before, after)
+    assert torch.equal(after, make_reader(tmp_path)(clip)[0])
+    for changes in (
+        {"num_frames": 3},
+        {"sampling": "uniform"},
+        {"transform": ClipTransform(Preprocess(image_size=16))},
+        {"transform": ClipTransform(Preprocess(image_size=32, resize="squash"))},
+        {"transform": ClipTransform(Preprocess(image_size=32, interpolation="bilinear"))},
+    ):
+        other = replace(cached, **changes)
+        assert torch.equal(other(clip)[0], make_reader(tmp_path, **changes)(clip)[0])
+
+
+def test_augmentation_comes_after_the_cache_and_random_frames_bypass_it(tmp_path: Path, decoded: list[Path]) -> None:
+    clip = Clip("a", write_clip(tmp_path / "a.mp4"))
+    augmented = {"transform": ClipTransform(SMALL.preprocess, "randaugment")}
+    cached, plain = make_reader(tmp_path, cache="memory", **augmented), make_reader(tmp_path, **augmented)
+    outputs = []
+    for seed in range(3):
+        video = cached(clip, np.random.default_rng(seed))[0]
+        assert torch.equal(video, plain(clip, np.random.default_rng(seed))[0])
+        outputs.append(video)
+    assert not torch.equal(outputs[0], outputs[1]) or not torch.equal(outputs[0], outputs[2])
+    assert len(decoded) == 1 + 3
+
+    segments = make_reader(tmp_path, cache="memory", sampling="segment")
+    videos = [segments(clip, np.random.default_rng(seed))[0] for seed in range(4)]
+    assert any(not torch.equal(videos[0], video) for video in videos[1:])
+    assert torch.equal(segments(clip)[0], segments(clip)[0])
+
+
+def test_a_broken_clip_is_recorded_once_a_process(tmp_path: Path) -> None:
+    broken, missing = tmp_path / "broken.mp4", tmp_path / "missing.mp4"
+    broken.write_bytes(b"no video")
+    log = tmp_path / "logs" / "broken.jsonl"
+    for cache in (None, "memory"):
+        read = make_reader(tmp_path, broken_log=log, cache=cache)
+        for _ in range(3):
+            for clip in (Clip("b", broken), Clip("m", missing)):
+                video, real = read(clip)
+                assert not real
+                assert (video.shape, video.dtype) == ((4, 3, 32, 32), torch.float32)
+                assert not video.any()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["video_id"] for line in lines] == ["b", "m", "b", "m"]  # two readers, as two processes
+    assert {line["path"] for line in lines} == {str(broken), str(missing)}
+    found = broken_clips(log)
+    assert found.keys() == {"b", "m"}
+    assert all(found.values())
+    assert broken_clips(tmp_path / "none.jsonl") == {}
+
+
+def test_a_broken_clip_is_an_error_by_choice(tmp_path: Path) -> None:
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    read = make_reader(tmp_path, on_broken="raise", broken_log=None)
+    with pytest.raises(VideoError, match=r"b\.mp4: "):
+        read(Clip("b", tmp_path / "b.mp4"))
+
+
+def test_wrong_settings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'raise' or 'record'; got 'ignore'"):
+        make_reader(tmp_path, on_broken="ignore")
+    with pytest.raises(ValueError, match="needs a broken_log"):
+        make_reader(tmp_path, broken_log=None)
