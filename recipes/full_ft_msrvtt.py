@@ -50,6 +50,7 @@ from tempme_vl.training.optim import parameter_groups
 
 RECIPES = Path(__file__).resolve().parent
 BROKEN_VIDEOS = "broken_videos.jsonl"
+MOTION_ROOT = Path("runs/motion-data")
 DATASET_NAMES = Literal["motion", "msrvtt", "msvd", "activitynet", "didemo", "lsmdc", "jsonl"]
 
 
@@ -153,7 +154,8 @@ SPLITS: dict[str, dict[str, Any]] = {
         "train_split": "train_9k",
         "test_split": "test_1k",
         "holdout": 96,
-        "data_root": Path("runs/motion-data"),
+        "data_root": MOTION_ROOT,
+        "frame_cache": str(MOTION_ROOT / "frames"),
     },
     "msrvtt": {"train_split": "train_9k", "test_split": "test_1k", "holdout": 500},
     "msvd": {"val_split": "val"},
@@ -172,7 +174,7 @@ FROM_SCRATCH: dict[str, Any] = {
     "cross_percent": 30,
     "intra_percent": 10,
     "clip_position_std": 0.5,
-    "epochs": 6,
+    "epochs": 7,
     "batch_size": 48,
     "lr": 1.5e-3,
     "lr_new": 1.5e-3,

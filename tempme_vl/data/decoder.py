@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import re
+import signal
 import struct
 import sys
 import threading
@@ -247,6 +248,8 @@ def read_exactly(stream: IO[bytes], length: int) -> bytes:
 
 def serve(handlers: Handlers = HANDLERS) -> None:
     """Answers requests from stdin on stdout until stdin closes."""
+    # launchers send SIGTERM to whole process trees; this process ends with its parent, which may still need it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not enter the protocol
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()

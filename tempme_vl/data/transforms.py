@@ -97,6 +97,8 @@ def resize(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     """
     _check_pixels(pixels)
     size = preprocess.image_size
+    if pixels.shape[1:3] == (size, size):
+        return pixels
 
     def one(image: Image.Image) -> Image.Image:
         if preprocess.resize == "squash":

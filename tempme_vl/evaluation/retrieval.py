@@ -5,6 +5,7 @@ Letters: V clips, Q captions, E embedding width.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,13 @@ def _encode_all(
     # every rank runs the same number of batches, as ZeRO-3 needs: short shards repeat the last item
     per_rank = -(-total // world)
     shard = [min(rank * per_rank + i, total - 1) for i in range(per_rank)]
-    loader = DataLoader(Subset(dataset, shard), batch_size=batch_size, num_workers=workers)
+    loader = DataLoader(
+        Subset(dataset, shard),
+        batch_size=batch_size,
+        num_workers=workers,
+        worker_init_fn=_ignore_sigterm,
+        generator=torch.Generator(),  # of its own: evaluating must not change what training draws
+    )
     parts: dict[str, list[Tensor]] = {name: [] for name in keep}
     for batch in tqdm(loader, desc=f"encode {label}", disable=rank != 0, leave=False, mininterval=2):
         batch = {key: value.to(device) for key, value in batch.items()}
@@ -82,6 +89,11 @@ def _encode_all(
         for name in keep:
             parts[name].append(outputs[name])
     return {name: _gather(torch.cat(tensors), world)[:total].cpu() for name, tensors in parts.items()}
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """A SIGTERM to the process tree is the trainer's to answer; the evaluation that it interrupts still ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _gather(rows: Tensor, world: int) -> Tensor:
