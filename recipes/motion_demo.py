@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -38,12 +39,20 @@ def main(options: Options) -> None:
     for method in METHODS:
         folder = options.output / f"{method}-seed{options.seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        command = ["deepspeed", "--num_accelerators", str(options.ranks), str(RECIPE), "--method", method]
+        ranks = ["--num_accelerators", str(options.ranks), "--master_port", str(free_port())]
+        command = ["deepspeed", *ranks, str(RECIPE), "--method", method]
         command += ["--output", str(folder), "--seed", str(options.seed), "--data-root", "runs/motion-data"]
         subprocess.run([*command, "--dataset", "motion"], check=True)
         reports[method] = json.loads((folder / "report.json").read_text())
     print(table(reports))
     print(f"\n{time.perf_counter() - start:.0f} s in all, seed {options.seed}, {options.ranks} ranks")
+
+
+def free_port() -> int:
+    """A port that nothing else uses, so that the demo runs beside other trainings."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def table(reports: dict[str, dict]) -> str:
