@@ -85,8 +85,9 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> None:
 def full_state_dict(engine: Any) -> dict[str, Tensor]:
     """All parameters whole, in the optimizer's float32 where it holds them so; all ranks call it."""
     module: nn.Module = engine.module
-    state = {key: value for key, value in module.state_dict().items() if key not in dict(module.named_parameters())}
-    for name, parameter in module.named_parameters():
+    parameters = dict(module.named_parameters())
+    state = {name: value for name, value in module.state_dict().items() if name not in parameters}  # buffers
+    for name, parameter in parameters.items():
         full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
         if full is None:
             with deepspeed.zero.GatheredParameters([parameter]):
