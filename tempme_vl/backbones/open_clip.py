@@ -63,7 +63,7 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
         pretrained: None for random weights, a tag such as "openai" or "laion2b_s34b_b79k", or a file's path.
 
     Raises:
-        ValueError: see `model_config`.
+        ValueError: see `model_config`; or weights that open_clip does not know or that do not fit.
     """
     config = model_config(name)
     if pretrained is None:
@@ -73,7 +73,13 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
     elif name in TINY_CONFIGS:
         raise ValueError(f"the built-in model {name!r} has no pretrained weights; leave pretrained out")
     else:
-        clip = open_clip.create_model(name, pretrained=pretrained)
+        try:
+            clip = open_clip.create_model(name, pretrained=pretrained)
+        except RuntimeError as error:
+            raise ValueError(
+                f"open_clip cannot load pretrained={pretrained!r} for {name!r}, expected a tag of this model or the "
+                f"path of its weights: {error}"
+            ) from error
     # what was built counts, not the name: OpenAI weights make open_clip switch to QuickGELU by itself
     quick_gelu = isinstance(clip.visual.transformer.resblocks[0].mlp.gelu, OpenClipQuickGELU)
     built = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}

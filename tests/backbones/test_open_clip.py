@@ -220,3 +220,8 @@ def test_heads_that_do_not_divide(heads: int, text_heads: int | None, wrong: int
 
 def test_square_side() -> None:
     assert [square_side(n * n) for n in (1, 7, 14)] == [1, 7, 14]
+
+
+def test_unknown_weights_are_named() -> None:
+    with pytest.raises(ValueError, match=r"pretrained='nonsense' for 'ViT-B-32'"):
+        load_clip("ViT-B-32", "nonsense")
