@@ -46,8 +46,8 @@ BACKGROUNDS = {"black": (12, 12, 12), "gray": (128, 128, 128), "white": (243, 24
 SHAPES = ("square", "ring", "triangle", "cross")  # a filled circle is hard to tell from a square at 32 pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-# One sentence a clip, and none about the background: paraphrases, and meanings that seldom meet in a batch, make the
-# contrastive signal for the direction so weak that it takes hours to learn.
+# One sentence a clip, and none about the background: with four paraphrases and 288 meanings the direction was not
+# learnt in the minutes that the demo has (docs/LOG.md).
 MOVE_CAPTIONS = ("a {color} {shape} moves {direction}",)
 ORDER_CAPTIONS = (
     "a {first} then a {second} on a {background} background",
