@@ -120,8 +120,6 @@ class Options:
     lr_new: float = 1e-4
     """Peak rate of new modules (clip positions)."""
     weight_decay: float = 0.2
-    adam_eps: float = 1e-6
-    """1e-6 as published for fine-tuning; 1e-8 is what the small model was trained with from scratch."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd is plain, for comparing runs exactly."""
     freeze: Literal["none", "clip4clip"] = "clip4clip"
@@ -169,17 +167,16 @@ FROM_SCRATCH: dict[str, Any] = {
     "pretrained": "none",
     "num_frames": 8,
     "r": 1,
-    "merge_layers": (0, 1, 2),
+    "merge_layers": (2, 3, 4),
     "merge_frames": (2, 2, 2),
     "cross_percent": 30,
     "intra_percent": 10,
     "clip_position_std": 0.5,
-    "epochs": 7,
+    "epochs": 5,
     "batch_size": 48,
-    "lr": 1.5e-3,
-    "lr_new": 1.5e-3,
+    "lr": 1e-3,
+    "lr_new": 1e-3,
     "weight_decay": 0.05,
-    "adam_eps": 1e-8,
     "freeze": "none",
     "augment": "none",
     "sampling": "uniform",
@@ -337,7 +334,7 @@ def build_optimizer(options: Options, model: RetrievalModel) -> torch.optim.Opti
     groups = parameter_groups(model, options.lr, options.lr_new, options.weight_decay, is_new_parameter)
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=options.adam_eps, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def config(options: Options) -> TrainConfig:

@@ -24,7 +24,7 @@ from typing import Any
 import av
 import numpy as np
 
-VERSION = 2  # raise it with every change to what is rendered or written
+VERSION = 3  # raise it with every change to what is rendered or written
 SIZE = 64
 FPS = 8
 NUM_FRAMES = 16
@@ -42,7 +42,7 @@ COLORS = {
     "magenta": (215, 40, 205),
     "cyan": (30, 205, 215),
 }
-BACKGROUNDS = {"black": (12, 12, 12), "gray": (128, 128, 128), "white": (243, 243, 243)}
+BACKGROUNDS = {"black": (12, 12, 12), "navy": (15, 20, 105), "brown": (95, 50, 15)}  # all dark: docs/LOG.md
 SHAPES = ("square", "ring", "triangle", "cross")  # a filled circle is hard to tell from a square at 32 pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 

@@ -43,7 +43,7 @@ def root(tmp_path_factory) -> Path:
 
 def reversible_clips():
     for direction, opposite in OPPOSITE.items():
-        clip = MoveClip(ODD, direction, extent=12.3, background="gray")
+        clip = MoveClip(ODD, direction, extent=12.3, background="navy")
         yield pytest.param(clip, dataclasses.replace(clip, direction=opposite), id=direction)
     other = Thing("yellow", "cross", x=-4.1, y=6.2, radius=9.4)
     yield pytest.param(OrderClip(ODD, other, "black"), OrderClip(other, ODD, "black"), id="order")
@@ -151,7 +151,7 @@ def test_layout_is_that_of_msrvtt(root):
 
 
 def test_captions_of_one_clip_say_what_it_was_rendered_from():
-    clip = MoveClip(ODD, "up", 11.0, "white")
+    clip = MoveClip(ODD, "up", 11.0, "brown")
     for caption in clip.captions():
         assert {"magenta", "triangle", "up"} <= set(caption.split())
     order = OrderClip(ODD, Thing("blue", "ring", 0, 0, 9.0), "black").captions()
