@@ -1,13 +1,24 @@
-"""CLIP's byte-pair tokenizer with a padding mask."""
+"""Tokenizers with padding masks: CLIP's byte pairs and BERT's word pieces; numbers for equal captions."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from open_clip.tokenizer import SimpleTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
+
+PAD, UNKNOWN, START, END, _ = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCABULARY_FILE = "vocab.txt"
 
 
 @dataclass
@@ -29,6 +40,94 @@ class ClipTokenizer:
         # the end token has the highest number; id 0 is both padding and a word, so it cannot tell
         end = int(ids.argmax())
         return ids, (torch.arange(self.max_words) <= end).long()
+
+
+@dataclass
+class WordPieceTokenizer:
+    """A text -> ids and mask, both (max_words,) int64: [CLS], word pieces, then padding, as UMT feeds BERT.
+
+    UMT gives captions (32 words) and questions (25) no [SEP], unlike BERT's own tokenizer; answers (5) end with it.
+    Longer texts are cut at the end, which takes an answer's [SEP] too: a cut answer does not look complete.
+
+    Args:
+        vocab: all pieces; a piece's place is its number. From `bert_vocabulary` or `word_vocabulary`.
+        max_words: pieces kept, [CLS] among them.
+        end: append [SEP].
+
+    Raises:
+        ValueError: max_words below 2, or a vocabulary with a piece twice, without a special token or [PAD] in front.
+    """
+
+    vocab: tuple[str, ...] = field(repr=False)
+    max_words: int = 32
+    end: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_words < 2:
+            raise ValueError(f"max_words counts [CLS] too, so it is at least 2; got {self.max_words}")
+        numbers = {piece: number for number, piece in enumerate(self.vocab)}
+        missing = [token for token in (PAD, UNKNOWN, START, END) if token not in numbers]
+        if missing or numbers[PAD] != 0 or len(numbers) != len(self.vocab):
+            raise ValueError(
+                f"expected distinct pieces with {PAD} first and {UNKNOWN}, {START}, {END} among them; got "
+                f"{len(self.vocab)} pieces, {len(numbers)} distinct, first {self.vocab[:1]}, missing {missing}"
+            )
+        self._tokenizer = Tokenizer(WordPiece(numbers, unk_token=UNKNOWN))
+        self._tokenizer.normalizer, self._tokenizer.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+        self._start, self._end = numbers[START], numbers[END]
+
+    def __call__(self, text: str) -> tuple[Tensor, Tensor]:
+        pieces = self._tokenizer.encode(clean_text(text), add_special_tokens=False).ids
+        words = [self._start, *pieces, *([self._end] if self.end else [])][: self.max_words]
+        ids = torch.zeros(self.max_words, dtype=torch.int64)
+        ids[: len(words)] = torch.tensor(words)
+        return ids, (torch.arange(self.max_words) < len(words)).long()
+
+
+def clean_text(text: str) -> str:
+    """UMT's form of captions, questions and answers: lower case, punctuation deleted, hyphens and slashes as blanks."""
+    text = text.lower().translate(_CLEANING).replace("<person>", "person")
+    return " ".join(text.split())
+
+
+_CLEANING = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
+
+
+def bert_vocabulary(source: str | Path) -> tuple[str, ...]:
+    """The word pieces of a BERT model, in the order of their numbers.
+
+    Args:
+        source: a folder with vocab.txt, or the name of a model on the Hugging Face hub ("bert-base-uncased").
+
+    Raises:
+        ValueError: neither has the file, or the hub cannot be reached.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / VOCABULARY_FILE
+        if not path.is_file():
+            found = sorted(entry.name for entry in folder.iterdir())
+            raise ValueError(f"expected {VOCABULARY_FILE} in {folder}; found {found}")
+    else:
+        try:
+            path = Path(huggingface_hub.hf_hub_download(str(source), VOCABULARY_FILE))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise ValueError(
+                f"expected a folder with {VOCABULARY_FILE}, or a model of the Hugging Face hub that can be reached; "
+                f"got {str(source)!r}: {error}"
+            ) from error
+    # not splitlines: some pieces are line separators of Unicode
+    return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+
+
+def word_vocabulary(texts: Iterable[str]) -> tuple[str, ...]:
+    """Special tokens, then all distinct words of the texts in order: for small models trained from scratch."""
+    normalizer, splitter = BertNormalizer(), BertPreTokenizer()
+    words: set[str] = set()
+    for text in texts:
+        normal = normalizer.normalize_str(clean_text(text))
+        words.update(word for word, _ in splitter.pre_tokenize_str(normal))
+    return (*SPECIAL_TOKENS, *sorted(words))
 
 
 def caption_id(text: str) -> int:

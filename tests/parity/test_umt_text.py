@@ -1,0 +1,57 @@
+"""The text encoder and the fusion layers equal UMT's on seeded weights, rows of padding included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity.umt import UmtCase, umt_cases
+from torch import Tensor
+
+from tempme_vl.text import BertFusion, BertTextEncoder, bert_from_umt, bert_to_umt
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # the references are float32
+CASES = umt_cases("umt_text_*")
+
+
+def models_of(case: UmtCase, dtype: torch.dtype = torch.float32) -> tuple[BertTextEncoder, BertFusion]:
+    text, fusion = bert_from_umt(case.group("w.text_encoder."), heads=case.config["bn"])
+    return text.to(dtype).eval(), fusion.to(dtype).eval()
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    difference = (actual.double() - expected.double()).abs().max().item()
+    assert difference <= TOLERANCE[actual.dtype], f"{what} differs by {difference:.3g}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_text_and_fusion_states(case: UmtCase, dtype: torch.dtype) -> None:
+    (text, fusion), t = models_of(case, dtype), case.tensors
+    mask = t["in.attention_mask"]
+    states = text(t["in.input_ids"], mask)
+    assert_close(states, t["out.text_mode"], "text states")
+
+    keys = fusion.keys_values(t["in.encoder_hidden_states"].to(dtype))
+    tokens = t["in.encoder_attention_mask"]
+    assert_close(fusion(states, mask, keys, tokens), t["out.fusion_mode"], "fusion states")
+    reference = t["out.text_mode"].to(dtype)
+    assert_close(fusion(reference, mask, keys, tokens), t["out.fusion_mode"], "fusion of the reference's states")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sizes_follow_from_the_weights(case: UmtCase) -> None:
+    c, (text, fusion) = case.config, models_of(case)
+    assert len(text.layers) == c["bf"]
+    assert len(fusion.layers) == c["bl"] - c["bf"]
+    assert text.positions == c["bp"]
+    assert fusion.cross_width == case.tensors["in.encoder_hidden_states"].shape[-1]
+    assert text.embeddings.word_embeddings.weight.shape == (c["bv"], c["bh"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_weights_go_back_under_the_same_names(case: UmtCase) -> None:
+    state = case.group("w.text_encoder.")
+    del state["embeddings.position_ids"]
+    actual = bert_to_umt(*models_of(case))
+    assert actual.keys() == state.keys()
+    assert all(torch.equal(actual[name], value) for name, value in state.items())
