@@ -1,6 +1,6 @@
-"""Contrastive loss over the features of all ranks.
+"""Losses of text-video pairs: contrastive ones over the features of all ranks, and matching on hard negatives.
 
-Letters: B pairs on this rank, G = B * world size pairs in all.
+Letters: B pairs on this rank, G = B * world size pairs in all, E embedding width.
 """
 
 from __future__ import annotations
@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from tempme_vl.state import at_least_float32
+
+TEMPERATURE_RANGE = (0.001, 0.5)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -64,22 +68,135 @@ def contrastive_loss(
     Returns:
         the scalar mean of both directions; 0 if no pair is valid.
     """
-    if valid is not None:  # whatever an unreadable video's features are, even NaN, they must not spread
-        video = torch.where(valid[:, None], video, torch.zeros_like(video))
-    logits_VT = scale * video @ text.T
-    count = len(logits_VT)
-    excluded = torch.zeros(count, count, dtype=torch.bool, device=logits_VT.device)
+    excluded = torch.zeros(len(video), len(video), dtype=torch.bool, device=video.device)
     for ids in (video_ids, text_ids):
         if ids is not None:
             excluded |= ids[:, None] == ids[None, :]
-    if valid is not None:
-        excluded |= ~valid[:, None] | ~valid[None, :]
-    excluded = excluded & ~torch.eye(count, dtype=torch.bool, device=logits_VT.device)
-    logits_VT = logits_VT.masked_fill(excluded, float("-inf"))
-    target = torch.arange(count, device=logits_VT.device)
+    logits_VT = _logits(scale * _readable(video, valid), text, excluded, valid)
+    target = torch.arange(len(logits_VT), device=logits_VT.device)
     per_pair = 0.5 * (
         F.cross_entropy(logits_VT, target, reduction="none") + F.cross_entropy(logits_VT.T, target, reduction="none")
     )
-    if valid is None:
-        return per_pair.mean()
-    return (per_pair * valid).sum() / valid.sum().clamp(min=1)
+    return _mean(per_pair, valid)
+
+
+def soft_contrastive_loss(
+    video: Tensor, text: Tensor, temperature: Tensor, ids: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """Symmetric cross-entropy whose targets are uniform over the pairs of equal ids (UMT's VTC).
+
+    Args:
+        video: (G, E) features of all ranks, each the mean over frames of L2-normalised features, itself not
+            normalised again: the product with a caption is then its mean cosine over the frames.
+        text: (G, E) L2-normalised, row i of both belonging together.
+        temperature: a scalar by which similarities are divided.
+        ids: (G,) int64, equal for pairs that are each other's positives.
+        valid: (G,) bool; pairs whose video could not be read are False: neither positive nor negative.
+
+    Returns:
+        the scalar mean of both directions; 0 if no pair is valid.
+    """
+    same = ids[:, None] == ids[None, :]
+    logits_VT = _logits(_readable(video, valid) / temperature, text, torch.zeros_like(same), valid)
+    positives = same & ~logits_VT.isneginf()
+    counts = positives.sum(1)
+    # both masks are symmetric, so the transposed logits have the same targets
+    likelihoods = (logits.log_softmax(1).masked_fill(~positives, 0.0).sum(1) for logits in (logits_VT, logits_VT.T))
+    return _mean(-0.5 * sum(likelihoods) / counts, valid)
+
+
+def _readable(video: Tensor, valid: Tensor | None) -> Tensor:
+    """Whatever an unreadable video's features are, even NaN, they must not spread."""
+    return video if valid is None else torch.where(valid[:, None], video, torch.zeros_like(video))
+
+
+def _logits(video: Tensor, text: Tensor, excluded: Tensor, valid: Tensor | None) -> Tensor:
+    """(G, G) products; -inf beside the diagonal where `excluded` or where one of both videos is unreadable."""
+    if valid is not None:
+        excluded = excluded | ~valid[:, None] | ~valid[None, :]
+    diagonal = torch.eye(len(video), dtype=torch.bool, device=video.device)
+    return (video @ text.T).masked_fill(excluded & ~diagonal, -torch.inf)
+
+
+def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    return values.mean() if valid is None else (values * valid).sum() / valid.sum().clamp(min=1)
+
+
+def negative_weights(similarity: Tensor, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+    """How likely each candidate is drawn as a query's hard negative: the more similar, the likelier (UMT).
+
+    Args:
+        similarity: (B, B) logits, already divided by the temperature; rows are queries, columns candidates.
+        ids: (B,) int64; candidates of a query's own id are no negatives of it.
+        valid: (B,) bool; pairs whose video could not be read are False: they are no negatives and have none.
+
+    Returns:
+        (B, B) float32 or float64 rows for `draw_negatives`, not normalised, without gradient. The row of a query
+        that has no negative (all ids equal, say) is zero throughout.
+    """
+    logits = at_least_float32(similarity.detach())
+    excluded = ids[:, None] == ids[None, :]
+    if valid is not None:
+        unreadable = ~valid[:, None] | ~valid[None, :]
+        # not -inf: a row of nothing else would be NaN
+        logits = logits.masked_fill(unreadable, torch.finfo(logits.dtype).min)
+        excluded = excluded | unreadable
+    # UMT adds 1e-4 within the softmax, which changes nothing; what keeps a row drawable when all of its softmax is on
+    # the positive is a floor far below any weight that counts
+    return logits.softmax(1).clamp(min=1e-30).masked_fill(excluded, 0.0)
+
+
+def draw_negatives(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One candidate per query, drawn in proportion to the rows of `negative_weights`.
+
+    Args:
+        weights: (B, B).
+        generator: on the device of `weights`.
+
+    Returns:
+        (B,) int64. A query without a negative draws its own number, and only such a query does: leave its pair
+        out by `valid` of `matching_loss`.
+    """
+    own = torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
+    rows = torch.where(weights.any(dim=1, keepdim=True), weights, own)
+    return torch.multinomial(rows, 1, generator=generator).squeeze(1)
+
+
+def matching_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Cross-entropy of "these two belong together" (UMT's VTM).
+
+    Args:
+        logits: (3 B, 2), index 1 meaning a match: B matching pairs, then each caption with a negative video, then
+            each video with a negative caption.
+        valid: (3 B,) bool in the same order; pairs that do not count are False.
+
+    Returns:
+        the scalar mean over valid pairs; 0 if there is none.
+
+    Raises:
+        ValueError: logits of another shape.
+    """
+    if logits.ndim != 2 or logits.shape[1] != 2 or len(logits) % 3:
+        raise ValueError(f"expected (3 B, 2) logits: positives and two negatives each; got {tuple(logits.shape)}")
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    labels[: len(logits) // 3] = 1
+    logits = at_least_float32(_readable(logits, valid))
+    return _mean(F.cross_entropy(logits, labels, reduction="none"), valid)
+
+
+class Temperature(nn.Module):
+    """The learnable divisor of similarities, kept within [0.001, 0.5] (UMT).
+
+    UMT writes the limits into the parameter before each step; here they hold for the value alone, which also works
+    where an optimizer keeps its own copy of the weights. Within the limits both are one.
+    """
+
+    def __init__(self, initial: float = 0.07):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor([initial]))
+
+    def forward(self) -> Tensor:
+        temperature = at_least_float32(self.temperature)
+        # clamped in value only: clamp has no gradient beyond a limit, so what got there could not return
+        straight_through = temperature - temperature.detach()
+        return (temperature.detach().clamp(*TEMPERATURE_RANGE) + straight_through).squeeze(0)

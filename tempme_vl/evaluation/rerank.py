@@ -1,0 +1,190 @@
+"""Re-ranking: a matcher that reads a video and a caption together scores the best candidates of a dual encoder.
+
+Letters: V videos, Q captions, M tokens of a video, Dv their width, L caption tokens, D their width, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tempme_vl.evaluation.metrics import captions_of_videos, max_pool_captions, retrieval_metrics
+from tempme_vl.evaluation.retrieval import _gather, _rank_and_world
+
+REST = -100.0
+"""The score of pairs that are not re-ranked (UMT), below every match logit that a trained matcher gives."""
+
+K = TypeVar("K", bound="Keys")
+
+
+class Keys(Protocol):
+    """Cross-attention keys and values of some videos."""
+
+    def select(self: K, index: Tensor) -> K:
+        """Those of the videos `index` (P,) int64, a video as often as it is named."""
+
+
+class Matcher(Protocol[K]):
+    """A model's fusion layers and matching head, in eval mode."""
+
+    def keys_values(self, tokens: Tensor) -> K:
+        """What depends on the videos alone; tokens (n, M, Dv)."""
+
+    def match_logits(self, states: Tensor, mask: Tensor, keys: K) -> Tensor:
+        """(P,) logits of "match" for caption states (P, L, D), mask (P, L), and the keys of P videos."""
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """Scores of both directions on the CPU.
+
+    Attributes:
+        t2v: (Q, V) float32, the match logit where the video is among the caption's candidates, else -100; -inf for
+            videos that could not be read.
+        v2t: (V, Q) float32, the match logit where the caption is among the video's candidates, else -100; -100
+            throughout for a video that could not be read.
+        valid: (V,) bool, False for videos that could not be read.
+        top_k: candidates a query, all if there are fewer.
+        pairs: how many pairs the matcher scored, on all ranks together.
+    """
+
+    t2v: Tensor
+    v2t: Tensor
+    valid: Tensor
+    top_k: int
+    pairs: int
+
+
+@torch.no_grad()
+def rerank(
+    matcher: Matcher[Any],
+    tokens: Tensor,
+    states: Tensor,
+    mask: Tensor,
+    similarity: Tensor,
+    valid: Tensor | None = None,
+    *,
+    device: torch.device,
+    top_k: int = 128,
+    pairs_per_batch: int = 64,
+    videos_per_chunk: int = 16,
+    cache_keys: bool = True,
+    progress: bool = True,
+) -> Reranked:
+    """Scores the `top_k` most similar videos of each caption and captions of each video by the matcher.
+
+    A pair that is a candidate in both directions is scored once. When torch.distributed is initialised each rank
+    scores its share of the videos and gets the whole result; all must call with the same arguments. Shares take
+    different numbers of matcher calls, so the matcher's weights must be whole on each rank (not ZeRO-3 partitions).
+
+    Args:
+        matcher: on `device`.
+        tokens: (V, M, Dv) on the CPU.
+        states: (Q, L, D) on the CPU, as the text layers left them; mask: (Q, L), 1 for words.
+        similarity: (Q, V) of the dual encoder. Among equal similarities the lower number is the candidate.
+        valid: (V,) bool, False for videos that could not be read: they are nobody's candidates.
+        pairs_per_batch: pairs the matcher scores at once.
+        videos_per_chunk: videos whose keys and values are held on the device at once.
+        cache_keys: computes a video's keys and values once; else anew for each of its pairs.
+        progress: shows a bar, on the first rank.
+
+    Raises:
+        ValueError: shapes that do not fit together, numbers below 1, NaN similarities of readable videos.
+    """
+    num_captions, num_videos = len(states), len(tokens)
+    valid = torch.ones(num_videos, dtype=torch.bool) if valid is None else valid.cpu()
+    shapes = (tuple(similarity.shape), tuple(mask.shape), tuple(valid.shape))
+    if shapes != ((num_captions, num_videos), tuple(states.shape[:2]), (num_videos,)):
+        raise ValueError(
+            f"expected similarity (Q, V), mask (Q, L) and valid (V,) for states {tuple(states.shape)} and tokens "
+            f"{tuple(tokens.shape)}; got {shapes}"
+        )
+    if min(top_k, pairs_per_batch, videos_per_chunk) < 1:
+        raise ValueError(
+            f"top_k, pairs_per_batch and videos_per_chunk must be at least 1; got {top_k}, {pairs_per_batch}, "
+            f"{videos_per_chunk}"
+        )
+    similarity = similarity.cpu().masked_fill(~valid, -torch.inf)
+    if similarity.isnan().any():
+        raise ValueError("similarity holds NaN: find the embeddings that are not finite; NaN has no rank")
+    of_captions = _best(similarity, top_k) & valid  # (Q, V)
+    of_videos = _best(similarity.T, top_k) & valid[:, None]  # (V, Q)
+    wanted = of_videos | of_captions.T
+
+    rank, world = _rank_and_world()
+    readable = valid.nonzero().flatten()
+    per_rank = -(-len(readable) // world)
+    share = readable[rank * per_rank : (rank + 1) * per_rank]
+    # a pair that no rank scores stays NaN, which the metrics refuse, rather than a score that looks real
+    scores = torch.full((per_rank, num_captions), torch.nan)
+    bar = tqdm(
+        total=int(wanted[share].sum()), desc="re-rank", unit="pair", disable=rank != 0 or not progress, leave=False
+    )
+    for first in range(0, len(share), videos_per_chunk):
+        videos = share[first : first + videos_per_chunk]
+        rows, texts = wanted[videos].nonzero(as_tuple=True)
+        cached = matcher.keys_values(tokens[videos].to(device)) if cache_keys else None
+        logits = []
+        for row, text in zip(rows.split(pairs_per_batch), texts.split(pairs_per_batch), strict=True):
+            if cached is not None:
+                keys = cached.select(row.to(device))
+            else:
+                keys = matcher.keys_values(tokens[videos[row]].to(device))
+            logits.append(matcher.match_logits(states[text].to(device), mask[text].to(device), keys))
+            bar.update(len(row))
+        scores[first + rows, texts] = torch.cat(logits).float().cpu()
+    bar.close()
+
+    matched = torch.full((num_videos, num_captions), torch.nan)
+    matched[readable] = _gather(scores.to(device), world)[: len(readable)].cpu()
+    return Reranked(
+        t2v=matched.T.where(of_captions, REST).masked_fill(~valid, -torch.inf),
+        v2t=matched.where(of_videos, REST),
+        valid=valid,
+        top_k=top_k,
+        pairs=int(wanted.sum()),
+    )
+
+
+def _best(similarity: Tensor, top_k: int) -> Tensor:
+    """Where each row has its `top_k` highest entries; topk would break ties as it likes, a stable sort does not."""
+    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, order, True)
+
+
+def reranked_report(reranked: Reranked, video_of_caption: Tensor | Sequence[int]) -> dict[str, Any]:
+    """Metrics of both directions, under the keys of `tempme_vl.evaluation.retrieval.retrieval_report`.
+
+    As there, unreadable videos stay in every denominator and are never found, and pairs that share the rest's score
+    are ranked by their expected place.
+
+    Args:
+        video_of_caption: (Q,), the number of each caption's video.
+
+    Returns:
+        that report, with "rerank_top_k" and "rerank_pairs" (pairs that the matcher scored) beside it.
+    """
+    owners = torch.as_tensor(video_of_caption).cpu()
+    num_captions, num_videos = reranked.t2v.shape
+    captions = captions_of_videos(owners, num_videos)
+    own = owners == torch.arange(num_videos)[:, None]
+    v2t = reranked.v2t.masked_fill(own & ~reranked.valid[:, None], -torch.inf)
+    report = {
+        "videos": num_videos,
+        "captions": num_captions,
+        "unreadable_videos": int((~reranked.valid).sum()),
+        "dual_softmax": False,
+        "rerank_top_k": reranked.top_k,
+        "rerank_pairs": reranked.pairs,
+        "t2v": retrieval_metrics(reranked.t2v, owners),
+    }
+    any_caption = retrieval_metrics(v2t, captions)
+    if num_captions == num_videos:  # the two definitions are one
+        return {**report, "v2t": any_caption}
+    max_pooled = retrieval_metrics(max_pool_captions(v2t, owners, num_videos))
+    return {**report, "v2t_any_caption": any_caption, "v2t_max_pooled": max_pooled}
