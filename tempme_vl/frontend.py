@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempme_vl.backbones import FAMILIES, split_name
+from tempme_vl.backbones import FAMILIES, split_name, umt
 from tempme_vl.backbones import open_clip as openai
 from tempme_vl.backbones.base import Backbone, BlockAdapter
 from tempme_vl.merging import LayerMerge, MergeSchedule, find_method, merge_layers
@@ -45,22 +46,22 @@ class VisualFrontend(nn.Module):
         config: how to build the same tower again (see `from_pretrained`); needed only for saving.
 
     Raises:
-        ValueError: a schedule made for another number of layers or tokens than the backbone's, or a backbone without
-            CLS tokens.
+        ValueError: a schedule made for another number of layers or tokens than the backbone's, or for frames apart
+            where the backbone sees them jointly.
     """
 
     def __init__(self, backbone: Backbone, schedule: MergeSchedule, config: dict[str, Any] | None = None):
         super().__init__()
-        layers, tokens = len(backbone.blocks), backbone.shape.tokens
-        if not backbone.shape.num_prefix:
-            raise ValueError("videos are pooled from the CLS tokens of their frames; this backbone has none")
-        if (len(schedule.plan), schedule.tokens, schedule.prefix) != (layers, tokens, backbone.shape.num_prefix):
+        layers, shape = len(backbone.blocks), backbone.shape
+        there = (layers, shape.tokens, shape.num_prefix, shape.joint)
+        if (len(schedule.plan), schedule.tokens, schedule.prefix, schedule.joint) != there:
             raise ValueError(
-                f"the backbone has {layers} layers and {tokens} tokens a frame ({backbone.shape.num_prefix} CLS); the "
-                f"schedule was made for layers={len(schedule.plan)}, tokens={schedule.tokens} ({schedule.prefix} CLS)"
+                f"the backbone has {layers} layers and {shape.tokens} tokens a frame ({shape.num_prefix} CLS), frames "
+                f"{'joint' if shape.joint else 'apart'}; the schedule was made for layers={len(schedule.plan)}, "
+                f"tokens={schedule.tokens} ({schedule.prefix} CLS), {'joint' if schedule.joint else 'apart'}"
             )
         self.shape, self.schedule, self.config = backbone.shape, schedule, config or {}
-        self.embed, self.head = backbone.embed, backbone.head
+        self.embed, self.norm, self.head = backbone.embed, backbone.norm, backbone.head
         merges = merge_layers(schedule, backbone.shape.width)
         self.blocks = nn.ModuleList(
             MergedBlock(cast(BlockAdapter, block), merge) for block, merge in zip(backbone.blocks, merges, strict=True)
@@ -73,7 +74,8 @@ class VisualFrontend(nn.Module):
         Args:
             video: (B, F, 3, H, W) normalised frames, F = schedule.frames, H = W = shape.image_size.
             frame_mask: (B, F), nonzero for real frames; padding frames take part in matching and attention and
-                are left out of `pooled` only, as in the paper's code. Default: all real.
+                are left out of `pooled` only, as in the paper's code. Default: all real. Without CLS tokens a
+                joined clip counts as real if one of its frames is.
             trace_source: also say which input tokens every output token holds.
 
         Raises:
@@ -81,15 +83,14 @@ class VisualFrontend(nn.Module):
         """
         self._check(video, frame_mask)
         x = self.embed(video.flatten(0, 1))
-        state = TokenState.start(x, video.shape[1], self.shape.num_prefix, trace_source)
+        state = TokenState.start(x, self.schedule.clips, self.shape.num_prefix, trace_source)
         for block in self.blocks:
             state = checkpoint(block, state, use_reentrant=False) if self._recompute() else block(state)
         return self._output(state, frame_mask)
 
     def _output(self, state: TokenState, frame_mask: Tensor | None) -> FrontendOutput:
         tokens, size = (t.unflatten(0, (-1, state.num_clips)).flatten(1, 2) for t in (state.x, state.size))
-        cls_BFD = state.x[:, : state.num_prefix].unflatten(0, (-1, state.num_clips)).flatten(1, 2)
-        frames = self.head(cls_BFD)
+        frames = self.head(self._frame_tokens(state))
         pooled = masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask)
         source = state.source
         if source is not None:
@@ -97,6 +98,21 @@ class VisualFrontend(nn.Module):
             source = source.unflatten(0, (-1, state.num_clips))
             source = torch.where(source < 0, source, source + clip * state.x.shape[1]).flatten(1, 2)
         return FrontendOutput(tokens, pooled, size, frames, source)
+
+    def _frame_tokens(self, state: TokenState) -> Tensor:
+        """What stands for each frame before the projection: (B, F, D), or (B, C, D) where clips hold several frames.
+
+        The CLS tokens of a tower that has them; else means of the normed tokens, weighted by their size.
+        """
+        if state.num_prefix:
+            return self.norm(state.x[:, : state.num_prefix]).unflatten(0, (-1, state.num_clips)).flatten(1, 2)
+        x, size = self.norm(state.x), state.size
+        parts = state.num_clips
+        if not state.merged:  # every frame still has its own tokens, whether or not it attended to others
+            parts = self.schedule.frames
+            x, size = (t.unflatten(1, (parts // state.num_clips, -1)).flatten(0, 1) for t in (x, size))
+        size = size.to(x.dtype)
+        return ((x * size).sum(dim=1) / size.sum(dim=1)).unflatten(0, (-1, parts))
 
     def _check(self, video: Tensor, frame_mask: Tensor | None) -> None:
         side = self.shape.image_size
@@ -158,6 +174,35 @@ class VisualFrontend(nn.Module):
         visual, config = openai.visual_from_openai(state, heads, quick_gelu)
         return cls(openai.visual_backbone(visual), schedule, config)
 
+    @classmethod
+    def from_umt_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        heads: int,
+        image_size: int,
+        mode: umt.Mode,
+        schedule: MergeSchedule,
+        positions: umt.Positions = "image",
+        pretrained_frames: int | None = None,
+    ) -> VisualFrontend:
+        """A front end on UMT-named vision weights, in any form of UMT's public files.
+
+        Args:
+            state: with or without the "vision_encoder." prefix; "vision_proj" is used where there is one, else the
+                pooled embedding is as wide as the tower.
+            heads: attention heads (width // 64 in UMT's models).
+            mode: "joint" (all frames attend together) or "clip" (frames apart); the schedule becomes one of that mode.
+            positions, pretrained_frames: see `tempme_vl.backbones.umt.UMTConfig`.
+
+        Raises:
+            ValueError: weights of another family, missing or unknown keys, or a schedule for another tower.
+        """
+        weights, _ = umt.tower_state(state)
+        config = umt.config_of(weights, heads, image_size, schedule.frames, mode, positions, pretrained_frames)
+        backbone = umt.build(config)
+        umt.load(backbone, weights, "the state")
+        return cls(backbone, replace(schedule, joint=mode == "joint"), umt.json_config(config))
+
     def openai_state_dict(self) -> dict[str, Tensor]:
         """The tower's weights under open_clip's names, bit for bit; merging parameters are left out."""
         own = {key: value for key, value in self.state_dict().items() if ".before_attention." not in key}
@@ -200,23 +245,30 @@ class VisualFrontend(nn.Module):
 
 
 def masked_mean(frames: Tensor, frame_mask: Tensor | None) -> Tensor:
-    """Mean over the real frames, zero where there is none: (B, F, E), (B, F) -> (B, E)."""
+    """Mean over the real frames, zero where there is none: (B, C, E), (B, F) -> (B, E).
+
+    Where C < F an embedding stands for F / C neighbouring frames and counts if one of them is real.
+    """
     if frame_mask is None:
         return frames.mean(dim=1)
-    weight = frame_mask.bool().to(frames.dtype).unsqueeze(-1)
+    weight = frame_mask.bool().unflatten(1, (frames.shape[1], -1)).any(dim=2).to(frames.dtype).unsqueeze(-1)
     return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
-# Settings of the paper's Table 1 by the tokens of a frame (B/32, B/16), and its joins by the frames of a video.
-_TEMPME_BY_TOKENS = {
-    50: {"r": 2, "cross_percent": 30, "intra_percent": 10},
-    197: {"r": 10, "cross_percent": 40, "intra_percent": 20},
+# Settings of the paper's Table 1 by the tokens of a frame (CLIP B/32, B/16), and its joins by the frames of a video.
+# UMT B/16 (196) is a fit: the paper gives 111.5 GFLOPs without the setting; this one has 111.48.
+_TEMPME_BY_TOKENS: dict[int, dict[str, Any]] = {
+    50: {"r": 2, "merge_layers": (8, 9, 10), "cross_percent": 30, "intra_percent": 10},
+    197: {"r": 10, "merge_layers": (8, 9, 10), "cross_percent": 40, "intra_percent": 20},
+    196: {"r": 11, "merge_layers": (7, 8, 9), "cross_percent": 40, "intra_percent": 10},
 }
 _TEMPME_JOINS = {12: (2, 2, 3), 64: (4, 4, 4)}
 _TOME_R = {50: 2, 197: 10}
 
 
-def make_schedule(method: str, layers: int, frames: int, tokens: int, prefix: int = 1, **options: Any) -> MergeSchedule:
+def make_schedule(
+    method: str, layers: int, frames: int, tokens: int, prefix: int = 1, joint: bool = False, **options: Any
+) -> MergeSchedule:
     """The schedule of a method for an encoder shape, the paper's settings filled in where it gives any.
 
     Args:
@@ -224,11 +276,16 @@ def make_schedule(method: str, layers: int, frames: int, tokens: int, prefix: in
         options: the method's own, as in `MergeSchedule.tempme` and `MergeSchedule.tome`.
 
     Raises:
-        ValueError: an unknown method or option, or a shape that the paper has no setting for and no options.
+        ValueError: an unknown method or option, one that cannot join the clips of a joint encoder, or a shape that
+            the paper has no setting for and no options.
     """
     build = find_method(method).schedule
-    shape = {"layers": layers, "frames": frames, "tokens": tokens, "prefix": prefix}
+    shape: dict[str, Any] = {"layers": layers, "frames": frames, "tokens": tokens, "prefix": prefix, "joint": joint}
     known = [name for name in inspect.signature(build).parameters if name not in shape]
+    if "joint" not in inspect.signature(build).parameters:
+        if joint:
+            raise ValueError(f"method {method!r} joins frames step by step, but a joint encoder's are one clip already")
+        del shape["joint"]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
@@ -236,9 +293,7 @@ def make_schedule(method: str, layers: int, frames: int, tokens: int, prefix: in
         )
     published: dict[str, Any] = {}
     if method == "tempme":
-        published = dict(_TEMPME_BY_TOKENS.get(tokens, {}))
-        if layers == 12:
-            published["merge_layers"] = (8, 9, 10)
+        published = dict(_TEMPME_BY_TOKENS.get(tokens, {})) if layers == 12 else {}
         if frames in _TEMPME_JOINS:
             published["merge_frames"] = _TEMPME_JOINS[frames]
     elif method == "tome" and tokens in _TOME_R:
@@ -259,26 +314,28 @@ def create_frontend(
     method: str = "tempme",
     num_frames: int = 12,
     clip_position_std: float = 0.0,
-    **schedule_options: Any,
+    **options: Any,
 ) -> VisualFrontend:
     """A front end by name, as `open_clip.create_model` and `timm.create_model` make theirs.
 
     Args:
-        name: "family:model", for example "open_clip:ViT-B-16-quickgelu".
+        name: "family:model", for example "open_clip:ViT-B-16-quickgelu" or "umt:b16".
         pretrained: a tag of the family ("openai"), a file's path, or None for random weights.
         method: "tempme", "tome" or "none".
         num_frames: F.
         clip_position_std: TempMe's clip positions start as N(0, std^2). 0 starts at the pretrained function; a
             tower trained from scratch needs about 0.5.
-        schedule_options: see `make_schedule`.
+        options: those of the method (`make_schedule`) and, for UMT, mode="clip" (frames apart, the default) or
+            "joint" and positions="image" or "joint" (`tempme_vl.backbones.umt.UMTConfig`).
 
     Raises:
         ValueError: see `split_name`, the family's loader and `make_schedule`.
     """
     family, model = split_name(name)
-    backbone, config = FAMILIES[family].load_tower(model, pretrained)
+    tower_options = {key: options.pop(key) for key in FAMILIES[family].TOWER_OPTIONS if key in options}
+    backbone, config = FAMILIES[family].load_tower(model, pretrained, num_frames, **tower_options)
     shape, layers = backbone.shape, len(backbone.blocks)
-    schedule = make_schedule(method, layers, num_frames, shape.tokens, shape.num_prefix, **schedule_options)
+    schedule = make_schedule(method, layers, num_frames, shape.tokens, shape.num_prefix, shape.joint, **options)
     frontend = VisualFrontend(backbone, schedule, config)
     frontend.init_clip_positions(clip_position_std)
     return frontend

@@ -113,7 +113,8 @@ class FrontendOutput:
         tokens: (B, M, D) merged tokens before the final norm; clips in order, CLS tokens first in each clip.
         pooled: (B, E) masked mean of the L2-normalised frame embeddings, not normalised again.
         size: (B, M, 1) float, input tokens held by each token; sums to the number of input tokens.
-        frames: (B, F, E) projected CLS token of each frame, not normalised.
+        frames: (B, F, E) projected CLS token (or mean of the tokens) of each frame, not normalised; (B, C, E) for
+            a tower without CLS tokens whose clips hold several frames.
         source: (B, F*N0) int64 when traced: the output token (0..M-1) that holds each input token, frames
             in order and N0 input tokens a frame (CLS first); -1 for one that was dropped. Else None.
     """

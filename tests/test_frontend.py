@@ -231,7 +231,9 @@ def test_wrong_input(shape: tuple[int, ...], mask: tuple[int, ...] | None, messa
     [MergeSchedule.identity(5, 6, 17), MergeSchedule.identity(6, 6, 18), MergeSchedule.identity(6, 6, 17, 0)],
 )
 def test_schedule_of_another_tower(schedule: MergeSchedule) -> None:
-    with pytest.raises(ValueError, match=r"has 6 layers and 17 tokens a frame \(1 CLS\); the schedule was made for"):
+    with pytest.raises(
+        ValueError, match=r"has 6 layers and 17 tokens a frame \(1 CLS\), frames apart; the schedule was made for"
+    ):
         tiny_frontend(schedule)
 
 

@@ -106,7 +106,7 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit(tmp_path: Path, change: str) -> None:
     retrieval().save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    key = "frontend.head.ln_post.weight"
+    key = "frontend.norm.weight"
     value = state.pop(key)
     if change == "unknown":
         state |= {key: value, "frontend.extra": value.clone()}

@@ -76,4 +76,6 @@ def coded_frontend(schedule: MergeSchedule) -> VisualFrontend:
     width = schedule.frames * schedule.tokens + 12
     blocks: list[BlockAdapter] = [_IdleBlock(width) for _ in schedule.plan]
     shape = TowerShape(image_size=2 * side, patch_size=2, width=width, heads=2, embed_dim=width)
-    return VisualFrontend(Backbone(_CodedEmbed(schedule.frames, side), blocks, nn.Identity(), shape), schedule).double()
+    return VisualFrontend(
+        Backbone(_CodedEmbed(schedule.frames, side), blocks, nn.Identity(), nn.Identity(), shape), schedule
+    ).double()

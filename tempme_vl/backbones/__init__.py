@@ -1,24 +1,31 @@
-"""Encoders by family. A new one is a file with `load_tower` and `build_tower`, and a line in `FAMILIES`."""
+"""Encoders by family. A new one is a file with what `Family` asks for, and a line in `FAMILIES`."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from tempme_vl.backbones import open_clip
+from tempme_vl.backbones import open_clip, umt
 from tempme_vl.backbones.base import Backbone
 
 __all__ = ["FAMILIES", "Family", "split_name"]
 
 
 class Family(Protocol):
-    """What a family's module offers; the configuration is JSON data with at least "family" and "preprocess"."""
+    """What a family's module offers; the configuration is JSON data with at least "family" and "preprocess".
 
-    def load_tower(self, name: str, pretrained: str | None) -> tuple[Backbone, dict[str, Any]]: ...
+    `TOWER_OPTIONS` are the keywords that `load_tower` takes beside the name, the weights and the number of frames.
+    """
+
+    TOWER_OPTIONS: tuple[str, ...]
+
+    def load_tower(
+        self, name: str, pretrained: str | None, num_frames: int, **options: Any
+    ) -> tuple[Backbone, dict[str, Any]]: ...
 
     def build_tower(self, config: dict[str, Any]) -> Backbone: ...
 
 
-FAMILIES: dict[str, Family] = {"open_clip": open_clip}
+FAMILIES: dict[str, Family] = {"open_clip": cast(Family, open_clip), "umt": cast(Family, umt)}
 
 
 def split_name(name: str) -> tuple[str, str]:

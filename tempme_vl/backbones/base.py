@@ -1,6 +1,6 @@
 """What the front end needs of an encoder, whatever library it comes from.
 
-A backbone is three called modules (`embed`, `blocks`, `head`) and its shape. Nobody reads another module's
+A backbone is four called modules (`embed`, `blocks`, `norm`, `head`) and its shape. Nobody reads another module's
 parameters: ZeRO-3 gathers them when a module is called, and LoRA replaces children.
 """
 
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TowerShape:
-    """The numbers of a ViT that counting and checking need; sizes in pixels."""
+    """The numbers of a ViT that counting and checking need; sizes in pixels.
+
+    `joint`: all frames' tokens attend together from the first block on (a space-time ViT).
+    """
 
     image_size: int
     patch_size: int
@@ -27,6 +30,7 @@ class TowerShape:
     quick_gelu: bool = False
     norm_pre: bool = True
     num_prefix: int = 1
+    joint: bool = False
 
     @property
     def tokens(self) -> int:
@@ -34,13 +38,33 @@ class TowerShape:
         return (self.image_size // self.patch_size) ** 2 + self.num_prefix
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention on plain Linear children, so that peft's LoRA on `qkv` just works."""
+class QueryValueBias(nn.Module):
+    """A bias for queries and values and none for keys (BEiT, UMT): (..., 3 D) -> (..., 3 D).
 
-    def __init__(self, width: int, heads: int):
+    Not a full bias that starts at zero for the keys: softmax hides it, so its gradient is rounding noise, which Adam
+    turns into steps of full size, and the keys are what tokens are matched by.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.q, self.v = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return qkv + torch.cat([self.q, torch.zeros_like(self.q), self.v]).to(qkv.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on plain Linear children, so that peft's LoRA on `qkv` just works.
+
+    Args:
+        key_bias: False for queries and values with a bias and keys without.
+    """
+
+    def __init__(self, width: int, heads: int, key_bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
+        self.bias = nn.Identity() if key_bias else QueryValueBias(width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -51,7 +75,7 @@ class SelfAttention(nn.Module):
         Returns:
             the attended tokens (R, N, D), and the keys (R, heads, N, D_head).
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.bias(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if bias is not None:
             bias = bias.to(q.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -88,15 +112,19 @@ class Backbone(nn.Module):
     """An encoder for `VisualFrontend`.
 
     Attributes:
-        embed: (R, 3, H, W) images -> (R, N, D) tokens, positions included.
+        embed: (B*F, 3, H, W) images -> (B*C, N, D) tokens, positions included; C = F, or 1 if it is joint.
         blocks: the `BlockAdapter`s in order.
-        head: (..., D) CLS tokens -> (..., E) projected embeddings.
+        norm: the final norm, (..., D) -> (..., D).
+        head: (..., D) normed CLS tokens, or means of a frame's normed tokens -> (..., E) projected embeddings.
         shape: its `TowerShape`.
     """
 
-    def __init__(self, embed: nn.Module, blocks: list[BlockAdapter], head: nn.Module, shape: TowerShape):
+    def __init__(
+        self, embed: nn.Module, blocks: list[BlockAdapter], norm: nn.Module, head: nn.Module, shape: TowerShape
+    ):
         super().__init__()
-        self.embed, self.blocks, self.head, self.shape = embed, nn.ModuleList(blocks), head, shape
+        self.embed, self.blocks, self.norm, self.head = embed, nn.ModuleList(blocks), norm, head
+        self.shape = shape
 
 
 def square_side(num_patches: int) -> int:

@@ -68,8 +68,6 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
     config = model_config(name)
     if pretrained is None:
         clip = build_clip(config)
-        if name in TINY_CONFIGS:  # from scratch within minutes: places must stand out from the start (docs/LOG.md)
-            nn.init.normal_(clip.visual.positional_embedding, std=0.5)
     elif name in TINY_CONFIGS:
         raise ValueError(f"the built-in model {name!r} has no pretrained weights; leave pretrained out")
     else:
@@ -159,14 +157,14 @@ class ClipEmbed(nn.Module):
 
 
 class ClipHead(nn.Module):
-    """ln_post and projection of CLS tokens: (..., D) -> (..., E)."""
+    """The projection of normed CLS tokens: (..., D) -> (..., E)."""
 
     def __init__(self, visual: VisionTransformer):
         super().__init__()
-        self.ln_post, self.proj = visual.ln_post, visual.proj
+        self.proj = visual.proj
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ln_post(x) @ self.proj
+        return x @ self.proj
 
 
 def visual_backbone(visual: nn.Module) -> Backbone:
@@ -185,7 +183,7 @@ def visual_backbone(visual: nn.Module) -> Backbone:
         raise ValueError(f"expected a tower for square images; this one takes {visual.image_size} px")
     shape = tower_shape(visual)
     blocks: list[BlockAdapter] = [OpenClipBlock(block) for block in visual.transformer.resblocks]
-    return Backbone(ClipEmbed(visual), blocks, ClipHead(visual), shape)
+    return Backbone(ClipEmbed(visual), blocks, visual.ln_post, ClipHead(visual), shape)
 
 
 def tower_shape(visual: VisionTransformer) -> TowerShape:
@@ -286,10 +284,11 @@ def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def to_openai_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A converted tower's parameters (names below `embed`, `blocks.N[.block]`, `head`) under open_clip's names."""
+    """A converted tower's parameters (`embed`, `blocks.N[.block]`, `norm`, `head`, ...) under open_clip's names."""
+    parts = {"embed.": "", "norm.": "ln_post.", "head.": "", "blocks.": "transformer.resblocks."}
     exported = {}
     for key, value in state.items():
-        for part, theirs in (("embed.", ""), ("head.", ""), ("blocks.", "transformer.resblocks.")):
+        for part, theirs in parts.items():
             if key.startswith(part):
                 key = theirs + key[len(part) :].replace(".block.", ".", 1)
                 break
@@ -300,8 +299,11 @@ def to_openai_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return exported
 
 
-def load_tower(name: str, pretrained: str | None) -> tuple[Backbone, dict[str, Any]]:
-    """The visual part of `load_clip` as a backbone, with its configuration."""
+TOWER_OPTIONS = ()
+
+
+def load_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Backbone, dict[str, Any]]:
+    """The visual part of `load_clip` as a backbone, with its configuration; it takes any number of frames."""
     clip, config = load_clip(name, pretrained)
     return visual_backbone(clip.visual), config
 

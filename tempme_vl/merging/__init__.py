@@ -56,7 +56,7 @@ def find_method(name: str) -> Method:
 
 def merge_layers(schedule: MergeSchedule, width: int) -> list[LayerMerge]:
     """The merging modules of every block of a tower of the given width."""
-    method, clips, layers = find_method(schedule.method), schedule.frames, []
+    method, clips, layers = find_method(schedule.method), schedule.clips, []
     for plan in schedule.plan:
         layers.append(method.layer_merge(plan, clips, width))
         clips //= plan.join or 1

@@ -38,10 +38,11 @@ class MergeSchedule:
 
     Attributes:
         method: name in `tempme_vl.merging.METHODS`, which builds the modules.
-        frames: F, clips at the start.
+        frames: F.
         tokens: N, tokens of a frame at the start, CLS included.
         plan: one `LayerPlan` a block.
         prefix: P, CLS tokens of a frame (0 or 1).
+        joint: all frames are one clip from the start (UMT's joint space-time attention), and not F clips.
 
     Raises:
         ValueError: frames that the joins do not divide, or more pairs than a clip's tokens can form.
@@ -52,6 +53,7 @@ class MergeSchedule:
     tokens: int
     plan: tuple[LayerPlan, ...]
     prefix: int = 1
+    joint: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.tokens <= self.prefix or not self.plan:
@@ -59,7 +61,12 @@ class MergeSchedule:
                 f"a schedule needs at least 1 frame, 1 patch token and 1 layer; "
                 f"got frames={self.frames}, tokens={self.tokens} with {self.prefix} CLS, layers={len(self.plan)}"
             )
-        clips = self.frames
+        if self.joint and (self.prefix or any(plan.join is not None for plan in self.plan)):
+            raise ValueError(
+                "a joint encoder's frames are one clip from the start, without CLS tokens of their own: give prefix=0 "
+                "and no layers that join clips"
+            )
+        clips = self.clips
         for layer, plan in enumerate(self.plan):
             join = 1 if plan.join is None else plan.join
             if join < 1 or clips % join:
@@ -82,16 +89,20 @@ class MergeSchedule:
                     )
 
     @classmethod
-    def identity(cls, layers: int = 12, frames: int = 12, tokens: int = 50, prefix: int = 1) -> MergeSchedule:
-        """No merging: every frame goes through alone with all its tokens."""
-        return cls("none", frames, tokens, (LayerPlan(),) * layers, prefix)
+    def identity(
+        cls, layers: int = 12, frames: int = 12, tokens: int = 50, prefix: int = 1, joint: bool = False
+    ) -> MergeSchedule:
+        """No merging: every frame goes through alone with all its tokens, or all frames together if joint."""
+        return cls("none", frames, tokens, (LayerPlan(),) * layers, prefix, joint)
 
     @classmethod
-    def tome(cls, layers: int = 12, frames: int = 12, tokens: int = 50, r: int = 2, prefix: int = 1) -> MergeSchedule:
+    def tome(
+        cls, layers: int = 12, frames: int = 12, tokens: int = 50, r: int = 2, prefix: int = 1, joint: bool = False
+    ) -> MergeSchedule:
         """ToMe in every block of every frame; see `tempme_vl.merging.tome.schedule`."""
         from tempme_vl.merging import tome
 
-        return tome.schedule(layers, frames, tokens, r, prefix)
+        return tome.schedule(layers, frames, tokens, r, prefix, joint)
 
     @classmethod
     def tempme(
@@ -114,9 +125,14 @@ class MergeSchedule:
         )
 
     @property
+    def clips(self) -> int:
+        """C at the start."""
+        return 1 if self.joint else self.frames
+
+    @property
     def layer_counts(self) -> list[LayerCount]:
         """Counts at each step of each block."""
-        clips, tokens, prefix, counts = self.frames, self.tokens, self.prefix, []
+        clips, tokens, prefix, counts = self.clips, self.tokens * (self.frames // self.clips), self.prefix, []
         for plan in self.plan:
             join = plan.join or 1
             clips, joined, prefix = clips // join, tokens * join, prefix * join

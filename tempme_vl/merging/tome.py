@@ -13,7 +13,9 @@ from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 from tempme_vl.state import TokenState
 
 
-def schedule(layers: int, frames: int, tokens: int, r: int | Sequence[int], prefix: int = 1) -> MergeSchedule:
+def schedule(
+    layers: int, frames: int, tokens: int, r: int | Sequence[int], prefix: int = 1, joint: bool = False
+) -> MergeSchedule:
     """r pairs a block, clamped to what the remaining tokens can form.
 
     Args:
@@ -25,12 +27,12 @@ def schedule(layers: int, frames: int, tokens: int, r: int | Sequence[int], pref
     wanted = list(r) if isinstance(r, Sequence) else [r] * layers
     if len(wanted) != layers or not all(isinstance(pairs, int) and pairs >= 0 for pairs in wanted):
         raise ValueError(f"r counts the pairs merged in each of {layers} blocks, whole and not negative; got {r!r}")
-    plan, n = [], tokens
+    plan, n = [], tokens * (frames if joint else 1)
     for pairs in wanted:
         pairs = min(pairs, (n - prefix) // 2)
         n -= pairs
         plan.append(LayerPlan(after=pairs))
-    return MergeSchedule("tome", frames, tokens, tuple(plan), prefix)
+    return MergeSchedule("tome", frames, tokens, tuple(plan), prefix, joint)
 
 
 class ToMeMerge(TokenMerger):

@@ -87,7 +87,7 @@ def test_inside_a_vit(case: Case, part: dict) -> None:
     linear = nn.Linear(arch["dim"], arch["num_classes"])
     linear.load_state_dict({"weight": w["head.weight"], "bias": w["head.bias"]})
     schedule = MergeSchedule.tome(arch["depth"], frames=1, tokens=shape.tokens, r=part["r_list"])
-    frontend = VisualFrontend(Backbone(Embed(w), blocks, nn.Sequential(norm, linear), shape), schedule)
+    frontend = VisualFrontend(Backbone(Embed(w), blocks, norm, linear, shape), schedule)
 
     output = frontend(t["image"].unsqueeze(1), trace_source=True)
     key, tolerance = part["key"], case.config["tol"]
