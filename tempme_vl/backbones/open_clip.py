@@ -68,6 +68,8 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
     config = model_config(name)
     if pretrained is None:
         clip = build_clip(config)
+        if name in TINY_CONFIGS:  # from scratch within minutes: places must stand out from the start (docs/LOG.md)
+            nn.init.normal_(clip.visual.positional_embedding, std=0.5)
     elif name in TINY_CONFIGS:
         raise ValueError(f"the built-in model {name!r} has no pretrained weights; leave pretrained out")
     else:

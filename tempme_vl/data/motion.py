@@ -42,7 +42,7 @@ COLORS = {
     "magenta": (215, 40, 205),
     "cyan": (30, 205, 215),
 }
-BACKGROUNDS = {"black": (12, 12, 12), "navy": (15, 20, 105), "brown": (95, 50, 15)}  # all dark: docs/LOG.md
+BACKGROUNDS = {"black": (4, 4, 4), "navy": (4, 8, 95), "brown": (84, 46, 6)}  # all dark: docs/LOG.md
 SHAPES = ("square", "ring", "triangle", "cross")  # a filled circle is hard to tell from a square at 32 pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
