@@ -68,10 +68,9 @@ def contrastive_loss(
     Returns:
         the scalar mean of both directions; 0 if no pair is valid.
     """
-    excluded = torch.zeros(len(video), len(video), dtype=torch.bool, device=video.device)
-    for ids in (video_ids, text_ids):
-        if ids is not None:
-            excluded |= ids[:, None] == ids[None, :]
+    excluded = same_pairs(
+        *(ids for ids in (torch.arange(len(video), device=video.device), video_ids, text_ids) if ids is not None)
+    )
     logits_VT = _logits(scale * _readable(video, valid), text, excluded, valid)
     target = torch.arange(len(logits_VT), device=logits_VT.device)
     per_pair = 0.5 * (
@@ -80,23 +79,27 @@ def contrastive_loss(
     return _mean(per_pair, valid)
 
 
+def same_pairs(*ids: Tensor) -> Tensor:
+    """(G,) int64 each -> (G, G) bool: pairs of which one of the ids is equal, such as the video's or the caption's."""
+    return torch.stack([one[:, None] == one[None, :] for one in ids]).any(dim=0)
+
+
 def soft_contrastive_loss(
-    video: Tensor, text: Tensor, temperature: Tensor, ids: Tensor, valid: Tensor | None = None
+    video: Tensor, text: Tensor, temperature: Tensor, same: Tensor, valid: Tensor | None = None
 ) -> Tensor:
-    """Symmetric cross-entropy whose targets are uniform over the pairs of equal ids (UMT's VTC).
+    """Symmetric cross-entropy whose targets are uniform over the pairs that are the same (UMT's VTC).
 
     Args:
         video: (G, E) features of all ranks, each the mean over frames of L2-normalised features, itself not
             normalised again: the product with a caption is then its mean cosine over the frames.
         text: (G, E) L2-normalised, row i of both belonging together.
         temperature: a scalar by which similarities are divided.
-        ids: (G,) int64, equal for pairs that are each other's positives.
+        same: (G, G) bool, symmetric: pairs that are each other's positives, themselves among them (`same_pairs`).
         valid: (G,) bool; pairs whose video could not be read are False: neither positive nor negative.
 
     Returns:
         the scalar mean of both directions; 0 if no pair is valid.
     """
-    same = ids[:, None] == ids[None, :]
     logits_VT = _logits(_readable(video, valid) / temperature, text, torch.zeros_like(same), valid)
     positives = same & ~logits_VT.isneginf()
     counts = positives.sum(1)
@@ -122,12 +125,12 @@ def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
     return values.mean() if valid is None else (values * valid).sum() / valid.sum().clamp(min=1)
 
 
-def negative_weights(similarity: Tensor, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+def negative_weights(similarity: Tensor, same: Tensor, valid: Tensor | None = None) -> Tensor:
     """How likely each candidate is drawn as a query's hard negative: the more similar, the likelier (UMT).
 
     Args:
         similarity: (B, B) logits, already divided by the temperature; rows are queries, columns candidates.
-        ids: (B,) int64; candidates of a query's own id are no negatives of it.
+        same: (B, B) bool: candidates that are no negatives of a query, its own among them (`same_pairs`).
         valid: (B,) bool; pairs whose video could not be read are False: they are no negatives and have none.
 
     Returns:
@@ -135,7 +138,7 @@ def negative_weights(similarity: Tensor, ids: Tensor, valid: Tensor | None = Non
         that has no negative (all ids equal, say) is zero throughout.
     """
     logits = at_least_float32(similarity.detach())
-    excluded = ids[:, None] == ids[None, :]
+    excluded = same
     if valid is not None:
         unreadable = ~valid[:, None] | ~valid[None, :]
         # not -inf: a row of nothing else would be NaN

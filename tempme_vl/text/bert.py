@@ -102,7 +102,7 @@ class BertTextEncoder(nn.Module):
     def __init__(self, shape: BertShape):
         super().__init__()
         config = shape.config()
-        self.positions = shape.positions
+        self.shape = shape
         self.embeddings = BertEmbeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(shape.fusion_layer))
         self.grad_checkpointing = False
@@ -121,9 +121,9 @@ class BertTextEncoder(nn.Module):
         Raises:
             ValueError: more words than there are positions, or a mask of another shape.
         """
-        if ids.ndim != 2 or ids.shape[1] > self.positions or ids.shape != mask.shape:
+        if ids.ndim != 2 or ids.shape[1] > self.shape.positions or ids.shape != mask.shape:
             raise ValueError(
-                f"expected ids and mask (B, L) with L <= {self.positions}; "
+                f"expected ids and mask (B, L) with L <= {self.shape.positions}; "
                 f"got {tuple(ids.shape)} and {tuple(mask.shape)}"
             )
         x, words = self.embeddings(ids), _attention_mask(mask)
@@ -171,7 +171,7 @@ class BertFusion(nn.Module):
 
     def __init__(self, shape: BertShape):
         super().__init__()
-        self.cross_width = shape.cross_width
+        self.shape = shape
         self.layers = nn.ModuleList(_fusion_layer(shape) for _ in range(shape.layers - shape.fusion_layer))
         self.grad_checkpointing = False
         self.apply(_initialise)
@@ -185,8 +185,8 @@ class BertFusion(nn.Module):
         Raises:
             ValueError: tokens of another width.
         """
-        if tokens.ndim != 3 or tokens.shape[-1] != self.cross_width:
-            raise ValueError(f"expected video tokens (B, M, {self.cross_width}); got {tuple(tokens.shape)}")
+        if tokens.ndim != 3 or tokens.shape[-1] != self.shape.cross_width:
+            raise ValueError(f"expected video tokens (B, M, {self.shape.cross_width}); got {tuple(tokens.shape)}")
         cross = [cast(BertLayer, layer).crossattention.self for layer in self.layers]
         return VideoKeys(
             tuple(_split_heads(attention.key(tokens), attention.num_attention_heads) for attention in cross),

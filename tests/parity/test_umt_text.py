@@ -43,8 +43,8 @@ def test_sizes_follow_from_the_weights(case: UmtCase) -> None:
     c, (text, fusion) = case.config, models_of(case)
     assert len(text.layers) == c["bf"]
     assert len(fusion.layers) == c["bl"] - c["bf"]
-    assert text.positions == c["bp"]
-    assert fusion.cross_width == case.tensors["in.encoder_hidden_states"].shape[-1]
+    assert text.shape.positions == c["bp"]
+    assert fusion.shape.cross_width == case.tensors["in.encoder_hidden_states"].shape[-1]
     assert text.embeddings.word_embeddings.weight.shape == (c["bv"], c["bh"])
 
 

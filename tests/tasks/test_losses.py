@@ -14,6 +14,7 @@ from tempme_vl.tasks.losses import (
     gather_rows,
     matching_loss,
     negative_weights,
+    same_pairs,
     soft_contrastive_loss,
 )
 
@@ -120,7 +121,7 @@ TEMPERATURE = 1 / SCALE
 
 def test_soft_targets_of_different_ids_are_plain_cross_entropy() -> None:
     video, text = features()
-    loss = soft_contrastive_loss(video, text, TEMPERATURE, torch.arange(6))
+    loss = soft_contrastive_loss(video, text, TEMPERATURE, same_pairs(torch.arange(6)))
     torch.testing.assert_close(loss, plain(video, text))
 
 
@@ -133,7 +134,7 @@ def test_soft_targets_are_uniform_over_equal_ids() -> None:
     logits = SCALE * video @ text.T
     expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
     assert not torch.isclose(expected, plain(video, text))
-    loss = soft_contrastive_loss(video, text, TEMPERATURE, ids(0, 1, 1, 0, 4, 5))
+    loss = soft_contrastive_loss(video, text, TEMPERATURE, same_pairs(ids(0, 1, 1, 0, 4, 5)))
     torch.testing.assert_close(loss, expected)
 
 
@@ -141,10 +142,10 @@ def test_soft_loss_leaves_unread_videos_out() -> None:
     video, text = features()
     video = video.detach()
     valid, names = torch.tensor([True, True, False, True, False, True]), ids(0, 1, 1, 0, 0, 5)
-    expected = soft_contrastive_loss(video[valid], text[valid], TEMPERATURE, names[valid])
+    expected = soft_contrastive_loss(video[valid], text[valid], TEMPERATURE, same_pairs(names[valid]))
     video[~valid] = torch.nan
     video.requires_grad_()
-    loss = soft_contrastive_loss(video, text, TEMPERATURE, names, valid)
+    loss = soft_contrastive_loss(video, text, TEMPERATURE, same_pairs(names), valid)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     for grad in (video.grad, text.grad):
@@ -153,7 +154,9 @@ def test_soft_loss_leaves_unread_videos_out() -> None:
 
 def test_soft_loss_with_nothing_valid_is_zero() -> None:
     video, text = features()
-    loss = soft_contrastive_loss(video, text, TEMPERATURE, torch.arange(6), torch.zeros(6, dtype=torch.bool))
+    loss = soft_contrastive_loss(
+        video, text, TEMPERATURE, same_pairs(torch.arange(6)), torch.zeros(6, dtype=torch.bool)
+    )
     loss.backward()
     assert loss == 0 and not video.grad.any() and not text.grad.any()
 
@@ -161,20 +164,20 @@ def test_soft_loss_with_nothing_valid_is_zero() -> None:
 def test_soft_loss_does_not_hide_nan() -> None:
     video, text = features()
     broken = video.detach().index_fill(0, ids(2), torch.nan)
-    assert soft_contrastive_loss(broken, text, TEMPERATURE, torch.arange(6)).isnan()
+    assert soft_contrastive_loss(broken, text, TEMPERATURE, same_pairs(torch.arange(6))).isnan()
 
 
 def test_gradient_of_soft_loss_is_right() -> None:
     video, text = features(4)
     temperature = TEMPERATURE.clone().requires_grad_()
     valid = torch.tensor([True, True, True, False])
-    check = lambda v, t, s: soft_contrastive_loss(v, t, s, ids(0, 1, 0, 1), valid)  # noqa: E731
+    check = lambda v, t, s: soft_contrastive_loss(v, t, s, same_pairs(ids(0, 1, 0, 1)), valid)  # noqa: E731
     assert torch.autograd.gradcheck(check, (video, text, temperature))
 
 
 def test_negative_weights_are_the_softmax_but_for_equal_ids() -> None:
     similarity = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    weights = negative_weights(similarity, ids(0, 1, 0, 3))
+    weights = negative_weights(similarity, same_pairs(ids(0, 1, 0, 3)))
     same = torch.eye(4).bool()
     same[0, 2] = same[2, 0] = True
     assert not weights[same].any() and not weights.requires_grad
@@ -183,7 +186,7 @@ def test_negative_weights_are_the_softmax_but_for_equal_ids() -> None:
 
 def test_weights_stay_drawable_when_the_positive_takes_all() -> None:
     """The lowest temperature reaches this: a cosine of 1 is then 1000."""
-    weights = negative_weights(1000 * torch.eye(3), torch.arange(3))
+    weights = negative_weights(1000 * torch.eye(3), same_pairs(torch.arange(3)))
     assert weights[~torch.eye(3).bool()].all()
     draw = torch.Generator().manual_seed(0)
     drawn = torch.stack([draw_negatives(weights, draw) for _ in range(20)])
@@ -193,9 +196,9 @@ def test_weights_stay_drawable_when_the_positive_takes_all() -> None:
 def test_unread_videos_are_no_negatives_and_have_none() -> None:
     similarity = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     valid = torch.tensor([True, False, True, True])
-    expected = negative_weights(similarity[valid][:, valid], torch.arange(3))
+    expected = negative_weights(similarity[valid][:, valid], same_pairs(torch.arange(3)))
     similarity[1] = similarity[:, 1] = torch.nan
-    weights = negative_weights(similarity, torch.arange(4), valid)
+    weights = negative_weights(similarity, same_pairs(torch.arange(4)), valid)
     assert torch.equal(weights[valid][:, valid], expected)
     assert not weights[~valid].any() and not weights[:, ~valid].any()
 
@@ -218,10 +221,10 @@ def test_same_generator_same_negatives() -> None:
 
 def test_a_query_without_negative_draws_itself_and_no_other_does() -> None:
     for names, alone in ((ids(7, 7, 7), [True] * 3), (ids(7), [True]), (ids(7, 7, 8), [False] * 3)):
-        drawn = draw_negatives(negative_weights(torch.zeros(len(names), len(names)), names))
+        drawn = draw_negatives(negative_weights(torch.zeros(len(names), len(names)), same_pairs(names)))
         assert (drawn == torch.arange(len(names))).tolist() == alone
     valid = torch.tensor([True, False, True])
-    assert draw_negatives(negative_weights(torch.zeros(3, 3), torch.arange(3), valid)).tolist() == [2, 1, 0]
+    assert draw_negatives(negative_weights(torch.zeros(3, 3), same_pairs(torch.arange(3)), valid)).tolist() == [2, 1, 0]
 
 
 def test_matching_loss_is_the_mean_over_positives_and_negatives() -> None:

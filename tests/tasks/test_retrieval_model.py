@@ -198,5 +198,5 @@ def test_clip_positions_are_found_under_lora() -> None:
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "hf:tiny"])
 def test_unknown_family(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"got '{name}' \(known families: open_clip\)"):
+    with pytest.raises(ValueError, match=rf"got '{name}' \(known families: open_clip, umt\)"):
         create_retrieval_model(name)
