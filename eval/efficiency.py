@@ -1,6 +1,6 @@
 """What merging saves, beside the paper's numbers.
 
-GFLOPs and tokens of all methods, computed (a second or two):
+GFLOPs and tokens of all methods, and the cost of UMT's fusion, computed (a second or two):
     python eval/efficiency.py
 
 Times and peak memory of the forward pass on this machine, beside open_clip's own tower:
@@ -9,12 +9,17 @@ Times and peak memory of the forward pass on this machine, beside open_clip's ow
 One step of full fine-tuning with and without merging; on a CPU, then in bf16 on a GPU:
     python eval/efficiency.py --measure --train --batch 2 --repeats 5
     python eval/efficiency.py --measure --train --batch 32 --dtype bfloat16 --model open_clip:ViT-B-16-quickgelu
+
+UMT with frames joint, apart, and apart with TempMe; L/16 has no published schedule, the one here is an example:
+    python eval/efficiency.py --measure --model umt:b16 --repeats 5
+    python eval/efficiency.py --measure --train --model umt:b16 --batch 2 --repeats 5
+    python eval/efficiency.py --measure --train --model umt:l16 --repeats 3 --r 8 --merge-layers 14 16 18 \\
+        --merge-frames 2 2 3 --cross-percent 40 --intra-percent 10
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -24,19 +29,19 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from tempme_vl.evaluation.efficiency import (
+from tempme_vl.evaluation.efficiency import cost_table, format_costs, format_fusion, fusion_table
+from tempme_vl.evaluation.measure import (
     Peak,
     Workload,
-    build_step,
-    cost_table,
-    format_costs,
+    build_steps,
+    device_name,
     format_measured,
     measured_rows,
     paired_times,
     peak_memory,
 )
 
-ROWS = Literal["open_clip", "none", "tome", "tempme"]
+ROWS = Literal["open_clip", "none", "tome", "tempme", "joint", "clip", "clip+tempme"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,10 @@ class Options:
     train: bool = False
     """Measure one full-fine-tuning step (forward, backward, AdamW) of the retrieval model, not the tower's forward."""
     rows: tuple[ROWS, ...] = ()
-    """The rows to measure, the first being the reference; default: all (open_clip's tower does not train alone)."""
+    """The rows to measure, the first being the reference; default: all that the model has (open_clip's tower does not
+    train alone; UMT has joint, clip and clip+tempme)."""
     model: str = "open_clip:ViT-B-32-quickgelu"
-    """open_clip:NAME, or open_clip:tiny."""
+    """open_clip:NAME, open_clip:tiny, or umt:b16, umt:l16, umt:tiny."""
     frames: int = 12
     batch: int = 1
     """Videos."""
@@ -63,7 +69,8 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in a forward pass; training keeps float32 weights and autocasts."""
     r: int | None = None
-    """Pairs merged a frame in each early block (TempMe, ToMe). These five default to the paper's for B/32, B/16."""
+    """Pairs merged a frame in each early block (TempMe, ToMe). These five default to the paper's for B/32, B/16, and
+    for UMT B/16 to a fit, not the paper's setting."""
     merge_layers: tuple[int, ...] | None = None
     """Blocks that join clips."""
     merge_frames: tuple[int, ...] | None = None
@@ -82,9 +89,12 @@ def main(options: Options) -> None:
     if options.peak_of is not None:
         print(json.dumps(asdict(peak_memory(workload(options), options.peak_of))))
         return
-    costs = cost_table()
-    print(format_costs(costs))
-    report: dict[str, Any] = {"costs": [{**asdict(row), "deviation_percent": row.deviation} for row in costs]}
+    costs, fusion = cost_table(), fusion_table()
+    print(f"{format_costs(costs)}\n\n{format_fusion(fusion)}")
+    report: dict[str, Any] = {
+        "costs": [{**asdict(row), "deviation_percent": row.deviation} for row in costs],
+        "fusion": [{**asdict(row), "saved_percent": row.saved} for row in fusion],
+    }
     if options.measure:
         report["measured"] = measure(options)
     if options.json is not None:
@@ -97,16 +107,20 @@ def measure(options: Options) -> dict[str, Any]:
     work = workload(options)
     names = options.rows or work.rows
     if unknown := set(names) - set(work.rows):
-        raise ValueError(f"--rows {' '.join(sorted(unknown))} cannot train; expected some of {', '.join(work.rows)}")
+        raise ValueError(
+            f"--rows {' '.join(sorted(unknown))}: not of {'training ' if options.train else ''}{options.model}; "
+            f"expected some of {', '.join(work.rows)}"
+        )
     # memory first: on a GPU this process would take its share
     memory = {name: peak_in_fresh_process(name) for name in names}
-    times = paired_times({name: build_step(work, name) for name in names}, options.repeats, work.device)
+    times = paired_times(build_steps(work, names), options.repeats, work.device)
     rows = measured_rows(times, memory)
     setting = {
         "model": options.model,
         "frames": options.frames,
         "batch": options.batch,
-        "what": "full fine-tuning step, input embeddings frozen" if options.train else "forward of the visual tower",
+        "what": what(work),
+        "schedule": ", ".join(f"{key} {value}" for key, value in work.options["tempme"].items()) or "default",
         "dtype": f"{options.dtype} autocast" if options.train and options.dtype != "float32" else options.dtype,
         "device": device_name(work.device),
         "threads": torch.get_num_threads(),
@@ -120,6 +134,13 @@ def measure(options: Options) -> dict[str, Any]:
         f"{format_measured(rows)}"
     )
     return {"setting": setting, "rows": [asdict(row) for row in rows]}
+
+
+def what(work: Workload) -> str:
+    if not work.train:
+        return "forward of the visual tower"
+    trained = "visual and text tower, VTC and VTM" if work.family == "umt" else "input embeddings frozen"
+    return f"full fine-tuning step, {trained}"
 
 
 def workload(options: Options) -> Workload:
@@ -140,10 +161,6 @@ def peak_in_fresh_process(row: str) -> Peak:
     """Runs this command once more, for the memory of one row."""
     run = subprocess.run([sys.executable, *sys.argv, "--peak-of", row], stdout=subprocess.PIPE, text=True, check=True)
     return Peak(**json.loads(run.stdout.splitlines()[-1]))
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
 if __name__ == "__main__":

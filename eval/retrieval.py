@@ -25,26 +25,17 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
-from tempme_vl.data.datasets import load_split
-from tempme_vl.data.jsonl import jsonl_splits, read_jsonl
-from tempme_vl.data.motion import render_motion
+from tempme_vl.data.datasets import Source, usual_splits
 from tempme_vl.data.reader import ClipReader, broken_clips
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips
 from tempme_vl.data.splits import RetrievalSplit
-from tempme_vl.data.text import ClipTokenizer
+from tempme_vl.data.text import caption_tokenizer
 from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.evaluation.rerank import rerank_embeddings
 from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report, table
-from tempme_vl.tasks.retrieval import RetrievalModel
+from tempme_vl.tasks.retrieval import load_retrieval_model
+from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.training import distributed
-
-TEST_SPLITS = {
-    "motion": "test_1k",
-    "msrvtt": "test_1k",
-    "msvd": "test",
-    "activitynet": "val_1",
-    "didemo": "test",
-    "lsmdc": "test",
-}
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class Options:
     """
 
     checkpoint: Path
-    """Folder that RetrievalModel.save_pretrained wrote, such as a training run's OUTPUT/best."""
+    """Folder that a retrieval model's save_pretrained wrote, such as a training run's OUTPUT/best."""
     dataset: Literal["motion", "msrvtt", "msvd", "activitynet", "didemo", "lsmdc", "jsonl"]
     data_root: Path | None = None
     """Folder of the annotation files (and videos) in their public layout; for motion, where to render it."""
@@ -69,6 +60,8 @@ class Options:
     """Which frames. Default: as in training."""
     dual_softmax: bool = False
     """Reweight scores by a softmax over all queries of the split; named in the report."""
+    rerank: int = 128
+    """UMT: candidates of each query that the fusion layers rank anew, both ways; 0 leaves it out."""
     save_embeddings: Path | None = None
     """Write the L2-normalised embeddings of clips and captions to this .safetensors file."""
     json: Path | None = None
@@ -107,23 +100,16 @@ def read_split(options: Options) -> RetrievalSplit:
     Raises:
         ValueError: options that miss each other, and what the reader of the data set raises.
     """
-    if options.dataset == "jsonl":
-        if options.annotations is None or options.video_root is None:
-            raise ValueError("--dataset jsonl needs --annotations FILE and --video-root FOLDER")
-        name = options.split or ("test" if "test" in jsonl_splits(options.annotations) else None)
-        return read_jsonl(options.annotations, options.video_root, name)
-    name = options.split or TEST_SPLITS[options.dataset]
-    if options.dataset == "motion":
-        return load_split("msrvtt", render_motion(options.data_root or Path("runs") / "motion-data"), name)
-    if options.data_root is None:
-        raise ValueError(f"--dataset {options.dataset} needs --data-root, the folder of its annotation files")
-    return load_split(options.dataset, options.data_root, name, options.video_root)
+    default = Path("runs") / "motion-data" if options.dataset == "motion" else None
+    source = Source(options.dataset, options.data_root or default, options.video_root, options.annotations)
+    return source.read(options.split or usual_splits(options.dataset).test)
 
 
 def evaluate(options: Options, split: RetrievalSplit, device: torch.device) -> tuple[Embeddings, dict[str, Any]]:
     """Embeddings and report of a split, all ranks together and the same on every rank."""
-    model = RetrievalModel.from_pretrained(options.checkpoint).to(device).eval()
-    captions = EvalCaptions(split, ClipTokenizer(model.config["input"]["max_words"]))
+    model = load_retrieval_model(options.checkpoint).to(device).eval()
+    captions = EvalCaptions(split, caption_tokenizer(model.vocabulary, model.config["input"]["max_words"]))
+    matcher = model if isinstance(model, UMTRetrievalModel) and options.rerank else None
     sampling = options.sampling or model.config["input"]["sampling"]
     with tempfile.TemporaryDirectory() as folder:
         # a rank's own log; what it holds goes into the report
@@ -144,6 +130,7 @@ def evaluate(options: Options, split: RetrievalSplit, device: torch.device) -> t
             device,
             options.batch_size,
             options.workers,
+            keep_tokens=matcher is not None,
         )
         logs = distributed.gather_objects(broken_clips(Path(folder) / "broken.jsonl"))
     report = {
@@ -153,6 +140,7 @@ def evaluate(options: Options, split: RetrievalSplit, device: torch.device) -> t
         "sampling": sampling,
         "ranks": distributed.world_size(),
         **retrieval_report(embeddings, options.dual_softmax),
+        **({"reranked": rerank_embeddings(matcher, embeddings, device, options.rerank)} if matcher else {}),
         "broken_videos": {name: cause for log in logs for name, cause in log.items()},
     }
     return embeddings, report
@@ -182,7 +170,12 @@ def describe(report: dict[str, Any]) -> str:
         f"{report['unreadable_videos']} videos could not be read",
         f"checkpoint {report['checkpoint']}, {report['num_frames']} frames ({report['sampling']}), "
         f"dual softmax {'over all queries of the split' if report['dual_softmax'] else 'not used'}",
-        table({"dual softmax" if report["dual_softmax"] else "plain": report}),
+        table(
+            {
+                "dual softmax" if report["dual_softmax"] else "plain": report,
+                "re-ranked": report.get("reranked", {}),
+            }
+        ),
     ]
     lines += [f"could not read {name}: {cause}" for name, cause in report["broken_videos"].items()]
     return "\n".join(lines)

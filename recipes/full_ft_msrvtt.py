@@ -1,4 +1,4 @@
-"""Full fine-tuning of a CLIP dual encoder with TempMe for text-video retrieval.
+"""Full fine-tuning of CLIP or UMT with TempMe for text-video retrieval.
 
 A first try, on any machine (renders its own small data set; 3 minutes on 2 CPU cores):
     deepspeed recipes/full_ft_msrvtt.py
@@ -10,6 +10,10 @@ MSRVTT-1kA, ViT-B/16, on 8 A100 (not yet measured; the paper reports R-Sum 210.2
 The same on two nodes (hostfile: one line "worker-1 slots=8" a node; the data under the same path on both):
     deepspeed --hostfile hosts --num_nodes 2 --num_gpus 8 recipes/full_ft_msrvtt.py --data-root /data/msrvtt ...
 
+UMT B/16 with its frames apart (UMT4Clip) and TempMe, from a public UMT checkpoint (not yet measured; paper: 209.2):
+    deepspeed --num_gpus 8 recipes/full_ft_msrvtt.py --data-root /data/msrvtt --model umt:b16 --mode clip \
+        --pretrained b16_25m.pth --lr 1e-5 --warmup 0.1 --deepspeed-config recipes/ds/zero2.json
+
 Your own clips (one JSON object a line: file, caption or captions, optional start, end, split):
     deepspeed recipes/full_ft_msrvtt.py --dataset jsonl --annotations clips.jsonl --video-root clips/
 """
@@ -20,29 +24,29 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 
-from tempme_vl.data.datasets import load_split
-from tempme_vl.data.jsonl import jsonl_splits, read_jsonl
-from tempme_vl.data.motion import render_motion
+from tempme_vl.backbones import split_name
+from tempme_vl.data.datasets import Source, SplitNames, usual_splits
 from tempme_vl.data.reader import ClipReader, broken_clips
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips, TrainPairs
-from tempme_vl.data.splits import RetrievalSplit, holdout_validation
-from tempme_vl.data.text import ClipTokenizer
+from tempme_vl.data.splits import RetrievalSplit
+from tempme_vl.data.text import bert_vocabulary, caption_tokenizer, word_vocabulary
 from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.evaluation.rerank import rerank_embeddings
 from tempme_vl.evaluation.retrieval import embed, retrieval_report, table
 from tempme_vl.tasks.retrieval import (
-    RetrievalModel,
+    AnyRetrievalModel,
     create_retrieval_model,
     freeze_as_clip4clip,
     is_new_parameter,
-    retrieval_loss,
+    load_retrieval_model,
 )
+from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import replace_export
 from tempme_vl.training.engine import TrainConfig, Trainer
@@ -56,10 +60,10 @@ DATASET_NAMES = Literal["motion", "msrvtt", "msvd", "activitynet", "didemo", "ls
 
 @dataclass(frozen=True)
 class Options:
-    """Fine-tune a CLIP dual encoder with TempMe for text-video retrieval.
+    """Fine-tune CLIP or UMT with TempMe for text-video retrieval.
 
-    The defaults shown are those of the data set: --help together with --data-root or --dataset shows its own. The
-    options in use are written to OUTPUT/options.json.
+    The defaults shown are those of the data set and the model: --help together with --data-root, --dataset or --model
+    shows its own. The options in use are written to OUTPUT/options.json.
     """
 
     dataset: DATASET_NAMES = "msrvtt"
@@ -82,13 +86,19 @@ class Options:
     """Videos that cannot be read: listed in OUTPUT/broken_videos.jsonl and counted, or an error."""
 
     model: str = "open_clip:ViT-B-32-quickgelu"
-    """open_clip:NAME, or open_clip:tiny."""
+    """open_clip:NAME, umt:b16 or umt:l16; open_clip:tiny and umt:tiny train from scratch in minutes."""
     pretrained: str = "openai"
-    """open_clip's tag ("openai"), a weights file, or "none" for random weights."""
+    """open_clip's tag ("openai"), a weights file (UMT: any of its public forms), or "none" for random weights."""
+    mode: Literal["clip", "joint"] = "clip"
+    """UMT's frames: apart (UMT4Clip, which TempMe needs), or attending together as in UMT itself."""
+    vocabulary: str | None = None
+    """UMT's words: a folder with vocab.txt or a hub name; default: those of the training captions."""
     method: Literal["tempme", "tome", "none"] = "tempme"
     """none encodes every frame by itself with all its tokens (mean pooling, CLIP4Clip's meanP)."""
     num_frames: int | None = None
     """Frames sampled from each clip; default: the data set's usual 12 or 64."""
+    max_words: int | None = None
+    """Words kept of a caption, start and end included; default: the data set's usual 32 or 64."""
     r: int | None = None
     """Pairs merged a frame in each early block (ImgMe, ToMe). These five default to the paper's for B/32, B/16."""
     merge_layers: tuple[int, ...] | None = None
@@ -119,15 +129,24 @@ class Options:
     """Peak rate of pretrained weights."""
     lr_new: float = 1e-4
     """Peak rate of new modules (clip positions)."""
+    warmup: float = 0.1
+    """Share of the steps in which the rate rises; it then falls along a cosine to lr_floor of its peak."""
+    lr_floor: float = 0.0
     weight_decay: float = 0.2
+    beta2: float = 0.98
+    """AdamW's."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd is plain, for comparing runs exactly."""
     freeze: Literal["none", "clip4clip"] = "clip4clip"
-    """clip4clip freezes token, position and class embeddings, conv1 and ln_pre, as its authors do."""
+    """clip4clip freezes token, position and class embeddings, conv1 and ln_pre, as its authors do; CLIP only."""
     augment: Literal["none", "randaugment", "crop_flip"] = "randaugment"
     """crop_flip mirrors clips: not where captions say left or right."""
     sampling: Literal["fps1", "uniform", "segment"] = "fps1"
     """Which frames: one a second (TempMe), evenly, or UMT's segments."""
+    rerank: int = 128
+    """UMT: candidates of each query that the fusion layers rank anew in the test, both ways; 0 leaves it out."""
     frame_cache: str = "none"
     """"memory", a folder, or "none": keeps decoded frames, the main speed-up of later epochs."""
     decode_timeout: float | None = 60.0
@@ -147,21 +166,7 @@ class Options:
 
 
 # What differs from the defaults above, which are CLIP4Clip's published full fine-tuning.
-SPLITS: dict[str, dict[str, Any]] = {
-    "motion": {
-        "train_split": "train_9k",
-        "test_split": "test_1k",
-        "holdout": 96,
-        "data_root": MOTION_ROOT,
-        "frame_cache": str(MOTION_ROOT / "frames"),
-    },
-    "msrvtt": {"train_split": "train_9k", "test_split": "test_1k", "holdout": 500},
-    "msvd": {"val_split": "val"},
-    "activitynet": {"test_split": "val_1", "holdout": 500},
-    "didemo": {"val_split": "val"},
-    "lsmdc": {"val_split": "val"},
-    "jsonl": {},
-}
+MOTION = {"data_root": MOTION_ROOT, "frame_cache": str(MOTION_ROOT / "frames"), "max_words": 12}
 FROM_SCRATCH: dict[str, Any] = {
     "model": "open_clip:tiny",
     "pretrained": "none",
@@ -183,6 +188,29 @@ FROM_SCRATCH: dict[str, Any] = {
     "frame_cache": "memory",
     "workers": 0,
 }
+UMT: dict[str, Any] = {  # as published, for 8 GPUs
+    "pretrained": "none",
+    "vocabulary": "bert-base-uncased",
+    "epochs": 10,
+    "batch_size": 256,
+    "lr": 2e-5,
+    "lr_new": 1e-4,  # ours: UMT has no clip positions
+    "warmup": 0.0,
+    "lr_floor": 0.01,
+    "weight_decay": 0.02,
+    "beta2": 0.999,
+    "clip_grad": 0.0,
+    "freeze": "none",
+    "augment": "crop_flip",
+    "sampling": "segment",
+    "grad_checkpointing": True,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "open_clip:tiny": FROM_SCRATCH,
+    "umt:tiny": {**FROM_SCRATCH, "model": "umt:tiny"},
+    "umt:b16": UMT,
+    "umt:l16": {**UMT, "vocabulary": "bert-large-uncased", "epochs": 7, "warmup": 1 / 7},
+}
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -192,27 +220,38 @@ def parse(arguments: list[str] | None = None) -> Options:
         first.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     given, _ = first.parse_known_args(arguments)
     dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt")
-    if dataset not in SPLITS:
-        raise ValueError(f"unknown --dataset {dataset}; expected one of {', '.join(SPLITS)}")
-    small = dataset == "motion" or given.model == "open_clip:tiny"
-    preset = {**(FROM_SCRATCH if small else {}), **SPLITS[dataset], "dataset": dataset}
-    output = Path("runs") / f"{dataset}-{given.method or 'tempme'}"
-    options = tyro.cli(Options, args=arguments, default=Options(**preset, output=output))
-    if dataset == "jsonl" and (options.annotations is None or options.video_root is None):
-        raise ValueError("--dataset jsonl needs --annotations FILE and --video-root FOLDER")
-    if dataset != "jsonl" and options.data_root is None:
-        raise ValueError(f"--dataset {dataset} needs --data-root, the folder of its annotation files")
+    splits = usual_splits(dataset)
+    preset: dict[str, Any] = {
+        "dataset": dataset,
+        "train_split": splits.train,
+        "val_split": splits.val,
+        "test_split": splits.test,
+        "holdout": splits.holdout,
+        **MODELS.get(given.model or ("open_clip:tiny" if dataset == "motion" else ""), {}),
+        **(MOTION if dataset == "motion" else {}),
+        "output": Path("runs") / f"{dataset}-{given.method or 'tempme'}",
+    }
+    options = tyro.cli(Options, args=arguments, default=Options(**preset))
+    source(options)  # says what is missing before anything starts
+    if options.model.startswith("umt:") and options.chunks > 1:
+        raise ValueError("--chunks caches gradients of a contrastive loss alone; UMT also matches pairs: leave it 1")
     return options
+
+
+def source(options: Options) -> Source:
+    return Source(options.dataset, options.data_root, options.video_root, options.annotations)
 
 
 def main(options: Options) -> None:
     device = distributed.initialize()
     torch.manual_seed(options.seed)
-    train, val, test = read_splits(options)
+    names = SplitNames(options.train_split, options.val_split, options.test_split, options.holdout)
+    train, val, test = source(options).read_all(names, options.seed)
     model = build_model(options, train).to(device)
     preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])
-    tokenizer = ClipTokenizer(min(train.max_words, model.text.context_length))
-    model.config["input"] = {"sampling": options.sampling, "max_words": tokenizer.max_words}
+    max_words = min(options.max_words or train.max_words, model.text.context_length)
+    model.config["input"] = {"sampling": options.sampling, "max_words": max_words}
+    tokenizer = caption_tokenizer(model.vocabulary, max_words)
     reader = build_reader(options, ClipTransform(preprocess), model.frontend.schedule.frames)
     train_reader = replace(reader, transform=ClipTransform(preprocess, options.augment))
 
@@ -228,7 +267,7 @@ def main(options: Options) -> None:
     for batch in trainer.batches():
         if trainer.step >= last_step:
             break
-        trainer.update(batch, retrieval_loss)
+        trainer.update(batch, model.loss)
         if trainer.epoch_ended:
             score = float(trainer.epoch)  # without a validation split the last epoch is the best
             if val is not None:
@@ -243,8 +282,8 @@ def main(options: Options) -> None:
         trainer.save()
         say(f"stopped after {trainer.step} of {trainer.total_steps} steps; the test split was not looked at")
         return
-    best = RetrievalModel.from_pretrained(options.output / "best").to(device)
-    report = evaluate(best, test, reader, tokenizer, device)
+    best = load_retrieval_model(options.output / "best").to(device)
+    report = evaluate(best, test, reader, tokenizer, device, options.rerank)
     report |= {
         "selected_on": "none: last epoch" if val is None else val.name,
         "selected_step": trainer.best_step,
@@ -261,54 +300,31 @@ def main(options: Options) -> None:
     }
     if distributed.is_main():
         (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        say(f"\n{report['split']}; best epoch chosen on {report['selected_on']}\n{table({options.method: report})}")
+        rows = {options.method: report, f"re-ranked {options.rerank}": report.get("reranked", {})}
+        say(f"\n{report['split']}; best epoch chosen on {report['selected_on']}\n{table(rows)}")
         if report["broken_videos"]:
             say(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
 
 
-def read_splits(options: Options) -> tuple[RetrievalSplit, RetrievalSplit | None, RetrievalSplit]:
-    """Training, validation (or None) and test split."""
-    if options.dataset == "jsonl":
-        train, val, test = read_jsonl_splits(options)
-    else:
-        assert options.data_root is not None
-        if options.dataset == "motion":
-            render_motion(options.data_root)
-        root = options.data_root
-        dataset = "msrvtt" if options.dataset == "motion" else options.dataset
-
-        def read(name: str) -> RetrievalSplit:
-            return load_split(dataset, root, name, options.video_root)
-
-        train, test = read(options.train_split), read(options.test_split)
-        val = read(options.val_split) if options.val_split else None
-    if val is None and options.holdout:
-        train, val = holdout_validation(train, options.holdout, options.seed)
-    return train, val, test
-
-
-def read_jsonl_splits(options: Options) -> tuple[RetrievalSplit, RetrievalSplit | None, RetrievalSplit]:
-    """The file's own splits; without a training split all lines train, without a test split train is tested."""
-    assert options.annotations is not None and options.video_root is not None
-    there = jsonl_splits(options.annotations)
-    read = partial(read_jsonl, options.annotations, options.video_root)
-    train = read("train" if "train" in there else None)
-    return train, read("val") if "val" in there else None, read("test") if "test" in there else train
-
-
-def build_model(options: Options, train: RetrievalSplit) -> RetrievalModel:
+def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
     names = {
         "none": (),
         "tome": ("r",),
         "tempme": ("r", "merge_layers", "merge_frames", "cross_percent", "intra_percent"),
     }[options.method]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    vocabulary = None
+    if split_name(options.model)[0] == "umt":
+        given["mode"] = options.mode
+        words = [caption for captions in train.captions for caption in captions]
+        vocabulary = word_vocabulary(words) if options.vocabulary is None else bert_vocabulary(options.vocabulary)
     model = create_retrieval_model(
         options.model,
         None if options.pretrained == "none" else options.pretrained,
         options.method,
         options.num_frames or train.num_frames,
         options.clip_position_std,
+        vocabulary,
         **given,
     )
     if options.freeze == "clip4clip":
@@ -330,11 +346,11 @@ def build_reader(options: Options, transform: ClipTransform, num_frames: int) ->
     )
 
 
-def build_optimizer(options: Options, model: RetrievalModel) -> torch.optim.Optimizer:
+def build_optimizer(options: Options, model: AnyRetrievalModel) -> torch.optim.Optimizer:
     groups = parameter_groups(model, options.lr, options.lr_new, options.weight_decay, is_new_parameter)
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, options.beta2), eps=1e-6, fused=True)
 
 
 def config(options: Options) -> TrainConfig:
@@ -344,6 +360,9 @@ def config(options: Options) -> TrainConfig:
         epochs=options.epochs,
         batch_size=options.batch_size,
         chunks=options.chunks,
+        warmup=options.warmup,
+        lr_floor=options.lr_floor,
+        clip_grad=options.clip_grad,
         precision=options.precision,
         seed=options.seed,
         workers=options.workers,
@@ -354,16 +373,18 @@ def config(options: Options) -> TrainConfig:
 
 
 def evaluate(
-    encoder: Any, split: RetrievalSplit, reader: ClipReader, tokenizer: ClipTokenizer, device: torch.device
+    encoder: Any, split: RetrievalSplit, reader: ClipReader, tokenizer: Any, device: torch.device, rerank: int = 0
 ) -> dict[str, Any]:
-    """Metrics of a split, all ranks together; `encoder` is a model or its DeepSpeed engine."""
+    """Metrics of a split, all ranks together; `encoder` is a model or, without re-ranking, its DeepSpeed engine."""
     encoder.eval()
-    captions = EvalCaptions(split, tokenizer)
-    embeddings = embed(encoder, EvalClips(split, reader), captions, captions.video_of_caption, device)
-    return {"split": split.name, **retrieval_report(embeddings)}
+    captions, rerank = EvalCaptions(split, tokenizer), rerank if isinstance(encoder, UMTRetrievalModel) else 0
+    clips = EvalClips(split, reader)
+    embeddings = embed(encoder, clips, captions, captions.video_of_caption, device, keep_tokens=rerank > 0)
+    report = {"split": split.name, **retrieval_report(embeddings)}
+    return {**report, "reranked": rerank_embeddings(encoder, embeddings, device, rerank)} if rerank else report
 
 
-def export(options: Options, trainer: Trainer, model: RetrievalModel) -> None:
+def export(options: Options, trainer: Trainer, model: AnyRetrievalModel) -> None:
     """Writes OUTPUT/best, which `RetrievalModel.from_pretrained` and eval/retrieval.py load."""
     state = trainer.full_state_dict()
     if distributed.is_main():
@@ -373,7 +394,7 @@ def export(options: Options, trainer: Trainer, model: RetrievalModel) -> None:
 
 def announce(
     options: Options,
-    model: RetrievalModel,
+    model: AnyRetrievalModel,
     train: RetrievalSplit,
     val: RetrievalSplit | None,
     test: RetrievalSplit,

@@ -213,9 +213,11 @@ def from_umt_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_umt_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_umt_names`, bit for bit; names inside a front end's blocks are understood too."""
+    """The inverse of `from_umt_names`, bit for bit; a front end's state too, merging parameters left out."""
     exported = {}
     for key, value in state.items():
+        if ".before_attention." in key:
+            continue
         if key == _PATCHES:
             value = value.unsqueeze(2)
         for theirs, ours in _RENAMED:
@@ -235,9 +237,12 @@ def tower_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], KeyRepo
         weights under our names, and what became of every key of the file.
 
     Raises:
-        ValueError: weights of another family (`umt_checkpoint.detect_form`).
+        ValueError: weights of another family (`umt_checkpoint.detect_form`), or unknown ones within the encoder.
     """
     converted = convert(state, "vision")
+    strange = [key for key in converted.report.unexplained if key.startswith(("encoder.", "vision_encoder."))]
+    if strange:
+        raise ValueError(f"a UMT vision encoder has no such weights, and would not be itself without them: {strange}")
     projection = {key: value for key, value in state.items() if key.startswith("vision_proj.")}
     return from_umt_names({**converted.state, **projection}), converted.report
 
@@ -259,6 +264,11 @@ def config_of(
     layers = 1 + max((int(key.split(".")[1]) for key in weights if key.startswith("blocks.")), default=-1)
     if _PATCHES not in weights or not layers:
         raise ValueError("expected a UMT vision encoder; its patch embedding or its blocks are missing")
+    if weights[_PATCHES].ndim != 4:
+        raise ValueError(
+            "expected patches of one frame each, a patch embedding (D, 3, 1, P, P) or (D, 3, P, P); "
+            f"got {tuple(weights[_PATCHES].shape)}"
+        )
     width, _, patch_size, _ = weights[_PATCHES].shape
     head, hidden = weights.get("head.1.weight"), weights.get("blocks.0.mlp.0.weight")
     return UMTConfig(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.sampling import sample_generator
 from tempme_vl.data.splits import RetrievalSplit
-from tempme_vl.data.text import ClipTokenizer, caption_id
+from tempme_vl.data.text import caption_id
+
+Tokenizer = Callable[[str], tuple[Tensor, Tensor]]  # a caption -> ids and mask (L,)
 
 
 class TrainPairs(Dataset):
@@ -23,7 +27,7 @@ class TrainPairs(Dataset):
     (equal for the same clip, the same caption), valid 0 or 1, name.
     """
 
-    def __init__(self, split: RetrievalSplit, reader: ClipReader, tokenizer: ClipTokenizer, seed: int = 0):
+    def __init__(self, split: RetrievalSplit, reader: ClipReader, tokenizer: Tokenizer, seed: int = 0):
         self.split, self.reader, self.tokenizer, self.seed = split, reader, tokenizer, seed
         self.pairs = split.pairs
 
@@ -65,7 +69,7 @@ class EvalClips(Dataset):
 class EvalCaptions(Dataset):
     """All captions of a split, clip by clip. Items: text_ids, text_mask."""
 
-    def __init__(self, split: RetrievalSplit, tokenizer: ClipTokenizer):
+    def __init__(self, split: RetrievalSplit, tokenizer: Tokenizer):
         self.captions = [caption for texts in split.captions for caption in texts]
         self.video_of_caption = [clip for clip, _ in split.pairs]
         self.tokenizer = tokenizer

@@ -84,6 +84,11 @@ class WordPieceTokenizer:
         return ids, (torch.arange(self.max_words) < len(words)).long()
 
 
+def caption_tokenizer(vocabulary: tuple[str, ...] | None, max_words: int) -> ClipTokenizer | WordPieceTokenizer:
+    """The tokenizer of a model for captions: CLIP's own, or BERT's on a vocabulary."""
+    return ClipTokenizer(max_words) if vocabulary is None else WordPieceTokenizer(vocabulary, max_words)
+
+
 def clean_text(text: str) -> str:
     """UMT's form of captions, questions and answers: lower case, punctuation deleted, hyphens and slashes as blanks."""
     text = text.lower().translate(_CLEANING).replace("<person>", "person")

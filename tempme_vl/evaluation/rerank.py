@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tempme_vl.evaluation.metrics import captions_of_videos, max_pool_captions, retrieval_metrics
-from tempme_vl.evaluation.retrieval import _gather, _rank_and_world
+from tempme_vl.evaluation.retrieval import Embeddings, gather_ranks, rank_and_world
 
 REST = -100.0
 """The score of pairs that are not re-ranked (UMT), below every match logit that a trained matcher gives."""
@@ -25,8 +25,8 @@ K = TypeVar("K", bound="Keys")
 class Keys(Protocol):
     """Cross-attention keys and values of some videos."""
 
-    def select(self: K, index: Tensor) -> K:
-        """Those of the videos `index` (P,) int64, a video as often as it is named."""
+    def expand(self: K, pairs: int) -> K:
+        """Those of one video for each of its P pairs, without copying."""
 
 
 class Matcher(Protocol[K]):
@@ -72,7 +72,6 @@ def rerank(
     device: torch.device,
     top_k: int = 128,
     pairs_per_batch: int = 64,
-    videos_per_chunk: int = 16,
     cache_keys: bool = True,
     progress: bool = True,
 ) -> Reranked:
@@ -88,8 +87,7 @@ def rerank(
         states: (Q, L, D) on the CPU, as the text layers left them; mask: (Q, L), 1 for words.
         similarity: (Q, V) of the dual encoder. Among equal similarities the lower number is the candidate.
         valid: (V,) bool, False for videos that could not be read: they are nobody's candidates.
-        pairs_per_batch: pairs the matcher scores at once.
-        videos_per_chunk: videos whose keys and values are held on the device at once.
+        pairs_per_batch: captions the matcher compares with a video at once.
         cache_keys: computes a video's keys and values once; else anew for each of its pairs.
         progress: shows a bar, on the first rank.
 
@@ -104,11 +102,8 @@ def rerank(
             f"expected similarity (Q, V), mask (Q, L) and valid (V,) for states {tuple(states.shape)} and tokens "
             f"{tuple(tokens.shape)}; got {shapes}"
         )
-    if min(top_k, pairs_per_batch, videos_per_chunk) < 1:
-        raise ValueError(
-            f"top_k, pairs_per_batch and videos_per_chunk must be at least 1; got {top_k}, {pairs_per_batch}, "
-            f"{videos_per_chunk}"
-        )
+    if min(top_k, pairs_per_batch) < 1:
+        raise ValueError(f"top_k and pairs_per_batch must be at least 1; got {top_k} and {pairs_per_batch}")
     similarity = similarity.cpu().masked_fill(~valid, -torch.inf)
     if similarity.isnan().any():
         raise ValueError("similarity holds NaN: find the embeddings that are not finite; NaN has no rank")
@@ -116,32 +111,29 @@ def rerank(
     of_videos = _best(similarity.T, top_k) & valid[:, None]  # (V, Q)
     wanted = of_videos | of_captions.T
 
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     readable = valid.nonzero().flatten()
     per_rank = -(-len(readable) // world)
     share = readable[rank * per_rank : (rank + 1) * per_rank]
     # a pair that no rank scores stays NaN, which the metrics refuse, rather than a score that looks real
-    scores = torch.full((per_rank, num_captions), torch.nan)
+    scores = torch.full((per_rank, num_captions), torch.nan, device=device)
     bar = tqdm(
         total=int(wanted[share].sum()), desc="re-rank", unit="pair", disable=rank != 0 or not progress, leave=False
     )
-    for first in range(0, len(share), videos_per_chunk):
-        videos = share[first : first + videos_per_chunk]
-        rows, texts = wanted[videos].nonzero(as_tuple=True)
-        cached = matcher.keys_values(tokens[videos].to(device)) if cache_keys else None
-        logits = []
-        for row, text in zip(rows.split(pairs_per_batch), texts.split(pairs_per_batch), strict=True):
-            if cached is not None:
-                keys = cached.select(row.to(device))
-            else:
-                keys = matcher.keys_values(tokens[videos[row]].to(device))
-            logits.append(matcher.match_logits(states[text].to(device), mask[text].to(device), keys))
-            bar.update(len(row))
-        scores[first + rows, texts] = torch.cat(logits).float().cpu()
+    # video by video: a batch that mixes videos would copy the keys and values of each pair (43 MB for UMT-B)
+    for row, video in enumerate(share.tolist()):
+        own = tokens[video : video + 1].to(device)
+        cached = matcher.keys_values(own) if cache_keys else None
+        for texts in wanted[video].nonzero().flatten().split(pairs_per_batch):
+            pairs = len(texts)
+            keys = matcher.keys_values(own.expand(pairs, -1, -1)) if cached is None else cached.expand(pairs)
+            logits = matcher.match_logits(states[texts].to(device), mask[texts].to(device), keys)
+            scores[row, texts.to(device)] = logits.float()
+            bar.update(pairs)
     bar.close()
 
     matched = torch.full((num_videos, num_captions), torch.nan)
-    matched[readable] = _gather(scores.to(device), world)[: len(readable)].cpu()
+    matched[readable] = gather_ranks(scores, world)[: len(readable)].cpu()
     return Reranked(
         t2v=matched.T.where(of_captions, REST).masked_fill(~valid, -torch.inf),
         v2t=matched.where(of_videos, REST),
@@ -149,6 +141,14 @@ def rerank(
         top_k=top_k,
         pairs=int(wanted.sum()),
     )
+
+
+def rerank_embeddings(matcher: Matcher[Any], e: Embeddings, device: torch.device, top_k: int) -> dict[str, Any]:
+    """`rerank` and its report for embeddings that were kept with their tokens (`embed(..., keep_tokens=True)`)."""
+    assert e.tokens is not None and e.states is not None and e.text_mask is not None
+    similarity = e.text @ torch.where(e.valid[:, None], e.video, torch.zeros_like(e.video)).T
+    reranked = rerank(matcher, e.tokens, e.states, e.text_mask, similarity, e.valid, device=device, top_k=top_k)
+    return reranked_report(reranked, e.video_of_caption)
 
 
 def _best(similarity: Tensor, top_k: int) -> Tensor:

@@ -34,17 +34,21 @@ class Embeddings:
     """What retrieval is computed from.
 
     Attributes:
-        video: (V, E) float32, L2-normalised.
+        video: (V, E) float32, L2-normalised (UMT: the mean over frames of normalised embeddings).
         text: (Q, E) float32, L2-normalised.
         video_of_caption: (Q,) int64.
         valid: (V,) bool, False for clips that could not be read; they stay in every denominator and are never
             found: their queries rank last, and as candidates they come last.
+        tokens, states, text_mask: (V, M, D), (Q, L, D_text) and (Q, L), what re-ranking compares; kept if asked for.
     """
 
     video: Tensor
     text: Tensor
     video_of_caption: Tensor
     valid: Tensor
+    tokens: Tensor | None = None
+    states: Tensor | None = None
+    text_mask: Tensor | None = None
 
 
 @torch.no_grad()
@@ -56,22 +60,34 @@ def embed(
     device: torch.device,
     batch_size: int = 32,
     workers: int = 2,
+    keep_tokens: bool = False,
 ) -> Embeddings:
     """Encodes all clips and captions, each rank its share; every rank gets the whole result on the CPU.
 
     Args:
         encode: a retrieval model or DeepSpeed engine in eval mode; maps a batch to "video" or "text" (B, E).
         clips: items with video, frame_mask, valid; captions: items with text_ids, text_mask.
+        keep_tokens: keep what `tempme_vl.evaluation.rerank` needs; every rank holds it on its CPU.
     """
-    video = _encode_all(encode, clips, device, batch_size, workers, ("video", "valid"), "clips")
-    text = _encode_all(encode, captions, device, batch_size, workers, ("text",), "captions")
-    return Embeddings(video["video"], text["text"], torch.tensor(video_of_caption), video["valid"].bool())
+    of_clips = ("video", "valid", *(("tokens",) if keep_tokens else ()))
+    of_captions = ("text", *(("states", "text_mask") if keep_tokens else ()))
+    clip = _encode_all(encode, clips, device, batch_size, workers, of_clips, "clips")
+    caption = _encode_all(encode, captions, device, batch_size, workers, of_captions, "captions")
+    return Embeddings(
+        clip["video"],
+        caption["text"],
+        torch.tensor(video_of_caption),
+        clip["valid"].bool(),
+        clip.get("tokens"),
+        caption.get("states"),
+        caption.get("text_mask"),
+    )
 
 
 def _encode_all(
     encode: Encoder, dataset: Dataset, device: torch.device, batch_size: int, workers: int, keep: tuple, label: str
 ) -> dict[str, Tensor]:
-    total, rank, world = len(dataset), *_rank_and_world()  # type: ignore[arg-type]
+    total, rank, world = len(dataset), *rank_and_world()  # type: ignore[arg-type]
     # every rank runs the same number of batches, as ZeRO-3 needs: short shards repeat the last item
     per_rank = -(-total // world)
     shard = [min(rank * per_rank + i, total - 1) for i in range(per_rank)]
@@ -88,7 +104,7 @@ def _encode_all(
         outputs = {**batch, **encode({key: value for key, value in batch.items() if key != "valid"})}
         for name in keep:
             parts[name].append(outputs[name])
-    return {name: _gather(torch.cat(tensors), world)[:total].cpu() for name, tensors in parts.items()}
+    return {name: gather_ranks(torch.cat(tensors), world)[:total].cpu() for name, tensors in parts.items()}
 
 
 def _ignore_sigterm(worker: int) -> None:
@@ -96,7 +112,7 @@ def _ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _gather(rows: Tensor, world: int) -> Tensor:
+def gather_ranks(rows: Tensor, world: int) -> Tensor:
     if world == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(world)]
@@ -104,7 +120,7 @@ def _gather(rows: Tensor, world: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _rank_and_world() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

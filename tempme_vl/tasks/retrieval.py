@@ -19,6 +19,7 @@ from tempme_vl.merging import MergeSchedule
 from tempme_vl.pretrained import load_model, load_weights, save_model
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import contrastive_loss, gather_rows
+from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text import ClipTextEncoder
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -58,6 +59,7 @@ class RetrievalModel(nn.Module):
     ):
         super().__init__()
         self.frontend, self.text, self.logit_scale = frontend, text, LogitScale(logit_scale)
+        self.vocabulary: tuple[str, ...] | None = None  # CLIP's own
         self.config: dict[str, Any] = {"input": {"sampling": "fps1", "max_words": 32}, **config}
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,6 +85,25 @@ class RetrievalModel(nn.Module):
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L) -> (B, E), L2-normalised; arguments as in `ClipTextEncoder.forward`."""
         return F.normalize(at_least_float32(self.text(ids, mask)), dim=-1)
+
+    def loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """The contrastive loss over all ranks' pairs.
+
+        Args:
+            features: what the model made of the batch.
+            batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss`.
+        """
+        video, text, video_id, text_id, valid = (
+            gather_rows(rows)
+            for rows in (
+                features["video"],
+                features["text"],
+                batch["video_id"],
+                batch["text_id"],
+                batch["valid"].long(),
+            )
+        )
+        return contrastive_loss(video, text, features["scale"], video_id, text_id, valid.bool())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in the backward pass."""
@@ -133,23 +154,46 @@ class RetrievalModel(nn.Module):
         return model
 
 
+AnyRetrievalModel = RetrievalModel | UMTRetrievalModel
+
+
 def create_retrieval_model(
     name: str,
     pretrained: str | None = None,
     method: str = "tempme",
     num_frames: int = 12,
     clip_position_std: float = 0.0,
-    **schedule_options: Any,
-) -> RetrievalModel:
-    """A dual encoder on an open_clip model; arguments and errors as in `tempme_vl.create_frontend`."""
+    vocabulary: tuple[str, ...] | None = None,
+    **options: Any,
+) -> AnyRetrievalModel:
+    """A retrieval model by name: a dual encoder on an open_clip model, or UMT's with fusion layers.
+
+    Args:
+        vocabulary: words of UMT's text side (`create_umt_retrieval_model`); CLIP has its own.
+        others: as in `tempme_vl.create_frontend`, with its errors.
+    """
     family, model = split_name(name)
-    if family != "open_clip":
-        raise ValueError(f"retrieval needs a text tower, which only open_clip models have here; got {name!r}")
+    if family == "umt":
+        if vocabulary is None:
+            raise ValueError("UMT's text side needs its vocabulary: see tempme_vl.data.text.bert_vocabulary")
+        return create_umt_retrieval_model(
+            name, vocabulary, pretrained, method, num_frames, clip_position_std, **options
+        )
     clip, config = clip_family.load_clip(model, pretrained)
     shape = clip_family.tower_shape(clip.visual)
     layers = len(clip.visual.transformer.resblocks)
-    schedule = make_schedule(method, layers, num_frames, shape.tokens, **schedule_options)
+    schedule = make_schedule(method, layers, num_frames, shape.tokens, **options)
     return _assemble(clip, config, schedule, clip_position_std)
+
+
+def load_retrieval_model(directory: str | Path) -> AnyRetrievalModel:
+    """Reads what `save_pretrained` of either model wrote.
+
+    Raises:
+        ValueError: see their `from_pretrained`.
+    """
+    config, _ = load_model(directory)
+    return (UMTRetrievalModel if config["kind"] == "umt_retrieval" else RetrievalModel).from_pretrained(directory)
 
 
 def _assemble(
@@ -162,22 +206,14 @@ def _assemble(
     return RetrievalModel(frontend, text, config, initial)
 
 
-def retrieval_loss(features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-    """The contrastive loss over all ranks' pairs.
+def freeze_as_clip4clip(model: AnyRetrievalModel) -> None:
+    """Freezes what CLIP4Clip's full fine-tuning freezes: input embeddings of both towers, conv1 and ln_pre.
 
-    Args:
-        features: what `RetrievalModel` made of the batch.
-        batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss`.
+    Raises:
+        ValueError: a model that is not CLIP.
     """
-    video, text, video_id, text_id, valid = (
-        gather_rows(rows)
-        for rows in (features["video"], features["text"], batch["video_id"], batch["text_id"], batch["valid"].long())
-    )
-    return contrastive_loss(video, text, features["scale"], video_id, text_id, valid.bool())
-
-
-def freeze_as_clip4clip(model: RetrievalModel) -> None:
-    """Freezes what CLIP4Clip's full fine-tuning freezes: input embeddings of both towers, conv1 and ln_pre."""
+    if not isinstance(model, RetrievalModel):
+        raise ValueError("clip4clip names parts of CLIP to freeze; UMT is fine-tuned whole: choose 'none'")
     model.frontend.embed.requires_grad_(False)
     model.text.embed.requires_grad_(False)
 

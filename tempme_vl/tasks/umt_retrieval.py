@@ -5,6 +5,7 @@ Letters: K what stands for the frames of a video (`FrontendOutput.frames`), L wo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from tempme_vl.tasks.losses import (
     soft_contrastive_loss,
 )
 from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt
+
+_log = logging.getLogger(__name__)
 
 VOCABULARY_FILE = "vocab.txt"
 _TEXT_OF = {"tiny": "tiny", "b16": "bert-base", "l16": "bert-large"}
@@ -74,7 +77,10 @@ class UMTRetrievalModel(nn.Module):
         """
         features = {"temperature": self.temperature()}
         if "video" in batch:
-            features["video"], features["tokens"] = self.encode_video(batch["video"], batch["frame_mask"])
+            video = batch["video"]
+            if "valid" in batch:  # whatever an unreadable video holds, even NaN, must not reach the gradients
+                video = video.where(batch["valid"].bool().view(-1, 1, 1, 1, 1), 0.0)
+            features["video"], features["tokens"] = self.encode_video(video, batch["frame_mask"])
         if "text_ids" in batch:
             features["text"], features["states"] = self.encode_text(batch["text_ids"], batch["text_mask"])
         if "video" in batch and "text_ids" in batch:
@@ -151,7 +157,9 @@ class UMTRetrievalModel(nn.Module):
             "input": self.config["input"],
         }
         save_model(directory, config, self.state_dict() if state is None else state)
-        (Path(directory) / VOCABULARY_FILE).write_text("".join(f"{word}\n" for word in self.vocabulary))
+        (Path(directory) / VOCABULARY_FILE).write_text(
+            "".join(f"{word}\n" for word in self.vocabulary), encoding="utf-8"
+        )
 
     @classmethod
     def from_umt_state_dict(
@@ -176,7 +184,12 @@ class UMTRetrievalModel(nn.Module):
         frontend = VisualFrontend.from_umt_state_dict(state, heads, image_size, mode, schedule)
         text, fusion = bert_from_umt(_bert_part(convert(state, "retrieval").state), text_heads)
         model = cls(frontend, text, fusion, vocabulary)
-        load_umt_text(model, state, text_heads)
+        report = load_umt_text(model, state, text_heads)
+        if report.missing or report.unexplained:
+            raise ValueError(
+                f"not the weights of UMT's retrieval model: {list(report.missing)} are missing, "
+                f"{list(report.unexplained)} unknown"
+            )
         return model
 
     @classmethod
@@ -197,7 +210,7 @@ class UMTRetrievalModel(nn.Module):
             VisualFrontend.from_config(config["frontend"]),
             BertTextEncoder(shape),
             BertFusion(shape),
-            tuple(file.read_text().splitlines()),
+            tuple(file.read_text(encoding="utf-8").removesuffix("\n").split("\n")),
             config,
         )
         load_weights(model, state, directory)
@@ -223,12 +236,14 @@ def create_umt_retrieval_model(
     Raises:
         ValueError: see `tempme_vl.create_frontend`; or a vocabulary of another size than the checkpoint's.
     """
-    _, model_name = split_name(name)
+    family, model_name = split_name(name)
+    if family != "umt":
+        raise ValueError(f"expected one of UMT's models, such as 'umt:b16'; got {name!r}")
     frontend = create_frontend(name, pretrained, method, num_frames, clip_position_std, **options)
     shape = BertShape.named(_TEXT_OF[model_name], cross_width=frontend.shape.width, vocab_size=len(vocabulary))
     model = UMTRetrievalModel(frontend, BertTextEncoder(shape), BertFusion(shape), vocabulary)
     if pretrained is not None:
-        load_umt_text(model, read_checkpoint(pretrained), shape.heads)
+        _log.info("%s", load_umt_text(model, read_checkpoint(pretrained), shape.heads))
     return model
 
 
@@ -262,5 +277,8 @@ def load_umt_text(model: UMTRetrievalModel, state: Mapping[str, Tensor], heads: 
     }
     if "temp" in converted.state:
         heads_state["temperature.temperature"] = converted.state["temp"].reshape(1)
-    model.load_state_dict(heads_state, strict=False)
+    try:
+        model.load_state_dict(heads_state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint's projections do not fit the model: {error}") from error
     return converted.report

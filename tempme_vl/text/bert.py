@@ -99,10 +99,12 @@ SHAPES = {
 class BertTextEncoder(nn.Module):
     """Embeddings and the layers before the first fusion layer; random weights, N(0, 0.02) as BERT's."""
 
+    context_length: int
+
     def __init__(self, shape: BertShape):
         super().__init__()
         config = shape.config()
-        self.shape = shape
+        self.shape, self.context_length = shape, shape.positions
         self.embeddings = BertEmbeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(shape.fusion_layer))
         self.grad_checkpointing = False
@@ -121,9 +123,9 @@ class BertTextEncoder(nn.Module):
         Raises:
             ValueError: more words than there are positions, or a mask of another shape.
         """
-        if ids.ndim != 2 or ids.shape[1] > self.shape.positions or ids.shape != mask.shape:
+        if ids.ndim != 2 or ids.shape[1] > self.context_length or ids.shape != mask.shape:
             raise ValueError(
-                f"expected ids and mask (B, L) with L <= {self.shape.positions}; "
+                f"expected ids and mask (B, L) with L <= {self.context_length}; "
                 f"got {tuple(ids.shape)} and {tuple(mask.shape)}"
             )
         x, words = self.embeddings(ids), _attention_mask(mask)

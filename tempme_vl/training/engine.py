@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -158,6 +159,7 @@ class Trainer:
             NonFiniteLossError: names the step and the samples.
         """
         start = time.perf_counter()
+        self._seed_step()
         self.engine.train()
         if self.config.chunks == 1:
             loss = loss_fn(self.engine(batch), batch)
@@ -181,6 +183,11 @@ class Trainer:
                 {"loss": value, "lr": max(self.engine.get_lr()), "seconds": time.perf_counter() - start},
             )
         return value
+
+    def _seed_step(self) -> None:
+        """What a model draws (dropout, negatives) follows from the seed, the step and the rank: resuming is exact."""
+        words = np.random.SeedSequence((self.config.seed, self.step, distributed.rank())).generate_state(2)
+        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
     @property
     def epoch(self) -> int:

@@ -1,38 +1,30 @@
-"""The table equals the paper and real forwards; measuring takes turns and accounts for memory."""
+"""The table equals the paper and real forwards; the fusion's cost is what torch counts."""
 
 from __future__ import annotations
 
-import json
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tempme_vl import create_frontend
 from tempme_vl.evaluation.efficiency import (
     PAPER_GFLOPS,
-    Peak,
-    Workload,
-    build_step,
     cost_row,
     cost_table,
     format_costs,
-    format_measured,
-    measured_rows,
-    paired_times,
+    format_fusion,
+    fusion_macs,
+    fusion_table,
 )
+from tempme_vl.text import BertFusion, BertShape
 
-COMMAND = Path(__file__).parents[2] / "eval" / "efficiency.py"
-CPU = torch.device("cpu")
 TINY = {"r": 1, "merge_layers": (2, 3, 4), "merge_frames": (2, 2, 2), "cross_percent": 30, "intra_percent": 10}
 
 
 @pytest.mark.parametrize("key", [key for key in PAPER_GFLOPS if key[1] == 12], ids=str)
 def test_12_frames_cost_what_the_paper_says(key):
     row = cost_row(*key)
-    assert row.verified
+    assert row.verified == (key != ("UMT4Clip B/16", 12, "tempme"))
     assert row.gflops == pytest.approx(row.paper_gflops, rel=0.002)
     assert abs(row.deviation) <= 0.2
     if row.paper_tokens is not None:
@@ -40,23 +32,43 @@ def test_12_frames_cost_what_the_paper_says(key):
 
 
 def test_64_frames_cost_a_little_more_than_the_paper_says():
-    rows = [row for row in cost_table(frames=(64,)) if row.paper_gflops is not None]
+    rows = [row for row in cost_table() if row.frames == 64 and row.paper_gflops is not None]
     assert len(rows) == 3
     assert all(2 < row.deviation < 4 for row in rows)
 
 
 def test_the_table_has_every_method_and_marks_guessed_settings():
     rows = cost_table()
-    assert len({(row.backbone, row.frames, row.method) for row in rows}) == len(rows) == 16
-    assert {row.method for row in rows if not row.verified} == {"tempme", "temporal only"}
-    assert all(row.frames == 64 for row in rows if not row.verified)
+    assert len({(row.backbone, row.frames, row.method) for row in rows}) == len(rows) == 20
+    assert {(row.backbone, row.frames, row.method) for row in rows if row.paper_gflops} == set(PAPER_GFLOPS)
+    unverified = [row for row in rows if not row.verified]
+    assert {(row.frames, row.method) for row in unverified if "UMT" not in row.backbone} == {
+        (64, "tempme"),
+        (64, "temporal only"),
+    }
+    assert {(row.backbone, row.method) for row in unverified if row.frames == 12} == {
+        ("UMT4Clip B/16", "tempme"),
+        ("UMT4Clip B/16", "tempme as in CLIP"),
+    }
     assert {row.output_tokens for row in rows if row.method == "temporal only"} == {600, 3200, 2364, 12608}
-    assert format_costs(rows).count(" * ") == 4 and "unverified" in format_costs(rows)
+    shown = format_costs(rows)
+    assert shown.count(" * ") == 4 and shown.count(" + ") == 2
+    assert "unverified" in shown and "a fit, not the paper's" in shown.replace("\n", " ")
 
 
-@pytest.mark.parametrize("method, options", [("none", {}), ("tome", {"r": 1}), ("tempme", TINY)])
-def test_predicted_tokens_are_those_of_a_forward(method, options):
-    frontend = create_frontend("open_clip:tiny", None, method, 8, **options)
+@pytest.mark.parametrize(
+    "model, method, options",
+    [
+        ("open_clip:tiny", "none", {}),
+        ("open_clip:tiny", "tome", {"r": 1}),
+        ("open_clip:tiny", "tempme", TINY),
+        ("umt:tiny", "none", {"mode": "joint"}),
+        ("umt:tiny", "none", {"mode": "clip"}),
+        ("umt:tiny", "tempme", TINY),
+    ],
+)
+def test_predicted_tokens_are_those_of_a_forward(model, method, options):
+    frontend = create_frontend(model, None, method, 8, **options)
     counts = []
     for block in frontend.blocks:
         block.register_forward_hook(lambda _, __, state: counts.append((state.num_clips, state.x.shape[1])))
@@ -66,68 +78,59 @@ def test_predicted_tokens_are_those_of_a_forward(method, options):
     assert out.tokens.shape[1] == frontend.schedule.output_tokens
 
 
-def test_predicted_tokens_of_the_paper_are_those_of_a_real_tower():
-    row = cost_row("B/32", 12, "tempme")
-    frontend = create_frontend("open_clip:ViT-B-32-quickgelu")
+@pytest.mark.parametrize("mode, backbone", [("joint", "UMT B/16"), ("clip", "UMT4Clip B/16")])
+def test_umt_rows_are_those_of_the_real_tower(mode, backbone):
+    frontend = create_frontend("umt:b16", None, "none", mode=mode)
+    row = cost_row(backbone, 12, "none")
+    assert frontend.gflops() == row.gflops
+    assert frontend.schedule.output_tokens == row.input_tokens == row.output_tokens == 2352
+
+
+@pytest.mark.parametrize(
+    "backbone, model, tokens", [("B/32", "open_clip:ViT-B-32-quickgelu", 97), ("UMT4Clip B/16", "umt:b16", 185)]
+)
+def test_predicted_tokens_of_tempme_are_those_of_a_real_tower(backbone, model, tokens):
+    row = cost_row(backbone, 12, "tempme")
+    frontend = create_frontend(model)
     with torch.no_grad():
         out = frontend(torch.randn(1, 12, 3, 224, 224))
-    assert out.tokens.shape[1] == row.output_tokens == 97
-    assert int(out.size.sum()) == row.input_tokens == 600
+    assert out.tokens.shape[1] == row.output_tokens == tokens
+    assert int(out.size.sum()) == row.input_tokens
     assert frontend.gflops() == row.gflops
 
 
-def test_rows_are_timed_in_turn_and_the_first_round_does_not_count():
-    calls = []
-    times = paired_times({name: lambda name=name: calls.append(name) for name in "abc"}, 3, CPU)
-    assert calls == list("abc") * 4
-    assert {name: len(row) for name, row in times.items()} == {"a": 3, "b": 3, "c": 3}
+@pytest.mark.parametrize("cross_width", [64, 48])
+def test_fusion_costs_what_torch_counts(cross_width):
+    shape, pairs, words, tokens = BertShape.named("tiny", cross_width=cross_width), 3, 7, 11
+    fusion = BertFusion(shape).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as projected:
+        keys = fusion.keys_values(torch.randn(1, tokens, cross_width))
+    with torch.no_grad(), FlopCounterMode(display=False) as fused:
+        fusion(torch.randn(pairs, words, 64), torch.ones(pairs, words), keys.expand(pairs))
+    cached = fusion_macs(tokens, words, shape, cached=True)
+    assert fused.get_total_flops() == 2 * pairs * cached
+    assert projected.get_total_flops() == 2 * (fusion_macs(tokens, words, shape) - cached)
 
 
-def test_ratios_are_medians_of_pairs_not_ratios_of_medians():
-    memory = {"a": Peak(2**20, 0), "b": Peak(2**21, 0)}
-    a, b = measured_rows({"a": [1.0, 2.0, 10.0], "b": [1.0, 1.0, 9.0]}, memory)
-    assert (a.seconds, a.ratio) == (2.0, 1.0)
-    assert (b.seconds, b.ratio) == (1.0, 0.9)
-    shown = format_measured([a, b]).splitlines()
-    assert "time / a" in shown[0] and "0.900" in shown[2]
+def test_fusion_of_umt_b():
+    """Per pair, and for a test split: 1000 x 128 candidates in both directions, keys of a video computed once."""
+    assert fusion_macs(2352) / 1e9 == pytest.approx(9.47, abs=0.005)
+    assert fusion_macs(125) / 1e9 == pytest.approx(1.26, abs=0.005)
+    pairs, videos = 2 * 128 * 1000, 1000
+    for tokens, anew, cached in ((2352, 2424, 301), (125, 322, 209)):
+        a, c = fusion_macs(tokens), fusion_macs(tokens, cached=True)
+        assert pairs * a / 1e12 == pytest.approx(anew, abs=0.5)
+        assert (pairs * c + videos * (a - c)) / 1e12 == pytest.approx(cached, abs=0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
-def test_every_row_can_be_measured(train, dtype):
-    options = {"tempme": TINY, "tome": {"r": 1}}
-    work = Workload("open_clip:tiny", CPU, frames=8, batch=2, train=train, dtype=dtype, options=options)
-    for row in work.rows:
-        build_step(work, row)()
-
-
-def test_a_training_step_gives_every_trained_parameter_a_gradient(monkeypatch):
-    seen = []
-
-    class Spy(torch.optim.AdamW):
-        def step(self):
-            seen.extend(p.grad for group in self.param_groups for p in group["params"])
-
-    monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    build_step(Workload("open_clip:tiny", CPU, frames=8, batch=2, train=True, options={"tempme": TINY}), "tempme")()
-    assert len(seen) > 100
-    assert all(grad is not None and bool(grad.isfinite().all()) for grad in seen)
-
-
-def test_the_command_measures_and_writes_json(tmp_path, monkeypatch, capsys):
-    """One run for all: the table, the tiny tower's time, and its memory from a process of its own."""
-    file = tmp_path / "out" / "report.json"
-    command = f"{COMMAND} --measure --model open_clip:tiny --frames 8 --repeats 2 --threads 1 --rows tempme --r 1"
-    command += f" --merge-layers 2 3 4 --merge-frames 2 2 2 --cross-percent 30 --intra-percent 10 --json {file}"
-    monkeypatch.setattr(sys, "argv", command.split())
-    runpy.run_path(str(COMMAND), run_name="__main__")
-    report, shown = json.loads(file.read_text()), capsys.readouterr().out
-    assert len(report["costs"]) == 16
-    row = next(row for row in report["costs"] if (row["backbone"], row["method"]) == ("B/32", "tempme"))
-    assert row["output_tokens"] == 97 and abs(row["deviation_percent"]) < 0.2
-    (row,) = report["measured"]["rows"]
-    assert (row["name"], row["ratio"]) == ("tempme", 1.0)
-    assert 0 < row["memory"]["before"] < row["memory"]["peak"]
-    assert report["measured"]["setting"]["threads"] == 1
-    for word in ("this machine", f"torch {torch.__version__}", "threads 1", "dtype float32", "device"):
-        assert word in shown
+def test_fusion_rows_take_their_tokens_from_the_table():
+    rows = fusion_table()
+    assert [(row.method, row.tokens) for row in rows] == [
+        ("none", 2352),
+        ("none", 2352),
+        ("tempme", 185),
+        ("tempme as in CLIP", 125),
+    ]
+    assert all(row.saved == pytest.approx(100 * (row.macs - row.cached_macs) / row.macs) for row in rows)
+    shown = format_fusion(rows)
+    assert "9.47" in shown and "1.26" in shown and "linear layers and attention products" in shown

@@ -16,12 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tempme_vl.data import motion
 from tempme_vl.data.motion import render_motion
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips
+from tempme_vl.data.text import ClipTokenizer
 from tempme_vl.data.video import VideoError
 from tempme_vl.evaluation.metrics import dual_softmax, multi_caption_metrics, retrieval_metrics
 from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report
-from tempme_vl.tasks.retrieval import create_retrieval_model
+from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
 
 COMMAND = Path(__file__).parents[2] / "eval" / "retrieval.py"
 CPU = torch.device("cpu")
@@ -89,10 +91,10 @@ def random_embeddings(captions_per_video: list[int], width: int = 6, seed: int =
 def test_embeddings_and_report_are_those_of_the_functions(run, command, checkpoint, data):
     embeddings, report = run()
     options = command.Options(checkpoint, "msrvtt", data)
-    split, model = command.read_split(options), command.RetrievalModel.from_pretrained(checkpoint).eval()
+    split, model = command.read_split(options), RetrievalModel.from_pretrained(checkpoint).eval()
     preprocess = command.Preprocess.from_dict(model.frontend.config["preprocess"])
     reader = command.ClipReader(4, command.ClipTransform(preprocess), "uniform", timeout=None, on_broken="raise")
-    captions = EvalCaptions(split, command.ClipTokenizer(32))
+    captions = EvalCaptions(split, ClipTokenizer(32))
     expected = embed(model, EvalClips(split, reader), captions, captions.video_of_caption, CPU, workers=0)
     torch.testing.assert_close(embeddings.video, expected.video)
     torch.testing.assert_close(embeddings.text, expected.text)
@@ -104,7 +106,7 @@ def test_embeddings_and_report_are_those_of_the_functions(run, command, checkpoi
 
 
 def test_motion_is_rendered_where_asked(command, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "render_motion", render_small)
+    monkeypatch.setattr(motion, "render_motion", render_small)
     monkeypatch.chdir(tmp_path)
     assert len(command.read_split(command.Options(checkpoint, "motion")).clips) == NUM_TEST
     assert (tmp_path / "runs" / "motion-data" / "motion.json").is_file()

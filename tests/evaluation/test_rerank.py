@@ -22,8 +22,9 @@ UNREAD = torch.tensor([True, True, False, True, True, False, True])
 class Projected:
     rows: Tensor
 
-    def select(self, index: Tensor) -> Projected:
-        return Projected(self.rows[index])
+    def expand(self, pairs: int) -> Projected:
+        assert len(self.rows) == 1
+        return Projected(self.rows.expand(pairs, -1, -1))
 
 
 @dataclass
@@ -88,7 +89,7 @@ def assert_same(left: Reranked, right: Reranked) -> None:
 def test_equals_brute_force(top_k: int, valid: Tensor) -> None:
     given = inputs()
     t2v, v2t = brute_force(given, top_k, valid)
-    reranked = rerank(Matching(), **given, valid=valid, device=CPU, top_k=top_k, pairs_per_batch=4, videos_per_chunk=3)
+    reranked = rerank(Matching(), **given, valid=valid, device=CPU, top_k=top_k, pairs_per_batch=4)
     torch.testing.assert_close(reranked.t2v, t2v)
     torch.testing.assert_close(reranked.v2t, v2t)
 
@@ -117,26 +118,24 @@ def test_as_many_candidates_as_asked_and_the_rest_at_the_bottom(top_k: int) -> N
 
 def test_each_pair_is_scored_once_and_each_video_projected_once() -> None:
     matcher = Matching()
-    reranked = rerank(matcher, **inputs(), valid=UNREAD, device=CPU, top_k=2, pairs_per_batch=3, videos_per_chunk=2)
+    reranked = rerank(matcher, **inputs(), valid=UNREAD, device=CPU, top_k=2, pairs_per_batch=3)
     union = (reranked.t2v.T > REST) | (reranked.v2t > REST)
     assert sum(matcher.scored) == reranked.pairs == union.sum() < (reranked.t2v > REST).sum() + 2 * UNREAD.sum()
-    assert matcher.projected == [2, 2, 1] and max(matcher.scored) <= 3
+    assert matcher.projected == [1] * int(UNREAD.sum()) and max(matcher.scored) <= 3
 
 
 def test_without_cached_keys_every_pair_projects_its_video_and_nothing_else_changes() -> None:
     cached, anew = Matching(), Matching()
-    options = {"valid": UNREAD, "device": CPU, "top_k": 3, "pairs_per_batch": 4, "videos_per_chunk": 2}
+    options = {"valid": UNREAD, "device": CPU, "top_k": 3, "pairs_per_batch": 4}
     assert_same(rerank(cached, **inputs(), **options), rerank(anew, **inputs(), **options, cache_keys=False))
     assert anew.projected == anew.scored == cached.scored
     assert sum(cached.projected) < sum(anew.projected)
 
 
 @pytest.mark.parametrize("pairs_per_batch", [1, 5, 1000])
-@pytest.mark.parametrize("videos_per_chunk", [1, 2, 1000])
-def test_chunks_do_not_matter(pairs_per_batch: int, videos_per_chunk: int) -> None:
+def test_batches_do_not_matter(pairs_per_batch: int) -> None:
     expected = rerank(Matching(), **inputs(), device=CPU, top_k=3)
-    chunks = {"pairs_per_batch": pairs_per_batch, "videos_per_chunk": videos_per_chunk}
-    reranked = rerank(Matching(), **inputs(), device=CPU, top_k=3, **chunks)
+    reranked = rerank(Matching(), **inputs(), device=CPU, top_k=3, pairs_per_batch=pairs_per_batch)
     torch.testing.assert_close(reranked.t2v, expected.t2v)
     torch.testing.assert_close(reranked.v2t, expected.v2t)
 
@@ -171,9 +170,8 @@ def test_bar_is_shown_on_demand(capfd: pytest.CaptureFixture[str]) -> None:
         ({"mask": torch.ones(CAPTIONS, 3)}, r"mask \(Q, L\)"),
         ({"valid": torch.ones(CAPTIONS).bool()}, r"valid \(V,\)"),
         ({"similarity": torch.full((CAPTIONS, VIDEOS), torch.nan)}, "similarity holds NaN"),
-        ({"top_k": 0}, "at least 1; got 0, 64, 16"),
-        ({"pairs_per_batch": 0}, "at least 1; got 128, 0, 16"),
-        ({"videos_per_chunk": -1}, "at least 1; got 128, 64, -1"),
+        ({"top_k": 0}, "at least 1; got 0 and 64"),
+        ({"pairs_per_batch": -1}, "at least 1; got 128 and -1"),
     ],
 )
 def test_errors_say_what_came(changes: dict[str, Any], message: str) -> None:
@@ -183,7 +181,7 @@ def test_errors_say_what_came(changes: dict[str, Any], message: str) -> None:
 
 CASES: dict[str, dict[str, Any]] = {
     "all": {},
-    "top 2": {"top_k": 2, "videos_per_chunk": 2, "pairs_per_batch": 3},
+    "top 2": {"top_k": 2, "pairs_per_batch": 3},
     "some unread": {"top_k": 3, "valid": UNREAD},
     "a rank without videos": {"valid": torch.arange(VIDEOS) == 4},
     "nothing readable": {"valid": torch.zeros(VIDEOS).bool()},

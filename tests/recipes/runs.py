@@ -9,6 +9,7 @@ from typing import Any
 import full_ft_msrvtt as recipe
 import torch
 
+from tempme_vl.tasks.retrieval import RetrievalModel
 from tempme_vl.training.engine import Trainer
 
 
@@ -27,11 +28,11 @@ def train(arguments: list[str], die_at: int | None = None, number: int = signal.
 
 def train_on_nan(arguments: list[str], bad_step: int) -> None:
     """The recipe with a loss that is NaN at a step."""
-    original, steps = recipe.retrieval_loss, []
+    original, steps = RetrievalModel.loss, []
 
     def loss_fn(*args: Any) -> torch.Tensor:
         steps.append(None)
         return original(*args) * (float("nan") if len(steps) == bad_step + 1 else 1.0)
 
-    recipe.retrieval_loss = loss_fn
+    RetrievalModel.loss = loss_fn  # type: ignore[method-assign]
     recipe.main(recipe.parse(arguments))

@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from full_ft_msrvtt import SPLITS, Options, config, parse, read_splits
+from full_ft_msrvtt import Options, config, parse, source
 from recipes.runs import train, train_on_nan
 from torch import Tensor
 from training.processes import RECIPES, exit_codes, free_port, start
 
+from tempme_vl.data.datasets import USUAL_SPLITS, SplitNames
 from tempme_vl.data.motion import render_motion
 from tempme_vl.tasks.retrieval import RetrievalModel
+from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
+
+TIMES = ("train_seconds", "train_steps")
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +221,22 @@ def test_broken_clip_is_trained_around_and_reported(clips: Path, tmp_path: Path)
     assert "VideoError" in log.read_text() and "video2.mp4" in log.read_text()
 
 
+def test_umt_trains_is_killed_resumes_and_re_ranks(clips: Path, tmp_path: Path) -> None:
+    """Dropout and hard negatives are drawn anew in each step; a resumed run draws what an unbroken one does."""
+    whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
+    umt = {"model": "umt:tiny", "mode": "clip", "deepspeed_config": RECIPES / "ds" / "zero2.json", "rerank": 3}
+    assert run_recipe(log, arguments(clips, whole, **umt), world=2) == [0, 0], log.read_text()
+    resumed = arguments(clips, parts, **umt, resume="auto")
+    assert -signal.SIGKILL in run_recipe(log, resumed, 8, world=2)
+    assert latest(parts) == "step-00000005"
+    assert run_recipe(log, resumed, world=2) == [0, 0], log.read_text()
+    assert_same_checkpoint(whole, parts)
+    report = json.loads((parts / "report.json").read_text())
+    assert report == {**json.loads((whole / "report.json").read_text()), **{k: report[k] for k in TIMES}}
+    assert report["reranked"]["rerank_top_k"] == 3 and 24 <= report["reranked"]["rerank_pairs"] <= 48
+    assert UMTRetrievalModel.from_pretrained(parts / "best").frontend.schedule.method == "tempme"
+
+
 def test_help_names_every_option() -> None:
     shown = subprocess.run(
         [sys.executable, str(RECIPES / "full_ft_msrvtt.py"), "--help"], capture_output=True, text=True, check=True
@@ -235,19 +255,29 @@ def test_defaults_follow_the_data_set_and_the_model() -> None:
     assert (msrvtt.output, msrvtt.train_split, msrvtt.test_split) == (Path("runs/msrvtt-tome"), "train_9k", "test_1k")
     small = parse(["--data_root", "x", "--model", "open_clip:tiny"])
     assert (small.dataset, small.pretrained, small.freeze, small.holdout) == ("msrvtt", "none", "none", 500)
-    for dataset in set(SPLITS) - {"motion"}:
+    umt = parse(["--data-root", "x", "--model", "umt:b16", "--pretrained", "b16_25m.pth"])
+    assert (umt.lr, umt.epochs, umt.batch_size, umt.weight_decay, umt.beta2) == (2e-5, 10, 256, 0.02, 0.999)
+    assert (umt.mode, umt.augment, umt.sampling, umt.freeze) == ("clip", "crop_flip", "segment", "none")
+    for dataset in set(USUAL_SPLITS) - {"motion"}:
         options = parse(["--dataset", dataset, "--data-root", "x", "--annotations", "a", "--video-root", "v"])
         assert (options.dataset, options.output) == (dataset, Path(f"runs/{dataset}-tempme"))
         assert (config(options).batch_size, config(options).output) == (128, options.output)
 
 
 def test_missing_options_are_named() -> None:
+    with pytest.raises(ValueError, match="--chunks caches gradients of a contrastive loss alone"):
+        parse(["--model", "umt:tiny", "--chunks", "2"])
     with pytest.raises(ValueError, match="--dataset jsonl needs --annotations FILE and --video-root FOLDER"):
         parse(["--dataset", "jsonl", "--video-root", "v"])
     with pytest.raises(ValueError, match="--dataset msvd needs --data-root"):
         parse(["--dataset", "msvd"])
-    with pytest.raises(ValueError, match=r"unknown --dataset nothing; expected one of .*msrvtt"):
+    with pytest.raises(ValueError, match=r"unknown data set 'nothing'; expected one of .*msrvtt"):
         parse(["--dataset", "nothing"])
+
+
+def read(options: Options) -> Any:
+    names = SplitNames(options.train_split, options.val_split, options.test_split, options.holdout)
+    return source(options).read_all(names, options.seed)
 
 
 def test_jsonl_splits(tmp_path: Path) -> None:
@@ -259,12 +289,12 @@ def test_jsonl_splits(tmp_path: Path) -> None:
         file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
     write({}, {}, {})
-    train_split, val, test = read_splits(parse(given))
+    train_split, val, test = read(parse(given))
     assert (len(train_split.clips), val, test.name) == (3, None, "clips/all")
-    train_split, val, test = read_splits(parse([*given, "--holdout", "1"]))
+    train_split, val, test = read(parse([*given, "--holdout", "1"]))
     assert val is not None
     assert (len(train_split.clips), len(val.clips)) == (2, 1)
     write(*({"split": name} for name in ("train", "train", "val", "test", "test", "test")))
-    train_split, val, test = read_splits(parse(given))
+    train_split, val, test = read(parse(given))
     assert val is not None
     assert (len(train_split.clips), len(val.clips), len(test.clips)) == (2, 1, 3)

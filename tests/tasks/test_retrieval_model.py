@@ -19,7 +19,6 @@ from tempme_vl.tasks.retrieval import (
     create_retrieval_model,
     freeze_as_clip4clip,
     is_new_parameter,
-    retrieval_loss,
 )
 
 OPTIONS = {"r": 2, "merge_layers": (2, 4), "merge_frames": (2, 3), "cross_percent": 40, "intra_percent": 20}
@@ -49,7 +48,7 @@ def make_batch() -> dict[str, Tensor]:
 
 
 def loss_of(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return retrieval_loss(model(batch), batch)
+    return model.loss(model(batch), batch)
 
 
 def test_features_are_of_unit_length_in_float32() -> None:
@@ -78,10 +77,10 @@ def test_loss_hands_everything_over() -> None:
     model, batch = tiny(), make_batch()
     features = model(batch)
     expected = contrastive_loss(features["video"], features["text"], features["scale"])
-    assert torch.equal(retrieval_loss(features, batch), expected)
-    assert retrieval_loss(features, {**batch, "video_id": torch.zeros(2).long()}) == 0
-    assert retrieval_loss(features, {**batch, "text_id": torch.zeros(2).long()}) == 0
-    assert retrieval_loss(features, {**batch, "valid": torch.tensor([1.0, 0.0])}) == 0
+    assert torch.equal(model.loss(features, batch), expected)
+    assert model.loss(features, {**batch, "video_id": torch.zeros(2).long()}) == 0
+    assert model.loss(features, {**batch, "text_id": torch.zeros(2).long()}) == 0
+    assert model.loss(features, {**batch, "valid": torch.tensor([1.0, 0.0])}) == 0
 
 
 @pytest.mark.parametrize(("log_scale", "scale"), [(0.0, 1.0), (math.log(1 / 0.07), 1 / 0.07), (4.0, math.e**4)])

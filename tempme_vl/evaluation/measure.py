@@ -1,0 +1,264 @@
+"""What merging saves, measured: times and peak memory of a forward pass or a training step, rows side by side.
+
+Rows take turns, so that whatever else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tempme_vl.backbones import split_name
+from tempme_vl.backbones.open_clip import build_visual, model_config, visual_backbone
+from tempme_vl.evaluation.efficiency import columns
+from tempme_vl.frontend import VisualFrontend, create_frontend, make_schedule
+from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model, freeze_as_clip4clip
+
+# how UMT's rows are measured: the method and the options of its tower
+UMT_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "joint": ("none", {"mode": "joint"}),
+    "clip": ("none", {"mode": "clip"}),
+    "clip+tempme": ("tempme", {"mode": "clip"}),
+}
+_WORDS = tuple(map(str, range(30522)))  # as many as BERT's vocabulary has
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured: the forward pass of the visual tower, or a step of full fine-tuning, on random input.
+
+    Attributes:
+        model: "open_clip:NAME" or "umt:NAME"; random weights.
+        frames, batch: F frames of each of B videos.
+        train: forward, backward and AdamW of the retrieval model with its text tower; CLIP with input embeddings
+            frozen as in CLIP4Clip, UMT whole, with its matching loss. Else the visual tower alone, without gradients.
+        dtype: a forward pass has weights of this type; training has float32 weights and autocasts.
+        options: schedule options by method, for shapes that the paper has no setting for.
+    """
+
+    model: str
+    device: torch.device
+    frames: int = 12
+    batch: int = 1
+    train: bool = False
+    dtype: torch.dtype = torch.float32
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The names that `build_steps` knows; all are compared with the first."""
+        if self.family == "umt":
+            return tuple(UMT_ROWS)
+        return ("none", "tome", "tempme") if self.train else ("open_clip", "none", "tome", "tempme")
+
+    @property
+    def family(self) -> str:
+        """ "open_clip" or "umt"."""
+        return split_name(self.model)[0]
+
+    def arguments(self, row: str) -> tuple[str, dict[str, Any]]:
+        """A row's merging method, and the options of its tower and schedule."""
+        method, options = UMT_ROWS.get(row, (row, {}))
+        return method, {**options, **self.options.get(method, {})}
+
+
+def build_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """Functions that do the work once, by row.
+
+    Training rows share weights, gradients and the optimiser's state, so that they take the memory of one model.
+
+    Args:
+        rows: names of `work.rows`: "open_clip" for its own visual tower on the frames as a batch of images, a merging
+            method, or UMT's frames joint and apart.
+
+    Raises:
+        ValueError: see `tempme_vl.create_frontend` and `tempme_vl.backbones.open_clip.model_config`.
+    """
+    return _train_steps(work, rows) if work.train else {row: _forward_step(work, row) for row in rows}
+
+
+def _forward_step(work: Workload, row: str) -> Callable[[], object]:
+    tower, side = _visual_tower(work, row)
+    tower.to(work.device, work.dtype).eval()
+    video = torch.randn(work.batch, work.frames, 3, side, side, device=work.device, dtype=work.dtype)
+    frames = video.flatten(0, 1) if row == "open_clip" else video
+    return torch.no_grad()(lambda: tower(frames))
+
+
+def _visual_tower(work: Workload, row: str) -> tuple[nn.Module, int]:
+    """The tower, and the side of its images in pixels."""
+    method, options = work.arguments(row)
+    if work.family == "umt":
+        frontend = create_frontend(work.model, None, method, work.frames, **options)
+        return frontend, frontend.shape.image_size
+    config = model_config(split_name(work.model)[1])
+    visual, side = build_visual(config), config["vision_cfg"]["image_size"]
+    if row == "open_clip":
+        return visual, side
+    backbone = visual_backbone(visual)
+    schedule = make_schedule(method, len(backbone.blocks), work.frames, backbone.shape.tokens, **options)
+    return VisualFrontend(backbone, schedule), side
+
+
+def _train_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], object]]:
+    models: dict[str, nn.Module] = {}
+    shared: dict[str, Any] = {}
+    for row in rows:
+        method, options = work.arguments(row)
+        vocabulary = _WORDS if work.family == "umt" else None
+        model = create_retrieval_model(work.model, None, method, work.frames, vocabulary=vocabulary, **options)
+        model.to(work.device).train()
+        model.load_state_dict(shared, strict=False, assign=True)  # not strict: only TempMe has clip positions
+        if isinstance(model, RetrievalModel):
+            freeze_as_clip4clip(model)
+        shared = {**model.state_dict(keep_vars=True), **shared}
+        models[row] = model
+    trained = dict.fromkeys(p for model in models.values() for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(list(trained), lr=1e-7)
+    batch = _train_batch(work, model.frontend.shape.image_size)
+    lower = work.dtype != torch.float32
+
+    def step(model: Any) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(work.device.type, work.dtype, enabled=lower):
+            features = model(batch)
+        model.loss(features, batch).backward()
+        optimizer.step()
+
+    return {row: partial(step, model) for row, model in models.items()}
+
+
+def _train_batch(work: Workload, side: int) -> dict[str, Tensor]:
+    number = torch.arange(work.batch)
+    batch = {
+        "video": torch.randn(work.batch, work.frames, 3, side, side),
+        "frame_mask": torch.ones(work.batch, work.frames),
+        "text_ids": torch.randint(1, 1000, (work.batch, 32)),
+        "text_mask": torch.ones(work.batch, 32, dtype=torch.int64),
+        "video_id": number,
+        "text_id": number,
+        "valid": torch.ones_like(number),
+    }
+    return {name: tensor.to(work.device) for name, tensor in batch.items()}
+
+
+def paired_times(
+    steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each step, taken in turn (A B C A B C ...) after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(1 + repeats):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory in bytes at its highest, and before the model was built (Python and its libraries; 0 on a GPU)."""
+
+    peak: int
+    before: int
+
+
+def peak_memory(work: Workload, row: str) -> Peak:
+    """The most memory that two steps take, weights included. Call it in a fresh process: freed memory may stay there.
+
+    On a GPU torch's max_memory_allocated; on a CPU the peak resident set size that Linux reports.
+
+    Raises:
+        ValueError: a CPU run without Linux's /proc.
+    """
+    before = _memory(work.device)[0]
+    step = build_steps(work, (row,))[row]
+    gc.collect()
+    _reset_peak(work.device)  # weights are converted while the model is built: that peak is not meant
+    step()
+    step()  # by now the optimiser has its state
+    synchronize(work.device)
+    return Peak(_memory(work.device)[1], before)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes in use now, and at the peak."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    # not getrusage: a new program inherits ru_maxrss from the process that started it
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        raise ValueError("the memory of a CPU run is read from /proc, which only Linux has")
+    sizes = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(sizes["VmRSS"].split()[0]) * 1024, int(sizes["VmHWM"].split()[0]) * 1024
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to the present size
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """Medians of one row: seconds a step, and its time over that of the same turn's reference row."""
+
+    name: str
+    seconds: float
+    ratio: float
+    memory: Peak
+
+
+def measured_rows(times: Mapping[str, Sequence[float]], memory: Mapping[str, Peak]) -> list[MeasuredRow]:
+    """Medians; the first row is the reference of the paired ratios."""
+    reference = next(iter(times.values()))
+    return [
+        MeasuredRow(
+            name,
+            statistics.median(row),
+            statistics.median(own / base for own, base in zip(row, reference, strict=True)),
+            memory[name],
+        )
+        for name, row in times.items()
+    ]
+
+
+def format_measured(rows: Sequence[MeasuredRow]) -> str:
+    """A plain-text table; ratios are relative to the first row."""
+    return columns(
+        [
+            {
+                "row": row.name,
+                "ms a step": f"{1e3 * row.seconds:.1f}",
+                f"time / {rows[0].name}": f"{row.ratio:.3f}",
+                "peak MiB": f"{row.memory.peak / 2**20:.0f}",
+                "of it before the model": f"{row.memory.before / 2**20:.0f}",
+            }
+            for row in rows
+        ]
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the work that a GPU has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """For a report: the GPU's name, or the CPU's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"

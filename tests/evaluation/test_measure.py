@@ -1,0 +1,107 @@
+"""Measuring takes turns, gives training rows one set of weights, and accounts for memory."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tempme_vl.evaluation.measure import (
+    Peak,
+    Workload,
+    build_steps,
+    format_measured,
+    measured_rows,
+    paired_times,
+)
+
+COMMAND = Path(__file__).parents[2] / "eval" / "efficiency.py"
+CPU = torch.device("cpu")
+TINY = {"r": 1, "merge_layers": (2, 3, 4), "merge_frames": (2, 2, 2), "cross_percent": 30, "intra_percent": 10}
+MODELS = ["open_clip:tiny", "umt:tiny"]
+
+
+def test_rows_are_timed_in_turn_and_the_first_round_does_not_count():
+    calls = []
+    times = paired_times({name: lambda name=name: calls.append(name) for name in "abc"}, 3, CPU)
+    assert calls == list("abc") * 4
+    assert {name: len(row) for name, row in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_ratios_are_medians_of_pairs_not_ratios_of_medians():
+    memory = {"a": Peak(2**20, 0), "b": Peak(2**21, 0)}
+    a, b = measured_rows({"a": [1.0, 2.0, 10.0], "b": [1.0, 1.0, 9.0]}, memory)
+    assert (a.seconds, a.ratio) == (2.0, 1.0)
+    assert (b.seconds, b.ratio) == (1.0, 0.9)
+    shown = format_measured([a, b]).splitlines()
+    assert "time / a" in shown[0] and "0.900" in shown[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_row_can_be_measured(model, train, dtype):
+    options = {"tempme": TINY, "tome": {"r": 1}}
+    work = Workload(model, CPU, frames=8, batch=2, train=train, dtype=dtype, options=options)
+    steps = build_steps(work, work.rows)
+    assert tuple(steps) == work.rows
+    for step in steps.values():
+        step()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_training_rows_share_weights_and_each_trains_all_of_its_own(monkeypatch, model):
+    optimizers = []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, params, **options):
+            super().__init__(params, **options)
+            optimizers.append(self)
+
+        def step(self):
+            params = self.param_groups[0]["params"]
+            self.trained = {p for p in params if p.grad is not None}
+            assert all(bool(p.grad.isfinite().all()) for p in self.trained)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    work = Workload(model, CPU, frames=8, batch=2, train=True, options={"tempme": TINY, "tome": {"r": 1}})
+    steps = build_steps(work, work.rows)
+    build_steps(work, work.rows[:1])
+    together, alone = optimizers
+    positions = set(together.param_groups[0]["params"][len(alone.param_groups[0]["params"]) :])
+    assert [tuple(p.shape) for p in positions] and len(positions) == len(TINY["merge_layers"])
+    for row, step in steps.items():
+        step()
+        missed = set(together.param_groups[0]["params"]) - together.trained
+        assert missed == (set() if "tempme" in row else positions)
+    assert len(together.trained) > 100
+
+
+def test_the_command_measures_and_writes_json(tmp_path, monkeypatch, capsys):
+    """One run for all: the table, the tiny tower's time, and its memory from a process of its own."""
+    file = tmp_path / "out" / "report.json"
+    command = f"{COMMAND} --measure --model umt:tiny --frames 8 --repeats 2 --threads 1 --rows clip+tempme --r 1"
+    command += f" --merge-layers 2 3 4 --merge-frames 2 2 2 --cross-percent 30 --intra-percent 10 --json {file}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_path(str(COMMAND), run_name="__main__")
+    report, shown = json.loads(file.read_text()), capsys.readouterr().out
+    assert len(report["costs"]) == 20 and len(report["fusion"]) == 4
+    row = next(row for row in report["costs"] if (row["backbone"], row["method"]) == ("B/32", "tempme"))
+    assert row["output_tokens"] == 97 and abs(row["deviation_percent"]) < 0.2
+    (row,) = report["measured"]["rows"]
+    assert (row["name"], row["ratio"]) == ("clip+tempme", 1.0)
+    assert 0 < row["memory"]["before"] < row["memory"]["peak"]
+    assert report["measured"]["setting"]["threads"] == 1
+    for word in ("this machine", f"torch {torch.__version__}", "threads 1", "dtype float32", "device", "GMAC a pair"):
+        assert word in shown
+
+
+def test_rows_of_another_family_are_refused(monkeypatch):
+    command = f"{COMMAND} --measure --model umt:tiny --rows open_clip"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(ValueError, match=r"expected some of joint, clip, clip\+tempme"):
+        runpy.run_path(str(COMMAND), run_name="__main__")
