@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,8 @@ class BertShape:
         positions: most words of a text.
         cross_width: Dv, the width of the video tokens that the fusion layers look at.
         dropout: of hidden states and of attention weights, in training.
+        init_std: random weights are N(0, init_std^2) as BERT's; None for 1 / fan-in as their variance, with which a
+            small model learns within minutes.
 
     Raises:
         ValueError: no text layer or no fusion layer, or heads that do not divide the width.
@@ -47,6 +50,7 @@ class BertShape:
     vocab_size: int = 30522
     positions: int = 512
     dropout: float = 0.1
+    init_std: float | None = 0.02
 
     def __post_init__(self) -> None:
         if not 0 < self.fusion_layer < self.layers:
@@ -91,7 +95,16 @@ SHAPES = {
     "bert-base": BertShape(width=768, layers=12, heads=12, mlp_width=3072, fusion_layer=9, cross_width=768),
     "bert-large": BertShape(width=1024, layers=24, heads=16, mlp_width=4096, fusion_layer=19, cross_width=1024),
     "tiny": BertShape(
-        width=64, layers=3, heads=4, mlp_width=256, fusion_layer=2, cross_width=64, vocab_size=1000, positions=64
+        width=64,
+        layers=3,
+        heads=4,
+        mlp_width=256,
+        fusion_layer=2,
+        cross_width=64,
+        vocab_size=1000,
+        positions=64,
+        dropout=0.0,
+        init_std=None,
     ),
 }
 
@@ -108,7 +121,7 @@ class BertTextEncoder(nn.Module):
         self.embeddings = BertEmbeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(shape.fusion_layer))
         self.grad_checkpointing = False
-        self.apply(_initialise)
+        self.apply(partial(_initialise, std=shape.init_std))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """States of words, padded ones included.
@@ -176,7 +189,7 @@ class BertFusion(nn.Module):
         self.shape = shape
         self.layers = nn.ModuleList(_fusion_layer(shape) for _ in range(shape.layers - shape.fusion_layer))
         self.grad_checkpointing = False
-        self.apply(_initialise)
+        self.apply(partial(_initialise, std=shape.init_std))
 
     def keys_values(self, tokens: Tensor) -> VideoKeys:
         """Keys and values of videos, once for all their texts.
@@ -332,10 +345,10 @@ def _attention_mask(mask: Tensor) -> Tensor:
     return mask.bool()[:, None, None, :]
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, std: float | None) -> None:
     """BERT's initialisation, which transformers applies to whole models only."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5 if std is None else std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:

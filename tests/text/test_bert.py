@@ -291,9 +291,10 @@ def test_weights_that_do_not_fit(change: Callable[[dict[str, Tensor]], dict[str,
         bert_from_umt(change(bert_to_umt(*models())), heads=3)
 
 
-def test_random_weights_are_as_bert_starts() -> None:
+@pytest.mark.parametrize("init_std", [0.02, None])
+def test_random_weights_are_as_bert_starts(init_std: float | None) -> None:
     torch.manual_seed(0)
-    shape = BertShape.named("tiny")
+    shape = BertShape.named("tiny", init_std=init_std)
     text, fusion = BertTextEncoder(shape), BertFusion(shape)
     for name, parameter in (*text.named_parameters(), *fusion.named_parameters()):
         if name.endswith("bias"):
@@ -301,7 +302,8 @@ def test_random_weights_are_as_bert_starts() -> None:
         elif "LayerNorm" in name:
             assert (parameter == 1).all(), name
         elif parameter.numel() > 1000:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+            std = init_std or parameter.shape[1] ** -0.5
+            assert parameter.std().item() == pytest.approx(std, rel=0.1), name
     assert not text.embeddings.word_embeddings.weight[0].any(), "[PAD]"
 
 
