@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,9 +266,13 @@ def load_umt_text(model: UMTRetrievalModel, state: Mapping[str, Tensor], heads: 
     bert = _bert_part(converted.state)
     if bert:
         text, fusion = bert_from_umt(bert, heads)
-        if text.shape != model.text.shape:
-            raise ValueError(f"the checkpoint's text side is {text.shape}; the model wants {model.text.shape}")
-        model.text, model.fusion = text, fusion
+        wanted = model.text.shape
+        # weights tell sizes alone; how they start and drop out is the model's own
+        found = replace(text.shape, dropout=wanted.dropout, init_std=wanted.init_std)
+        if found != wanted:
+            raise ValueError(f"the checkpoint's text side is {found}; the model wants {wanted}")
+        model.text.load_state_dict(text.state_dict())
+        model.fusion.load_state_dict(fusion.state_dict())
     renamed = {"text_proj": "text_proj", "itm_head": "match_head"}
     heads_state = {
         f"{ours}.{part}": converted.state[f"{theirs}.{part}"]
