@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from tempme_vl.data import motion
 from tempme_vl.data.motion import render_motion
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips
-from tempme_vl.data.text import ClipTokenizer
+from tempme_vl.data.text import ClipTokenizer, word_vocabulary
 from tempme_vl.data.video import VideoError
 from tempme_vl.evaluation.metrics import dual_softmax, multi_caption_metrics, retrieval_metrics
 from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report
@@ -103,6 +104,27 @@ def test_embeddings_and_report_are_those_of_the_functions(run, command, checkpoi
     assert {key: report[key] for key in metrics} == metrics
     assert (report["split"], report["num_frames"]) == ("msrvtt/test_1k", 4)
     assert report["broken_videos"] == {}
+
+
+def test_umt_is_re_ranked(command, data, tmp_path, one_broken):
+    """The report holds both rankings; a broken video is nobody's candidate in either."""
+    split = command.read_split(command.Options(tmp_path, "msrvtt", data))
+    vocabulary = word_vocabulary([caption for captions in split.captions for caption in captions])
+    torch.manual_seed(0)
+    model = create_retrieval_model("umt:tiny", None, "none", 4, 0.0, vocabulary, mode="joint")
+    model.save_pretrained(tmp_path / "best")
+    options = command.Options(
+        tmp_path / "best", "msrvtt", one_broken, sampling="uniform", workers=0, rerank=3, decode_timeout=None
+    )
+    embeddings, report = command.evaluate(options, command.read_split(options), CPU)
+    assert embeddings.tokens.shape == (NUM_TEST, 4 * 16, 64) and embeddings.states.shape[0] == NUM_TEST
+    again = report["reranked"]
+    assert again["rerank_top_k"] == 3 and 3 * (NUM_TEST - 1) <= again["rerank_pairs"] <= NUM_TEST * (NUM_TEST - 1)
+    assert report["unreadable_videos"] == again["unreadable_videos"] == 1
+    assert max(again[way]["r5"] for way in ("t2v", "v2t")) <= 100 * (NUM_TEST - 1) / NUM_TEST
+    assert "re-ranked t2v" in command.describe(report)
+    plain, report = command.evaluate(replace(options, rerank=0), split, CPU)
+    assert plain.tokens is None and "reranked" not in report
 
 
 def test_motion_is_rendered_where_asked(command, checkpoint, tmp_path, monkeypatch):
