@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -244,6 +245,9 @@ def source(options: Options) -> Source:
 
 def main(options: Options) -> None:
     device = distributed.initialize()
+    if distributed.is_main():  # what became of every key of a UMT checkpoint
+        logging.getLogger("tempme_vl.tasks").addHandler(logging.StreamHandler())
+        logging.getLogger("tempme_vl.tasks").setLevel(logging.INFO)
     torch.manual_seed(options.seed)
     names = SplitNames(options.train_split, options.val_split, options.test_split, options.holdout)
     train, val, test = source(options).read_all(names, options.seed)

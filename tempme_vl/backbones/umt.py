@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -255,7 +255,12 @@ def tower_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], KeyRepo
     if strange:
         raise ValueError(f"a UMT vision encoder has no such weights, and would not be itself without them: {strange}")
     projection = {key: value for key, value in state.items() if key.startswith("vision_proj.")}
-    return from_umt_names({**converted.state, **projection}), converted.report
+    report = replace(
+        converted.report,
+        used=(*converted.report.used, *projection),
+        unexpected=tuple(key for key in converted.report.unexpected if key not in projection),
+    )
+    return from_umt_names({**converted.state, **projection}), report
 
 
 def config_of(
