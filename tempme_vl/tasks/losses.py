@@ -5,6 +5,8 @@ Letters: B pairs on this rank, G = B * world size pairs in all, E embedding widt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,6 +47,13 @@ def gather_rows(rows: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
     return _GatherRows.apply(rows)
+
+
+def gather_pairs(features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """What a contrast needs of all ranks: video, text (G, E), video_id, text_id (G,) int64, valid (G,) bool."""
+    video, text = gather_rows(features["video"]), gather_rows(features["text"])
+    video_id, text_id, valid = (gather_rows(batch[key].long()) for key in ("video_id", "text_id", "valid"))
+    return video, text, video_id, text_id, valid.bool()
 
 
 def contrastive_loss(

@@ -18,7 +18,7 @@ from tempme_vl.frontend import VisualFrontend, make_schedule
 from tempme_vl.merging import MergeSchedule
 from tempme_vl.pretrained import load_model, load_weights, save_model
 from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.losses import contrastive_loss, gather_rows
+from tempme_vl.tasks.losses import contrastive_loss, gather_pairs
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text import ClipTextEncoder
 
@@ -93,17 +93,8 @@ class RetrievalModel(nn.Module):
             features: what the model made of the batch.
             batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss`.
         """
-        video, text, video_id, text_id, valid = (
-            gather_rows(rows)
-            for rows in (
-                features["video"],
-                features["text"],
-                batch["video_id"],
-                batch["text_id"],
-                batch["valid"].long(),
-            )
-        )
-        return contrastive_loss(video, text, features["scale"], video_id, text_id, valid.bool())
+        video, text, video_id, text_id, valid = gather_pairs(features, batch)
+        return contrastive_loss(video, text, features["scale"], video_id, text_id, valid)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in the backward pass."""

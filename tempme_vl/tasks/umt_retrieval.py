@@ -25,7 +25,7 @@ from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import (
     Temperature,
     draw_negatives,
-    gather_rows,
+    gather_pairs,
     matching_loss,
     negative_weights,
     same_pairs,
@@ -126,18 +126,9 @@ class UMTRetrievalModel(nn.Module):
 
     def loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """VTC over all ranks' pairs plus VTM over this rank's, weighted 1 : 1 (UMT's fine-tuning)."""
-        video, text, video_id, text_id, valid = (
-            gather_rows(rows)
-            for rows in (
-                features["video"],
-                features["text"],
-                batch["video_id"],
-                batch["text_id"],
-                batch["valid"].long(),
-            )
-        )
+        video, text, video_id, text_id, valid = gather_pairs(features, batch)
         same = same_pairs(video_id, text_id)
-        contrast = soft_contrastive_loss(video, text, features["temperature"], same, valid.bool())
+        contrast = soft_contrastive_loss(video, text, features["temperature"], same, valid)
         return contrast + matching_loss(features["match"], features["match_valid"])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
