@@ -5,6 +5,7 @@ Letters: B pairs on this rank, G = B * world size pairs in all, E embedding widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tempme_vl.state import at_least_float32
 
+MAX_LOGIT_SCALE = math.log(100.0)
 TEMPERATURE_RANGE = (0.001, 0.5)
 
 
@@ -196,6 +198,26 @@ def matching_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     return _mean(F.cross_entropy(logits, labels, reduction="none"), valid)
 
 
+def clamp_value(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    """x clamped in value, with the gradient of x: clamp has none beyond a limit, so what got there could not return."""
+    return x.detach().clamp(low, high) + (x - x.detach())
+
+
+class LogitScale(nn.Module):
+    """The learnable factor of similarities, clamped to 100 at most (CLIP).
+
+    Args:
+        initial: its logarithm.
+    """
+
+    def __init__(self, initial: float = math.log(1 / 0.07)):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor([initial]))
+
+    def forward(self) -> Tensor:
+        return clamp_value(at_least_float32(self.log_scale), None, MAX_LOGIT_SCALE).exp().squeeze(0)
+
+
 class Temperature(nn.Module):
     """The learnable divisor of similarities, kept within [0.001, 0.5] (UMT).
 
@@ -208,7 +230,4 @@ class Temperature(nn.Module):
         self.temperature = nn.Parameter(torch.tensor([initial]))
 
     def forward(self) -> Tensor:
-        temperature = at_least_float32(self.temperature)
-        # clamped in value only: clamp has no gradient beyond a limit, so what got there could not return
-        straight_through = temperature - temperature.detach()
-        return (temperature.detach().clamp(*TEMPERATURE_RANGE) + straight_through).squeeze(0)
+        return clamp_value(at_least_float32(self.temperature), *TEMPERATURE_RANGE).squeeze(0)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,25 +17,9 @@ from tempme_vl.frontend import VisualFrontend, make_schedule
 from tempme_vl.merging import MergeSchedule
 from tempme_vl.pretrained import load_model, load_weights, save_model
 from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.losses import contrastive_loss, gather_pairs
+from tempme_vl.tasks.losses import LogitScale, contrastive_loss, gather_pairs
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text import ClipTextEncoder
-
-MAX_LOGIT_SCALE = math.log(100.0)
-
-
-class LogitScale(nn.Module):
-    """The learnable temperature, clamped so that similarities scale by 100 at most (CLIP)."""
-
-    def __init__(self, initial: float):
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor([initial]))
-
-    def forward(self) -> Tensor:
-        log_scale = at_least_float32(self.log_scale)
-        # clamped in value only: clamp has no gradient at the limit, where OpenAI's weights start, and none above it
-        clamped = log_scale + (log_scale.clamp(max=MAX_LOGIT_SCALE) - log_scale).detach()
-        return clamped.exp().squeeze(0)
 
 
 class RetrievalModel(nn.Module):

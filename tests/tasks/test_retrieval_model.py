@@ -12,9 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from towers import TINY, random_video
 
-from tempme_vl.tasks.losses import contrastive_loss
+from tempme_vl.tasks.losses import LogitScale, contrastive_loss
 from tempme_vl.tasks.retrieval import (
-    LogitScale,
     RetrievalModel,
     create_retrieval_model,
     freeze_as_clip4clip,
