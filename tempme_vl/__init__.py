@@ -1,7 +1,32 @@
-"""tempme_vl: a video as very few visual tokens (TempMe, ICLR 2025), for retrieval, QA and video-language models."""
+"""tempme_vl: a video as very few visual tokens (TempMe, ICLR 2025), for retrieval, QA and video-language models.
 
-from tempme_vl.frontend import VisualFrontend, create_frontend, make_schedule
-from tempme_vl.merging import MergeSchedule
-from tempme_vl.state import FrontendOutput, TokenState
+The names below are imported on first use (PEP 562): what needs no model, such as reading annotations and scoring
+predictions, runs without loading torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tempme_vl.frontend import VisualFrontend, create_frontend, make_schedule
+    from tempme_vl.merging import MergeSchedule
+    from tempme_vl.state import FrontendOutput, TokenState
 
 __all__ = ["FrontendOutput", "MergeSchedule", "TokenState", "VisualFrontend", "create_frontend", "make_schedule"]
+
+_HOMES = {
+    "tempme_vl.frontend": ("VisualFrontend", "create_frontend", "make_schedule"),
+    "tempme_vl.merging": ("MergeSchedule",),
+    "tempme_vl.state": ("FrontendOutput", "TokenState"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

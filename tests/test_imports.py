@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"state", "merging", "frontend"},
     # what is made of front ends
     "tasks": CORE,
-    "evaluation": CORE | {"tasks"},
+    "evaluation": CORE | {"tasks", "data"},  # of data: splits and predictions, to score them
     # side shelves, which know no model and not each other
     "data": set(),
     "training": set(),

@@ -2,13 +2,18 @@
 
 from tempme_vl.text.bert import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt, bert_to_umt
 from tempme_vl.text.clip import ClipTextEncoder
+from tempme_vl.text.decoder import BertDecoder, QuestionKeys, decoder_to_umt, load_umt_decoder
 
 __all__ = [
+    "BertDecoder",
     "BertFusion",
     "BertShape",
     "BertTextEncoder",
     "ClipTextEncoder",
+    "QuestionKeys",
     "VideoKeys",
     "bert_from_umt",
     "bert_to_umt",
+    "decoder_to_umt",
+    "load_umt_decoder",
 ]

@@ -25,14 +25,17 @@ class UmtCase(Case):
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Those of the file; weights left out of it, to save space, are those of the retrieval model beside it."""
-        own = load_file(self.path)
-        if not self.entry["n_weights"] or any(key.startswith("w.") for key in own):
+        """Those of the file; inputs and weights left out of it, to save space, are those of the model beside it."""
+        own, listed = load_file(self.path), self.entry["tensors"]
+        inputs = {key for key in listed if key.startswith("in.")} - own.keys()
+        weights = bool(self.entry["n_weights"]) and not any(key.startswith("w.") for key in own)
+        if not inputs and not weights:
             return own
         kind = self.path.stem.split("_")[1]
         whole = load_file(self.path.with_name(self.path.name.replace(f"_{kind}_", "_ret_")))
+        own |= {key: whole[key] for key in inputs}
         part = "w.text_encoder." if kind == "text" else "w.vision_encoder."
-        return own | {key: value for key, value in whole.items() if key.startswith(part)}
+        return own | {key: value for key, value in whole.items() if weights and key.startswith(part)}
 
 
 def umt_cases(pattern: str) -> list[UmtCase]:
