@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import tempme_vl
+
 ROOT = Path(__file__).parent.parent
 CORE = {"state", "matching", "merging", "backbones", "frontend", "text", "pretrained"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -72,6 +74,15 @@ def test_scripts_are_not_imported_and_everything_else_is_installed(path: Path) -
     tops = {name.split(".")[0] for name in imports(path)}
     assert not tops & {*SCRIPTS, "tests"}
     assert tops <= known, sorted(tops - known)
+
+
+def test_the_package_offers_its_names_on_first_use() -> None:
+    homes = {f"{home}.{name}" for home, names in tempme_vl._HOMES.items() for name in names}
+    assert homes == {name for name in imports(Path(tempme_vl.__file__)) if name.startswith("tempme_vl.")}
+    assert {name.split(".")[-1] for name in homes} == set(tempme_vl.__all__) <= set(dir(tempme_vl))
+    assert all(getattr(tempme_vl, name).__name__ == name for name in tempme_vl.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Frontend'"):
+        _ = tempme_vl.Frontend
 
 
 def test_the_table_itself_has_no_circle() -> None:

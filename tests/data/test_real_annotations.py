@@ -13,6 +13,7 @@ import pytest
 
 from tempme_vl.data.datasets import load_split
 from tempme_vl.data.splits import holdout_validation
+from tempme_vl.data.videoqa import answer_vocabulary, coverage, read_questions, read_split, read_vocabulary
 
 ROOT = Path(os.environ["TEMPME_ANNOTATIONS"])
 
@@ -82,3 +83,37 @@ def test_lsmdc_format(tmp_path):
     (sample,) = (ROOT / "lsmdc").glob("*SAMPLE.csv")
     shutil.copy(sample, tmp_path / "LSMDC16_challenge_1000_publictect.csv")
     assert load_split("lsmdc", tmp_path, "test").num_captions == 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "videos", "questions"),
+    [
+        ("msrvtt_qa", "val", 497, 12_278),
+        ("msrvtt_qa", "test", 2990, 72_821),
+        ("msvd_qa", "train", 1161, 30_933),
+        ("msvd_qa", "val", 245, 6_415),
+        ("msvd_qa", "test", 504, 13_157),
+        ("activitynet_qa", "train", 3200, 32_000),
+        ("activitynet_qa", "val", 1800, 18_000),
+        ("activitynet_qa", "test", 800, 8_000),
+    ],
+)
+def test_question_counts(dataset, split, videos, questions):
+    result = read_split(dataset, ROOT / dataset, split)
+    assert (len({q.clip for q in result.questions}), len(result.questions)) == (videos, questions)
+
+
+def test_the_json_and_the_csv_of_msrvtt_qa_are_one():
+    (derived,) = (ROOT / "msrvtt_qa").glob("val_qa*.json")
+    assert read_questions(derived).questions == read_questions(ROOT / "msrvtt_qa" / "val.csv").questions
+
+
+def test_answer_vocabularies():
+    test = read_split("msrvtt_qa", ROOT / "msrvtt_qa", "test")
+    words = read_vocabulary(ROOT / "msrvtt_qa" / "ans_word.json")
+    covered = [coverage(words[:size], test) for size in (1000, 1500, 4000)]
+    assert covered == [100 * questions / 72_821 for questions in (65_654, 67_719, 70_452)]  # 90.2, 93.0, 96.7 %
+    train = answer_vocabulary(read_split("msvd_qa", ROOT / "msvd_qa", "train"))
+    assert len(train) == 1852
+    # the public list is the most frequent training answers too, and breaks ties in some other way
+    assert len(set(train[:1000]) & set(read_vocabulary(ROOT / "msvd_qa" / "answer_set.txt"))) > 900

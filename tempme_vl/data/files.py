@@ -1,0 +1,59 @@
+"""Text, JSON and csv files whose errors name the file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark; ValueError where there is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text; {error}") from error
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError names the file, also where a key occurs twice in one object."""
+    text = read_text(path)
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a csv file with a header, each with its place to name in errors; ValueError for ragged rows."""
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    header = reader.fieldnames
+    if not header or len(set(header)) != len(header):
+        raise ValueError(f"{path}: expected distinct names of columns in the first line; got {header}")
+    try:
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{place}: expected {len(header)} columns, as the first line has")
+            yield place, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, after line {reader.line_num}: {error}") from error
+
+
+def few(items: Sequence[object], limit: int = 5) -> str:
+    """The first items, for error messages."""
+    return ", ".join(map(str, items[:limit])) + (", ..." if len(items) > limit else "")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise ValueError(f"{len(twice)} keys occur more than once in one object: {few(twice)}")
+    return result

@@ -1,0 +1,314 @@
+"""Questions about videos with their answers: the public annotation layouts, and the answer vocabulary of a split.
+
+Answers stay letter for letter as they are in the files, because accuracy compares strings. Neither torch nor a
+decoder is loaded here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tempme_vl.data.files import csv_rows, few, load_json, read_text
+from tempme_vl.data.splits import Clip, check_split_name, find_annotations, locate_videos
+
+SPLITS = ("train", "val", "test")
+CSV_COLUMNS = ("video", "question", "answer", "qid")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a clip. Each of `answers` is right; `options` are a multiple choice's, else empty."""
+
+    question_id: str
+    clip: Clip
+    question: str
+    answers: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QASplit:
+    """The questions of a split, e.g. "msrvtt_qa/test".
+
+    ValueError for no questions, ids that occur more than once, empty questions, a question without an answer or with
+    an empty one, and options that are fewer than two, not distinct or without a right answer.
+    """
+
+    name: str
+    questions: tuple[Question, ...]
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise ValueError(f"{self.name}: no questions")
+        ids = Counter(question.question_id for question in self.questions)
+        wrong = {
+            "question ids occur more than once": [i for i, count in ids.items() if count > 1],
+            "questions are empty": [q.question_id for q in self.questions if not q.question.strip()],
+            "questions have no answer or an empty one": [
+                q.question_id for q in self.questions if not q.answers or not all(map(str.strip, q.answers))
+            ],
+            "questions need two distinct options or more, a right answer among them": [
+                q.question_id for q in self.questions if q.options and not _is_choice(q)
+            ],
+        }
+        for what, bad in wrong.items():
+            if bad:
+                raise ValueError(f"{self.name}: {len(bad)} {what}: {few(bad)}")
+
+
+def answer_vocabulary(train: QASplit, size: int | None = None) -> tuple[str, ...]:
+    """The `size` most frequent answers of a training split (None: all), the most frequent first, ties by alphabet.
+
+    Fewer where the split has fewer. Give it the training split only: a list made of the evaluated split would tell
+    the model which answers to expect. ValueError for a size below 1.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"an answer vocabulary has 1 answer at least; got size={size}")
+    counts = Counter(answer for question in train.questions for answer in question.answers)
+    return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))[:size])
+
+
+def coverage(vocabulary: Collection[str], split: QASplit) -> float:
+    """Percentage of questions with an answer in `vocabulary`: the ceiling of a model that can give no other answer."""
+    known = frozenset(vocabulary)
+    return 100 * sum(not known.isdisjoint(q.answers) for q in split.questions) / len(split.questions)
+
+
+def read_vocabulary(path: str | Path) -> tuple[str, ...]:
+    """Reads an answer list, the most frequent first: a JSON list of texts, or a text file with one answer a line.
+
+    ValueError for an empty list, empty answers and answers that occur more than once.
+    """
+    path = Path(path)
+    answers = load_json(path) if path.suffix == ".json" else read_text(path).rstrip("\n").split("\n")
+    if not isinstance(answers, list) or not answers:
+        raise ValueError(f"{path}: expected a list of answers that is not empty")
+    if bad := [answer for answer in answers if not _is_text(answer)]:
+        raise ValueError(f"{path}: {len(bad)} answers are empty or no text: {few(bad)}")
+    if twice := [answer for answer, count in Counter(answers).items() if count > 1]:
+        raise ValueError(f"{path}: {len(twice)} answers occur more than once: {few(twice)}")
+    return tuple(answers)
+
+
+def read_questions(path: str | Path, split: str | None = None) -> QASplit:
+    """Reads one annotation file of any known layout. Videos are not looked for; their ids are the file's.
+
+    - .csv: `video,question,answer,qid`, further columns ignored (MSRVTT-QA; its `type` is the video's category)
+    - .jsonl: as `read_jsonl`; `split` keeps the lines of that split
+    - .json: `[{"id", "video_id", "question", "answer"}]` (MSRVTT-QA, MSVD-QA), or ActivityNet-QA's questions
+      NAME_q.json, `[{"question_id", "video_name", "question"}]`, whose answers are read from NAME_a.json beside it
+
+    The name of the result is folder/file. ValueError names the file and the line or entry.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        return read_jsonl(path, "", split)
+    if split is not None:
+        raise ValueError(f"{path} holds one split; only lines of a .jsonl file can be chosen by split={split!r}")
+    return QASplit(f"{path.resolve().parent.name}/{path.name}", tuple(_read_file(path)))
+
+
+def read_split(dataset: str, root: str | Path, split: str, video_root: str | Path | None = None) -> QASplit:
+    """Reads "train", "val" or "test" of "motion", "msrvtt_qa", "msvd_qa" or "activitynet_qa" under `root`.
+
+    Videos are looked for as by `load_split` of tempme_vl.data.datasets, and need not be there. Ids are those of the
+    retrieval readers, so that both find the same files.
+
+    - msrvtt_qa: {split}_qa.json or {split}.csv; 158,581 / 12,278 / 72,821 questions on 6,513 / 497 / 2,990 videos
+    - msvd_qa: {split}_qa.json; 30,933 / 6,415 / 13,157. With youtube_mapping.txt (`name vid7`) ids are the names of
+      the original clips, without it "vid7".
+    - activitynet_qa: {split}_q.json and {split}_a.json; 32,000 / 18,000 / 8,000 on 3,200 / 1,800 / 800 videos
+    - motion: rendered under `root` first
+
+    ValueError for an unknown data set or split, missing files (lists those expected and found), and bad entries.
+    """
+    if dataset not in _DATASETS:
+        raise ValueError(f"unknown QA data set {dataset!r}; known: {', '.join(_DATASETS)}")
+    check_split_name(dataset, split, SPLITS)
+    questions, video_id_of, video_folders = _DATASETS[dataset](root, split)
+    ids = {raw: video_id_of(raw) for raw in dict.fromkeys(q.clip.video_id for q in questions)}
+    paths = locate_videos(ids.values(), root, video_root, video_folders)
+    clips = {raw: Clip(ids[raw], path) for raw, path in zip(ids, paths, strict=True)}
+    return QASplit(f"{dataset}/{split}", tuple(replace(q, clip=clips[q.clip.video_id]) for q in questions))
+
+
+def read_jsonl(annotations: str | Path, video_root: str | Path, split: str | None = None) -> QASplit:
+    """Reads lines like `{"file": "a.mp4", "question": "what runs", "answer": "dog", "split": "train"}`.
+
+    Keys: `file` (relative to `video_root`), `question`, `answer` or `answers` (a list, each of them right), and
+    optionally `options` (a list to choose from), `start`, `end` (seconds), `split`, `id` (else the line's number);
+    others are ignored. `split` keeps the lines of that split; None keeps all. ValueError names the file and the line.
+    """
+    path, root = Path(annotations), Path(video_root)
+    questions = []
+    names = set()
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError(f"expected a JSON object; got {line[:60]!r}")
+            names.add(str(entry.get("split")))
+            if split is None or entry.get("split") == split:
+                questions.append(_jsonl_question(entry, root, number))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if split is not None and not questions:
+        raise ValueError(f"{path}: no questions with split {split!r}; splits found: {', '.join(sorted(names))}")
+    return QASplit(f"{path.stem}/{split or 'all'}", tuple(questions))
+
+
+def as_id(value: object) -> str:
+    """A question's or video's id, in files a text or a whole number, as a text; else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError(f"expected an id, a text or a whole number; got {value!r}")
+    return str(value)
+
+
+def _read_file(path: Path) -> list[Question]:
+    if path.suffix == ".csv":
+        return [_question(place, row, CSV_COLUMNS) for place, row in csv_rows(path)]
+    entries = _entries(path)
+    if not any("video_name" in entry for entry in entries):
+        keys = ("video_id", "question", "answer", "id")
+        return [_question(f"{path}, entry {n}", entry, keys) for n, entry in enumerate(entries)]
+    if not path.name.endswith("_q.json"):
+        raise ValueError(f"{path}: these are questions without answers; expected NAME_q.json and NAME_a.json beside it")
+    answers_path = path.with_name(path.name.removesuffix("_q.json") + "_a.json")
+    answers = _entries(answers_path)
+    if len(entries) != len(answers):
+        raise ValueError(f"{path} has {len(entries)} questions, {answers_path} {len(answers)} answers")
+    keys = ("video_name", "question", "answer", "question_id")
+    questions = []
+    for n, (entry, answer) in enumerate(zip(entries, answers, strict=True)):
+        ids = entry.get("question_id"), answer.get("question_id")
+        if ids[0] != ids[1]:
+            raise ValueError(f"{path}, entry {n}: question_id {ids[0]!r}, but {ids[1]!r} in {answers_path}")
+        questions.append(_question(f"{path}, entry {n}", {**entry, **answer}, keys))
+    return questions
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    entries = load_json(path)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: expected a list of JSON objects")
+    return entries
+
+
+def _question(place: str, entry: dict[str, Any], keys: tuple[str, str, str, str]) -> Question:
+    """`keys` of the video, the question, the answer and the question's id."""
+    video, question, answer, question_id = keys
+    if not set(keys) <= set(entry):
+        raise ValueError(f"{place}: expected {', '.join(keys)}; got {few(list(entry), 9)}")
+    try:
+        video_id = as_id(entry[video])
+        return Question(
+            as_id(entry[question_id]),
+            Clip(video_id, Path(video_id)),
+            _text(question, entry[question]).strip(),
+            (_text(answer, entry[answer]),),
+        )
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _jsonl_question(entry: dict[str, Any], root: Path, number: int) -> Question:
+    if ("answer" in entry) == ("answers" in entry):
+        raise ValueError("expected either 'answer' or 'answers'")
+    answers = _texts("answers", entry["answers"]) if "answers" in entry else (_text("answer", entry["answer"]),)
+    options = _texts("options", entry["options"]) if "options" in entry else ()
+    file = _text("file", entry.get("file"))
+    start, end = (_seconds(key, entry.get(key)) for key in ("start", "end"))
+    if end is not None and end <= (start or 0.0):
+        raise ValueError(f"end must be greater than start; got start={start}, end={end}")
+    clip = Clip(file if (start, end) == (None, None) else f"{file}@{start}-{end}", root / file, start, end)
+    question = _text("question", entry.get("question")).strip()
+    return Question(as_id(entry.get("id", number)), clip, question, answers, options)
+
+
+# questions with the files' own video ids, what those become, the usual folders of the videos
+_Source = tuple[list[Question], Callable[[str], str], tuple[str, ...]]
+
+
+def _msrvtt(root: str | Path, split: str) -> _Source:
+    errors = []
+    for name in (f"{split}_qa.json", f"{split}.csv"):
+        try:
+            (path,) = find_annotations(root, [name], ("msrvtt_qa", "MSRVTT-QA"))
+            break
+        except ValueError as error:
+            errors.append(str(error))
+    else:
+        raise ValueError("; or ".join(errors))
+    return _read_file(path), lambda n: f"video{n}" if n.isdecimal() else n, ("MSRVTT_Videos", "all", "TrainValVideo")
+
+
+def _motion(root: str | Path, split: str) -> _Source:
+    from tempme_vl.data.motion import render_motion  # PyAV is needed for this data set alone
+
+    return _msrvtt(render_motion(root), split)
+
+
+def _msvd(root: str | Path, split: str) -> _Source:
+    folders, video_folders = ("msvd_qa", "MSVD-QA"), ("MSVD_Videos", "YouTubeClips")
+    (path,) = find_annotations(root, [f"{split}_qa.json"], folders)
+    mapping = path.with_name("youtube_mapping.txt")
+    questions = _read_file(path)
+    if not mapping.is_file():
+        return questions, lambda n: f"vid{n}", video_folders
+    lines = [line.split() for line in read_text(mapping).splitlines() if line.strip()]
+    if bad := [" ".join(line) for line in lines if len(line) != 2]:
+        raise ValueError(f"{mapping}: expected lines like 'name vid7'; got {few(bad)}")
+    names = {number: name for name, number in lines}
+    if unknown := sorted({q.clip.video_id for q in questions if f"vid{q.clip.video_id}" not in names}):
+        raise ValueError(f"{path}: {len(unknown)} videos are not in {mapping}: {few(unknown)}")
+    return questions, lambda n: names[f"vid{n}"], video_folders
+
+
+def _activitynet(root: str | Path, split: str) -> _Source:
+    names = [f"{split}_q.json", f"{split}_a.json"]
+    path, _ = find_annotations(root, names, ("activitynet_qa", "dataset"))
+    return _read_file(path), lambda name: f"v_{name}", ("Activity_Videos", "Videos")
+
+
+_DATASETS: dict[str, Callable[[str | Path, str], _Source]] = {
+    "motion": _motion,
+    "msrvtt_qa": _msrvtt,
+    "msvd_qa": _msvd,
+    "activitynet_qa": _activitynet,
+}
+
+
+def _is_choice(question: Question) -> bool:
+    options = set(question.options)
+    return len(options) == len(question.options) >= 2 and not options.isdisjoint(question.answers)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key!r} must be a text that is not empty; got {value!r}")
+    return value
+
+
+def _texts(key: str, values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not values or not all(map(_is_text, values)):
+        raise ValueError(f"{key!r} must be a list of texts that are not empty; got {values!r}")
+    return tuple(values)
+
+
+def _seconds(key: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(f"{key!r} must be a number of seconds, 0 or more; got {value!r}")
+    return float(value)

@@ -1,0 +1,262 @@
+"""The harness: accuracy of predictions, the files they come in, and eval/videoqa.py without torch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tempme_vl.data.splits import Clip
+from tempme_vl.data.videoqa import QASplit, Question
+from tempme_vl.evaluation.videoqa import (
+    QUESTION_TYPES,
+    accuracy,
+    normalize_answer,
+    question_type,
+    read_predictions,
+    table,
+)
+
+COMMAND = Path(__file__).parents[2] / "eval" / "videoqa.py"
+WORDS = ("what", "who", "how", "when", "where", "is")
+
+
+def make_rows(count: int) -> list[tuple[str, str, str, str]]:
+    """Video, question, answer, id; the answers unevenly distributed."""
+    rng = random.Random(count)
+    return [
+        (
+            str(rng.randrange(1 + count // 4)),
+            f"{rng.choice(WORDS)} is it {i}",
+            rng.choice(("man", "man", "dog", "two")),
+            str(1000 + i),
+        )
+        for i in range(count)
+    ]
+
+
+def make_split(rows: list[tuple[str, str, str, str]]) -> QASplit:
+    return QASplit("toy/test", tuple(Question(i, Clip(v, Path(v)), q, (a,)) for v, q, a, i in rows))
+
+
+def count_independently(predictions: dict[str, str], rows: list[tuple[str, str, str, str]]) -> dict[str, list[int]]:
+    """Right answers and questions by first word, in a way of its own."""
+    counts: dict[str, list[int]] = {}
+    for _, question, answer, question_id in rows:
+        word = question.split(" ")[0]
+        for key in ("all", word if word != "is" else "other"):
+            right_and_total = counts.setdefault(key, [0, 0])
+            right_and_total[0] += int(question_id in predictions and predictions[question_id] == answer)
+            right_and_total[1] += 1
+    return counts
+
+
+def kinds_of_predictions(rows: list[tuple[str, str, str, str]]) -> dict[str, dict[str, str]]:
+    ids, answers = [row[3] for row in rows], [row[2] for row in rows]
+    shuffled = random.Random(0).sample(answers, len(answers))
+    return {
+        "most frequent": dict.fromkeys(ids, "man"),
+        "correct": dict(zip(ids, answers, strict=True)),
+        "missing": {},
+        "shuffled": dict(zip(ids, shuffled, strict=True)),
+        "half of them": dict(list(zip(ids, shuffled, strict=True))[::2]),
+    }
+
+
+ROWS = make_rows(500)
+
+
+@pytest.mark.parametrize("name", kinds_of_predictions(ROWS))
+def test_accuracy_is_what_an_independent_count_gives(name: str) -> None:
+    predictions = kinds_of_predictions(ROWS)[name]
+    counts = count_independently(predictions, ROWS)
+    report = accuracy(predictions, make_split(ROWS))
+    assert (report["correct"], report["total"]) == tuple(counts["all"])
+    assert report["accuracy"] == 100 * counts["all"][0] / 500
+    assert report["missing"] == 500 - len(predictions)
+    assert report["total_by_type"] == {kind: counts[kind][1] for kind in QUESTION_TYPES}
+    assert report["by_type"] == {kind: 100 * counts[kind][0] / counts[kind][1] for kind in QUESTION_TYPES}
+    assert accuracy(dict(reversed(predictions.items())), make_split(ROWS[::-1])) == report
+
+
+def test_bounds() -> None:
+    kinds = kinds_of_predictions(ROWS)
+    assert accuracy(kinds["correct"], make_split(ROWS))["accuracy"] == 100
+    assert accuracy(kinds["missing"], make_split(ROWS))["accuracy"] == 0
+
+
+def test_a_missing_prediction_counts_like_a_wrong_one() -> None:
+    predictions = kinds_of_predictions(ROWS)["correct"]
+    wrong = {**predictions, "1003": "elephant"}
+    missing = {question_id: answer for question_id, answer in predictions.items() if question_id != "1003"}
+    reports = [accuracy(given, make_split(ROWS)) for given in (wrong, missing)]
+    assert [report.pop("missing") for report in reports] == [0, 1]
+    assert reports[0] == reports[1] and reports[0]["correct"] == 499
+
+
+def test_no_prediction_beats_the_ceiling() -> None:
+    split = make_split(ROWS)
+    vocabulary = ("man", "two")
+    report = accuracy({q.question_id: q.answers[0] for q in split.questions if q.answers[0] in vocabulary}, split)
+    with_ceiling = accuracy({}, split, vocabulary)
+    assert with_ceiling["ceiling"] == report["accuracy"] < 100
+    assert (with_ceiling["vocabulary_size"], report["vocabulary_size"], report["ceiling"]) == (2, None, None)
+    with pytest.raises(ValueError, match="vocabulary is empty"):
+        accuracy({}, split, ())
+
+
+def test_each_of_several_answers_is_right_and_the_match_is_exact_unless_asked() -> None:
+    split = QASplit("toy", (Question("q", Clip("v", Path("v")), "what", ("Dog", "cat")),))
+    for prediction, exact, normalized in (
+        ("Dog", 1, 1),
+        ("cat", 1, 1),
+        ("dog", 0, 1),
+        ("cat ", 0, 1),
+        ("A dog.", 0, 1),
+        ("dogs", 0, 0),
+    ):
+        assert accuracy({"q": prediction}, split)["correct"] == exact
+        report = accuracy({"q": prediction}, split, normalize=True)
+        assert (report["correct"], report["match"]) == (normalized, "normalized")
+
+
+def test_normalized_answers() -> None:
+    for answer, expected in (("The  Red, Car!", "red car"), ("a", "a"), ("an apple", "apple"), ("ant", "ant")):
+        assert normalize_answer(answer) == expected == normalize_answer(expected)
+
+
+def test_types_without_questions_have_no_accuracy() -> None:
+    report = accuracy({}, make_split([("v", "who talks", "man", "1")]))
+    assert report["by_type"] == {"what": None, "who": 0, "how": None, "when": None, "where": None, "other": None}
+    assert report["total_by_type"] == {"what": 0, "who": 1, "how": 0, "when": 0, "where": 0, "other": 0}
+
+
+@pytest.mark.parametrize(
+    ("question", "kind"),
+    [
+        ("what is a man doing", "what"),
+        ("What's this?", "what"),
+        ("  Who", "who"),
+        ("'how many", "how"),
+        ("whatever it is", "other"),
+        ("is it what", "other"),
+        ("2 what", "other"),
+    ],
+)
+def test_question_types(question: str, kind: str) -> None:
+    assert question_type(question) == kind
+
+
+def test_ambiguous_pairs_are_counted_once() -> None:
+    rows = [("v", "who", "man", "1"), ("v", "who", "boy", "2"), ("v", "who", "boy", "3")]
+    rows += [("w", "who", "man", "4"), ("v", "what", "man", "5"), ("v", "what", "man", "6")]
+    assert accuracy({}, make_split(rows))["ambiguous"] == 1
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        ({"1000": "man", "7": "man"}, r"1 of 2 predictions have ids that toy/test \(500 questions\) does not have: 7"),
+        ({"1000": " ", "1001": "man"}, "1 predictions are empty or no text: those of 1000"),
+        ({"1000": None}, "1 predictions are empty or no text: those of 1000"),
+    ],
+)
+def test_predictions_that_cannot_be_scored(predictions: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        accuracy(predictions, make_split(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.json", '{"5": "man", "v_6": "a dog, big"}'),
+        ("p.json", '[{"question_id": 5, "answer": "man"}, {"question_id": "v_6", "answer": "a dog, big"}]'),
+        ("p.json", '[{"id": 5, "prediction": "man", "score": 1}, {"qid": "v_6", "answer": "a dog, big"}]'),
+        ("p.csv", 'qid,answer\n5,man\nv_6,"a dog, big"\n'),
+        ("p.csv", 'score,id,prediction\n1,5,man\n2,v_6,"a dog, big"\n'),
+    ],
+)
+def test_every_form_of_predictions_is_read_alike(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_predictions(tmp_path / name) == {"5": "man", "v_6": "a dog, big"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", '{"5": "man", "5": "man"}', "keys occur more than once in one object: 5"),
+        ("p.json", '[{"id": 5, "answer": "man"}, {"id": "5", "answer": "boy"}]', "answered more than once: 5"),
+        ("p.csv", "qid,answer\n5,man\n5,man\n", "1 question ids are answered more than once: 5"),
+        ("p.json", '{"5": ""}', r"the answer to 5 must be a text that is not empty; got ''"),
+        ("p.json", '[{"id": 5, "answer": 7}]', r"p\.json, entry 0: the answer to 5 must be a text .*; got 7"),
+        ("p.csv", "qid,answer\n5,man\n6, \n", r"p\.csv, line 3: the answer to 6 must be a text that is not empty"),
+        ("p.csv", "5,man\n6,boy\n", r"p\.csv, line 2: expected one of question_id, id, qid"),
+        ("p.csv", "qid,answer\n5\n", r"p\.csv, line 2: expected 2 columns"),
+        ("p.json", '[{"id": 5, "answer": "man", "prediction": "boy"}]', "one of answer, prediction"),
+        ("p.json", '[{"answer": "man"}]', "one of question_id, id, qid"),
+        ("p.json", '["man"]', r"p\.json, entry 0: expected one of"),
+        ("p.json", '[{"id": 5.5, "answer": "man"}]', r"p\.json, entry 0: expected an id"),
+        ("p.json", '"man"', "expected a JSON object or list"),
+        ("p.json", "", r"p\.json: Expecting"),
+        ("p.csv", "", "names of columns"),
+    ],
+)
+def test_bad_prediction_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_predictions(tmp_path / name)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """eval/videoqa.py as a user runs it; at its end it writes which of the forbidden modules were loaded."""
+    script = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print("LOADED", [m for m in ("torch", "av", "decord", "transformers") if m in sys.modules]))
+sys.argv[0] = {str(COMMAND)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    with (tmp_path / "test.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("video", "question", "answer", "qid"), *ROWS])
+    paths = {"annotations": tmp_path / "test.csv", "predictions": tmp_path / "p.json", "vocabulary": tmp_path / "v.txt"}
+    paths["predictions"].write_text(json.dumps(kinds_of_predictions(ROWS)["half of them"]))
+    paths["vocabulary"].write_text("man\ndog\ntwo\n")
+    return paths
+
+
+def test_the_command_writes_the_report_and_loads_no_torch(files: dict[str, Path], tmp_path: Path) -> None:
+    arguments = [part for name, path in files.items() for part in (f"--{name}", path)]
+    report_file = tmp_path / "out" / "report.json"
+    done = run(*arguments, "--vocabulary-size", 2, "--json", report_file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("LOADED []\n")
+    report = json.loads(report_file.read_text())
+    split = make_split(ROWS)
+    expected = accuracy(kinds_of_predictions(ROWS)["half of them"], split, ("man", "dog"))
+    assert {key: report[key] for key in expected} == {**expected, "split": f"{tmp_path.name}/test.csv"}
+    assert done.stdout.startswith(table(report))
+
+
+def test_the_command_ends_with_one_line_on_bad_input(files: dict[str, Path]) -> None:
+    files["predictions"].write_text('{"1000": "man", "elsewhere": "man"}')
+    done = run("--predictions", files["predictions"], "--annotations", files["annotations"])
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: 1 of 2 predictions have ids that") and "elsewhere" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_table_holds_every_number(files: dict[str, Path]) -> None:
+    report = accuracy(kinds_of_predictions(ROWS)["shuffled"], make_split(ROWS), ("man",))
+    text = table(report)
+    for kind in QUESTION_TYPES:
+        assert f"{report['total_by_type'][kind]:>10}{report['by_type'][kind]:>12.2f}" in text
+    assert f"{report['accuracy']:.2f}" in text and f"{report['ceiling']:.2f} %" in text and "toy/test" in text
