@@ -1,4 +1,4 @@
-# make demo   train three models alike on the embedded data set and print the table (10 minutes on 2 cores)
+# make demo   train three models alike on the embedded data set and print the table (6 minutes on 2 cores)
 # make test   lint, types, import directions, tests
 # make lint   ruff and mypy alone
 # Each prepares .venv by itself when pyproject.toml is newer than it. PYTHON chooses the interpreter (>= 3.10).

@@ -1,6 +1,6 @@
 """Full fine-tuning of CLIP or UMT with TempMe for text-video retrieval.
 
-A first try, on any machine (renders its own small data set; 3 minutes on 2 CPU cores):
+A first try, on any machine (renders its own small data set; 2 minutes on 2 CPU cores):
     deepspeed recipes/full_ft_msrvtt.py
 
 MSRVTT-1kA, ViT-B/16, on 8 A100 (not yet measured; the paper reports R-Sum 210.2 for this setting on 4 GPUs):
