@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "config.json", "model.safetensors", "vocab.txt"
 
 
 def save_model(directory: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -44,6 +44,24 @@ def load_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         found = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else "no such folder"
         raise ValueError(f"expected {' and '.join(missing)} in {directory}; found {found}")
     return json.loads((directory / CONFIG_FILE).read_text()), load_file(directory / WEIGHTS_FILE)
+
+
+def save_vocabulary(directory: str | Path, words: Sequence[str]) -> None:
+    """Writes vocab.txt, a word a line in the order of their ids, as BERT's own folders have it."""
+    (Path(directory) / VOCABULARY_FILE).write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+
+
+def load_vocabulary(directory: str | Path) -> tuple[str, ...]:
+    """What `save_vocabulary` wrote.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    file = Path(directory) / VOCABULARY_FILE
+    if not file.is_file():
+        raise ValueError(f"expected the words of the model in {file}, one a line; there is no such file")
+    # not splitlines: some words of BERT are line separators of Unicode
+    return tuple(file.read_text(encoding="utf-8").split("\n")[:-1])
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

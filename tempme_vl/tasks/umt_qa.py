@@ -20,10 +20,10 @@ from tempme_vl.backbones.umt import Mode
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
 from tempme_vl.frontend import VisualFrontend, create_frontend
 from tempme_vl.merging import MergeSchedule
-from tempme_vl.pretrained import load_model, load_weights, save_model
+from tempme_vl.pretrained import load_model, load_vocabulary, load_weights, save_model, save_vocabulary
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import gather_rows
-from tempme_vl.tasks.umt_retrieval import _TEXT_OF, VOCABULARY_FILE
+from tempme_vl.tasks.umt_retrieval import TEXT_OF
 from tempme_vl.text import (
     BertDecoder,
     BertFusion,
@@ -237,9 +237,7 @@ class UMTQAModel(nn.Module):
             "input": self.config["input"],
         }
         save_model(directory, config, self.state_dict() if state is None else state)
-        (Path(directory) / VOCABULARY_FILE).write_text(
-            "".join(f"{word}\n" for word in self.vocabulary), encoding="utf-8"
-        )
+        save_vocabulary(directory, self.vocabulary)
 
     @classmethod
     def from_umt_state_dict(
@@ -286,16 +284,13 @@ class UMTQAModel(nn.Module):
         config, state = load_model(directory)
         if config["kind"] != "umt_qa":
             raise ValueError(f"expected a UMT QA model in {directory}; got one of kind {config['kind']!r}")
-        file = Path(directory) / VOCABULARY_FILE
-        if not file.is_file():
-            raise ValueError(f"expected the words of the model in {file}, one a line; there is no such file")
         shape = BertShape(**config["text"])
         model = cls(
             VisualFrontend.from_config(config["frontend"]),
             BertTextEncoder(shape),
             BertFusion(shape),
             BertDecoder(shape, config["decoder_layers"]),
-            tuple(file.read_text(encoding="utf-8").removesuffix("\n").split("\n")),
+            load_vocabulary(directory),
             config,
         )
         load_weights(model, state, directory)
@@ -326,7 +321,7 @@ def create_umt_qa_model(
     if family != "umt":
         raise ValueError(f"expected one of UMT's models, such as 'umt:b16'; got {name!r}")
     frontend = create_frontend(name, pretrained, method, num_frames, clip_position_std, **options)
-    shape = BertShape.named(_TEXT_OF[model_name], cross_width=frontend.shape.width, vocab_size=len(vocabulary))
+    shape = BertShape.named(TEXT_OF[model_name], cross_width=frontend.shape.width, vocab_size=len(vocabulary))
     decoder = BertDecoder(shape, shape.layers - shape.fusion_layer)
     model = UMTQAModel(frontend, BertTextEncoder(shape), BertFusion(shape), decoder, vocabulary)
     if pretrained is not None:

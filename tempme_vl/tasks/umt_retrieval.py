@@ -20,7 +20,7 @@ from tempme_vl.backbones.umt import Mode
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
 from tempme_vl.frontend import VisualFrontend, create_frontend
 from tempme_vl.merging import MergeSchedule
-from tempme_vl.pretrained import load_model, load_weights, save_model
+from tempme_vl.pretrained import load_model, load_vocabulary, load_weights, save_model, save_vocabulary
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import (
     Temperature,
@@ -35,8 +35,7 @@ from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys, be
 
 _log = logging.getLogger(__name__)
 
-VOCABULARY_FILE = "vocab.txt"
-_TEXT_OF = {"tiny": "tiny", "b16": "bert-base", "l16": "bert-large"}
+TEXT_OF = {"tiny": "tiny", "b16": "bert-base", "l16": "bert-large"}
 
 
 class UMTRetrievalModel(nn.Module):
@@ -149,9 +148,7 @@ class UMTRetrievalModel(nn.Module):
             "input": self.config["input"],
         }
         save_model(directory, config, self.state_dict() if state is None else state)
-        (Path(directory) / VOCABULARY_FILE).write_text(
-            "".join(f"{word}\n" for word in self.vocabulary), encoding="utf-8"
-        )
+        save_vocabulary(directory, self.vocabulary)
 
     @classmethod
     def from_umt_state_dict(
@@ -194,15 +191,12 @@ class UMTRetrievalModel(nn.Module):
         config, state = load_model(directory)
         if config["kind"] != "umt_retrieval":
             raise ValueError(f"expected a UMT retrieval model in {directory}; got one of kind {config['kind']!r}")
-        file = Path(directory) / VOCABULARY_FILE
-        if not file.is_file():
-            raise ValueError(f"expected the words of the model in {file}, one a line; there is no such file")
         shape = BertShape(**config["text"])
         model = cls(
             VisualFrontend.from_config(config["frontend"]),
             BertTextEncoder(shape),
             BertFusion(shape),
-            tuple(file.read_text(encoding="utf-8").removesuffix("\n").split("\n")),
+            load_vocabulary(directory),
             config,
         )
         load_weights(model, state, directory)
@@ -232,7 +226,7 @@ def create_umt_retrieval_model(
     if family != "umt":
         raise ValueError(f"expected one of UMT's models, such as 'umt:b16'; got {name!r}")
     frontend = create_frontend(name, pretrained, method, num_frames, clip_position_std, **options)
-    shape = BertShape.named(_TEXT_OF[model_name], cross_width=frontend.shape.width, vocab_size=len(vocabulary))
+    shape = BertShape.named(TEXT_OF[model_name], cross_width=frontend.shape.width, vocab_size=len(vocabulary))
     model = UMTRetrievalModel(frontend, BertTextEncoder(shape), BertFusion(shape), vocabulary)
     if pretrained is not None:
         _log.info("%s", load_umt_text(model, read_checkpoint(pretrained), shape.heads))
