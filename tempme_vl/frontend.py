@@ -74,8 +74,8 @@ class VisualFrontend(nn.Module):
         Args:
             video: (B, F, 3, H, W) normalised frames, F = schedule.frames, H = W = shape.image_size.
             frame_mask: (B, F), nonzero for real frames; padding frames take part in matching and attention and
-                are left out of `pooled` only, as in the paper's code. Default: all real. Without CLS tokens a
-                joined clip counts as real if one of its frames is.
+                are left out of `pooled` only, as in the paper's code. Default: all real. In a tower that does not
+                pool by CLS tokens a joined clip counts as real if one of its frames is.
             trace_source: also say which input tokens every output token holds.
 
         Raises:
@@ -90,7 +90,7 @@ class VisualFrontend(nn.Module):
 
     def _output(self, state: TokenState, frame_mask: Tensor | None) -> FrontendOutput:
         tokens, size = (t.unflatten(0, (-1, state.num_clips)).flatten(1, 2) for t in (state.x, state.size))
-        frames = self.head(self._frame_tokens(state))
+        frames = self._embed_frames(state)
         pooled = masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask)
         source = state.source
         if source is not None:
@@ -99,20 +99,34 @@ class VisualFrontend(nn.Module):
             source = torch.where(source < 0, source, source + clip * state.x.shape[1]).flatten(1, 2)
         return FrontendOutput(tokens, pooled, size, frames, source)
 
-    def _frame_tokens(self, state: TokenState) -> Tensor:
-        """What stands for each frame before the projection: (B, F, D), or (B, C, D) where clips hold several frames.
+    def _embed_frames(self, state: TokenState) -> Tensor:
+        """Projected embeddings, one a frame: (B, F, E), or (B, C, E) where clips hold several frames.
 
-        The CLS tokens of a tower that has them; else means of the normed tokens, weighted by their size.
+        Each frame's CLS token in a tower that pools by it, however much was merged. Else the clip's normed tokens, CLS
+        and registers left out, by their mean or by attention, where a token of size s counts as s tokens.
         """
-        if state.num_prefix:
-            return self.norm(state.x[:, : state.num_prefix]).unflatten(0, (-1, state.num_clips)).flatten(1, 2)
-        x, size = self.norm(state.x), state.size
-        parts = state.num_clips
+        clips, prefix = state.num_clips, state.num_prefix
+        if self.shape.pooling == "cls":
+            cls = state.x[:, : prefix : self.shape.num_prefix]  # registers stand behind their frame's CLS token
+            return self.head(self.norm(cls).unflatten(0, (-1, clips)).flatten(1, 2))
+        x, size = self.norm(state.x[:, prefix:]), state.size[:, prefix:]
+        parts = clips
         if not state.merged:  # every frame still has its own tokens, whether or not it attended to others
             parts = self.schedule.frames
-            x, size = (t.unflatten(1, (parts // state.num_clips, -1)).flatten(0, 1) for t in (x, size))
+            x, size = (t.unflatten(1, (parts // clips, -1)).flatten(0, 1) for t in (x, size))
+        if self.shape.pooling == "attention":
+            return self.head(x, size if state.merged else None).unflatten(0, (-1, parts))
         size = size.to(x.dtype)
-        return ((x * size).sum(dim=1) / size.sum(dim=1)).unflatten(0, (-1, parts))
+        return self.head(((x * size).sum(dim=1) / size.sum(dim=1)).unflatten(0, (-1, parts)))
+
+    def patches(self, values: Tensor) -> Tensor:
+        """Leaves the CLS tokens and registers of every clip out of a value a token, such as `FrontendOutput.tokens`.
+
+        Args:
+            values: (B, M, ...), in the order of `FrontendOutput.tokens`.
+        """
+        last = self.schedule.layer_counts[-1]
+        return values.unflatten(1, (last.clips, last.mlp))[:, :, last.prefix :].flatten(1, 2)
 
     def _check(self, video: Tensor, frame_mask: Tensor | None) -> None:
         side = self.shape.image_size
@@ -319,14 +333,17 @@ def create_frontend(
     """A front end by name, as `open_clip.create_model` and `timm.create_model` make theirs.
 
     Args:
-        name: "family:model", for example "open_clip:ViT-B-16-quickgelu" or "umt:b16".
-        pretrained: a tag of the family ("openai"), a file's path, or None for random weights.
+        name: "family:model", for example "open_clip:ViT-B-16-quickgelu", "umt:b16", "timm:vit_base_patch16_224", or
+            "hf:" and a hub id or folder of a vision tower of transformers.
+        pretrained: a tag of the family ("openai"; for hf and timm "default"), a file's path, or None for random
+            weights.
         method: "tempme", "tome" or "none".
         num_frames: F.
         clip_position_std: TempMe's clip positions start as N(0, std^2). 0 starts at the pretrained function; a
             tower trained from scratch needs about 0.5.
-        options: those of the method (`make_schedule`) and, for UMT, mode="clip" (frames apart, the default) or
-            "joint" and positions="image" or "joint" (`tempme_vl.backbones.umt.UMTConfig`).
+        options: those of the method (`make_schedule`) and of the family: for UMT, mode="clip" (frames apart, the
+            default) or "joint" and positions="image" or "joint" (`tempme_vl.backbones.umt.UMTConfig`); for hf and
+            timm, layer and image_size (`load_tower` in `tempme_vl.backbones.hf` and `.timm`).
 
     Raises:
         ValueError: see `split_name`, the family's loader and `make_schedule`.

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from towers import TINY, random_video, tempme_schedule, tiny_frontend
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
+from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape
 from tempme_vl.backbones.open_clip import load_clip, visual_backbone
 from tempme_vl.frontend import masked_mean
 
@@ -259,3 +260,95 @@ def test_a_front_end_of_unknown_origin_cannot_be_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"to save a front end, give VisualFrontend the `config`"):
         frontend.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class _RegisterEmbed(nn.Module):
+    """A CLS token, two registers and 16 patches a frame: random patches, the prefix in multiples of their mean."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = nn.functional.unfold(images, 8, stride=8).transpose(1, 2)[..., :WIDTH]
+        mean = patches.mean(1, keepdim=True)
+        return torch.cat([mean, 2 * mean, 3 * mean, patches], dim=1)
+
+
+class _IdleBlock(BlockAdapter):
+    """Adds nothing, so that every output token is a mean of input tokens."""
+
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(x), x.unflatten(-1, (2, -1)).transpose(1, 2)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class _MeanBySize(nn.Module):
+    """An attention pool that attends to all tokens alike."""
+
+    def forward(self, x: Tensor, size: Tensor | None) -> Tensor:
+        size = torch.ones_like(x[..., :1]) if size is None else size
+        return (x * size).sum(1) / size.sum(1)
+
+
+WIDTH, PREFIX = 8, 3
+REGISTERS = {"layers": 4, "frames": 6, "tokens": 19, "prefix": PREFIX}
+WITH_REGISTERS = [
+    MergeSchedule.identity(**REGISTERS),
+    MergeSchedule.tome(**REGISTERS, r=3),
+    MergeSchedule.tempme(**REGISTERS, r=2, merge_layers=(1, 2), merge_frames=(2, 3), **PERCENT),
+    MergeSchedule.tempme(**REGISTERS, r=2, merge_layers=(2,), merge_frames=(3,), **PERCENT),
+    MergeSchedule.tempme(**REGISTERS, r=0, merge_layers=(1, 2), merge_frames=(2, 3), cross_percent=0, intra_percent=0),
+]
+
+
+def register_frontend(schedule: MergeSchedule, pool: Pool | None) -> VisualFrontend:
+    head = _MeanBySize() if pool == "attention" else nn.Identity()
+    shape = TowerShape(32, 8, WIDTH, heads=2, embed_dim=WIDTH, num_prefix=PREFIX, pool=pool)
+    blocks: list[BlockAdapter] = [_IdleBlock() for _ in schedule.plan]
+    return VisualFrontend(Backbone(_RegisterEmbed(), blocks, nn.Identity(), head, shape), schedule).double()
+
+
+@pytest.mark.parametrize("pool", [None, "cls", "mean", "attention"])
+@pytest.mark.parametrize("schedule", WITH_REGISTERS)
+def test_registers_beside_the_cls_token(schedule: MergeSchedule, pool: Pool | None) -> None:
+    """Neither merges; a frame's embedding is its CLS token alone, or the mean of its (or its clip's) patches alone."""
+    frontend, video = register_frontend(schedule, pool), random_video(6, dtype=torch.float64)
+    output, last = frontend(video, trace_source=True), schedule.layer_counts[-1]
+    assert output.tokens.shape == (2, schedule.output_tokens, WIDTH)
+    tokens, size = (t.unflatten(1, (last.clips, -1)) for t in (output.tokens, output.size))
+    assert (size[:, :, : last.prefix] == 1).all() and last.prefix * last.clips == PREFIX * 6
+    start = _RegisterEmbed()(video.flatten(0, 1)).unflatten(0, (2, 6))
+    prefix = tokens[:, :, : last.prefix].reshape(2, 6, PREFIX, WIDTH)
+    torch.testing.assert_close(prefix, start[:, :, :PREFIX], rtol=0, atol=1e-12)
+    kept = (output.source.unflatten(1, (6, -1))[0, :, :PREFIX] % last.mlp).flatten().view(last.clips, -1)
+    assert torch.equal(kept, torch.arange(last.prefix).expand(last.clips, -1))
+
+    merged = any(plan.before or plan.after for plan in schedule.plan)
+    whole_clips = pool in ("mean", "attention") and merged
+    # the CLS token is the mean of its frame's patches here, and clips hold as many patches of each frame
+    expected = start[:, :, 0].unflatten(1, (last.clips, -1)).mean(2) if whole_clips else start[:, :, 0]
+    torch.testing.assert_close(output.frames, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", WITH_REGISTERS)
+def test_patches_without_cls_tokens_and_registers(schedule: MergeSchedule) -> None:
+    frontend = register_frontend(schedule, None)
+    output = frontend(random_video(6, dtype=torch.float64), trace_source=True)
+    patches, size = frontend.patches(output.tokens), frontend.patches(output.size)
+    assert patches.shape == (2, schedule.output_tokens - PREFIX * 6, WIDTH) and (size.sum(1) == 6 * 16).all()
+    numbers = frontend.patches(torch.arange(schedule.output_tokens).expand(2, -1))
+    assert torch.equal(output.tokens[0, numbers[0]], patches[0])
+    held = output.source.unflatten(1, (6, -1))[0, :, PREFIX:].flatten().unique()
+    assert torch.equal(held, numbers[0]), "exactly what patches went into"
+
+
+def test_patches_of_a_tower_without_cls_tokens_are_all_tokens() -> None:
+    frontend = create_frontend("umt:tiny", method="tome", num_frames=6, r=2)
+    output = frontend(random_video(6))
+    assert torch.equal(frontend.patches(output.tokens), output.tokens)
+
+
+def test_pooling_by_default() -> None:
+    assert (
+        TowerShape(32, 8, 64, 4, 64).pooling == "cls" and TowerShape(32, 8, 64, 4, 64, num_prefix=0).pooling == "mean"
+    )
+    assert TowerShape(32, 8, 64, 4, 64, pool="mean").pooling == "mean"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
-from tempme_vl.backbones import open_clip, umt
+from tempme_vl.backbones import hf, open_clip, timm, umt
 from tempme_vl.backbones.base import Backbone
 
 __all__ = ["FAMILIES", "Family", "split_name"]
@@ -25,7 +25,12 @@ class Family(Protocol):
     def build_tower(self, config: dict[str, Any]) -> Backbone: ...
 
 
-FAMILIES: dict[str, Family] = {"open_clip": cast(Family, open_clip), "umt": cast(Family, umt)}
+FAMILIES: dict[str, Family] = {
+    "open_clip": cast(Family, open_clip),
+    "umt": cast(Family, umt),
+    "hf": cast(Family, hf),
+    "timm": cast(Family, timm),
+}
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Pool = Literal["cls", "mean", "attention"]
 
 
 @dataclass(frozen=True)
 class TowerShape:
     """The numbers of a ViT that counting and checking need; sizes in pixels.
 
-    `joint`: all frames' tokens attend together from the first block on (a space-time ViT).
+    `num_prefix`: tokens in front of a frame's patches that never merge: the CLS token first, where there is one, and
+    registers. `joint`: all frames' tokens attend together from the first block on (a space-time ViT). `pool`: what
+    `Backbone.head` gets; None for the CLS token where there are such tokens, else the mean of the others.
     """
 
     image_size: int
@@ -31,11 +36,17 @@ class TowerShape:
     norm_pre: bool = True
     num_prefix: int = 1
     joint: bool = False
+    pool: Pool | None = None
 
     @property
     def tokens(self) -> int:
         """N, tokens of one frame, CLS included."""
         return (self.image_size // self.patch_size) ** 2 + self.num_prefix
+
+    @property
+    def pooling(self) -> Pool:
+        """`pool`, or what it is by default."""
+        return self.pool or ("cls" if self.num_prefix else "mean")
 
 
 class QueryValueBias(nn.Module):
@@ -51,6 +62,22 @@ class QueryValueBias(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         return qkv + torch.cat([self.q, torch.zeros_like(self.q), self.v]).to(qkv.dtype)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q k^T + bias) v: queries, keys and values (R, heads, N, D_head) -> (R, N, heads * D_head).
+
+    Args:
+        bias: broadcastable to (R, heads, N, N), or None.
+        dropout: rate on the attention weights, for this call.
+        scale: None for D_head ** -0.5.
+    """
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -76,10 +103,7 @@ class SelfAttention(nn.Module):
             the attended tokens (R, N, D), and the keys (R, heads, N, D_head).
         """
         q, k, v = self.bias(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if bias is not None:
-            bias = bias.to(q.dtype)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(attended.transpose(1, 2).flatten(2)), k
+        return self.proj(attend(q, k, v, bias)), k
 
 
 class QuickGELU(nn.Module):
@@ -115,7 +139,9 @@ class Backbone(nn.Module):
         embed: (B*F, 3, H, W) images -> (B*C, N, D) tokens, positions included; C = F, or 1 if it is joint.
         blocks: the `BlockAdapter`s in order.
         norm: the final norm, (..., D) -> (..., D).
-        head: (..., D) normed CLS tokens, or means of a frame's normed tokens -> (..., E) projected embeddings.
+        head: (..., D) normed CLS tokens, or means of a frame's normed tokens -> (..., E) projected embeddings. With
+            shape.pool "attention": (R, n, D) normed tokens and their sizes (R, n, 1), or None where all are 1
+            -> (R, E).
         shape: its `TowerShape`.
     """
 
@@ -125,6 +151,22 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed, self.blocks, self.norm, self.head = embed, nn.ModuleList(blocks), norm, head
         self.shape = shape
+
+
+def count_blocks(layer: int, layers: int) -> int:
+    """Blocks in front of a hidden state, numbered as transformers numbers them: -1 is behind the last block, -2 behind
+    the one before it; k > 0 is behind the first k blocks.
+
+    Raises:
+        ValueError: a state in front of the first block, or one that a tower of so many layers does not have.
+    """
+    blocks = layers + 1 + layer if layer < 0 else layer
+    if not 1 <= blocks <= layers:
+        raise ValueError(
+            f"a tower of {layers} layers has hidden states behind its blocks at {-layers}..-1 or 1..{layers}; "
+            f"got layer={layer}"
+        )
+    return blocks
 
 
 def square_side(num_patches: int) -> int:

@@ -1,0 +1,270 @@
+"""Vision transformers of timm, also the ones inside open_clip (SigLIP and others) and transformers.
+
+`backbone_of` puts a `Backbone` over the very modules of a model that exists; nothing is copied or changed. Children are
+looked up when called, so LoRA added to the model is seen. Class, register and position embeddings are parameters of
+timm's model itself; the embed module holds the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from open_clip.timm_model import TimmModel
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, cat, nn
+
+from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, attend, count_blocks
+
+_BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_ATTENTION = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+
+
+class TimmBlock(BlockAdapter):
+    """timm's Block, held as it is.
+
+    Raises:
+        ValueError: another block or attention, or unknown children.
+    """
+
+    block: Any
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        attention = getattr(block, "attn", nn.Identity())
+        for module, known, children in ((block, Block, _BLOCK), (attention, Attention, _ATTENTION)):
+            found = {name for name, _ in module.named_children()}
+            if type(module) is not known or found != children:
+                raise ValueError(
+                    f"expected timm's {known.__name__} of {sorted(children)}; got {type(module).__name__} of "
+                    f"{sorted(found)} (timm {timm.__version__}). {_INSTEAD}"
+                )
+        self.block = block
+
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        block, attention = self.block, self.block.attn
+        q, k, v = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        delta = attention.norm(attend(q, k, v, bias, dropout, attention.scale))
+        return block.drop_path1(block.ls1(attention.proj_drop(attention.proj(delta)))), k
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        block = self.block
+        return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+class TimmEmbed(nn.Module):
+    """Patches, CLS and register tokens, positions and the norm before the blocks: (R, 3, H, W) -> (R, N, D)."""
+
+    def __init__(self, tower: Any):
+        super().__init__()
+        self.patch_embed, self.pos_drop, self.norm_pre = tower.patch_embed, tower.pos_drop, tower.norm_pre
+        self.cls_token, self.reg_token, self.pos_embed = tower.cls_token, tower.reg_token, tower.pos_embed
+        self.prefix_has_positions = not tower.no_embed_class
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images)
+        if x.ndim == 4:  # (R, rows, columns, D) of a tower made for images of any size
+            x = x.flatten(1, 2)
+        prefix = [t.to(x.dtype).expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        if self.pos_embed is None:
+            return self.norm_pre(cat([*prefix, x], dim=1))
+        positions = self.pos_embed.to(x.dtype)
+        if self.prefix_has_positions:
+            x = cat([*prefix, x], dim=1) + positions
+        else:
+            x = cat([*prefix, x + positions], dim=1)
+        return self.norm_pre(self.pos_drop(x))
+
+
+class TimmAttentionPool(nn.Module):
+    """Attention pooling and the head: (R, n, D) normed tokens and their sizes (R, n, 1) -> (R, E)."""
+
+    def __init__(self, pool: nn.Module, head: nn.Module):
+        super().__init__()
+        self.pool, self.head = pool, head
+
+    def forward(self, x: Tensor, size: Tensor | None) -> Tensor:
+        bias = None if size is None else size.log().to(x.dtype).transpose(1, 2).unsqueeze(1)
+        return self.head(self.pool(x, attn_mask=bias))
+
+
+_INSTEAD = (
+    "Towers that rotate by position (EVA02, RoPE), attend in windows (Swin, SAM) or run their branches in parallel "
+    "cannot merge inside: keep them whole and merge the tokens that they give, or use a plain one such as "
+    "'timm:vit_base_patch16_224'"
+)
+
+
+def backbone_of(tower: nn.Module, layer: int = -1) -> tuple[Backbone, dict[str, Any]]:
+    """A backbone over the modules of an existing timm model, which stays as it is.
+
+    Args:
+        tower: a timm VisionTransformer, or open_clip's wrapper of one (`model.visual`). Embeddings of frames are what
+            it returns for an image, projection or classifier included.
+        layer: as in `backbones.hf.backbone_of`: -1 for all blocks, -2 for all but the last; then neither the final
+            norm nor the head is used.
+
+    Returns:
+        the backbone, and the JSON configuration that builds the tower again; empty where timm does not tell, that is
+        for models that `timm.create_model` did not make and for open_clip's with a projection of their own.
+
+    Raises:
+        ValueError: another class than VisionTransformer, unknown blocks, images that are not square, patch dropout, or
+            pooling other than by CLS token, mean or attention.
+    """
+    projection: Any = nn.Identity()
+    if isinstance(tower, TimmModel):
+        tower, projection = tower.trunk, tower.head
+        if hasattr(projection, "pool"):
+            raise ValueError(f"open_clip's {type(projection.pool).__name__} pools a whole grid, which merging breaks")
+    _check(tower)
+    vit: Any = tower
+    count = count_blocks(layer, len(vit.blocks))
+    blocks: list[BlockAdapter] = [TimmBlock(block) for block in vit.blocks[:count]]
+    norm, pool, head = _output(vit, projection, whole=count == len(vit.blocks))
+    first = vit.blocks[0]
+    widths = [module.out_features for module in head.modules() if isinstance(module, nn.Linear)]
+    shape = TowerShape(
+        image_size=vit.patch_embed.img_size[0],
+        patch_size=vit.patch_embed.patch_size[0],
+        width=vit.embed_dim,
+        heads=first.attn.num_heads,
+        embed_dim=widths[-1] if widths else vit.embed_dim,
+        mlp_ratio=first.mlp.fc2.in_features / vit.embed_dim,
+        quick_gelu=type(first.mlp.act).__name__ == "QuickGELU",
+        norm_pre=not isinstance(vit.norm_pre, nn.Identity),
+        num_prefix=vit.num_prefix_tokens,
+        pool=pool,
+    )
+    config = {} if len(list(projection.children())) else _json_config(vit, layer)
+    return Backbone(TimmEmbed(vit), blocks, norm, head, shape), config
+
+
+def _output(vit: Any, projection: nn.Module, whole: bool) -> tuple[nn.Module, Pool, nn.Module]:
+    """The final norm, how frames are pooled, and the head; for an earlier layer they do nothing."""
+    by_cls = vit.global_pool == "token" or (vit.global_pool == "" and vit.has_class_token)
+    pool: Pool = "cls" if by_cls else "mean"
+    if not whole:
+        return nn.Identity(), pool, nn.Identity()
+    head: nn.Module = nn.Sequential(vit.fc_norm, vit.head_drop, vit.head, projection)
+    if vit.global_pool == "map":
+        pool, head = "attention", TimmAttentionPool(vit.attn_pool, head)
+    return vit.norm, pool, head
+
+
+def _check(tower: Any) -> None:
+    """Raises:
+    ValueError: see `backbone_of`.
+    """
+    name = type(tower).__name__
+    if type(tower) is not VisionTransformer:
+        raise ValueError(f"expected timm's VisionTransformer; got {name} (timm {timm.__version__}). {_INSTEAD}")
+    if type(tower.patch_embed) is not PatchEmbed or tower.patch_embed.img_size is None:
+        raise ValueError(f"expected timm's PatchEmbed of a fixed image size; got {type(tower.patch_embed).__name__}")
+    if len({*tower.patch_embed.img_size}) != 1 or len({*tower.patch_embed.patch_size}) != 1:
+        raise ValueError(
+            f"expected a tower for square images and patches; this one takes {tower.patch_embed.img_size} px in "
+            f"patches of {tower.patch_embed.patch_size}"
+        )
+    if not isinstance(tower.patch_drop, nn.Identity):
+        raise ValueError("patch dropout changes token counts; build the tower with patch_drop_rate=0")
+    if tower.global_pool not in ("", "token", "avg", "map"):
+        raise ValueError(
+            f"a tower that pools by {tower.global_pool!r} is not known (timm {timm.__version__}); expected 'token', "
+            "'avg', 'map' or ''"
+        )
+    if tower.pool_include_prefix and tower.global_pool in ("avg", "map"):
+        raise ValueError("this tower pools its CLS tokens and registers too; build it with pool_include_prefix=False")
+
+
+def _json_config(tower: Any, layer: int) -> dict[str, Any]:
+    """What `timm.create_model` was called with, as it remembers it, and what may have changed since."""
+    name = getattr(tower, "pretrained_cfg", {}).get("architecture")
+    if not name or not hasattr(tower, "_model_args"):
+        return {}
+    options = {**tower._model_args, "num_classes": tower.num_classes, "global_pool": tower.global_pool}
+    options["img_size"] = tower.patch_embed.img_size[0]
+    try:
+        options = json.loads(json.dumps(options))
+    except TypeError:  # classes and functions, which JSON cannot hold
+        return {}
+    return {"family": "timm", "name": name, "options": options, "layer": layer, "preprocess": _preprocess(tower)}
+
+
+def _preprocess(tower: Any) -> dict[str, Any]:
+    given = resolve_model_data_config(tower)
+    return {
+        "image_size": tower.patch_embed.img_size[0],
+        "mean": list(given["mean"]),
+        "std": list(given["std"]),
+        "resize": "squash" if given["crop_mode"] == "squash" else "shortest",
+        "interpolation": given["interpolation"] if given["interpolation"] in ("bilinear", "bicubic") else "bicubic",
+    }
+
+
+TOWER_OPTIONS = ("layer", "image_size", "num_classes")
+
+
+def load_tower(
+    name: str,
+    pretrained: str | None,
+    num_frames: int,
+    layer: int = -1,
+    image_size: int | None = None,
+    num_classes: int = 0,
+) -> tuple[Backbone, dict[str, Any]]:
+    """A tower by timm's name, with its JSON configuration.
+
+    Args:
+        name: "vit_base_patch16_224", "vit_base_patch16_siglip_224.webli", ...
+        pretrained: None for random weights, "default" for timm's own of that name, or the path of a safetensors file
+            in timm's names.
+        layer: see `backbone_of`.
+        image_size: pixels, where they are not the model's own; timm resizes the positions when it loads weights.
+        num_classes: width of the model's own head, such as 512 for the projection of a CLIP; 0 goes without it.
+
+    Raises:
+        ValueError: a name that timm does not know, weights that do not fit, or see `backbone_of`.
+    """
+    if not timm.is_model(name):
+        known = ", ".join(timm.list_models(f"{name.split('_')[0]}*")[:8] or ["vit_base_patch16_224"])
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; known, for example: {known}")
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if image_size is not None:
+        options["img_size"] = image_size
+    tower = timm.create_model(name, pretrained=pretrained == "default", **options)
+    backbone, config = backbone_of(tower, layer)
+    if pretrained not in (None, "default"):
+        _load_file(tower, str(pretrained))
+    return backbone, config or {"family": "timm", "name": name, "options": options, "layer": layer} | {
+        "preprocess": _preprocess(tower)
+    }
+
+
+def _load_file(tower: nn.Module, path: str) -> None:
+    """Raises:
+    ValueError: no safetensors file, or other weights than the tower's; a classifier that it does not have may be there.
+    """
+    if not Path(path).is_file() or Path(path).suffix != ".safetensors":
+        raise ValueError(f"expected pretrained=None, 'default' or the path of a safetensors file; got {path!r}")
+    state = load_file(path)
+    if isinstance(tower.head, nn.Identity):
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    try:
+        tower.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of this timm model: {error}") from error
+
+
+def build_tower(config: Mapping[str, Any]) -> Backbone:
+    """The backbone of a JSON configuration, randomly initialised, without looking anything up."""
+    tower = timm.create_model(config["name"], pretrained=False, **config["options"])
+    return backbone_of(tower, config["layer"])[0]
