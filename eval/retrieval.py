@@ -29,12 +29,12 @@ from tempme_vl.data.datasets import Source, usual_splits
 from tempme_vl.data.reader import ClipReader, broken_clips
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips
 from tempme_vl.data.splits import RetrievalSplit
-from tempme_vl.data.text import caption_tokenizer
 from tempme_vl.data.transforms import ClipTransform, Preprocess
 from tempme_vl.evaluation.rerank import rerank_embeddings
 from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report, table
 from tempme_vl.tasks.retrieval import load_retrieval_model
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
+from tempme_vl.text.tokenizers import caption_tokenizer
 from tempme_vl.training import distributed
 
 
@@ -124,7 +124,7 @@ def evaluate(options: Options, split: RetrievalSplit, device: torch.device) -> t
         )
         embeddings = embed(
             model,
-            EvalClips(split, reader),
+            EvalClips(split.clips, reader),
             captions,
             captions.video_of_caption,
             device,

@@ -10,13 +10,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tempme_vl.frontend import VisualFrontend, create_frontend, make_schedule
     from tempme_vl.merging import MergeSchedule
+    from tempme_vl.pipeline import VideoQA
     from tempme_vl.state import FrontendOutput, TokenState
 
-__all__ = ["FrontendOutput", "MergeSchedule", "TokenState", "VisualFrontend", "create_frontend", "make_schedule"]
+__all__ = [
+    "FrontendOutput",
+    "MergeSchedule",
+    "TokenState",
+    "VideoQA",
+    "VisualFrontend",
+    "create_frontend",
+    "make_schedule",
+]
 
 _HOMES = {
     "tempme_vl.frontend": ("VisualFrontend", "create_frontend", "make_schedule"),
     "tempme_vl.merging": ("MergeSchedule",),
+    "tempme_vl.pipeline": ("VideoQA",),
     "tempme_vl.state": ("FrontendOutput", "TokenState"),
 }
 

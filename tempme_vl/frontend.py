@@ -164,7 +164,7 @@ class VisualFrontend(nn.Module):
         """Cost of one video in the paper's counting (`MergeSchedule.gflops`)."""
         s = self.shape
         return self.schedule.gflops(
-            s.width, s.heads, s.mlp_ratio, s.embed_dim, s.image_size, s.patch_size, s.quick_gelu, s.norm_pre
+            s.width, s.heads, s.mlp_ratio, s.embed_dim, s.image_size, s.patch_size, s.quick_gelu, s.norm_pre, s.pooling
         )
 
     @classmethod

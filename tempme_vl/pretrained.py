@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "config.json", "model.safetensors", "vocab.txt"
+ANSWERS_FILE = "answers.json"
 
 
 def save_model(directory: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -46,6 +49,29 @@ def load_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     return json.loads((directory / CONFIG_FILE).read_text()), load_file(directory / WEIGHTS_FILE)
 
 
+def hub_file(source: str | Path, name: str) -> Path:
+    """A file of a local folder, or of a model on the Hugging Face hub, downloaded if it is not there yet.
+
+    Args:
+        source: the folder, or the model's name ("bert-base-uncased").
+
+    Raises:
+        ValueError: neither has the file, or the hub cannot be reached.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise ValueError(f"expected {name} in {folder}; found {sorted(entry.name for entry in folder.iterdir())}")
+        return folder / name
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(source), name))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"expected a folder with {name}, or a model of the Hugging Face hub that can be reached; "
+            f"got {str(source)!r}: {error}"
+        ) from error
+
+
 def save_vocabulary(directory: str | Path, words: Sequence[str]) -> None:
     """Writes vocab.txt, a word a line in the order of their ids, as BERT's own folders have it."""
     (Path(directory) / VOCABULARY_FILE).write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
@@ -62,6 +88,23 @@ def load_vocabulary(directory: str | Path) -> tuple[str, ...]:
         raise ValueError(f"expected the words of the model in {file}, one a line; there is no such file")
     # not splitlines: some words of BERT are line separators of Unicode
     return tuple(file.read_text(encoding="utf-8").split("\n")[:-1])
+
+
+def save_answers(directory: str | Path, answers: Sequence[str]) -> None:
+    """Writes answers.json, the answers that a model can give, the most frequent one first."""
+    (Path(directory) / ANSWERS_FILE).write_text(json.dumps(list(answers), indent=0) + "\n")
+
+
+def load_answers(directory: str | Path) -> tuple[str, ...]:
+    """What `save_answers` wrote.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    file = Path(directory) / ANSWERS_FILE
+    if not file.is_file():
+        raise ValueError(f"expected the answers of the model in {file}; there is no such file")
+    return tuple(json.loads(file.read_text()))
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

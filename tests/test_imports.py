@@ -22,11 +22,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merging": {"state", "matching"},
     "backbones": {"state"},
     "frontend": {"state", "merging", "backbones", "pretrained"},
-    "text": {"backbones"},
-    "__init__": {"state", "merging", "frontend"},
+    "text": {"backbones", "pretrained"},
+    "__init__": {"state", "merging", "frontend", "pipeline"},
     # what is made of front ends
     "tasks": CORE,
     "evaluation": CORE | {"tasks", "data"},  # of data: splits and predictions, to score them
+    # what brings all of it together
+    "pipeline": CORE | {"tasks", "data"},
+    "recipe": CORE | {"tasks", "evaluation", "data", "training"},
     # side shelves, which know no model and not each other
     "data": set(),
     "training": set(),

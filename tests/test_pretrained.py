@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from towers import TINY, random_video, small_clip, tempme_schedule, tiny_frontend
 
 from tempme_vl import MergeSchedule, VisualFrontend
-from tempme_vl.pretrained import load_model, save_model
+from tempme_vl.pretrained import load_answers, load_model, save_answers, save_model
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
 
 VIDEO = random_video(6)
@@ -117,3 +117,21 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: str) -> None:
     for load, name in ((RetrievalModel.from_pretrained, key), (VisualFrontend.from_pretrained, key[9:])):
         with pytest.raises(ValueError, match=rf"(?s)the weights of .* do not fit its config.json: .*{name}"):
             load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [("man", "guitar", "a man"), (), ("10", 'a "b"\\', "naïve", "两", "a\u2028b\n", " c "), ("last", "first")],
+)
+def test_answers_come_back_in_their_order(tmp_path: Path, answers: tuple[str, ...]) -> None:
+    save_answers(tmp_path, answers)
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.json"] and load_answers(tmp_path) == answers
+    assert json.loads((tmp_path / "answers.json").read_text()) == list(answers), "a list for anybody's reader"
+    save_answers(tmp_path, answers[1:])
+    assert load_answers(tmp_path) == answers[1:]
+
+
+def test_folder_without_answers(tmp_path: Path) -> None:
+    tiny_frontend(tempme_schedule()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected the answers of the model in .*answers.json; there is no such file"):
+        load_answers(tmp_path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tempme_vl.data.files import read_text
 from tempme_vl.data.splits import Clip, RetrievalSplit
 
 
@@ -25,17 +27,10 @@ def read_jsonl(
     ValueError names the file and the line.
     """
     path = Path(annotations)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected one JSON object a line")
     clips: dict[tuple[str, float | None, float | None], tuple[str, list[str]]] = {}
     names: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, entry in jsonl_entries(path):
         try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError(f"expected a JSON object; got {line[:60]!r}")
             names.add(str(entry.get("split")))
             if split is not None and entry.get("split") != split:
                 continue
@@ -63,10 +58,23 @@ def read_jsonl(
 
 
 def jsonl_splits(annotations: str | Path) -> set[str]:
-    """The values of "split" that occur in a JSON-lines file."""
-    lines = Path(annotations).read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines if line.strip()]
-    return {entry["split"] for entry in entries if "split" in entry}
+    """The values of "split" that occur in a JSON-lines file; ValueError as in `jsonl_entries`."""
+    return {entry["split"] for _, entry in jsonl_entries(Path(annotations)) if isinstance(entry.get("split"), str)}
+
+
+def jsonl_entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON-lines file with the numbers of their lines; ValueError names the file and the line."""
+    # not splitlines: JSON may hold line separators of Unicode as they are
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object; got {line[:60]!r}")
+        yield number, entry
 
 
 def _text(entry: dict[str, Any], key: str) -> str:

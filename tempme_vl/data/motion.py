@@ -302,6 +302,20 @@ def _questions(clip: Clip, rng: np.random.Generator) -> list[tuple[str, str]]:
     ]
 
 
+def question_kind(question: str) -> str:
+    """What a question of the embedded data set asks for: direction and order need time, the others a single frame."""
+    return _KINDS[question]
+
+
+_KINDS = {
+    "which way does the object move": "direction",
+    "what color is the object": "color",
+    "what shape is the object": "shape",
+    "what color is the background": "background",
+    **{f"which {what} appears {when}": "order" for what in ("color", "shape") for when in ("first", "last")},
+}
+
+
 def _write_videos(folder: Path, entries: list[Entry]) -> None:
     def write(number: int) -> None:
         _, clip = entries[number]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from torch.utils.data import Dataset
 
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.sampling import sample_generator
-from tempme_vl.data.splits import RetrievalSplit
-from tempme_vl.data.text import caption_id
+from tempme_vl.data.splits import Clip, RetrievalSplit
 
 Tokenizer = Callable[[str], tuple[Tensor, Tensor]]  # a caption -> ids and mask (L,)
 
@@ -53,16 +53,16 @@ class TrainPairs(Dataset):
 
 
 class EvalClips(Dataset):
-    """The clips of a split in order. Items: video, frame_mask, valid."""
+    """Clips in order. Items: video, frame_mask, valid."""
 
-    def __init__(self, split: RetrievalSplit, reader: ClipReader):
-        self.split, self.reader = split, reader
+    def __init__(self, clips: Sequence[Clip], reader: ClipReader):
+        self.clips, self.reader = clips, reader
 
     def __len__(self) -> int:
-        return len(self.split.clips)
+        return len(self.clips)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        video, valid = self.reader(self.split.clips[index])
+        video, valid = self.reader(self.clips[index])
         return {"video": video, "frame_mask": torch.ones(len(video)), "valid": int(valid)}
 
 
@@ -80,3 +80,9 @@ class EvalCaptions(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         ids, mask = self.tokenizer(self.captions[index])
         return {"text_ids": ids, "text_mask": mask}
+
+
+def caption_id(text: str) -> int:
+    """A number that is equal for equal captions (case and outer blanks aside), the same in every process."""
+    digest = hashlib.blake2b(text.strip().lower().encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -6,7 +6,6 @@ decoder is loaded here.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tempme_vl.data.files import csv_rows, few, load_json, read_text
+from tempme_vl.data.jsonl import jsonl_entries, jsonl_splits
 from tempme_vl.data.splits import Clip, check_split_name, find_annotations, locate_videos
 
 SPLITS = ("train", "val", "test")
@@ -147,13 +147,8 @@ def read_jsonl(annotations: str | Path, video_root: str | Path, split: str | Non
     path, root = Path(annotations), Path(video_root)
     questions = []
     names = set()
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, entry in jsonl_entries(path):
         try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError(f"expected a JSON object; got {line[:60]!r}")
             names.add(str(entry.get("split")))
             if split is None or entry.get("split") == split:
                 questions.append(_jsonl_question(entry, root, number))
@@ -162,6 +157,29 @@ def read_jsonl(annotations: str | Path, video_root: str | Path, split: str | Non
     if split is not None and not questions:
         raise ValueError(f"{path}: no questions with split {split!r}; splits found: {', '.join(sorted(names))}")
     return QASplit(f"{path.stem}/{split or 'all'}", tuple(questions))
+
+
+def read_splits(
+    dataset: str, root: Path | None, video_root: Path | None = None, annotations: Path | None = None
+) -> tuple[QASplit, QASplit | None, QASplit]:
+    """Training, validation and test questions of a data set as in `read_split`, or of "jsonl": a file of one's own.
+
+    Of a JSON-lines file the lines with the splits "train", "val" and "test" are taken; where it has no training split
+    all lines train, and where it has no test split training is tested.
+
+    ValueError as in `read_split` and `read_jsonl`, and where what a data set needs is not given.
+    """
+    if dataset != "jsonl":
+        if root is None:
+            raise ValueError(f"--dataset {dataset} needs --data-root, the folder of its annotation files")
+        train, val, test = (read_split(dataset, root, split, video_root) for split in SPLITS)
+        return train, val, test
+    if annotations is None or video_root is None:
+        raise ValueError("--dataset jsonl needs --annotations FILE and --video-root FOLDER")
+    there = jsonl_splits(annotations)
+    given = {name: read_jsonl(annotations, video_root, name) for name in SPLITS if name in there}
+    train = given["train"] if "train" in given else read_jsonl(annotations, video_root)
+    return train, given.get("val"), given.get("test", train)
 
 
 def as_id(value: object) -> str:

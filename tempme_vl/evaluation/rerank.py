@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tempme_vl.evaluation.encode import gather_ranks, rank_and_world
 from tempme_vl.evaluation.metrics import captions_of_videos, max_pool_captions, retrieval_metrics
-from tempme_vl.evaluation.retrieval import Embeddings, gather_ranks, rank_and_world
+from tempme_vl.evaluation.retrieval import Embeddings
 
 REST = -100.0
 """The score of pairs that are not re-ranked (UMT), below every match logit that a trained matcher gives."""

@@ -5,17 +5,15 @@ Letters: V clips, Q captions, E embedding width.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
+from tempme_vl.evaluation.encode import Encoder, encode_all
 from tempme_vl.evaluation.metrics import (
     captions_of_videos,
     concatenate,
@@ -25,7 +23,6 @@ from tempme_vl.evaluation.metrics import (
     summarize,
 )
 
-Encoder = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 DUAL_SOFTMAX_SCALE = 100.0
 
 
@@ -51,7 +48,6 @@ class Embeddings:
     text_mask: Tensor | None = None
 
 
-@torch.no_grad()
 def embed(
     encode: Encoder,
     clips: Dataset,
@@ -71,8 +67,8 @@ def embed(
     """
     of_clips = ("video", "valid", *(("tokens",) if keep_tokens else ()))
     of_captions = ("text", *(("states", "text_mask") if keep_tokens else ()))
-    clip = _encode_all(encode, clips, device, batch_size, workers, of_clips, "clips")
-    caption = _encode_all(encode, captions, device, batch_size, workers, of_captions, "captions")
+    clip = encode_all(encode, clips, device, of_clips, batch_size, workers)
+    caption = encode_all(encode, captions, device, of_captions, batch_size, workers, "captions")
     return Embeddings(
         clip["video"],
         caption["text"],
@@ -82,46 +78,6 @@ def embed(
         caption.get("states"),
         caption.get("text_mask"),
     )
-
-
-def _encode_all(
-    encode: Encoder, dataset: Dataset, device: torch.device, batch_size: int, workers: int, keep: tuple, label: str
-) -> dict[str, Tensor]:
-    total, rank, world = len(dataset), *rank_and_world()  # type: ignore[arg-type]
-    # every rank runs the same number of batches, as ZeRO-3 needs: short shards repeat the last item
-    per_rank = -(-total // world)
-    shard = [min(rank * per_rank + i, total - 1) for i in range(per_rank)]
-    loader = DataLoader(
-        Subset(dataset, shard),
-        batch_size=batch_size,
-        num_workers=workers,
-        worker_init_fn=_ignore_sigterm,
-        generator=torch.Generator(),  # of its own: evaluating must not change what training draws
-    )
-    parts: dict[str, list[Tensor]] = {name: [] for name in keep}
-    for batch in tqdm(loader, desc=f"encode {label}", disable=rank != 0, leave=False, mininterval=2):
-        batch = {key: value.to(device) for key, value in batch.items()}
-        outputs = {**batch, **encode({key: value for key, value in batch.items() if key != "valid"})}
-        for name in keep:
-            parts[name].append(outputs[name])
-    return {name: gather_ranks(torch.cat(tensors), world)[:total].cpu() for name, tensors in parts.items()}
-
-
-def _ignore_sigterm(worker: int) -> None:
-    """A SIGTERM to the process tree is the trainer's to answer; the evaluation that it interrupts still ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def gather_ranks(rows: Tensor, world: int) -> Tensor:
-    if world == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(world)]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def retrieval_report(embeddings: Embeddings, dual_softmax: bool = False, chunk: int = 1024) -> dict[str, Any]:

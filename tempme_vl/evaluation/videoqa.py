@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,18 @@ def accuracy(
         "ceiling": None if vocabulary is None else coverage(vocabulary, split),
         "ambiguous": sum(len(answers) > 1 for answers in answers_of.values()),
     }
+
+
+def accuracy_by(
+    predictions: Mapping[str, str], split: QASplit, group: Callable[[str], str]
+) -> dict[str, tuple[float, int]]:
+    """Percent right and number of questions for every value of `group`, a function of the question; exact match."""
+    total, correct = Counter[str](), Counter[str]()
+    for question in split.questions:
+        kind = group(question.question)
+        total[kind] += 1
+        correct[kind] += predictions.get(question.question_id) in question.answers
+    return {kind: (100 * correct[kind] / total[kind], total[kind]) for kind in sorted(total)}
 
 
 def question_type(question: str) -> str:

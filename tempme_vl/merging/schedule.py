@@ -39,9 +39,9 @@ class MergeSchedule:
     Attributes:
         method: name in `tempme_vl.merging.METHODS`, which builds the modules.
         frames: F.
-        tokens: N, tokens of a frame at the start, CLS included.
+        tokens: N, tokens of a frame at the start, CLS and registers included.
         plan: one `LayerPlan` a block.
-        prefix: P, CLS tokens of a frame (0 or 1).
+        prefix: P, tokens of a frame that never merge, in front of its patches: CLS, where there is one, and registers.
         joint: all frames are one clip from the start (UMT's joint space-time attention), and not F clips.
 
     Raises:
@@ -167,32 +167,45 @@ class MergeSchedule:
         patch_size: int | None = None,
         quick_gelu: bool = True,
         norm_pre: bool = True,
+        pool: str | None = None,
     ) -> float:
         """Cost of the visual tower for one video in the paper's counting, in 1e9.
 
         Multiply-accumulates of convolution, linear layers, attention and matching count 1; softmax 1 an element,
-        LayerNorm 2, GELU 1 (QuickGELU 2), a bias addition 1. Projection of the CLS tokens included. This
-        convention gives all 12-frame rows of the paper's tables within 0.2%.
+        LayerNorm 2, GELU 1 (QuickGELU 2), a bias addition 1. The final norm counts for the tokens that pooling reads,
+        the projection once a frame, there or not. This convention gives all 12-frame rows of the paper's tables within
+        0.2%.
 
         Args:
             patch_size: pixels; default: from the image size and the number of patch tokens.
             norm_pre: whether a LayerNorm stands before the blocks and the patch embedding has no bias (CLIP).
+            pool: "cls", "mean" or "attention" (`TowerShape.pool`); default: "cls" if there is a prefix, else "mean".
+                The last two read all tokens but the prefix. Attention pooling counts as a block with one query, for
+                every frame, or for every clip that is left where tokens were merged.
         """
         patches = self.tokens - self.prefix
         patch_size = patch_size or round(image_size / math.sqrt(patches))
         mlp_width = int(width * mlp_ratio)
+        mlp = 2 * width + 2 * width * mlp_width + mlp_width + width  # of one token, with its norm and biases
+        mlp += mlp_width * (2 if quick_gelu else 1)
         total = self.frames * patches * width * 3 * patch_size**2
         total += self.frames * (self.tokens * 2 * width if norm_pre else patches * width)
         for plan, n in zip(self.plan, self.layer_counts, strict=True):
             attention = n.attention * (2 * width + 4 * width**2 + 4 * width)  # norm, qkv and proj, biases
             attention += n.attention**2 * (2 * width + heads)  # scores and values, softmax
-            mlp = n.mlp * (2 * width + 2 * width * mlp_width + mlp_width + width)
-            mlp += n.mlp * mlp_width * (2 if quick_gelu else 1)
             matching = _pairs_compared(n.joined - n.prefix) * width if plan.before else 0
             matching += _pairs_compared(n.attention - n.prefix) * (width // heads) if plan.after else 0
-            total += n.clips * (attention + mlp + matching)
-        pooled = self.frames if self.prefix else self.output_tokens
+            total += n.clips * (attention + n.mlp * mlp + matching)
+        pool = pool or ("cls" if self.prefix else "mean")
+        last = self.layer_counts[-1]
+        pooled = self.frames if pool == "cls" else last.clips * (last.mlp - last.prefix)
         total += pooled * 2 * width + self.frames * width * embed_dim
+        if pool == "attention":
+            merged = any(plan.before or plan.after for plan in self.plan)
+            queries = last.clips if merged else self.frames
+            total += pooled * (2 * width**2 + 2 * width)  # keys and values
+            total += pooled * (2 * width + heads)  # scores and values, softmax
+            total += queries * (2 * width**2 + 2 * width + mlp)  # query, proj
         return total / 1e9
 
     def to_dict(self) -> dict[str, Any]:

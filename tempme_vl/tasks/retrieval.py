@@ -149,10 +149,12 @@ def create_retrieval_model(
     family, model = split_name(name)
     if family == "umt":
         if vocabulary is None:
-            raise ValueError("UMT's text side needs its vocabulary: see tempme_vl.data.text.bert_vocabulary")
+            raise ValueError("UMT's text side needs its vocabulary: see tempme_vl.text.tokenizers.bert_vocabulary")
         return create_umt_retrieval_model(
             name, vocabulary, pretrained, method, num_frames, clip_position_std, **options
         )
+    if family != "open_clip":
+        raise ValueError(f"retrieval needs a text tower, which only open_clip and umt models have; got {name!r}")
     clip, config = clip_family.load_clip(model, pretrained)
     shape = clip_family.tower_shape(clip.visual)
     layers = len(clip.visual.transformer.resblocks)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,10 @@ from tempme_vl.tasks.losses import (
     same_pairs,
     soft_contrastive_loss,
 )
+from tempme_vl.tasks.umt_text import TEXT_OF, load_bert_side, part_of
 from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt
 
 _log = logging.getLogger(__name__)
-
-TEXT_OF = {"tiny": "tiny", "b16": "bert-base", "l16": "bert-large"}
 
 
 class UMTRetrievalModel(nn.Module):
@@ -171,9 +169,9 @@ class UMTRetrievalModel(nn.Module):
             ValueError: weights of another family, or missing or unknown keys.
         """
         frontend = VisualFrontend.from_umt_state_dict(state, heads, image_size, mode, schedule)
-        text, fusion = bert_from_umt(_bert_part(convert(state, "retrieval").state), text_heads)
+        text, fusion = bert_from_umt(part_of(convert(state, "retrieval").state, "text_encoder."), text_heads)
         model = cls(frontend, text, fusion, vocabulary)
-        report = load_umt_text(model, state, text_heads)
+        report = load_umt_text(model, state)
         if report.missing or report.unexplained:
             raise ValueError(
                 f"not the weights of UMT's retrieval model: {list(report.missing)} are missing, "
@@ -215,7 +213,7 @@ def create_umt_retrieval_model(
     """UMT's retrieval model by name ("umt:tiny", "umt:b16", "umt:l16").
 
     Args:
-        vocabulary: words in the order of their ids (`tempme_vl.data.text.bert_vocabulary` for public weights).
+        vocabulary: words in the order of their ids (`tempme_vl.text.tokenizers.bert_vocabulary` for public weights).
         pretrained: a public UMT checkpoint in any form, or None for random weights; what it lacks starts at random.
         others: see `tempme_vl.create_frontend`.
 
@@ -229,16 +227,11 @@ def create_umt_retrieval_model(
     shape = BertShape.named(TEXT_OF[model_name], cross_width=frontend.shape.width, vocab_size=len(vocabulary))
     model = UMTRetrievalModel(frontend, BertTextEncoder(shape), BertFusion(shape), vocabulary)
     if pretrained is not None:
-        _log.info("%s", load_umt_text(model, read_checkpoint(pretrained), shape.heads))
+        _log.info("%s", load_umt_text(model, read_checkpoint(pretrained)))
     return model
 
 
-def _bert_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "text_encoder."
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def load_umt_text(model: UMTRetrievalModel, state: Mapping[str, Tensor], heads: int) -> KeyReport:
+def load_umt_text(model: UMTRetrievalModel, state: Mapping[str, Tensor]) -> KeyReport:
     """Loads the text side, the projections and the temperature of a public UMT checkpoint, as far as it has them.
 
     Returns:
@@ -248,16 +241,7 @@ def load_umt_text(model: UMTRetrievalModel, state: Mapping[str, Tensor], heads: 
         ValueError: a text side of other sizes than the model's.
     """
     converted = convert(state, "retrieval", model.text.shape.fusion_layer)
-    bert = _bert_part(converted.state)
-    if bert:
-        text, fusion = bert_from_umt(bert, heads)
-        wanted = model.text.shape
-        # weights tell sizes alone; how they start and drop out is the model's own
-        found = replace(text.shape, dropout=wanted.dropout, init_std=wanted.init_std)
-        if found != wanted:
-            raise ValueError(f"the checkpoint's text side is {found}; the model wants {wanted}")
-        model.text.load_state_dict(text.state_dict())
-        model.fusion.load_state_dict(fusion.state_dict())
+    load_bert_side(model.text, model.fusion, part_of(converted.state, "text_encoder."))
     renamed = {"text_proj": "text_proj", "itm_head": "match_head"}
     heads_state = {
         f"{ours}.{part}": converted.state[f"{theirs}.{part}"]

@@ -152,10 +152,14 @@ class BertTextEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class VideoKeys:
-    """What the fusion layers need of B videos: one tensor (B, H, M, Dh) per layer, keys and values."""
+    """What the fusion layers need of B videos: one tensor (B, H, M, Dh) per layer, keys and values.
+
+    `bias`: (B, 1, 1, M), added to the attention logits; None for 0.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    bias: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys[0])
@@ -165,6 +169,7 @@ class VideoKeys:
         return VideoKeys(
             tuple(key.index_select(0, rows) for key in self.keys),
             tuple(value.index_select(0, rows) for value in self.values),
+            None if self.bias is None else self.bias.index_select(0, rows),
         )
 
     def expand(self, pairs: int) -> VideoKeys:
@@ -178,6 +183,7 @@ class VideoKeys:
         return VideoKeys(
             tuple(key.expand(pairs, -1, -1, -1) for key in self.keys),
             tuple(value.expand(pairs, -1, -1, -1) for value in self.values),
+            self.bias,
         )
 
 
@@ -191,60 +197,55 @@ class BertFusion(nn.Module):
         self.grad_checkpointing = False
         self.apply(partial(_initialise, std=shape.init_std))
 
-    def keys_values(self, tokens: Tensor) -> VideoKeys:
+    def keys_values(self, tokens: Tensor, size: Tensor | None = None) -> VideoKeys:
         """Keys and values of videos, once for all their texts.
 
         Args:
             tokens: (B, M, Dv) tokens of B videos.
+            size: (B, M, 1), how many input tokens each of them holds: a token gets the attention of that many
+                (proportional attention, ToMe). 0 for a token that is not real; a video has one that is. Without it
+                all tokens count alike, as in UMT.
 
         Raises:
-            ValueError: tokens of another width.
+            ValueError: tokens of another width, or sizes of another shape.
         """
         if tokens.ndim != 3 or tokens.shape[-1] != self.shape.cross_width:
             raise ValueError(f"expected video tokens (B, M, {self.shape.cross_width}); got {tuple(tokens.shape)}")
+        if size is not None and size.shape != (*tokens.shape[:2], 1):
+            raise ValueError(f"expected sizes {(*tokens.shape[:2], 1)}; got {tuple(size.shape)}")
         cross = [cast(BertLayer, layer).crossattention.self for layer in self.layers]
         return VideoKeys(
             tuple(_split_heads(attention.key(tokens), attention.num_attention_heads) for attention in cross),
             tuple(_split_heads(attention.value(tokens), attention.num_attention_heads) for attention in cross),
+            None if size is None else size.log().transpose(1, 2).unsqueeze(1).to(tokens.dtype),
         )
 
-    def forward(self, states: Tensor, mask: Tensor, keys: VideoKeys, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor, keys: VideoKeys) -> Tensor:
         """States of texts that have seen a video.
 
         Args:
             states: (P, L, D) from the text encoder.
             mask: (P, L), nonzero for real words; each row starts with a real one.
             keys: of the P videos, one for each text.
-            token_mask: (P, M), nonzero for real video tokens; all are real without it.
 
         Returns:
             (P, L, D); the first word's ([CLS]) is the pair's feature.
 
         Raises:
-            ValueError: texts, masks and videos that do not fit each other, or a video without any real token.
+            ValueError: texts, masks and videos that do not fit each other.
         """
         if states.shape[:2] != mask.shape or len(keys) != len(states):
             raise ValueError(
                 f"expected states (P, L, D), a mask (P, L) and keys of P videos; got {tuple(states.shape)}, "
                 f"{tuple(mask.shape)} and {len(keys)} videos (VideoKeys.select repeats videos for pairs)"
             )
-        tokens = None if token_mask is None else self._token_mask(token_mask, keys)
         x, words = states, _attention_mask(mask)
         for layer, key, value in zip(self.layers, keys.keys, keys.values, strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(_fuse, layer, x, words, key, value, tokens, use_reentrant=False)
+                x = checkpoint(_fuse, layer, x, words, key, value, keys.bias, use_reentrant=False)
             else:
-                x = _fuse(cast(BertLayer, layer), x, words, key, value, tokens)
+                x = _fuse(cast(BertLayer, layer), x, words, key, value, keys.bias)
         return x
-
-    def _token_mask(self, token_mask: Tensor, keys: VideoKeys) -> Tensor:
-        pairs, _, tokens, _ = keys.keys[0].shape
-        if token_mask.shape != (pairs, tokens) or not token_mask.bool().any(dim=1).all():
-            raise ValueError(
-                f"expected a token mask ({pairs}, {tokens}) with a real token in each row; got "
-                f"{tuple(token_mask.shape)} with {token_mask.bool().sum(dim=-1).tolist()} real tokens"
-            )
-        return _attention_mask(token_mask)
 
 
 def bert_from_umt(state: Mapping[str, Tensor], heads: int, dropout: float = 0.1) -> tuple[BertTextEncoder, BertFusion]:
@@ -326,12 +327,12 @@ def _text_layer(layer: BertLayer, x: Tensor, words: Tensor) -> Tensor:
     return layer.feed_forward_chunk(layer.attention(x, words)[0])
 
 
-def _fuse(layer: BertLayer, x: Tensor, words: Tensor, key: Tensor, value: Tensor, tokens: Tensor | None) -> Tensor:
+def _fuse(layer: BertLayer, x: Tensor, words: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     x = layer.attention(x, words)[0]
     cross = layer.crossattention.self
     query = _split_heads(cross.query(x), cross.num_attention_heads)
     dropout = cross.dropout.p if layer.training else 0.0
-    seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=tokens, dropout_p=dropout)
+    seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
     return layer.feed_forward_chunk(layer.crossattention.output(seen.transpose(1, 2).flatten(2), x))
 
 

@@ -82,6 +82,8 @@ class Trainer:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset, config: TrainConfig):
         self.config, self.dataset = config, dataset
+        # once a loss is nearly 0, gradients below 1e-38 appear, on which a CPU is ten times as slow (docs/LOG.md)
+        torch.set_flush_denormal(True)
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         num_samples = len(dataset)  # type: ignore[arg-type]
         self._sampler_options = (num_samples, config.batch_size, config.epochs, config.seed)

@@ -206,6 +206,31 @@ def test_questions_split_by_video_and_order_is_not_in_the_question(root):
     assert {"which way does the object move", "which color appears first", "which shape appears last"} <= kinds
 
 
+def test_every_question_has_a_kind_that_says_whether_it_needs_time(root):
+    pairs = [pair for name in ("train", "val", "test") for pair in json.loads((root / f"{name}_qa.json").read_text())]
+    kinds = {question: motion.question_kind(question) for question in {pair["question"] for pair in pairs}}
+    assert set(kinds.values()) == {"direction", "order", "color", "shape", "background"}
+    assert len(kinds) == 8, "all questions that there are"
+    possible = {
+        "direction": set(DIRECTIONS),
+        "order": {*COLORS, *SHAPES},
+        "color": set(COLORS),
+        "shape": set(SHAPES),
+        "background": set(motion.BACKGROUNDS),
+    }
+    for pair in pairs:
+        kind = kinds[pair["question"]]
+        assert pair["answer"] in possible[kind]
+        # category 1 are the clips of two things in turn; their questions are all about the order
+        assert (kind == "order") == (pair["category_id"] == 1)
+    # a clip played backwards keeps the answers that need no time, and changes the others
+    clip = MoveClip(ODD, "left", 12.3, "navy")
+    reverse = dataclasses.replace(clip, direction="right")
+    for forth, back in zip(*(motion._questions(c, np.random.default_rng(1)) for c in (clip, reverse)), strict=True):
+        assert forth[0] == back[0]
+        assert (forth[1] != back[1]) == (motion.question_kind(forth[0]) == "direction")
+
+
 def test_same_seed_same_data_set(root, tmp_path):
     again = motion.render_motion(tmp_path / "again", **SMALL)
     assert annotations(again) == annotations(root)

@@ -13,6 +13,7 @@ from tempme_vl.data.videoqa import (
     read_jsonl,
     read_questions,
     read_split,
+    read_splits,
     read_vocabulary,
 )
 
@@ -72,6 +73,68 @@ def test_motion_has_the_layout_of_msrvtt(tmp_path, monkeypatch):
     assert all(q.clip.path.is_file() for s in splits.values() for q in s.questions)
     clips = [{q.clip for q in s.questions} for s in splits.values()]
     assert len(set.union(*clips)) == sum(map(len, clips)) == 31
+
+
+def lines_of(path, *splits):
+    """One question a line, in these splits; None for a line without one."""
+    entries = [{"file": f"{i}.mp4", "question": f"q{i}", "answer": "a", "split": name} for i, name in enumerate(splits)]
+    return write(path, "\n".join(json.dumps({k: v for k, v in e.items() if v is not None}) for e in entries))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("train", "train", "val", "test", "test"), (("train", [0, 1]), ("val", [2]), ("test", [3, 4]))),
+        (("test", "train", "other", None), (("train", [1]), None, ("test", [0]))),
+        (("val", "train", "train"), (("train", [1, 2]), ("val", [0]), ("train", [1, 2]))),
+        ((None, None), (("all", [0, 1]), None, ("all", [0, 1]))),
+        ((None, "val", None), (("all", [0, 1, 2]), ("val", [1]), ("all", [0, 1, 2]))),
+    ],
+)
+def test_splits_of_a_jsonl_file(tmp_path, given, expected):
+    path = lines_of(tmp_path / "mine.jsonl", *given)
+    for found, wanted in zip(read_splits("jsonl", None, tmp_path / "videos", path), expected, strict=True):
+        if wanted is None:
+            assert found is None
+        else:
+            assert (found.name, [q.question for q in found.questions]) == (
+                f"mine/{wanted[0]}",
+                [f"q{i}" for i in wanted[1]],
+            )
+            assert {q.clip.path.parent for q in found.questions} == {tmp_path / "videos"}
+
+
+def test_splits_of_a_data_set(tmp_path):
+    for i, name in enumerate(("train", "val", "test")):
+        write(tmp_path / f"{name}_qa.json", [entry(video_id=i)])
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "vid1.avi").touch()
+    splits = read_splits("msvd_qa", tmp_path, tmp_path / "clips")
+    assert splits == tuple(
+        read_split("msvd_qa", tmp_path, name, tmp_path / "clips") for name in ("train", "val", "test")
+    )
+    assert [split.name for split in splits] == ["msvd_qa/train", "msvd_qa/val", "msvd_qa/test"]
+    assert splits[1].questions[0].clip == Clip("vid1", tmp_path / "clips" / "vid1.avi")
+
+
+def test_what_a_data_set_needs_is_named(tmp_path):
+    for root, path in ((None, None), (tmp_path, None), (None, tmp_path / "a.jsonl")):
+        with pytest.raises(ValueError, match="--dataset jsonl needs --annotations FILE and --video-root FOLDER"):
+            read_splits("jsonl", root, None if path else tmp_path, path)
+    with pytest.raises(ValueError, match="--dataset msrvtt_qa needs --data-root, the folder of its annotation files"):
+        read_splits("msrvtt_qa", None, tmp_path, tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
+        read_splits("jsonl", None, tmp_path, tmp_path / "none.jsonl")
+    for line, message in (("[1]", "expected a JSON object"), ("5", "expected a JSON object"), ("{", "Expecting")):
+        broken = write(tmp_path / "a.jsonl", f'{{"split": "train"}}\n{line}')
+        with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {message}"):
+            read_splits("jsonl", None, tmp_path, broken)
+
+
+def test_line_separators_of_unicode_are_letters(tmp_path):
+    line = json.dumps({"file": "a.mp4", "question": "what\u2028is it", "answer": "a\x85b"}, ensure_ascii=False)
+    for found in read_splits("jsonl", None, tmp_path, write(tmp_path / "a.jsonl", line + "\r\n"))[::2]:
+        assert [(q.question, q.answers) for q in found.questions] == [("what\u2028is it", ("a\x85b",))]
 
 
 def test_msvd_names_clips_by_the_mapping_where_there_is_one(tmp_path):

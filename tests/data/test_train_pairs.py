@@ -12,11 +12,11 @@ from clips import write_clip
 from torch.utils.data import DataLoader
 
 from tempme_vl.data.reader import ClipReader
-from tempme_vl.data.retrieval import EvalCaptions, EvalClips, TrainPairs
+from tempme_vl.data.retrieval import EvalCaptions, EvalClips, TrainPairs, caption_id
 from tempme_vl.data.splits import Clip, RetrievalSplit
-from tempme_vl.data.text import ClipTokenizer, caption_id
 from tempme_vl.data.transforms import ClipTransform, Preprocess
 from tempme_vl.tasks.losses import contrastive_loss
+from tempme_vl.text.tokenizers import ClipTokenizer
 from tempme_vl.training.sampler import StepSampler
 
 CAPTIONS = (("a dog runs", "a dog"), ("a cat sleeps",), ("A dog",), ("a broken one",))
@@ -95,9 +95,18 @@ def test_a_clip_that_could_not_be_read_leaves_the_loss(split: RetrievalSplit, re
 
 def test_evaluation_keeps_order_and_place(split: RetrievalSplit, reader: ClipReader) -> None:
     plain = replace(reader, transform=ClipTransform(Preprocess(image_size=16)))
-    clips, captions = EvalClips(split, plain), EvalCaptions(split, ClipTokenizer(6))
+    clips, captions = EvalClips(split.clips, plain), EvalCaptions(split, ClipTokenizer(6))
     assert [clips[index]["valid"] for index in range(len(clips))] == [1, 1, 1, 0]
     assert len(captions) == 5
     assert captions.video_of_caption == [0, 0, 1, 2, 3]
     ids, mask = ClipTokenizer(6)("a cat sleeps")
     assert same(captions[2], {"text_ids": ids, "text_mask": mask})
+
+
+def test_caption_id_tells_captions_apart() -> None:
+    assert caption_id("A dog runs ") == caption_id("a dog runs")
+    texts = [f"caption {i}" for i in range(1000)]
+    assert len({caption_id(text) for text in texts}) == 1000
+    # fixed, since ranks and resumed runs must agree; a torch int64
+    assert caption_id("a dog runs") == -5957876977829557608
+    assert all(-(2**63) <= caption_id(text) < 2**63 for text in texts)

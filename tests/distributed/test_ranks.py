@@ -18,7 +18,16 @@ CASES: dict[str, dict[str, Any]] = {
     "partitioned chunks": {"stage": "partitioned", "optimizer": "sgd", "chunks": 4},
     "zero1 adamw": {"stage": "zero1", "optimizer": "adamw"},
     "partitioned adamw": {"stage": "partitioned", "optimizer": "adamw"},
+    **{
+        f"{task} {stage}": {"stage": stage, "optimizer": "sgd", "task": task}
+        for task, stages in (
+            ("classifier", ("zero0", "zero1", "zero2", "partitioned")),
+            ("decoder", ("zero0", "zero2", "partitioned")),
+        )
+        for stage in stages
+    },
 }
+TASKS = ("retrieval", "classifier", "decoder")
 Trained = dict[str, tuple[list[float], dict[str, Tensor]]]
 
 
@@ -42,33 +51,45 @@ def assert_same_weights(left: dict[str, Tensor], right: dict[str, Tensor]) -> No
 def test_two_ranks_equal_one(case: str, one: Trained, two: list[Trained]) -> None:
     losses, weights = one[case]
     assert len(losses) == STEPS
+    # a rank's loss is its share of the answers, or else that of all pairs: over ranks, both have the mean of one rank
+    assert [sum(shares) / 2 for shares in zip(*(rank[case][0] for rank in two), strict=True)] == pytest.approx(
+        losses, rel=1e-5
+    )
     for rank_losses, rank_weights in (rank[case] for rank in two):
-        assert rank_losses == pytest.approx(losses, rel=1e-5)
+        if "task" not in CASES[case]:
+            assert rank_losses == pytest.approx(losses, rel=1e-5)
         if CASES[case]["optimizer"] == "sgd":  # Adam divides tiny gradients by themselves
             assert_same_weights(weights, rank_weights)
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "adamw" not in name])
 def test_all_stages_and_chunks_train_the_same(case: str, one: Trained) -> None:
-    assert one[case][0] == pytest.approx(one["zero0"][0], rel=1e-5)
-    assert_same_weights(one[case][1], one["zero0"][1])
+    expected = one[plain(CASES[case].get("task", "retrieval"))]
+    assert one[case][0] == pytest.approx(expected[0], rel=1e-5)
+    assert_same_weights(one[case][1], expected[1])
 
 
-def test_every_trained_parameter_moved(one: Trained) -> None:
-    model = small_model()
+def plain(task: str) -> str:
+    """The case without any partitioning."""
+    return "zero0" if task == "retrieval" else f"{task} zero0"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_trained_parameter_moved(task: str, one: Trained) -> None:
+    model = small_model(task)
     schedule = model.frontend.schedule
     assert schedule.output_tokens < schedule.frames * schedule.tokens
-    _, weights = one["zero0"]
+    _, weights = one[plain(task)]
     before = dict(model.named_parameters())
     assert before.keys() <= weights.keys()
     positions = [name for name in before if "clip_position" in name]
     assert len(positions) == 2
-    for name in (
-        *positions,
-        "logit_scale.log_scale",
-        "text.embed.token_embedding.weight",
-        "frontend.embed.conv1.weight",
-    ):
+    moved = {
+        "retrieval": ("logit_scale.log_scale", "text.embed.token_embedding.weight"),
+        "classifier": ("head.classifier.0.weight", "head.questions.text.embeddings.word_embeddings.weight"),
+        "decoder": ("head.decoder.head.dense.weight", "head.questions.fusion.layers.0.crossattention.self.key.weight"),
+    }
+    for name in (*positions, *moved[task], "frontend.embed.conv1.weight"):
         assert before[name].detach().abs().max() > 0
         assert not torch.equal(before[name], weights[name]), name
 

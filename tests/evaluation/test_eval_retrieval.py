@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from tempme_vl.data import motion
 from tempme_vl.data.motion import render_motion
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips
-from tempme_vl.data.text import ClipTokenizer, word_vocabulary
 from tempme_vl.data.video import VideoError
 from tempme_vl.evaluation.metrics import dual_softmax, multi_caption_metrics, retrieval_metrics
 from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
+from tempme_vl.text.tokenizers import ClipTokenizer, word_vocabulary
 
 COMMAND = Path(__file__).parents[2] / "eval" / "retrieval.py"
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_embeddings_and_report_are_those_of_the_functions(run, command, checkpoi
     preprocess = command.Preprocess.from_dict(model.frontend.config["preprocess"])
     reader = command.ClipReader(4, command.ClipTransform(preprocess), "uniform", timeout=None, on_broken="raise")
     captions = EvalCaptions(split, ClipTokenizer(32))
-    expected = embed(model, EvalClips(split, reader), captions, captions.video_of_caption, CPU, workers=0)
+    expected = embed(model, EvalClips(split.clips, reader), captions, captions.video_of_caption, CPU, workers=0)
     torch.testing.assert_close(embeddings.video, expected.video)
     torch.testing.assert_close(embeddings.text, expected.text)
     metrics = retrieval_report(expected)

@@ -1,4 +1,7 @@
-"""The harness: accuracy of predictions, the files they come in, and eval/videoqa.py without torch."""
+"""The harness: accuracy of predictions, the files they come in, and eval/videoqa.py without torch.
+
+With a model it is tested in test_eval_videoqa.py.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from tempme_vl.data.videoqa import QASplit, Question
 from tempme_vl.evaluation.videoqa import (
     QUESTION_TYPES,
     accuracy,
+    accuracy_by,
     normalize_answer,
     question_type,
     read_predictions,
@@ -82,6 +86,28 @@ def test_accuracy_is_what_an_independent_count_gives(name: str) -> None:
     assert report["total_by_type"] == {kind: counts[kind][1] for kind in QUESTION_TYPES}
     assert report["by_type"] == {kind: 100 * counts[kind][0] / counts[kind][1] for kind in QUESTION_TYPES}
     assert accuracy(dict(reversed(predictions.items())), make_split(ROWS[::-1])) == report
+
+
+@pytest.mark.parametrize("name", kinds_of_predictions(ROWS))
+def test_accuracy_by_any_function_of_the_question(name: str) -> None:
+    predictions, split = kinds_of_predictions(ROWS)[name], make_split(ROWS)
+    counts = count_independently(predictions, ROWS)
+    by_word = accuracy_by(predictions, split, lambda question: question.split(" ")[0])
+    assert list(by_word) == sorted(WORDS)
+    for word, (percent, total) in by_word.items():
+        right, expected = counts[word if word != "is" else "other"]
+        assert (percent, total) == (100 * right / expected, expected)
+    assert accuracy_by(predictions, split, lambda _: "all") == {"all": (accuracy(predictions, split)["accuracy"], 500)}
+    # exact: as `accuracy` without normalisation
+    louder = {question_id: answer.upper() for question_id, answer in predictions.items()}
+    assert accuracy_by(louder, split, lambda _: "all") == {"all": (0.0, 500)}
+
+
+def test_accuracy_by_counts_each_of_several_answers() -> None:
+    clip = Clip("v", Path("v"))
+    questions = (Question("1", clip, "what", ("dog", "cat")), Question("2", clip, "what", ("dog",)))
+    found = accuracy_by({"1": "cat", "2": "cat"}, QASplit("toy", questions), str.upper)
+    assert found == {"WHAT": (50.0, 2)}
 
 
 def test_bounds() -> None:
@@ -252,6 +278,18 @@ def test_the_command_ends_with_one_line_on_bad_input(files: dict[str, Path]) -> 
     assert done.returncode == 1
     assert done.stderr.startswith("error: 1 of 2 predictions have ids that") and "elsewhere" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_predictions_or_a_model(files: dict[str, Path], tmp_path: Path) -> None:
+    for given in ([], ["--predictions", files["predictions"], "--checkpoint", tmp_path]):
+        done = run(*given, "--annotations", files["annotations"])
+        assert done.returncode == 1
+        assert done.stderr == ("error: expected either --predictions, a file, or --checkpoint, the folder of a model\n")
+    done = run("--predictions", files["predictions"])
+    assert done.stderr == "error: --predictions needs --annotations, the questions with their answers\n"
+    done = run("--predictions", files["predictions"], "--annotations", files["annotations"], "--vocabulary-size", 2)
+    assert done.stderr == "error: --vocabulary-size needs --vocabulary\n"
+    assert done.stdout == "LOADED []\n"
 
 
 def test_the_table_holds_every_number(files: dict[str, Path]) -> None:

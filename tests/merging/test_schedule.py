@@ -22,6 +22,21 @@ def test_counts_and_costs_of_the_paper() -> None:
         assert make_schedule("tome", 12, 12, tokens).gflops() == pytest.approx(tome, rel=2e-3)
 
 
+def test_the_final_norm_costs_the_tokens_that_pooling_reads() -> None:
+    for schedule, read in (
+        (MergeSchedule.identity(2, 4, 21, prefix=5), 4 * 16),
+        (MergeSchedule.tempme(**{**TEMPME, "tokens": 21, "prefix": 5}), None),
+    ):
+        last = schedule.layer_counts[-1]
+        read = read or last.clips * last.mlp - 5 * 6  # registers and CLS tokens of 6 frames are left out
+        by_cls, by_mean = schedule.gflops(pool="cls"), schedule.gflops(pool="mean")
+        assert by_mean - by_cls == pytest.approx((read - schedule.frames) * 2 * 768 / 1e9)
+        assert by_cls == schedule.gflops()
+    assert MergeSchedule.identity(2, 4, 16, prefix=0).gflops() == MergeSchedule.identity(2, 4, 16, 0).gflops(
+        pool="mean"
+    )
+
+
 def test_identity_keeps_everything_and_tome_clamps() -> None:
     assert MergeSchedule.identity(3, 4, 17).token_counts == [(4, 17)] * 3
     assert MergeSchedule.tome(4, 4, 10, r=99).token_counts == [(4, 6), (4, 4), (4, 3), (4, 2)]

@@ -9,15 +9,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tempme_vl import MergeSchedule
-from tempme_vl.tasks.umt_qa import UMTQAModel
+from tempme_vl.tasks.qa import DecoderHead, VideoQAModel
+from tempme_vl.tasks.qa.umt import umt_qa_from_state_dict
 
 CASES = umt_cases("umt_qa_*")
 
 
-def model_of(case: UmtCase, state: dict[str, Tensor]) -> UMTQAModel:
+def model_of(case: UmtCase, state: dict[str, Tensor]) -> tuple[VideoQAModel, DecoderHead]:
     c = case.config
     schedule = MergeSchedule.identity(c["d"], c["T"], (c["img"] // c["p"]) ** 2, prefix=0)
-    return UMTQAModel.from_umt_state_dict(state, c["h"], c["bn"], c["img"], "joint", schedule).eval()
+    model = umt_qa_from_state_dict(state, c["h"], c["bn"], c["img"], "joint", schedule).eval()
+    assert isinstance(model.head, DecoderHead)
+    return model, model.head
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -29,7 +32,7 @@ def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_question_states_and_training_loss(case: UmtCase) -> None:
-    model, t = model_of(case, case.group("w.")), case.tensors
+    (model, _), t = model_of(case, case.group("w.")), case.tensors
     answers, counts = len(t["in.train_weights"]), t["in.train_k"]
     batch = {
         "video": t["in.video"],
@@ -50,22 +53,24 @@ def test_question_states_and_training_loss(case: UmtCase) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_answers_and_their_order(case: UmtCase) -> None:
-    model, t, k = model_of(case, case.group("w.")), case.tensors, case.config["K"]
+    (model, head), t, k = model_of(case, case.group("w.")), case.tensors, case.config["K"]
     ids, mask, question_mask = t["in.answer_ids"], t["in.answer_mask"], t["in.question_mask"]
-    keys = model.keys_values(model.encode_video(t["in.video"]))
-    states = model.encode_question(t["in.question_ids"], question_mask, keys)
-    question = model.decoder.keys_values(states, question_mask)
+    video = model({"video": t["in.video"], "frame_mask": torch.ones(t["in.video"].shape[:2])})
+    keys = head.questions.keys_values(video["tokens"], video["size"])
+    states = head.questions(t["in.question_ids"], question_mask, keys)
+    assert_close(states, t["out.question_states"], "question states")
+    question = head.decoder.keys_values(states, question_mask)
     every = (len(question), *ids.shape)
     start = ids[:1, :1].expand(len(question), 1, 1)
-    assert_close(model.decoder(start, question)[:, 0, 0], t["out.start_logits"], "logits of the first word")
-    losses = model.decoder.sequence_loss(ids.expand(every), mask.expand(every), question)
+    assert_close(head.decoder(start, question)[:, 0, 0], t["out.start_logits"], "logits of the first word")
+    losses = head.decoder.sequence_loss(ids.expand(every), mask.expand(every), question)
     assert_close(losses, t["out.seq_loss"], "losses of all answers")
 
     for name, candidates in ((f"k{k}", k), ("all", len(ids))):
-        ranking = model.rank(states, question_mask, ids, mask, candidates, rule="umt")
+        ranking = head.rank(states, question_mask, ids, mask, candidates, rule="umt")
         assert torch.equal(ranking.answers, t[f"out.rank_ids_{name}"]), name
         assert_close(ranking.probabilities, t[f"out.rank_probs_{name}"], f"probabilities of {name}")
-    once = model.rank(states, question_mask, ids, mask, k, rule="likelihood")
+    once = head.rank(states, question_mask, ids, mask, k, rule="likelihood")
     assert torch.equal(once.answers[:, 0], t["out.top1_first_token_once"])
 
 
@@ -74,11 +79,12 @@ def test_answers_and_their_order(case: UmtCase) -> None:
 def test_pretraining_file_fills_the_decoder(case: UmtCase) -> None:
     """From the fusion layers, the text encoder's words and its language head, as fine-tuning starts."""
     file = load_file(str(case.path).replace("_qa_", "_pretrain_ckpt_"))
-    model = model_of(case, file)
-    assert len(model.decoder.layers) == len(model.fusion.layers)
-    own, fusion = model.decoder.state_dict(), model.fusion.state_dict()
+    _, head = model_of(case, file)
+    text, fusion_layers, decoder = head.questions.text, head.questions.fusion, head.decoder
+    assert len(decoder.layers) == len(fusion_layers.layers)
+    own, fusion = decoder.state_dict(), fusion_layers.state_dict()
     assert fusion and all(torch.equal(own[name], value) for name, value in fusion.items())
-    for name, value in model.text.embeddings.state_dict().items():
+    for name, value in text.embeddings.state_dict().items():
         assert torch.equal(own[f"embeddings.{name}"], value)
     assert torch.equal(own["head.dense.weight"], file["text_encoder.cls.predictions.transform.dense.weight"])
     assert torch.equal(own["head.bias"], file["text_encoder.cls.predictions.bias"])

@@ -31,11 +31,11 @@ def test_text_and_fusion_states(case: UmtCase, dtype: torch.dtype) -> None:
     states = text(t["in.input_ids"], mask)
     assert_close(states, t["out.text_mode"], "text states")
 
-    keys = fusion.keys_values(t["in.encoder_hidden_states"].to(dtype))
-    tokens = t["in.encoder_attention_mask"]
-    assert_close(fusion(states, mask, keys, tokens), t["out.fusion_mode"], "fusion states")
+    real = t["in.encoder_attention_mask"].to(dtype).unsqueeze(-1)  # a token that is not real stands for none
+    keys = fusion.keys_values(t["in.encoder_hidden_states"].to(dtype), real)
+    assert_close(fusion(states, mask, keys), t["out.fusion_mode"], "fusion states")
     reference = t["out.text_mode"].to(dtype)
-    assert_close(fusion(reference, mask, keys, tokens), t["out.fusion_mode"], "fusion of the reference's states")
+    assert_close(fusion(reference, mask, keys), t["out.fusion_mode"], "fusion of the reference's states")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,20 +1,188 @@
-"""Runs of the retrieval recipe. Each function runs in processes of its own."""
+"""What the recipes are tested on, and their runs. Functions named `train...` run in processes of their own."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import full_ft_msrvtt as recipe
+import full_ft_msrvtt
 import torch
+import videoqa
+from torch import Tensor, nn
+from training.processes import RECIPES, exit_codes, start
 
-from tempme_vl.tasks.retrieval import RetrievalModel
+from tempme_vl.data import motion
+from tempme_vl.data.motion import render_motion
+from tempme_vl.data.videoqa import read_split
+from tempme_vl.tasks.qa import load_qa_model
+from tempme_vl.tasks.retrieval import load_retrieval_model
 from tempme_vl.training.engine import Trainer
 
+NUM_TEST = 8
+MODULES: dict[str, Any] = {"full_ft_msrvtt": full_ft_msrvtt, "videoqa": videoqa}
+UMT = {"model": "umt:tiny", "mode": "clip", "deepspeed_config": RECIPES / "ds" / "zero2.json"}
 
-def train(arguments: list[str], die_at: int | None = None, number: int = signal.SIGKILL, only_rank: int = 0) -> None:
-    """The recipe's command line; a rank sends itself a signal in the update after step `die_at`."""
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe with options that make 6 steps an epoch of the rendered clips.
+
+    Attributes:
+        recipe: the module's name.
+        load: reads the exported model.
+        report: some of what report.json holds in the end.
+        options: of every run.
+        selecting: how the best epoch is chosen on clips held out; `not_selecting`: how on none.
+        two_ranks: how two ranks are run.
+    """
+
+    recipe: str
+    load: Callable[[Path], nn.Module]
+    report: dict[str, Any]
+    options: dict[str, Any]
+    selecting: dict[str, Any] = field(default_factory=dict)
+    not_selecting: dict[str, Any] = field(default_factory=dict)
+    two_ranks: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self, data: Path, output: Path, select: bool = True, **options: Any) -> list[str]:
+        """The command line of a run on what `make_data` wrote."""
+        places = {key: data / value for key, value in PLACES.items()}
+        chosen = {
+            "model": "open_clip:tiny",
+            "output": output,
+            "batch_size": 16,
+            "epochs": 2,
+            "save_every": 5,
+            "decode_timeout": None,
+            **self.options,
+            **(self.selecting if select else self.not_selecting),
+            **options,
+        }
+        chosen = {name: places.get(value, value) for name, value in chosen.items()}
+        return [part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+    def run(self, log: Path, parts: list[str], *args: Any, world: int = 1) -> list[int | None]:
+        """Exit codes of `train` on each rank."""
+        return exit_codes(start(train, self.recipe, parts, *args, log=log, world=world))
+
+
+PLACES = {"ROOT": "motion", "VIDEOS": "motion/videos", "SPLITS": "splits.jsonl", "ONE SPLIT": "train.jsonl"}
+OWN_QUESTIONS = {"dataset": "jsonl", "video_root": "VIDEOS"}
+CASES = {
+    "retrieval": Case(
+        "full_ft_msrvtt",
+        load_retrieval_model,
+        {
+            "split": "msrvtt/test_1k",
+            "selected_on": "msrvtt/train_9k, 6 held out, seed 0",
+            "videos": NUM_TEST,
+            "broken_videos": {},
+            "method": "tempme",
+        },
+        {"dataset": "msrvtt", "data_root": "ROOT"},
+        {"holdout": 6},
+        {"holdout": 0},
+    ),
+    "classifier": Case(
+        "videoqa",
+        load_qa_model,
+        {
+            "split": "splits/test",
+            "selected_on": "splits/val",
+            "total": NUM_TEST,
+            "missing": 0,
+            "broken_videos": {},
+            "head": "classifier",
+            "method": "tempme",
+        },
+        {**OWN_QUESTIONS, "head": "classifier"},
+        {"annotations": "SPLITS"},
+        {"annotations": "ONE SPLIT"},
+    ),
+    "decoder": Case(
+        "videoqa",
+        load_qa_model,
+        {"split": "splits/test", "selected_on": "splits/val", "total": NUM_TEST, "missing": 0, "head": "decoder"},
+        {**OWN_QUESTIONS, "head": "decoder"},
+        {"annotations": "SPLITS"},
+        {"annotations": "ONE SPLIT"},
+        UMT,
+    ),
+}
+
+
+def make_data(folder: Path) -> Path:
+    """MSRVTT's layout with 102 training and 8 test clips; files of one question a clip, and `folder` itself."""
+    root = render_motion(
+        folder / "motion", num_train=102, num_test=NUM_TEST, num_order_train=0, num_order_val=0, num_order_test=0
+    )
+    lines = {name: questions_of(root, name) for name in ("train", "val", "test")}
+    write_lines(folder / "splits.jsonl", [line for part in lines.values() for line in part])
+    write_lines(folder / "train.jsonl", [{k: v for k, v in line.items() if k != "split"} for line in lines["train"]])
+    return folder
+
+
+def questions_of(root: Path, split: str) -> list[dict[str, Any]]:
+    """The first question about each clip, which way it moves, as lines of a JSON-lines file."""
+    firsts = {question.clip: question for question in reversed(read_split("msrvtt_qa", root, split).questions)}
+    return [
+        {"file": clip.path.name, "question": q.question, "answer": q.answers[0], "id": q.question_id, "split": split}
+        for clip, q in reversed(firsts.items())
+    ]
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def latest(output: Path) -> str:
+    """The last checkpoint of a run."""
+    return (output / "checkpoints" / "latest").read_text()
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    """Steps of a run with their losses."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def assert_same_checkpoint(left: Path, right: Path) -> None:
+    """Weights, optimizer and random states of all ranks, bit for bit."""
+    assert latest(left) == latest(right)
+    folders = [output / "checkpoints" / latest(output) for output in (left, right)]
+    names = [sorted(path.name for path in folder.glob("*.pt")) for folder in folders]
+    assert names[0] == names[1]
+    compared = 0
+    for name in names[0]:
+        first, second = (_tensors(torch.load(folder / name, weights_only=False), name) for folder in folders)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), key
+        compared += len(first)
+    assert compared > 100
+
+
+def _tensors(value: Any, name: str) -> dict[str, Tensor]:
+    """All tensors in nested data, by their place."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, dict):
+        items = list(value.items())
+    else:
+        items = list(enumerate(value)) if isinstance(value, list | tuple) else []
+    return {k: v for key, part in items for k, v in _tensors(part, f"{name}/{key}").items()}
+
+
+def train(
+    recipe: str, arguments: list[str], die_at: int | None = None, number: int = signal.SIGKILL, only_rank: int = 0
+) -> None:
+    """A recipe's command line; a rank sends itself a signal in the update after step `die_at`."""
     update = Trainer.update
 
     def deadly(self: Trainer, *args: Any) -> float:
@@ -23,16 +191,24 @@ def train(arguments: list[str], die_at: int | None = None, number: int = signal.
         return update(self, *args)
 
     Trainer.update = deadly  # type: ignore[method-assign]
-    recipe.main(recipe.parse(arguments))
+    MODULES[recipe].main(MODULES[recipe].parse(arguments))
 
 
-def train_on_nan(arguments: list[str], bad_step: int) -> None:
-    """The recipe with a loss that is NaN at a step."""
-    original, steps = RetrievalModel.loss, []
+def train_on_rendered(arguments: list[str]) -> None:
+    """The video QA recipe on the embedded data set as --data-root holds it, whatever its size."""
+    motion.render_motion = lambda root: root  # type: ignore[assignment, misc]
+    videoqa.main(videoqa.parse(arguments))
 
-    def loss_fn(*args: Any) -> torch.Tensor:
-        steps.append(None)
-        return original(*args) * (float("nan") if len(steps) == bad_step + 1 else 1.0)
 
-    RetrievalModel.loss = loss_fn  # type: ignore[method-assign]
-    recipe.main(recipe.parse(arguments))
+def train_on_nan(recipe: str, arguments: list[str], bad_step: int) -> None:
+    """A recipe with a loss that is NaN at a step."""
+    update = Trainer.update
+
+    def broken(self: Trainer, batch: Any, loss_fn: Callable[..., Tensor]) -> float:
+        def loss(*args: Any) -> Tensor:
+            return loss_fn(*args) * (float("nan") if self.step == bad_step else 1.0)
+
+        return update(self, batch, loss)
+
+    Trainer.update = broken  # type: ignore[method-assign]
+    MODULES[recipe].main(MODULES[recipe].parse(arguments))

@@ -194,7 +194,12 @@ def test_clip_positions_are_found_under_lora() -> None:
     assert all(p.requires_grad for p in positions.values())
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "hf:tiny"])
+@pytest.mark.parametrize("name", ["ViT-B-32", "own:tiny"])
 def test_unknown_family(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"got '{name}' \(known families: open_clip, umt\)"):
+    with pytest.raises(ValueError, match=rf"got '{name}' \(known families: open_clip, umt"):
         create_retrieval_model(name)
+
+
+def test_towers_without_a_text_side() -> None:
+    with pytest.raises(ValueError, match="retrieval needs a text tower, .* got 'timm:vit_tiny_patch16_224'"):
+        create_retrieval_model("timm:vit_tiny_patch16_224")

@@ -66,7 +66,23 @@ def test_all_layers_equal_transformers() -> None:
     x = states
     for layer in reference.encoder.layer:
         x = layer(x, both_ways, tokens, token_mask.bool()[:, None, None, :].expand(-1, 1, 9, TOKENS))
-    assert_close(fusion(states, mask, fusion.keys_values(tokens), token_mask), x)
+    size = token_mask[..., None]  # a token that stands for none
+    assert_close(fusion(states, mask, fusion.keys_values(tokens, size)), x)
+
+
+def test_a_token_that_holds_several_gets_their_attention() -> None:
+    text, fusion = models()
+    (ids, mask), tokens = texts(), videos()[[0, 1, 2, 0]]
+    times = torch.tensor([1, 3, 1, 2, 1, 1, 4])
+    states = text(ids, mask)
+    repeated = fusion(states, mask, fusion.keys_values(tokens.repeat_interleave(times, dim=1)))
+    keys = fusion.keys_values(tokens, times.view(1, -1, 1).expand(4, -1, -1).float())
+    assert_close(fusion(states, mask, keys), repeated)
+    assert (fusion(states, mask, fusion.keys_values(tokens)) - repeated).abs().max() > 1e-3
+    rows = torch.tensor([2, 2, 0])
+    assert_close(fusion(states[rows], mask[rows], keys.select(rows)), repeated[rows])
+    (one,) = fusion(states[:1], mask[:1], fusion.keys_values(tokens[:1], times.view(1, -1, 1).float()).expand(1))
+    assert_close(one, repeated[0])
 
 
 def test_keys_of_a_video_serve_all_its_texts() -> None:
@@ -137,14 +153,16 @@ def test_masked_video_tokens_are_as_if_absent() -> None:
     (ids, mask), tokens = texts(), videos()[[0, 1, 2, 0]]
     states = text(ids, mask)
     real = torch.tensor([7, 4, 1, 6])
-    fused = fusion(states, mask, fusion.keys_values(tokens), (torch.arange(TOKENS) < real[:, None]).long())
+    size = (torch.arange(TOKENS) < real[:, None]).float().unsqueeze(-1)
+    fused = fusion(states, mask, fusion.keys_values(tokens, size))
     for pair, count in enumerate(real):
         row = slice(pair, pair + 1)
         alone = fusion(states[row], mask[row], fusion.keys_values(tokens[row, :count]))
         assert_close(fused[row], alone)
-    everything = torch.ones(4, TOKENS)
-    keys = fusion.keys_values(tokens)
-    assert_close(fusion(states, mask, keys, everything), fusion(states, mask, keys))
+    everything = torch.ones(4, TOKENS, 1)
+    assert_close(
+        fusion(states, mask, fusion.keys_values(tokens, everything)), fusion(states, mask, fusion.keys_values(tokens))
+    )
 
 
 def test_the_order_of_video_tokens_does_not_matter() -> None:
@@ -355,9 +373,5 @@ def test_inputs_that_do_not_fit() -> None:
     keys = keys.select(torch.tensor([0, 1, 2, 0]))
     with pytest.raises(ValueError, match=r"got \(4, 9, 24\), \(4, 8\) and 4 videos"):
         fusion(states, mask[:, :8], keys)
-    with pytest.raises(ValueError, match=r"expected a token mask \(4, 7\) .* got \(4, 6\)"):
-        fusion(states, mask, keys, torch.ones(4, 6))
-    nothing = torch.ones(4, TOKENS)
-    nothing[2] = 0
-    with pytest.raises(ValueError, match=r"a real token in each row; got \(4, 7\) with \[7, 7, 0, 7\] real tokens"):
-        fusion(states, mask, keys, nothing)
+    with pytest.raises(ValueError, match=r"expected sizes \(3, 7, 1\); got \(3, 6, 1\)"):
+        fusion.keys_values(videos(), torch.ones(3, 6, 1))

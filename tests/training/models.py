@@ -1,4 +1,4 @@
-"""A small dual encoder, made-up pairs to train it on, and a linear model for what needs no encoder."""
+"""Small models of every task with made-up data to train them on, and a linear model for what needs no encoder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from torch.utils.data import Dataset
 
 from tempme_vl.backbones import open_clip as clip_family
 from tempme_vl.frontend import VisualFrontend, make_schedule
+from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, VideoQAModel
+from tempme_vl.tasks.qa.question import QuestionEncoder
 from tempme_vl.tasks.retrieval import RetrievalModel, is_new_parameter
-from tempme_vl.text import ClipTextEncoder
+from tempme_vl.text import BertDecoder, BertShape, ClipTextEncoder
 from tempme_vl.training import distributed
 from tempme_vl.training.engine import TrainConfig, Trainer
 from tempme_vl.training.optim import parameter_groups
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FRAMES, SIZE, WORDS, VOCABULARY = 4, 16, 6, 40
+ANSWERS = ("word7", "word20 word5", "word30")
 
 SMALL_CLIP = {
     "embed_dim": 16,
@@ -28,16 +31,23 @@ SMALL_CLIP = {
 }
 
 
-def small_model(seed: int = 0) -> RetrievalModel:
-    """TempMe with two joins on 17 tokens a frame, its clip positions away from zero."""
-    torch.manual_seed(seed)
+def small_model(task: str = "retrieval") -> RetrievalModel | VideoQAModel:
+    """TempMe with two joins on 17 tokens a frame, its clip positions away from zero; retrieval, or a head of QA."""
+    torch.manual_seed(0)
     clip = clip_family.build_clip(SMALL_CLIP)
     options = {"r": 1, "merge_layers": (1, 2), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
     frontend = VisualFrontend(
         clip_family.visual_backbone(clip.visual), make_schedule("tempme", 4, FRAMES, 17, **options), {"family": "x"}
     )
     frontend.init_clip_positions(0.5)
-    return RetrievalModel(frontend, ClipTextEncoder(clip), {"text_cfg": SMALL_CLIP["text_cfg"]})
+    if task == "retrieval":
+        return RetrievalModel(frontend, ClipTextEncoder(clip), {"text_cfg": SMALL_CLIP["text_cfg"]})
+    shape = BertShape.named("tiny", width=32, mlp_width=64, cross_width=32, vocab_size=VOCABULARY)
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{i}" for i in range(4, VOCABULARY)))
+    questions = QuestionEncoder.of_shape(shape, words)
+    if task == "classifier":
+        return VideoQAModel(frontend, ClassifierHead(questions, ANSWERS))
+    return VideoQAModel(frontend, DecoderHead(questions, BertDecoder(shape, 1), ANSWERS))
 
 
 class Pairs(Dataset):
@@ -68,6 +78,23 @@ class Pairs(Dataset):
         }
 
 
+class Asked(Dataset):
+    """A random question about each video of `Pairs`; every fifth answer has no weight, number 3 is unreadable."""
+
+    def __init__(self, model: VideoQAModel):
+        self.tokenize, self.pairs = model.tokenize, Pairs()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        pair, index = self.pairs[key], key[1]
+        answer = ANSWERS[index % len(ANSWERS)]
+        asked = self.tokenize(f"word{4 + index} word{5 + index % 3}" + " word9" * (index % 2), answer)
+        shared = {name: pair[name] for name in ("video", "frame_mask", "valid")}
+        return {**shared, **asked, "answer_weight": torch.tensor(float(index % 5 != 4)), "name": f"question-{index}"}
+
+
 def train_config(output: Path, stage: str = "zero0", **changes: Any) -> TrainConfig:
     """The configuration that the recipes' file of this name gives.
 
@@ -84,13 +111,14 @@ def train_config(output: Path, stage: str = "zero0", **changes: Any) -> TrainCon
     return TrainConfig(output=output, deepspeed=file, **{**defaults, **changes})
 
 
-def small_trainer(output: Path, stage: str, optimizer: str, **changes: Any) -> Trainer:
-    """The recipe's path on the small model: parameter groups, engine, sampler."""
+def small_trainer(output: Path, stage: str, optimizer: str, task: str = "retrieval", **changes: Any) -> Trainer:
+    """A recipe's path on its small model: parameter groups, engine, sampler."""
     distributed.initialize()
-    model = small_model()
-    groups = parameter_groups(model, 1e-2, 3e-2, 0.1, is_new_parameter)
+    model = small_model(task)
+    asked = isinstance(model, VideoQAModel)
+    groups = parameter_groups(model, 1e-2, 3e-2, 0.1, model.is_new_parameter if asked else is_new_parameter)
     made = torch.optim.SGD(groups) if optimizer == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
-    return Trainer(model, made, Pairs(), train_config(output, stage, **changes))
+    return Trainer(model, made, Asked(model) if asked else Pairs(), train_config(output, stage, **changes))
 
 
 class Numbers(Dataset):

@@ -78,7 +78,7 @@ def _environments(world: int) -> list[dict[str, str]]:
 
 def _start(target: Callable[..., Any], *args: Any) -> ForkServerProcess:
     with _python_path():  # the server reads it once, when the first process starts it
-        SERVER.set_forkserver_preload(["full_ft_msrvtt", "training.models"])
+        SERVER.set_forkserver_preload(["full_ft_msrvtt", "videoqa", "training.models"])
         forkserver.ensure_running()
     process = SERVER.Process(target=target, args=args)
     process.start()

@@ -1,15 +1,12 @@
-"""Tokenizers with padding masks: CLIP's byte pairs and BERT's word pieces; numbers for equal captions."""
+"""Tokenizers with padding masks: CLIP's byte pairs and BERT's word pieces."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
@@ -17,8 +14,9 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
+from tempme_vl.pretrained import VOCABULARY_FILE, hub_file
+
 PAD, UNKNOWN, START, END, _ = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-VOCABULARY_FILE = "vocab.txt"
 
 
 @dataclass
@@ -107,20 +105,7 @@ def bert_vocabulary(source: str | Path) -> tuple[str, ...]:
     Raises:
         ValueError: neither has the file, or the hub cannot be reached.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        path = folder / VOCABULARY_FILE
-        if not path.is_file():
-            found = sorted(entry.name for entry in folder.iterdir())
-            raise ValueError(f"expected {VOCABULARY_FILE} in {folder}; found {found}")
-    else:
-        try:
-            path = Path(huggingface_hub.hf_hub_download(str(source), VOCABULARY_FILE))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise ValueError(
-                f"expected a folder with {VOCABULARY_FILE}, or a model of the Hugging Face hub that can be reached; "
-                f"got {str(source)!r}: {error}"
-            ) from error
+    path = hub_file(source, VOCABULARY_FILE)
     # not splitlines: some pieces are line separators of Unicode
     return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
 
@@ -133,9 +118,3 @@ def word_vocabulary(texts: Iterable[str]) -> tuple[str, ...]:
         normal = normalizer.normalize_str(clean_text(text))
         words.update(word for word, _ in splitter.pre_tokenize_str(normal))
     return (*SPECIAL_TOKENS, *sorted(words))
-
-
-def caption_id(text: str) -> int:
-    """A number that is equal for equal captions (case and outer blanks aside), the same in every process."""
-    digest = hashlib.blake2b(text.strip().lower().encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import BertTokenizer
 
-from tempme_vl.data.text import SPECIAL_TOKENS, WordPieceTokenizer, bert_vocabulary, clean_text, word_vocabulary
+from tempme_vl.text.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer, bert_vocabulary, clean_text, word_vocabulary
 
 VOCAB = (*SPECIAL_TOKENS, "a", "dog", "##s", "run", "##ning", "t", "shirt", "person", "cafe", "\u2028", "[", "]", "pad")
 

@@ -1,0 +1,252 @@
+"""Question answering about videos with TempMe: a classifier, a decoder or a language model on the merged tokens.
+
+A first try, on any machine (renders its own small data set; 5 minutes on 2 CPU cores):
+    deepspeed --num_accelerators 2 recipes/videoqa.py
+
+MSRVTT-QA as UMT has it, B/16 with its frames apart and TempMe, on 8 A100 (not yet measured; the paper reports 44.6):
+    deepspeed --num_gpus 8 recipes/videoqa.py --data-root /data/msrvtt --model umt:b16 --head decoder \
+        --pretrained b16_25m.pth --deepspeed-config recipes/ds/zero2.json
+
+A classifier over the 1,500 most frequent training answers on CLIP (not yet measured):
+    deepspeed --num_gpus 8 recipes/videoqa.py --data-root /data/msrvtt --model open_clip:ViT-B-16-quickgelu \
+        --pretrained openai --head classifier
+
+A language model of transformers that reads the merged tokens, with LoRA (not yet measured):
+    deepspeed --num_gpus 8 recipes/videoqa.py --data-root /data/msrvtt --model open_clip:ViT-B-16-quickgelu \
+        --pretrained openai --head llm --llm /models/llama --lora-rank 16 --deepspeed-config recipes/ds/zero2.json
+
+Your own questions (one JSON object a line: file, question, answer or answers, optional options, start, end, split):
+    deepspeed recipes/videoqa.py --dataset jsonl --annotations questions.jsonl --video-root clips/
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from tempme_vl.data.motion import question_kind
+from tempme_vl.data.questions import TrainQuestions, most_options
+from tempme_vl.data.reader import ClipReader, broken_clips
+from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.videoqa import QASplit, answer_vocabulary, coverage, read_splits
+from tempme_vl.evaluation.predict import predict
+from tempme_vl.evaluation.videoqa import accuracy, accuracy_by, table
+from tempme_vl.recipe import (
+    BROKEN_VIDEOS,
+    FROM_SCRATCH,
+    MOTION,
+    UMT,
+    ReadingOptions,
+    TrainingOptions,
+    VisualOptions,
+    announce,
+    begin,
+    cost,
+    export,
+    first_look,
+    say,
+)
+from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
+from tempme_vl.tasks.qa.create import create_llm_qa_model, create_qa_model
+from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
+from tempme_vl.training import distributed
+from tempme_vl.training.engine import Trainer
+
+RECIPES = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Options(VisualOptions, ReadingOptions, TrainingOptions):
+    """Train a front end with a head that answers questions.
+
+    The defaults shown are those of the data set and the model: --help together with --data-root, --dataset or --model
+    shows its own. The options in use are written to OUTPUT/options.json.
+    """
+
+    dataset: Literal["motion", "msrvtt_qa", "msvd_qa", "activitynet_qa", "jsonl"] = "msrvtt_qa"
+    """Default: motion, the embedded data set; msrvtt_qa as soon as --data-root is given."""
+    data_root: Path | None = None
+    """Folder of the annotation files (and videos) in their public layout; for motion, where to render it."""
+    video_root: Path | None = None
+    """Folder of the videos, if it is not below --data-root."""
+    annotations: Path | None = None
+    """The JSON-lines file of --dataset jsonl."""
+    head: Literal["classifier", "decoder", "llm"] = "classifier"
+    """classifier: one of the answers; decoder: ranks the answers, or writes freely (--rule generate); llm: a language
+    model writes, and its answers are compared without case, punctuation and leading articles."""
+    num_answers: int = 1500
+    """The most frequent answers of the training split, which are those that the model can give. Questions whose
+    options differ are answered by choosing among these."""
+    vocabulary: str | None = None
+    """BERT's words: a folder with vocab.txt or a hub name; default: those of the training questions and answers."""
+    text: str | None = None
+    """Size of the text side: bert-base, bert-large or tiny; default: UMT's own, bert-base for CLIP."""
+    text_pretrained: str | None = None
+    """A BERT that the text side starts from: a folder with model.safetensors or a hub name."""
+    max_words: int = 25
+    """Word pieces kept of a question, [CLS] included."""
+    answer_words: int = 5
+    """Word pieces kept of an answer, [CLS] and [SEP] included."""
+    rule: Literal["likelihood", "umt", "generate"] | None = None
+    """How the decoder answers: by log p(answer); UMT's own, which counts the first word twice; or word by word."""
+    candidates: int = 128
+    """Answers that the decoder scores whole: those with the likeliest first words."""
+    llm: str | None = None
+    """The language model of --head llm: a folder or a hub name, with safetensors weights."""
+    lora_rank: int = 0
+    """LoRA on the language model; 0 for none."""
+    train_llm: bool = False
+    """Train the language model whole; without it and without LoRA it stays as it is."""
+
+
+# What differs from the defaults above, which are UMT's and ALPRO's.
+LARGE: dict[str, Any] = {"vocabulary": "bert-base-uncased", "lr": 2e-5, "num_frames": 12, "epochs": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "open_clip:tiny": FROM_SCRATCH,
+    "umt:tiny": {**FROM_SCRATCH, "model": "umt:tiny"},
+    "umt:b16": {**UMT, **LARGE, "head": "decoder", "warmup": 1 / 8},
+    "umt:l16": {**UMT, **LARGE, "head": "decoder", "warmup": 1 / 8, "vocabulary": "bert-large-uncased"},
+}
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Options from the command line, on top of the defaults of their data set and model."""
+    given = first_look(arguments, ("dataset", "data-root", "model", "method", "head"))
+    dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
+    model = given.model or ("open_clip:tiny" if dataset == "motion" else "")
+    preset = {"dataset": dataset, **MODELS.get(model, LARGE), **(MOTION if dataset == "motion" else {})}
+    head = given.head or preset.get("head", "classifier")
+    preset["output"] = Path("runs") / f"{dataset}-{head}-{given.method or 'tempme'}"
+    preset["deepspeed_config"] = RECIPES / "ds" / "zero1.json"
+    return tyro.cli(Options, args=arguments, default=Options(**preset))
+
+
+def main(options: Options) -> None:
+    device = begin(options.seed)
+    train, val, test = read_splits(options.dataset, options.data_root, options.video_root, options.annotations)
+    free = options.head == "llm" or most_options(train)  # an answer is written, or one of the question's options
+    answers = () if free else answer_vocabulary(train, options.num_answers)
+    model = build_model(options, train, answers).to(device)
+    preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])
+    reader = options.reader(model.frontend.schedule.frames, ClipTransform(preprocess), options.output)
+    train_reader = replace(reader, transform=ClipTransform(preprocess, options.augment))
+
+    trainer = Trainer(
+        model,
+        options.build_optimizer(model, model.is_new_parameter),
+        TrainQuestions(train, train_reader, model.tokenize, options.seed),
+        options.config(),
+    )
+    announce(options, model.frontend, describe(train, val, test, answers))
+    last_step = trainer.total_steps if options.max_steps is None else options.max_steps
+    start, start_step = time.perf_counter(), trainer.step
+    for batch in trainer.batches():
+        if trainer.step >= last_step:
+            break
+        trainer.update(batch, model.loss)
+        if trainer.epoch_ended:
+            score = float(trainer.epoch)  # without a validation split the last epoch is the best
+            if val is not None:
+                score = evaluate(model, trainer.engine, val, reader, device)[0]["accuracy"]
+                trainer.log(val_accuracy=score)
+            if trainer.is_best(score):
+                export(trainer, model, options.output)
+    seconds = time.perf_counter() - start
+
+    if trainer.step < trainer.total_steps:
+        trainer.save()
+        say(f"stopped after {trainer.step} of {trainer.total_steps} steps; the test split was not looked at")
+        return
+    best = load_qa_model(options.output / "best").to(device)
+    report, predictions = evaluate(best, best, test, reader, device)
+    report |= {
+        "selected_on": "none: last epoch" if val is None else val.name,
+        "selected_step": trainer.best_step,
+        "head": options.head,
+        "method": options.method,
+        "model": options.model,
+        "seed": options.seed,
+        **cost(model.frontend),
+        "train_seconds": seconds,
+        "train_steps": trainer.step - start_step,
+        "ranks": distributed.world_size(),
+        "broken_videos": broken_clips(options.output / BROKEN_VIDEOS),
+    }
+    if options.dataset == "motion":
+        report["by_kind"] = accuracy_by(predictions, test, question_kind)
+    if distributed.is_main():
+        (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (options.output / "predictions.json").write_text(json.dumps(predictions, indent=0) + "\n")
+        say(f"\nbest epoch chosen on {report['selected_on']}\n{table(report)}")
+        for kind, (percent, count) in report.get("by_kind", {}).items():
+            say(f"{kind:<10}{count:>10}{percent:>12.2f}")
+        if report["broken_videos"]:
+            say(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
+
+
+def build_model(options: Options, train: QASplit, answers: tuple[str, ...]) -> VideoQAModel:
+    model = build_llm(options) if options.head == "llm" else build_bert(options, train, answers)
+    model.input["sampling"] = options.sampling
+    model.set_grad_checkpointing(options.grad_checkpointing)
+    return model
+
+
+def build_llm(options: Options) -> VideoQAModel:
+    if options.llm is None:
+        raise ValueError("--head llm needs --llm, a folder or the hub name of a causal language model")
+    return create_llm_qa_model(
+        options.model,
+        options.llm,
+        max_words=options.max_words,
+        answer_words=options.answer_words,
+        train_llm=options.train_llm,
+        lora_rank=options.lora_rank,
+        **options.tower(12),
+    )
+
+
+def build_bert(options: Options, train: QASplit, answers: tuple[str, ...]) -> VideoQAModel:
+    texts = [text for q in train.questions for text in (q.question, *q.answers, *q.options)]
+    assert options.head != "llm"
+    return create_qa_model(
+        options.model,
+        word_vocabulary(texts) if options.vocabulary is None else bert_vocabulary(options.vocabulary),
+        options.head,
+        answers,
+        text=options.text,
+        text_pretrained=options.text_pretrained,
+        max_words=options.max_words,
+        rule=options.rule,
+        candidates=options.candidates,
+        answer_words=options.answer_words,
+        **options.tower(12),
+    )
+
+
+def evaluate(
+    model: VideoQAModel, encode: Any, split: QASplit, reader: ClipReader, device: torch.device
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Accuracy and predictions on a split, all ranks together; `encode` is the model or its DeepSpeed engine."""
+    encode.eval()
+    predictions = predict(model, encode, split, reader, device)
+    return accuracy(predictions, split, model.answers or None, normalize=model.head.name == "llm"), predictions
+
+
+def describe(train: QASplit, val: QASplit | None, test: QASplit, answers: tuple[str, ...]) -> str:
+    lines = [
+        f"{name}: {len(s.questions)} questions" for name, s in (("train", train), ("val", val), ("test", test)) if s
+    ]
+    if answers:
+        covered = f"{coverage(answers, test):.2f} % of {test.name}"
+        lines.append(f"{len(answers)} answers of the training split, which hold an answer to {covered}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(parse())

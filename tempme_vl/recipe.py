@@ -1,0 +1,260 @@
+"""What the recipes share: options of the visual tower, of reading clips and of training, presets, and what they build.
+
+A recipe's own options are a dataclass that inherits from the three here; its command line shows them as one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from tempme_vl.data.reader import ClipReader
+from tempme_vl.data.transforms import ClipTransform
+from tempme_vl.frontend import VisualFrontend
+from tempme_vl.training import distributed
+from tempme_vl.training.checkpoint import replace_export
+from tempme_vl.training.engine import TrainConfig, Trainer
+from tempme_vl.training.optim import parameter_groups
+
+BROKEN_VIDEOS = "broken_videos.jsonl"
+MOTION_ROOT = Path("runs/motion-data")
+
+
+@dataclass(frozen=True)
+class VisualOptions:
+    """The visual tower and its merging."""
+
+    model: str = "open_clip:ViT-B-32-quickgelu"
+    """open_clip:NAME, umt:b16 or umt:l16; open_clip:tiny and umt:tiny train from scratch in minutes."""
+    pretrained: str = "openai"
+    """open_clip's tag ("openai"), a weights file (UMT: any of its public forms), or "none" for random weights."""
+    mode: Literal["clip", "joint"] = "clip"
+    """UMT's frames: apart (UMT4Clip, which TempMe needs), or attending together as in UMT itself."""
+    method: Literal["tempme", "tome", "none"] = "tempme"
+    """none encodes every frame by itself with all its tokens."""
+    num_frames: int | None = None
+    """Frames sampled from each clip; default: the data set's usual number."""
+    r: int | None = None
+    """Pairs merged a frame in each early block (ImgMe, ToMe). These five default to the paper's for B/32, B/16."""
+    merge_layers: tuple[int, ...] | None = None
+    """Blocks that join clips (ClipMe)."""
+    merge_frames: tuple[int, ...] | None = None
+    """Neighbouring clips joined in each of them."""
+    cross_percent: int | None = None
+    """Percent of tokens merged across clips there."""
+    intra_percent: int | None = None
+    """Percent of tokens merged inside the clips from there on."""
+    clip_position_std: float = 0.0
+    """Clip positions start as N(0, std^2): 0 for pretrained weights, 0.5 from scratch."""
+
+    @property
+    def is_umt(self) -> bool:
+        return self.model.startswith("umt:")
+
+    def tower(self, usual_frames: int) -> dict[str, Any]:
+        """Keywords of `tempme_vl.create_frontend` beside the name."""
+        names = {
+            "none": (),
+            "tome": ("r",),
+            "tempme": ("r", "merge_layers", "merge_frames", "cross_percent", "intra_percent"),
+        }[self.method]
+        return {
+            "pretrained": None if self.pretrained == "none" else self.pretrained,
+            "method": self.method,
+            "num_frames": self.num_frames or usual_frames,
+            "clip_position_std": self.clip_position_std,
+            **{name: getattr(self, name) for name in names if getattr(self, name) is not None},
+            **({"mode": self.mode} if self.is_umt else {}),
+        }
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How clips are read."""
+
+    sampling: Literal["fps1", "uniform", "segment"] = "fps1"
+    """Which frames: one a second (TempMe), evenly, or UMT's segments."""
+    augment: Literal["none", "randaugment", "crop_flip"] = "randaugment"
+    """crop_flip mirrors clips: not where texts say left or right."""
+    on_broken: Literal["record", "raise"] = "record"
+    """Videos that cannot be read: listed in OUTPUT/broken_videos.jsonl and counted, or an error."""
+    frame_cache: str = "none"
+    """"memory", a folder, or "none": keeps decoded frames, the main speed-up of later epochs."""
+    decode_timeout: float | None = 60.0
+    """Seconds after which a decoder is ended; None decodes without a guard."""
+    workers: int = 8
+    """Loader processes a rank."""
+
+    def reader(self, num_frames: int, transform: ClipTransform, output: Path) -> ClipReader:
+        """Without augmentation; broken clips are listed in `output`."""
+        return ClipReader(
+            num_frames,
+            transform,
+            sampling=self.sampling,
+            timeout=self.decode_timeout,
+            on_broken=self.on_broken,
+            broken_log=output / BROKEN_VIDEOS,
+            cache=None if self.frame_cache == "none" else self.frame_cache,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The run."""
+
+    output: Path = Path("runs/run")
+    """Run folder."""
+    deepspeed_config: Path = Path("recipes/ds/zero1.json")
+    """zero0, zero1, zero2, zero3, zero3_offload, or your own."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    epochs: int = 5
+    batch_size: int = 128
+    """Global: over all ranks."""
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass to save memory."""
+    lr: float = 1e-7
+    """Peak rate of pretrained weights."""
+    lr_new: float = 1e-4
+    """Peak rate of new modules."""
+    warmup: float = 0.1
+    """Share of the steps in which the rate rises; it then falls along a cosine to lr_floor of its peak."""
+    lr_floor: float = 0.0
+    weight_decay: float = 0.2
+    beta2: float = 0.98
+    """AdamW's."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd is plain, for comparing runs exactly."""
+    seed: int = 0
+    save_every: int = 500
+    """Steps between checkpoints; one is always written at the end and on SIGTERM."""
+    resume: Literal["never", "auto"] = "never"
+    """auto continues from OUTPUT's last checkpoint if there is one."""
+    tensorboard: bool = False
+    max_steps: int | None = None
+    """Stop after this many steps (for trying things out); the schedule stays that of the whole run."""
+    local_rank: int = 0
+    """Set by the deepspeed launcher."""
+
+    def config(self) -> TrainConfig:
+        """The engine's part of all options of the recipe."""
+        names = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(self)}
+        return TrainConfig(deepspeed=self.deepspeed_config, **{name: getattr(self, name) for name in names})
+
+    def build_optimizer(self, model: nn.Module, is_new_parameter: Callable[[str], bool]) -> torch.optim.Optimizer:
+        groups = parameter_groups(model, self.lr, self.lr_new, self.weight_decay, is_new_parameter)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups)
+        return torch.optim.AdamW(groups, betas=(0.9, self.beta2), eps=1e-6, fused=True)
+
+
+# What differs from a recipe's defaults. The data set that we rendered ourselves needs no guard around its decoder.
+MOTION: dict[str, Any] = {
+    "data_root": MOTION_ROOT,
+    "frame_cache": str(MOTION_ROOT / "frames"),
+    "decode_timeout": None,
+    "max_words": 12,
+}
+FROM_SCRATCH: dict[str, Any] = {
+    "model": "open_clip:tiny",
+    "pretrained": "none",
+    "num_frames": 8,
+    "r": 1,
+    "merge_layers": (2, 3, 4),
+    "merge_frames": (2, 2, 2),
+    "cross_percent": 30,
+    "intra_percent": 10,
+    "clip_position_std": 0.5,
+    "epochs": 5,
+    "batch_size": 48,
+    "lr": 1e-3,
+    "lr_new": 1e-3,
+    "weight_decay": 0.05,
+    "augment": "none",
+    "sampling": "uniform",
+    "frame_cache": "memory",
+    "workers": 0,
+}
+UMT: dict[str, Any] = {  # what UMT's published settings share, for 8 GPUs
+    "pretrained": "none",
+    "vocabulary": "bert-base-uncased",
+    "batch_size": 256,
+    "lr": 2e-5,
+    "lr_new": 1e-4,  # ours: UMT has no clip positions
+    "lr_floor": 0.01,
+    "weight_decay": 0.02,
+    "beta2": 0.999,
+    "clip_grad": 0.0,
+    "augment": "crop_flip",
+    "sampling": "segment",
+    "grad_checkpointing": True,
+}
+
+
+def first_look(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
+    """The options that decide about the defaults of others, as texts or None, before all are parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
+    return parser.parse_known_args(arguments)[0]
+
+
+def begin(seed: int) -> torch.device:
+    """Joins the ranks, seeds torch and lets the first rank print what became of a checkpoint's keys."""
+    device = distributed.initialize()
+    if distributed.is_main():
+        logging.getLogger("tempme_vl.tasks").addHandler(logging.StreamHandler())
+        logging.getLogger("tempme_vl.tasks").setLevel(logging.INFO)
+    torch.manual_seed(seed)
+    return device
+
+
+def announce(options: Any, frontend: VisualFrontend, data: str) -> None:
+    """Writes OUTPUT/options.json and prints what will be trained on what."""
+    if not distributed.is_main():
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    chosen = {field.name: getattr(options, field.name) for field in fields(options)}
+    (options.output / "options.json").write_text(json.dumps(chosen, indent=2, default=str) + "\n")
+    if options.dataset == "motion":
+        say(f"Data set motion: embedded, rendered in {options.data_root}")
+    schedule = frontend.schedule
+    clips, tokens = schedule.token_counts[-1]
+    say(
+        f"{options.model}, {options.method}: {schedule.frames} x {schedule.tokens} tokens -> {clips} x {tokens}, "
+        f"{frontend.gflops():.3g} GFLOPs a video\n{data}"
+    )
+
+
+def export(trainer: Trainer, model: Any, output: Path) -> None:
+    """Writes OUTPUT/best by the model's `save_pretrained`; all ranks call it."""
+    state = trainer.full_state_dict()
+    if distributed.is_main():
+        replace_export(output / "best", trainer.step, lambda folder: model.save_pretrained(folder, state))
+    distributed.barrier()
+
+
+def cost(frontend: VisualFrontend) -> dict[str, Any]:
+    """Tokens and GFLOPs of a video, for a report."""
+    schedule = frontend.schedule
+    return {
+        "output_tokens": schedule.output_tokens,
+        "input_tokens": schedule.frames * schedule.tokens,
+        "gflops": frontend.gflops(),
+    }
+
+
+def say(text: str) -> None:
+    """Prints on the first rank."""
+    if distributed.is_main():
+        print(text, flush=True)

@@ -1,0 +1,191 @@
+"""Answers to questions about videos: a front end, and a head that reads questions and gives answers.
+
+Letters: B videos, each with its question, K options or candidates of a question, L words, A answers in all; others as
+in `tempme_vl.state`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tempme_vl.backbones.base import TowerShape
+from tempme_vl.frontend import VisualFrontend
+from tempme_vl.pretrained import save_model
+from tempme_vl.tasks.losses import gather_rows
+
+
+class QAHead(nn.Module):
+    """What turns the tokens of videos and questions about them into answers.
+
+    Attributes:
+        name: in `tempme_vl.tasks.qa.HEADS`.
+        answers: those it can give, the most frequent one first; empty if it writes them freely.
+        new_parameters: patterns (re.search) of the names of those parameters that no pretrained model had; they learn
+            at their own rate.
+    """
+
+    name: str
+    answers: tuple[str, ...] = ()
+    new_parameters: tuple[str, ...] = ()
+
+    def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
+        """What `forward` needs of one question, without the batch dimension.
+
+        Args:
+            answer: to train on it; None to be asked.
+            options: those to choose among, K; their tensors' names start with "option_" and K is their first
+                dimension.
+        """
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, size: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One way in for training and answering.
+
+        Args:
+            tokens, size: (B, M, D), (B, M, 1) of the videos, normed.
+            batch: what `tokenize` gave for B questions; option_valid (B, K), 0 for options that only fill up a row.
+
+        Returns:
+            with answers: losses (A,), one for each answer; else prediction (B, W) int64, which `text` reads. Where
+            options were given, W = 1: the number of the chosen one.
+        """
+        raise NotImplementedError
+
+    def text(self, prediction: Sequence[int]) -> str:
+        """A row of `prediction` as an answer; only for questions without options."""
+        return self.answers[prediction[0]]
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Recomputes the head's blocks in the backward pass, where it has any."""
+
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Writes files of its own and gives JSON data and weights that `load` and the model's weights file hold.
+
+        Args:
+            state: the head's full weights.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> QAHead:
+        """The head of a folder, its weights in the model's file still to be loaded.
+
+        Args:
+            shape: of the front end whose tokens it reads.
+        """
+        raise NotImplementedError
+
+    def complete_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The full weights from those that `save` gave, where a head keeps others elsewhere."""
+        return dict(state)
+
+
+class VideoQAModel(nn.Module):
+    """A front end with a head that answers questions about its tokens.
+
+    Args:
+        frontend: any visual tower, merged or not. Its own head, which pools tokens for retrieval, has no part in an
+            answer and is frozen.
+        head: see `QAHead`.
+        input: JSON data, how clips were sampled in training: {"sampling": a name of `tempme_vl.data.sampling`}.
+    """
+
+    kept: tuple[str, ...] = ("tokens", "size")  # what forward needs of a video, however many questions follow
+
+    def __init__(self, frontend: VisualFrontend, head: QAHead, input: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.frontend, self.head = frontend, head
+        self.frontend.head.requires_grad_(False)
+        self.input = {"sampling": "uniform", **(input or {})}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encodes videos and answers questions, whichever a batch holds; the one way in under DeepSpeed.
+
+        Args:
+            batch: video (B, F, 3, H, W), frame_mask (B, F) and, in training, valid (B,), 0 for unreadable videos; or
+                tokens and size, as an earlier call gave them. To ask, what `QAHead.tokenize` gives, stacked.
+
+        Returns:
+            tokens (B, M, D), normed, and size (B, M, 1); with questions what `QAHead.forward` returns.
+        """
+        features = self._encode(batch) if "video" in batch else {name: batch[name] for name in self.kept}
+        if "question_ids" in batch or "option_ids" in batch:
+            features |= self.head(features["tokens"], features["size"], batch)
+        return features
+
+    def _encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        video = batch["video"]
+        if "valid" in batch:  # whatever an unreadable video holds, even NaN, must not reach the gradients
+            video = video.where(batch["valid"].bool().view(-1, 1, 1, 1, 1), 0.0)
+        output = self.frontend(video, batch["frame_mask"])
+        return {"tokens": self.frontend.norm(output.tokens), "size": output.size}
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """See `QAHead.answers`."""
+        return self.head.answers
+
+    def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
+        """See `QAHead.tokenize`."""
+        return self.head.tokenize(question, answer, options)
+
+    def text(self, prediction: Sequence[int]) -> str:
+        """See `QAHead.text`."""
+        return self.head.text(prediction)
+
+    def loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """The sum of weight * loss of all answers over the number of questions; 0 if no video was readable.
+
+        Args:
+            features: what the model made of the batch.
+            batch: valid (B,); questions of unreadable videos do not count. answer_row (A,) int64, the answer's
+                question, where they are not one each in order; answer_weight (A,), all 1 without it (UMT: how often
+                an answer was given to its question; 0 for one that the head cannot give).
+        """
+        losses = features["losses"]
+        if "answer_weight" in batch:
+            losses = losses * batch["answer_weight"]
+        valid = batch["valid"].bool()
+        losses = losses.where(valid[batch["answer_row"]] if "answer_row" in batch else valid, 0.0)
+        # per question of the global batch: DeepSpeed averages over ranks, which may hold unequal numbers of valid ones
+        everywhere = gather_rows(valid.long())
+        ranks = len(everywhere) // len(valid)
+        return losses.sum() * ranks / everywhere.sum().clamp(min=1)
+
+    def is_new_parameter(self, name: str) -> bool:
+        """Whether a parameter was in no pretrained model and learns at its own rate."""
+        merging = ".before_attention." in name or ".after_attention." in name
+        if merging or not name.startswith("head."):
+            return merging
+        return any(re.search(pattern, name.removeprefix("head.")) for pattern in self.head.new_parameters)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the blocks of all parts in the backward pass."""
+        self.frontend.set_grad_checkpointing(enable)
+        self.head.set_grad_checkpointing(enable)
+
+    def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes config.json, model.safetensors and the head's own files; `load_qa_model` reads them.
+
+        Args:
+            state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
+        """
+        state = self.state_dict() if state is None else state
+        of_head = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        head_config, of_head = self.head.save(directory, of_head)
+        config = {
+            "kind": "video_qa",
+            "frontend": self.frontend.full_config(),
+            "head": self.head.name,
+            "head_config": head_config,
+            "input": self.input,
+        }
+        of_frontend = {key: value for key, value in state.items() if key.startswith("frontend.")}
+        save_model(directory, config, of_frontend | {f"head.{key}": value for key, value in of_head.items()})

@@ -1,0 +1,79 @@
+"""Questions that have seen their video: BERT, its upper layers looking at the video's tokens (UMT, BLIP, ALPRO)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tempme_vl.pretrained import load_vocabulary, save_vocabulary
+from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys
+from tempme_vl.text.tokenizers import WordPieceTokenizer
+
+
+class QuestionEncoder(nn.Module):
+    """Words of questions -> states that know the video.
+
+    Args:
+        text, fusion: BERT's lower and upper layers.
+        vocabulary: the words that ids stand for, in order.
+        max_words: kept of a question, [CLS] among them.
+        proportional: a token gets the attention of all that were merged into it (proportional attention, ToMe); UMT
+            has tokens of one size only.
+    """
+
+    def __init__(
+        self,
+        text: BertTextEncoder,
+        fusion: BertFusion,
+        vocabulary: tuple[str, ...],
+        max_words: int = 25,
+        proportional: bool = True,
+    ):
+        super().__init__()
+        self.text, self.fusion = text, fusion
+        self.vocabulary, self.max_words, self.proportional = vocabulary, max_words, proportional
+
+    @classmethod
+    def of_shape(cls, shape: BertShape, vocabulary: tuple[str, ...], **options: Any) -> QuestionEncoder:
+        """With random weights."""
+        return cls(BertTextEncoder(shape), BertFusion(shape), vocabulary, **options)
+
+    @property
+    def shape(self) -> BertShape:
+        return self.text.shape
+
+    def forward(self, ids: Tensor, mask: Tensor, keys: VideoKeys) -> Tensor:
+        """Q questions, ids and mask (Q, L), each with its video (`VideoKeys.select` repeats them) -> (Q, L, D)."""
+        return self.fusion(self.text(ids, mask), mask, keys)
+
+    def keys_values(self, tokens: Tensor, size: Tensor) -> VideoKeys:
+        """Normed tokens (B, M, D) and their size (B, M, 1) -> what a video's questions need, computed once."""
+        return self.fusion.keys_values(tokens, size if self.proportional else None)
+
+    def tokenize(self, question: str) -> tuple[Tensor, Tensor]:
+        """A question -> ids and mask, both (max_words,) int64."""
+        return self._tokenizer(question)
+
+    @cached_property
+    def _tokenizer(self) -> WordPieceTokenizer:
+        return WordPieceTokenizer(self.vocabulary, self.max_words)
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Recomputes the layers in the backward pass."""
+        self.text.grad_checkpointing = self.fusion.grad_checkpointing = enable
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Writes vocab.txt and gives JSON data; `load` is the way back."""
+        save_vocabulary(directory, self.vocabulary)
+        return {"text": self.shape.to_dict(), "max_words": self.max_words, "proportional": self.proportional}
+
+    @classmethod
+    def load(cls, config: Mapping[str, Any], directory: Path) -> QuestionEncoder:
+        """What `save` described, with random weights."""
+        shape = BertShape(**config["text"])
+        options = {name: config[name] for name in ("max_words", "proportional")}
+        return cls.of_shape(shape, load_vocabulary(directory), **options)

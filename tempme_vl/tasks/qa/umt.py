@@ -1,0 +1,78 @@
+"""UMT's question answering model on its public weights: the decoder head with UMT's own sizes and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tempme_vl.backbones.umt import Mode
+from tempme_vl.backbones.umt_checkpoint import KeyReport, convert
+from tempme_vl.frontend import VisualFrontend
+from tempme_vl.merging import MergeSchedule
+from tempme_vl.tasks.qa.base import VideoQAModel
+from tempme_vl.tasks.qa.decoder import DecoderHead
+from tempme_vl.tasks.qa.question import QuestionEncoder
+from tempme_vl.tasks.umt_text import load_bert_side, part_of
+from tempme_vl.text import BertDecoder, bert_from_umt, load_umt_decoder
+
+
+def umt_qa_from_state_dict(
+    state: Mapping[str, Tensor],
+    heads: int,
+    text_heads: int,
+    image_size: int,
+    mode: Mode,
+    schedule: MergeSchedule,
+    vocabulary: tuple[str, ...] = (),
+) -> VideoQAModel:
+    """A model on UMT-named weights of the QA or the pre-training form; all other sizes follow from their shapes.
+
+    It generates; for a ranked list give its head's parts and the list to another `DecoderHead`.
+
+    Args:
+        heads, text_heads: of the visual and the text tower.
+        others: see `VisualFrontend.from_umt_state_dict`.
+
+    Raises:
+        ValueError: weights of another family, or missing or unknown keys.
+    """
+    converted = convert(state, "qa")
+    report = converted.report
+    if report.missing or report.unexplained:
+        raise ValueError(
+            f"not the weights of UMT's question answering: {_some(report.missing)} are missing, "
+            f"{_some(report.unexplained)} unknown"
+        )
+    frontend = VisualFrontend.from_umt_state_dict(converted.state, heads, image_size, mode, schedule)
+    text, fusion = bert_from_umt(part_of(converted.state, "text_encoder."), text_heads)
+    answers = part_of(converted.state, "text_decoder.")
+    depth = sum(key.endswith(".crossattention.self.query.weight") for key in answers)
+    decoder = BertDecoder(text.shape, depth)
+    load_umt_decoder(decoder, answers)
+    questions = QuestionEncoder(text, fusion, vocabulary, proportional=False)
+    return VideoQAModel(frontend, DecoderHead(questions, decoder), {"sampling": "segment"})
+
+
+def load_umt_questions(
+    questions: QuestionEncoder, decoder: BertDecoder | None, state: Mapping[str, Tensor]
+) -> KeyReport:
+    """Loads a question encoder, and a decoder if given, from a public UMT checkpoint, as far as it has them.
+
+    Without a decoder of its own in the file, the decoder starts from the fusion layers, as UMT's does.
+
+    Returns:
+        what became of every key of the file, the visual ones included.
+
+    Raises:
+        ValueError: a text side of other sizes than the model's.
+    """
+    converted = convert(state, "qa", questions.shape.fusion_layer)
+    load_bert_side(questions.text, questions.fusion, part_of(converted.state, "text_encoder."))
+    if decoder is not None:
+        load_umt_decoder(decoder, part_of(converted.state, "text_decoder."))
+    return converted.report
+
+
+def _some(keys: tuple[str, ...]) -> str:
+    return f"{list(keys[:4])}{f' ... ({len(keys)} in all)' if len(keys) > 4 else ''}"

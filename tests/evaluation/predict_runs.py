@@ -1,0 +1,75 @@
+"""Tiny models of every kind that answers questions about clips, and what a rank does with them.
+
+Functions with a folder of a model run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import tyro
+
+from tempme_vl.data.motion import render_motion
+from tempme_vl.data.videoqa import QASplit, answer_vocabulary, read_split
+from tempme_vl.evaluation.predict import predict
+from tempme_vl.pipeline import VideoQA
+from tempme_vl.tasks.qa.create import create_qa_model
+from tempme_vl.tasks.retrieval import create_retrieval_model
+from tempme_vl.text.tokenizers import word_vocabulary
+from tempme_vl.training import distributed
+
+COMMAND = Path(__file__).parents[2] / "eval" / "videoqa.py"
+FRAMES = 4
+TEMPME: dict[str, Any] = {"method": "tempme", "num_frames": FRAMES, "clip_position_std": 0.5}
+TEMPME |= {"r": 1, "merge_layers": (2, 3), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
+TRAINED = ("classifier", "choice", "decoder", "writer")  # a choice has no list of answers; a writer generates
+ZERO_SHOT = ("retrieval", "umt_retrieval")
+# 6 clips of a moving thing with 3 questions each, one of two things in turn with 2
+NUM_CLIPS, NUM_QUESTIONS = 7, 20
+
+
+class Saveable(Protocol):
+    def save_pretrained(self, directory: Path) -> None: ...
+
+
+def render_few(root: Path) -> Path:
+    """MSRVTT-QA's layout; the test clips are video20 ... video25, and video29."""
+    return render_motion(root, num_train=20, num_test=6, num_order_train=2, num_order_val=1, num_order_test=1)
+
+
+def read(root: Path, split: str = "test") -> QASplit:
+    return read_split("msrvtt_qa", root, split)
+
+
+def create(kind: str, train: QASplit) -> Saveable:
+    """A model with random weights that knows the words and the answers of a split."""
+    words = word_vocabulary(text for q in train.questions for text in (q.question, *q.answers, *q.options))
+    torch.manual_seed(0)
+    if kind == "retrieval":
+        return create_retrieval_model("open_clip:tiny", None, **TEMPME)
+    if kind == "umt_retrieval":
+        return create_retrieval_model("umt:tiny", None, vocabulary=words, mode="clip", **TEMPME)
+    head = "classifier" if kind in ("classifier", "choice") else "decoder"
+    answers = answer_vocabulary(train) if kind in ("classifier", "decoder") else ()
+    return create_qa_model("open_clip:tiny", words, head, answers, **TEMPME)
+
+
+def predicted(folder: Path, root: Path, answers: tuple[str, ...], batch_size: int, log: Path) -> dict[str, str]:
+    """Answers to the test questions of a model that `create` made; broken clips are recorded."""
+    device = distributed.initialize()
+    qa = VideoQA.from_pretrained(folder, answers, device, timeout=None)
+    qa.reader.on_broken, qa.reader.broken_log = "record", log
+    return predict(qa.model, qa.model, read(root), qa.reader, device, batch_size, workers=0)
+
+
+def score(arguments: list[str]) -> None:
+    """eval/videoqa.py's command line."""
+    spec = importlib.util.spec_from_file_location("eval_videoqa", COMMAND)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(tyro.cli(module.Options, args=arguments))

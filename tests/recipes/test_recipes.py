@@ -1,0 +1,184 @@
+"""What holds for every recipe, from its command line: killed, stopped, resumed, broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipes.runs import CASES, MODULES, assert_same_checkpoint, latest, losses, train_on_nan
+from training.processes import RECIPES, exit_codes, free_port, start
+
+TIMES = ("train_seconds", "train_steps")
+
+
+@pytest.mark.parametrize("name", ["retrieval", "classifier"])
+def test_one_rank_killed_twice_and_stopped_ends_like_an_uninterrupted_run(
+    name: str, data: Path, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
+    assert case.run(log, case.arguments(data, whole)) == [0], log.read_text()
+    assert latest(whole) == "step-00000012"
+    resumed = case.arguments(data, parts, resume="auto")
+    assert case.run(log, resumed, 4) == [-signal.SIGKILL]  # before any checkpoint: starts anew
+    assert case.run(log, resumed, 8) == [-signal.SIGKILL]
+    assert latest(parts) == "step-00000005"
+    assert case.run(log, resumed, 8, signal.SIGTERM) == [143]
+    assert latest(parts) == "step-00000009"
+    assert case.run(log, [*resumed, "--max-steps", "11"]) == [0]
+    assert latest(parts) == "step-00000011"
+    assert not (parts / "report.json").exists()
+    assert case.run(log, resumed) == [0], log.read_text()
+    assert_same_checkpoint(whole, parts)
+    assert losses(whole) == losses(parts)
+    assert [step for step, _ in losses(whole)] == list(range(1, 13))
+
+    reports = [json.loads((output / "report.json").read_text()) for output in (whole, parts)]
+    for report in reports:
+        for key in TIMES:
+            del report[key]
+    assert reports[0] == reports[1]
+    assert {key: reports[0][key] for key in case.report} == case.report
+    models = [case.load(output / "best").state_dict() for output in (whole, parts)]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+    # a finished run, resumed, evaluates again and leaves everything as it is
+    assert case.run(log, resumed) == [0], log.read_text()
+    assert_same_checkpoint(whole, parts)
+    # a folder with checkpoints is not overwritten
+    options = (whole / "options.json").read_bytes()
+    assert case.run(log, case.arguments(data, whole, seed=3)) == [1]
+    assert "continue it with --resume auto, or give another --output" in log.read_text()
+    assert (whole / "options.json").read_bytes() == options
+
+
+@pytest.mark.parametrize("name", ["retrieval", "decoder"])
+def test_two_ranks_stopped_through_the_launcher_and_killed_resume_bit_for_bit(
+    name: str, data: Path, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
+    options = {**case.two_ranks, "epochs": 100, "workers": 1, "save_every": 4, "resume": "auto"}
+    resumed = case.arguments(data, parts, select=False, **options)
+    stopped_at = stop_through_launcher(case.recipe, parts, resumed, log)
+    assert latest(parts) == f"step-{stopped_at:08d}"
+    codes = case.run(log, resumed, stopped_at + 6, signal.SIGKILL, 1, world=2)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+    done = int(latest(parts)[5:])
+    assert stopped_at < done <= stopped_at + 6
+    codes = case.run(log, resumed, stopped_at + 7, signal.SIGTERM, 1, world=2)
+    assert codes == [143, 143]
+    assert latest(parts) == f"step-{stopped_at + 8:08d}"
+    stop = ["--max-steps", str(stopped_at + 10)]
+    assert case.run(log, [*resumed, *stop], world=2) == [0, 0]
+    assert case.run(log, [*case.arguments(data, whole, select=False, **options), *stop], world=2) == [0, 0]
+    assert_same_checkpoint(whole, parts)
+    assert losses(whole) == losses(parts)
+
+
+def stop_through_launcher(recipe: str, output: Path, parts: list[str], log: Path) -> int:
+    """Starts two ranks as a user does, sends the node's launcher SIGTERM in mid-run and gives the step it saved."""
+    port = free_port()
+    command = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    with log.open("a") as stream:
+        runner = subprocess.Popen(
+            [sys.executable, *command, str(RECIPES / f"{recipe}.py"), *parts],
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+        )
+    try:
+        limit = time.monotonic() + 90
+        while not (output / "metrics.jsonl").is_file() or len(losses(output)) < 3:
+            assert runner.poll() is None and time.monotonic() < limit, log.read_text()[-3000:]
+            time.sleep(0.1)
+        # the runner of a single node does not pass signals on: they go to its child, the node's launcher
+        (launcher,) = _children(runner.pid)
+        os.kill(launcher, signal.SIGTERM)
+        assert runner.wait(timeout=60) == 1
+    finally:
+        for process in _descendants(runner.pid):
+            os.kill(process, signal.SIGKILL)
+        runner.kill()
+    assert "SIGTERM: saved step" in log.read_text()
+    return int(latest(output)[5:])
+
+
+def _children(process: int) -> list[int]:
+    path = Path(f"/proc/{process}/task/{process}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def _descendants(process: int) -> list[int]:
+    return [found for child in _children(process) for found in (child, *_descendants(child))]
+
+
+@pytest.mark.parametrize("name", ["retrieval", "decoder"])
+def test_a_loss_that_is_nan_ends_the_recipe(name: str, data: Path, tmp_path: Path) -> None:
+    case, output, log = CASES[name], tmp_path / "run", tmp_path / "log"
+    codes = exit_codes(start(train_on_nan, case.recipe, case.arguments(data, output, select=False), 6, log=log))
+    assert codes == [1]
+    assert "NonFiniteLossError: loss is nan at step 6" in log.read_text()
+    assert "video" in log.read_text().split("samples of the batch: ")[1]
+    assert latest(output) == "step-00000005"
+    saved = torch.load(output / "checkpoints" / latest(output) / "mp_rank_00_model_states.pt", weights_only=False)
+    assert all(tensor.isfinite().all() for tensor in saved["module"].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "counted"),
+    [
+        (
+            "retrieval",
+            {"method": "tome", "r": 1},
+            {"videos": 8, "unreadable_videos": 1, "selected_on": "none: last epoch"},
+        ),
+        # all three questions about a clip that cannot be read are missing
+        (
+            "classifier",
+            {"dataset": "msrvtt_qa", "data_root": "ROOT", "batch_size": 48, "epochs": 1},
+            {"total": 24, "missing": 3, "selected_on": "msrvtt_qa/val", "split": "msrvtt_qa/test"},
+        ),
+    ],
+)
+def test_broken_clip_is_trained_around_and_reported(
+    name: str, options: dict[str, Any], counted: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for path in (data / "motion" / "videos").iterdir():
+        (videos / path.name).write_bytes(b"not a video" if path.stem in ("video2", "video103") else path.read_bytes())
+    case, output, log = CASES[name], tmp_path / "run", tmp_path / "log"
+    options = {"video_root": videos, **{key: value for key, value in options.items() if key != "video_root"}}
+    assert case.run(log, case.arguments(data, output, select=False, **options)) == [0], log.read_text()
+    report = json.loads((output / "report.json").read_text())
+    assert set(report["broken_videos"]) == {"video2", "video103"}
+    assert {key: report[key] for key in counted} == counted
+    assert "2 videos could not be read" in log.read_text()
+    options = {**options, "on_broken": "raise"}
+    assert case.run(log, case.arguments(data, tmp_path / "strict", select=False, **options)) == [1]
+    assert "VideoError" in log.read_text() and "video2.mp4" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"), [("full_ft_msrvtt", "Gradient caching"), ("videoqa", "the first word twice")]
+)
+def test_help_names_every_option(recipe: str, said: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, str(RECIPES / f"{recipe}.py"), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for name in MODULES[recipe].Options.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in shown
+    assert said in shown

@@ -1,0 +1,113 @@
+"""From a video file and a question to an answer, for every kind of model that answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation.predict_runs import FRAMES, TRAINED, ZERO_SHOT, create, read, render_few
+from towers import tempme_schedule, tiny_frontend
+
+from tempme_vl import VideoQA
+from tempme_vl.data.splits import Clip
+from tempme_vl.data.video import VideoError
+from tempme_vl.data.videoqa import answer_vocabulary
+from tempme_vl.tasks.qa import VideoQAModel
+from tempme_vl.tasks.qa.zero_shot import ZeroShotQA
+
+QUESTION = "which way does the object move"
+OPTIONS = ("left", "right", "up")
+WITH_ANSWERS = ("classifier", "decoder", *ZERO_SHOT)
+KINDS = pytest.mark.parametrize("kind", [*TRAINED, *ZERO_SHOT])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render_few(tmp_path_factory.mktemp("pipeline") / "motion")
+
+
+@pytest.fixture(scope="module")
+def folders(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved model of each kind, with random weights."""
+    made = {}
+    for kind in (*TRAINED, *ZERO_SHOT):
+        made[kind] = tmp_path_factory.mktemp("models") / kind
+        create(kind, read(data, "train")).save_pretrained(made[kind])
+    return made
+
+
+def answers_of(kind: str, data: Path) -> tuple[str, ...]:
+    return answer_vocabulary(read(data, "train")) if kind in ZERO_SHOT else ()
+
+
+def load(kind: str, folders: dict[str, Path], data: Path) -> VideoQA:
+    return VideoQA.from_pretrained(folders[kind], answers_of(kind, data), timeout=None)
+
+
+@KINDS
+def test_a_question_about_a_file_is_answered(kind: str, folders: dict[str, Path], data: Path) -> None:
+    qa, video = load(kind, folders, data), data / "videos" / "video21.mp4"
+    assert isinstance(qa.model, ZeroShotQA if kind in ZERO_SHOT else VideoQAModel) and not qa.model.training
+    assert qa.answers == (answer_vocabulary(read(data, "train")) if kind in WITH_ANSWERS else ())
+    chosen = qa.answer(video, QUESTION, OPTIONS)
+    assert chosen in OPTIONS and chosen == qa.answer(str(video), QUESTION, list(OPTIONS[::-1]))
+    if kind == "choice":
+        return
+    answer = qa.answer(video, QUESTION)
+    assert isinstance(answer, str) and (not qa.answers or answer in qa.answers)
+    # by the model itself, on frames read with the rule that it was trained with
+    frames, valid = qa.reader(Clip("v", video))
+    assert valid and frames.shape == (FRAMES, 3, 32, 32) and qa.reader.sampling == qa.model.input["sampling"]
+    asked = {"video": frames, "frame_mask": torch.ones(FRAMES), **qa.model.tokenize(QUESTION)}
+    with torch.no_grad():
+        (row,) = qa.model({name: value[None] for name, value in asked.items()})["prediction"].tolist()
+    assert qa.model.text(row) == answer
+
+
+@pytest.mark.parametrize("kind", ["classifier", "retrieval"])
+def test_a_part_of_a_file_is_a_video_of_its_own(kind: str, folders: dict[str, Path], data: Path) -> None:
+    qa, video = load(kind, folders, data), data / "videos" / "video29.mp4"  # one thing, then another
+    seen: list[torch.Tensor] = []
+    qa.model.frontend.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for part in ({}, {"end": 1.0}, {"start": 1.0}):
+        assert qa.answer(video, "which color appears first", **part) in qa.answers
+    whole, first, second = seen
+    assert whole.shape == first.shape == second.shape == (1, FRAMES, 3, 32, 32)
+    assert not torch.equal(whole, first) and not torch.equal(first, second)
+    assert (first - first[:, :1]).abs().max() < (whole - whole[:, :1]).abs().max() / 4, "one picture"
+
+
+@KINDS
+def test_a_file_that_cannot_be_read_is_an_error(
+    kind: str, folders: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    qa = load(kind, folders, data)
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    for name in ("broken.mp4", "none.mp4"):
+        with pytest.raises(VideoError, match=name):
+            qa.answer(tmp_path / name, QUESTION, OPTIONS)
+
+
+def test_what_a_model_cannot_answer_is_an_error(folders: dict[str, Path], data: Path) -> None:
+    video = data / "videos" / "video21.mp4"
+    with pytest.raises(ValueError, match="this head chooses among options, but the question has none"):
+        VideoQA.from_pretrained(folders["choice"]).answer(video, QUESTION)
+    with pytest.raises(ValueError, match=r"none of the options \['a', 'b'\] is among the"):
+        VideoQA.from_pretrained(folders["classifier"], timeout=None).answer(video, QUESTION, ("a", "b"))
+    for kind in ZERO_SHOT:
+        qa = VideoQA.from_pretrained(folders[kind], timeout=None)
+        assert qa.answers == () and qa.answer(video, QUESTION, OPTIONS) in OPTIONS
+        with pytest.raises(ValueError, match="expected options, or a model with a list of answers"):
+            qa.answer(video, QUESTION)
+
+
+def test_folders_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> None:
+    for kind in TRAINED:
+        with pytest.raises(ValueError, match=rf"the model in .*{kind} has its own answers; only a retrieval model"):
+            VideoQA.from_pretrained(folders[kind], ("left", "right"))
+    with pytest.raises(ValueError, match=r"expected config.json and model.safetensors in .*empty; found no such"):
+        VideoQA.from_pretrained(tmp_path / "empty")
+    tiny_frontend(tempme_schedule()).save_pretrained(tmp_path / "frontend")
+    with pytest.raises(ValueError, match=r"expected a question answering model in .*frontend; got one of kind"):
+        VideoQA.from_pretrained(tmp_path / "frontend")
