@@ -10,214 +10,30 @@ too.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import transformers
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor
 
 from tempme_vl.backbones import timm as timm_towers
-from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, attend, count_blocks
+from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, count_blocks
+from tempme_vl.backbones.hf_blocks import (
+    VERSION,
+    ClipLayer,
+    Dinov2Layer,
+    HFLayer,
+    InternVLLayer,
+    check_children,
+    refusal,
+)
+from tempme_vl.backbones.hf_embed import ImageEmbed, PackedEmbed, SiglipPool
 
 _HALF = (0.5, 0.5, 0.5)
-
-
-def _version() -> str:
-    return f"transformers {transformers.__version__}"
-
-
-def _expect(module: nn.Module, children: set[str], parameters: Collection[str] = ()) -> None:
-    """Raises:
-    ValueError: a module with other children, or other parameters of its own, than these.
-    """
-    found = {name for name, _ in module.named_children()}
-    own = {name for name, _ in module.named_parameters(recurse=False)}
-    if found != children or own != set(parameters):
-        raise ValueError(
-            f"expected a {type(module).__name__} of {sorted({*children, *parameters})}; got {sorted(found | own)} "
-            f"({_version()}): a change of the library, or a modified tower, which needs an adapter of its own"
-        )
-
-
-# ---- blocks
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Names of an attention's children: q, k and v (or one for all three), what follows attention, qk-norms."""
-
-    qkv: tuple[str, ...]
-    out: tuple[str, ...]
-    norms: tuple[str, ...] = ()
-
-    def children(self) -> set[str]:
-        """Those of the attention itself, whose projections may lie one level deeper."""
-        return {name.split(".")[0] for name in (*self.qkv, *self.out, *self.norms)}
-
-
-_ATTENTIONS = (
-    _Names(("q_proj", "k_proj", "v_proj"), ("out_proj",)),  # CLIP, SigLIP
-    _Names(("q_proj", "k_proj", "v_proj"), ("o_proj",)),  # DINOv2 of transformers 5
-    _Names(("attention.query", "attention.key", "attention.value"), ("output.dense", "output.dropout")),  # and of 4
-    _Names(
-        ("q_proj", "k_proj", "v_proj"), ("projection_layer", "projection_dropout"), ("q_norm", "k_norm")
-    ),  # InternVL
-    _Names(("qkv",), ("projection",)),  # InstructBLIP
-)
-
-
-class HFLayer(BlockAdapter):
-    """A layer of transformers, held as it is.
-
-    Raises:
-        ValueError: a layer or an attention that is not built of known children.
-    """
-
-    children_: ClassVar[set[str]]
-    parameters_: ClassVar[set[str]] = set()
-    attention: ClassVar[str] = "attention"
-    layer: Any
-
-    def __init__(self, layer: nn.Module, config: Any):
-        super().__init__()
-        _expect(layer, self.children_, self.parameters_)
-        attention: Any = layer.get_submodule(self.attention)
-        found = {name for name, _ in attention.named_children()}
-        known = [names for names in _ATTENTIONS if names.children() == found]
-        if not known:
-            raise ValueError(f"unknown {type(attention).__name__} of {sorted(found)} ({_version()})")
-        self.layer, self.names, self.heads = layer, known[0], config.num_attention_heads
-        inner = getattr(attention, "attention", attention)
-        self.scale: float | None = getattr(inner, "scale", getattr(inner, "scaling", None))
-        self.dropout: float = getattr(config, "attention_dropout", getattr(config, "attention_probs_dropout_prob", 0.0))
-
-    def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(R, N, D) normed tokens -> attention's output (R, N, D), keys after their norm (R, heads, N, D_head)."""
-        attention, names = self.layer.get_submodule(self.attention), self.names
-        projected = [attention.get_submodule(name)(x) for name in names.qkv]
-        q, k, v = projected if len(projected) == 3 else projected[0].chunk(3, dim=-1)
-        if names.norms:
-            q, k = attention.get_submodule(names.norms[0])(q), attention.get_submodule(names.norms[1])(k)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        x = attend(q, k, v, bias, self.dropout if attention.training else 0.0, self.scale)
-        for name in names.out:
-            x = attention.get_submodule(name)(x)
-        return x, k
-
-
-class ClipLayer(HFLayer):
-    """CLIP, SigLIP, SigLIP 2, InstructBLIP: nothing but norms, attention and MLP."""
-
-    children_: ClassVar = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
-    attention = "self_attn"
-
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.attend(self.layer.layer_norm1(x), bias)
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.layer.mlp(self.layer.layer_norm2(x))
-
-
-class Dinov2Layer(HFLayer):
-    """DINOv2, with or without registers: LayerScale and DropPath as modules."""
-
-    children_: ClassVar = {"norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "layer_scale2"}
-
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        delta, keys = self.attend(self.layer.norm1(x), bias)
-        return self.layer.drop_path(self.layer.layer_scale1(delta)), keys
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.layer.drop_path(self.layer.layer_scale2(self.layer.mlp(self.layer.norm2(x))))
-
-
-class Scale(nn.Module):
-    """LayerScale on a parameter that exists: (..., D) -> (..., D)."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x
-
-
-class InternVLLayer(HFLayer):
-    """InternVL's ViT: LayerScale as raw parameters of the layer, qk-norm over all heads together."""
-
-    children_: ClassVar = {"attention", "mlp", "layernorm_before", "layernorm_after", "dropout"}
-    parameters_: ClassVar = {"lambda_1", "lambda_2"}
-
-    def __init__(self, layer: nn.Module, config: Any):
-        super().__init__(layer, config)
-        self.layer = nn.ModuleDict(dict(layer.named_children()))
-        scales: Any = layer
-        self.scale_1, self.scale_2 = Scale(scales.lambda_1), Scale(scales.lambda_2)
-
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        delta, keys = self.attend(self.layer.layernorm_before(x), bias)
-        return self.scale_1(delta), keys
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.scale_2(self.layer.dropout(self.layer.mlp(self.layer.layernorm_after(x))))
-
-
-# ---- embedding and pooling
-
-
-class ImageEmbed(nn.Module):
-    """The tower's own embeddings and the norm behind them, if any: (R, 3, H, W) -> (R, N, D).
-
-    Args:
-        options: further keywords of the embeddings' forward.
-    """
-
-    def __init__(self, embeddings: nn.Module, norm_pre: nn.Module, options: dict[str, Any]):
-        super().__init__()
-        self.embeddings, self.norm_pre, self.options = embeddings, norm_pre, options
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.norm_pre(self.embeddings(images, **self.options))
-
-
-class PackedEmbed(nn.Module):
-    """SigLIP 2's (NaFlex) embeddings, which take patches and not images: (R, 3, H, W) -> (R, N, D)."""
-
-    def __init__(self, embeddings: nn.Module, patch_size: int):
-        super().__init__()
-        self.embeddings, self.patch_size = embeddings, patch_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        p = self.patch_size
-        patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (R, 3, rows, p, columns, p)
-        rows, columns = patches.shape[2], patches.shape[4]
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        # all images have one shape, so their positions are resized once and broadcast
-        return self.embeddings(patches, torch.tensor([[rows, columns]]))
-
-
-class SiglipPool(nn.Module):
-    """SigLIP's attention pooling: (R, n, D) normed tokens and their sizes (R, n, 1) -> (R, D)."""
-
-    def __init__(self, head: Any):
-        super().__init__()
-        _expect(head, {"attention", "layernorm", "mlp"}, {"probe"})
-        self.attention, self.layernorm, self.mlp, self.probe = head.attention, head.layernorm, head.mlp, head.probe
-
-    def forward(self, x: Tensor, size: Tensor | None) -> Tensor:
-        bias = None
-        if size is not None:
-            bias = size.log().to(x.dtype).transpose(1, 2).repeat_interleave(self.attention.num_heads, dim=0)
-        probe = self.probe.to(x.dtype).expand(len(x), -1, -1)
-        x = self.attention(probe, x, x, attn_mask=bias)[0]
-        return (x + self.mlp(self.layernorm(x)))[:, 0]
-
-
-# ---- towers
 
 
 @dataclass(frozen=True)
@@ -299,17 +115,17 @@ def backbone_of(tower: nn.Module, layer: int = -1, image_size: int | None = None
             raise ValueError("a timm tower's image size is fixed when it is built; leave image_size out")
         return timm_towers.backbone_of(cast(nn.Module, tower.timm_model), layer)
     if type(tower).__name__ not in _TOWERS:
-        raise ValueError(_refusal(tower))
+        raise ValueError(refusal(tower, _TOWERS))
     architecture, family = _TOWERS[type(tower).__name__]
     inner: Any = getattr(tower, "vision_model", tower)  # nested in transformers 4, and where a projection follows
     config: Any = tower.config
     if inner is not tower:
-        _expect(tower, {"vision_model", *({"visual_projection"} if "Projection" in architecture else ())})
+        check_children(tower, {"vision_model", *({"visual_projection"} if "Projection" in architecture else ())})
     optional = {"head"} if family.siglip and hasattr(inner, "head") else set()
-    _expect(
+    check_children(
         inner, {"embeddings", "encoder", family.norm, *optional} | ({family.norm_pre} if family.norm_pre else set())
     )
-    _expect(inner.encoder, {family.layers})
+    check_children(inner.encoder, {family.layers})
     layers = list(getattr(inner.encoder, family.layers))
     count = count_blocks(layer, len(layers))
     blocks: list[BlockAdapter] = [family.layer(block, config) for block in layers[:count]]
@@ -353,30 +169,6 @@ def _output(tower: Any, inner: Any, family: _Family, whole: bool) -> tuple[nn.Mo
     if family.siglip and hasattr(inner, "head"):
         return norm, "attention", SiglipPool(inner.head)
     return norm, pool, getattr(tower, "visual_projection", nn.Identity())
-
-
-def _refusal(tower: nn.Module) -> str:
-    """Why a tower of an unknown class is refused, and what to use instead."""
-    name = type(tower).__name__
-    words = {word.lower() for key, module in tower.named_modules() for word in (key, type(module).__name__)}
-    rotary = any("rotary" in word or "rope" in word for word in words)
-    windows = any("window" in word or "swin" in word for word in words)
-    windows = windows or getattr(getattr(tower, "config", None), "window_size", None) is not None
-    if rotary or windows:
-        why = "rotates queries and keys by position" if rotary else "attends within windows"
-        why += (
-            ", and a merged token has no single position" if rotary else " of neighbouring tokens, which merging breaks"
-        )
-        instead = "keep this tower whole and merge the tokens that it gives, behind it"
-    else:
-        why = "is no family that is known here"
-        instead = (
-            "pass the vision tower itself (such as model.video_tower), or add its blocks as docs/add_a_backbone.md says"
-        )
-    return (
-        f"{name} ({_version()}) {why}: {instead}; towers that can merge inside: {', '.join(dict.fromkeys(_TOWERS))}, "
-        "and timm's VisionTransformer"
-    )
 
 
 def _square(value: Any, what: str) -> int:
@@ -423,7 +215,7 @@ def _read_config(name: str) -> tuple[str, Any]:
         raise ValueError(f"transformers finds no configuration for {name!r}, a hub id or a folder: {error}") from error
     if config.model_type not in _MODELS:
         raise ValueError(
-            f"{name!r} is a {config.model_type!r} of {_version()}; expected one of {', '.join(_MODELS)}. For a "
+            f"{name!r} is a {config.model_type!r} of {VERSION}; expected one of {', '.join(_MODELS)}. For a "
             "video-language model, load it and give its vision tower to tempme_vl.backbones.hf.backbone_of; for a timm "
             "model, use 'timm:NAME'"
         )

@@ -48,9 +48,15 @@ def model_config(name: str) -> dict[str, Any]:
     vision, text = config["vision_cfg"], config["text_cfg"]
     foreign = {"timm_model_name"} & set(vision) | {"hf_model_name"} & set(text)
     if foreign or config.get("custom_text") or not isinstance(vision.get("layers", 12), int):
+        instead = "expected a model such as 'ViT-B-32-quickgelu' or 'ViT-B-16'"
+        tower = vision.get("timm_model_name", "")
+        if "_siglip_" in tower or "_clip_" in tower:  # the plain ViTs among them
+            instead = (
+                f"its visual tower is timm's: use 'timm:{tower}', or give the `visual` of open_clip's model to "
+                "tempme_vl.backbones.timm.backbone_of"
+            )
         raise ValueError(
-            f"{name!r} is not a plain CLIP ViT ({', '.join(foreign) or 'custom text tower or ResNet'}); "
-            "expected a model such as 'ViT-B-32-quickgelu' or 'ViT-B-16'"
+            f"{name!r} is not a plain CLIP ViT ({', '.join(foreign) or 'custom text tower or ResNet'}); {instead}"
         )
     return config
 

@@ -158,7 +158,8 @@ def test_unknown_modules_are_refused() -> None:
         ("open_clip:", r"got 'open_clip:'"),
         ("open_clip:ViT-B-33", r"open_clip has no model 'ViT-B-33'; known ViTs: tiny, .*ViT-B-32"),
         ("open_clip:RN50", r"'RN50' is not a plain CLIP ViT .*expected a model such as"),
-        ("open_clip:ViT-B-16-SigLIP", r"'ViT-B-16-SigLIP' is not a plain CLIP ViT \(.*timm_model_name"),
+        ("open_clip:ViT-B-16-SigLIP", r"is not a plain CLIP ViT \(.*'timm:vit_base_patch16_siglip_224', or give"),
+        ("open_clip:convnext_base", r"'convnext_base' is not a plain CLIP ViT \(timm_model_name\); expected a model"),
         ("open_clip:coca_ViT-B-32", r"not a plain CLIP ViT"),
     ],
 )

@@ -23,18 +23,16 @@ def test_counts_and_costs_of_the_paper() -> None:
 
 
 def test_the_final_norm_costs_the_tokens_that_pooling_reads() -> None:
-    for schedule, read in (
-        (MergeSchedule.identity(2, 4, 21, prefix=5), 4 * 16),
-        (MergeSchedule.tempme(**{**TEMPME, "tokens": 21, "prefix": 5}), None),
+    """One CLS token a frame, or all that is left but the CLS tokens and registers of all frames."""
+    for schedule in (
+        MergeSchedule.identity(2, 6, 21, 5),
+        MergeSchedule.tempme(**{**TEMPME, "tokens": 21, "prefix": 5}),
     ):
-        last = schedule.layer_counts[-1]
-        read = read or last.clips * last.mlp - 5 * 6  # registers and CLS tokens of 6 frames are left out
         by_cls, by_mean = schedule.gflops(pool="cls"), schedule.gflops(pool="mean")
-        assert by_mean - by_cls == pytest.approx((read - schedule.frames) * 2 * 768 / 1e9)
+        assert by_mean - by_cls == pytest.approx((schedule.output_tokens - 5 * 6 - 6) * 2 * 768 / 1e9)
         assert by_cls == schedule.gflops()
-    assert MergeSchedule.identity(2, 4, 16, prefix=0).gflops() == MergeSchedule.identity(2, 4, 16, 0).gflops(
-        pool="mean"
-    )
+    without_cls = MergeSchedule.identity(2, 4, 16, 0)
+    assert without_cls.gflops() == without_cls.gflops(pool="mean")
 
 
 def test_identity_keeps_everything_and_tome_clamps() -> None:
