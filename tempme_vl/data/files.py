@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,34 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             yield place, row
     except csv.Error as error:
         raise ValueError(f"{path}, after line {reader.line_num}: {error}") from error
+
+
+@contextmanager
+def errors_at(place: str) -> Iterator[None]:
+    """Puts the place in front of a ValueError's message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def is_text(value: object) -> bool:
+    """A text that is not blank."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def as_text(key: str, value: object) -> str:
+    """ValueError names the key."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key!r} must be a text that is not empty; got {value!r}")
+    return value
+
+
+def as_texts(key: str, values: object) -> tuple[str, ...]:
+    """A list of texts; ValueError names the key."""
+    if not isinstance(values, list) or not values or not all(map(is_text, values)):
+        raise ValueError(f"{key!r} must be a list of texts that are not empty; got {values!r}")
+    return tuple(values)
 
 
 def few(items: Sequence[object], limit: int = 5) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tempme_vl.data.files import read_text
+from tempme_vl.data.files import as_text, as_texts, errors_at, read_text
 from tempme_vl.data.splits import Clip, RetrievalSplit
 
 
@@ -26,31 +27,19 @@ def read_jsonl(
     captions. `split` keeps the lines of that split; None keeps all.
     ValueError names the file and the line.
     """
-    path = Path(annotations)
-    clips: dict[tuple[str, float | None, float | None], tuple[str, list[str]]] = {}
-    names: set[str] = set()
-    for number, entry in jsonl_entries(path):
-        try:
-            names.add(str(entry.get("split")))
-            if split is not None and entry.get("split") != split:
-                continue
-            key = (_text(entry, "file"), _seconds(entry, "start"), _seconds(entry, "end"))
-            if key[2] is not None and key[2] <= (key[1] or 0.0):
-                raise ValueError(f"end must be greater than start; got start={key[1]}, end={key[2]}")
-            video_id = str(entry.get("id", key[0] if key[1:] == (None, None) else f"{key[0]}@{key[1]}-{key[2]}"))
-            known_id, texts = clips.setdefault(key, (video_id, []))
-            if known_id != video_id:
-                raise ValueError(f"this clip had the id {known_id!r} before, and now {video_id!r}")
+    path, root = Path(annotations), Path(video_root)
+    clips: dict[tuple[Path, float | None, float | None], tuple[Clip, list[str]]] = {}
+    for place, entry in jsonl_entries(path, split):
+        with errors_at(place):
+            clip = clip_of(entry, root)
+            clip = replace(clip, video_id=str(entry.get("id", clip.video_id)))
+            known, texts = clips.setdefault((clip.path, clip.start, clip.end), (clip, []))
+            if known.video_id != clip.video_id:
+                raise ValueError(f"this clip had the id {known.video_id!r} before, and now {clip.video_id!r}")
             texts.extend(_captions(entry))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if not clips:
-        found = f"; splits found: {', '.join(sorted(names))}" if split is not None and names else ""
-        raise ValueError(f"{path}: no clips" + (f" with split {split!r}" if split is not None else "") + found)
-    root = Path(video_root)
     return RetrievalSplit(
         name=f"{path.stem}/{split or 'all'}",
-        clips=tuple(Clip(video_id, root / file, start, end) for (file, start, end), (video_id, _) in clips.items()),
+        clips=tuple(clip for clip, _ in clips.values()),
         captions=tuple(tuple(texts) for _, texts in clips.values()),
         max_words=max_words,
         num_frames=num_frames,
@@ -62,41 +51,49 @@ def jsonl_splits(annotations: str | Path) -> set[str]:
     return {entry["split"] for _, entry in jsonl_entries(Path(annotations)) if isinstance(entry.get("split"), str)}
 
 
-def jsonl_entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON-lines file with the numbers of their lines; ValueError names the file and the line."""
+def jsonl_entries(path: Path, split: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with its place to name in errors.
+
+    `split` keeps the lines of that split; None keeps all. ValueError for a line that is no object, and where no line
+    is kept; it lists the splits that there are.
+    """
+    names, kept = set(), 0
     # not splitlines: JSON may hold line separators of Unicode as they are
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
+        place = f"{path}, line {number}"
+        with errors_at(place):
             entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object; got {line[:60]!r}")
-        yield number, entry
+            if not isinstance(entry, dict):
+                raise ValueError(f"expected a JSON object; got {line[:60]!r}")
+        names.add(str(entry.get("split")))
+        if split is None or entry.get("split") == split:
+            kept += 1
+            yield place, entry
+    if not kept:
+        found = f"; splits found: {', '.join(sorted(names))}" if split is not None and names else ""
+        raise ValueError(f"{path}: no lines" + (f" with split {split!r}" if split is not None else "") + found)
 
 
-def _text(entry: dict[str, Any], key: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key!r} must be a text that is not empty; got {value!r}")
-    return value
+def clip_of(entry: dict[str, Any], root: Path) -> Clip:
+    """The file and part of it that a line speaks of; its id is the file's name, with the part if there is one."""
+    file = as_text("file", entry.get("file"))
+    start, end = (_seconds(key, entry.get(key)) for key in ("start", "end"))
+    if end is not None and end <= (start or 0.0):
+        raise ValueError(f"end must be greater than start; got start={start}, end={end}")
+    return Clip(file if (start, end) == (None, None) else f"{file}@{start}-{end}", root / file, start, end)
 
 
 def _captions(entry: dict[str, Any]) -> list[str]:
     if ("caption" in entry) == ("captions" in entry):
         raise ValueError("expected either 'caption' or 'captions'")
     if "caption" in entry:
-        return [_text(entry, "caption").strip()]
-    values = entry["captions"]
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
-        raise ValueError(f"'captions' must be a list of texts that are not empty; got {values!r}")
-    return [value.strip() for value in values]
+        return [as_text("caption", entry["caption"]).strip()]
+    return [text.strip() for text in as_texts("captions", entry["captions"])]
 
 
-def _seconds(entry: dict[str, Any], key: str) -> float | None:
-    value = entry.get(key)
+def _seconds(key: str, value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:

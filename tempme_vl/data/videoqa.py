@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tempme_vl.data.files import csv_rows, few, load_json, read_text
-from tempme_vl.data.jsonl import jsonl_entries, jsonl_splits
+from tempme_vl.data.files import as_text, as_texts, csv_rows, errors_at, few, is_text, load_json, read_text
+from tempme_vl.data.jsonl import clip_of, jsonl_entries, jsonl_splits
 from tempme_vl.data.splits import Clip, check_split_name, find_annotations, locate_videos
 
 SPLITS = ("train", "val", "test")
@@ -88,7 +88,7 @@ def read_vocabulary(path: str | Path) -> tuple[str, ...]:
     answers = load_json(path) if path.suffix == ".json" else read_text(path).rstrip("\n").split("\n")
     if not isinstance(answers, list) or not answers:
         raise ValueError(f"{path}: expected a list of answers that is not empty")
-    if bad := [answer for answer in answers if not _is_text(answer)]:
+    if bad := [answer for answer in answers if not is_text(answer)]:
         raise ValueError(f"{path}: {len(bad)} answers are empty or no text: {few(bad)}")
     if twice := [answer for answer, count in Counter(answers).items() if count > 1]:
         raise ValueError(f"{path}: {len(twice)} answers occur more than once: {few(twice)}")
@@ -146,16 +146,9 @@ def read_jsonl(annotations: str | Path, video_root: str | Path, split: str | Non
     """
     path, root = Path(annotations), Path(video_root)
     questions = []
-    names = set()
-    for number, entry in jsonl_entries(path):
-        try:
-            names.add(str(entry.get("split")))
-            if split is None or entry.get("split") == split:
-                questions.append(_jsonl_question(entry, root, number))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if split is not None and not questions:
-        raise ValueError(f"{path}: no questions with split {split!r}; splits found: {', '.join(sorted(names))}")
+    for place, entry in jsonl_entries(path, split):
+        with errors_at(place):
+            questions.append(_jsonl_question(entry, root, place.rpartition(" ")[2]))
     return QASplit(f"{path.stem}/{split or 'all'}", tuple(questions))
 
 
@@ -229,25 +222,20 @@ def _question(place: str, entry: dict[str, Any], keys: tuple[str, str, str, str]
         return Question(
             as_id(entry[question_id]),
             Clip(video_id, Path(video_id)),
-            _text(question, entry[question]).strip(),
-            (_text(answer, entry[answer]),),
+            as_text(question, entry[question]).strip(),
+            (as_text(answer, entry[answer]),),
         )
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _jsonl_question(entry: dict[str, Any], root: Path, number: int) -> Question:
+def _jsonl_question(entry: dict[str, Any], root: Path, line: str) -> Question:
     if ("answer" in entry) == ("answers" in entry):
         raise ValueError("expected either 'answer' or 'answers'")
-    answers = _texts("answers", entry["answers"]) if "answers" in entry else (_text("answer", entry["answer"]),)
-    options = _texts("options", entry["options"]) if "options" in entry else ()
-    file = _text("file", entry.get("file"))
-    start, end = (_seconds(key, entry.get(key)) for key in ("start", "end"))
-    if end is not None and end <= (start or 0.0):
-        raise ValueError(f"end must be greater than start; got start={start}, end={end}")
-    clip = Clip(file if (start, end) == (None, None) else f"{file}@{start}-{end}", root / file, start, end)
-    question = _text("question", entry.get("question")).strip()
-    return Question(as_id(entry.get("id", number)), clip, question, answers, options)
+    answers = as_texts("answers", entry["answers"]) if "answers" in entry else (as_text("answer", entry["answer"]),)
+    options = as_texts("options", entry["options"]) if "options" in entry else ()
+    question = as_text("question", entry.get("question")).strip()
+    return Question(as_id(entry.get("id", line)), clip_of(entry, root), question, answers, options)
 
 
 # questions with the files' own video ids, what those become, the usual folders of the videos
@@ -306,27 +294,3 @@ _DATASETS: dict[str, Callable[[str | Path, str], _Source]] = {
 def _is_choice(question: Question) -> bool:
     options = set(question.options)
     return len(options) == len(question.options) >= 2 and not options.isdisjoint(question.answers)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _text(key: str, value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key!r} must be a text that is not empty; got {value!r}")
-    return value
-
-
-def _texts(key: str, values: object) -> tuple[str, ...]:
-    if not isinstance(values, list) or not values or not all(map(_is_text, values)):
-        raise ValueError(f"{key!r} must be a list of texts that are not empty; got {values!r}")
-    return tuple(values)
-
-
-def _seconds(key: str, value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"{key!r} must be a number of seconds, 0 or more; got {value!r}")
-    return float(value)

@@ -57,9 +57,9 @@ def test_errors_name_file_and_line(tmp_path, line, message):
 
 def test_nothing_to_read_is_an_error(tmp_path):
     path = write(tmp_path / "mine.jsonl", {"file": "a.mp4", "caption": "a", "split": "train"})
-    with pytest.raises(ValueError, match="no clips with split 'test'; splits found: train"):
+    with pytest.raises(ValueError, match="no lines with split 'test'; splits found: train"):
         read_jsonl(path, tmp_path, "test")
-    with pytest.raises(ValueError, match="no clips"):
+    with pytest.raises(ValueError, match="no lines"):
         read_jsonl(write(tmp_path / "empty.jsonl", ""), tmp_path)
     with pytest.raises(ValueError, match="no such file"):
         read_jsonl(tmp_path / "none.jsonl", tmp_path)

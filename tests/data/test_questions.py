@@ -192,7 +192,7 @@ def test_jsonl_answers_options_times_and_splits(tmp_path):
     )
     test = read_questions(path, "test")
     assert test.name == "mine/test" and [q.question_id for q in test.questions] == ["4"]
-    with pytest.raises(ValueError, match="no questions with split 'val'; splits found: None, test, train"):
+    with pytest.raises(ValueError, match="no lines with split 'val'; splits found: None, test, train"):
         read_jsonl(path, tmp_path, "val")
 
 
