@@ -120,7 +120,9 @@ def parse(arguments: list[str] | None = None) -> Options:
     given = first_look(arguments, ("dataset", "data-root", "model", "method", "head"))
     dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
     model = given.model or ("open_clip:tiny" if dataset == "motion" else "")
-    preset = {"dataset": dataset, **MODELS.get(model, LARGE), **(MOTION if dataset == "motion" else {})}
+    preset = {**MODELS.get(model, LARGE), **(MOTION if dataset == "motion" else {})}
+    if given.dataset is None:  # a given one is for tyro to check
+        preset["dataset"] = dataset
     head = given.head or preset.get("head", "classifier")
     preset["output"] = Path("runs") / f"{dataset}-{head}-{given.method or 'tempme'}"
     preset["deepspeed_config"] = RECIPES / "ds" / "zero1.json"
@@ -130,6 +132,11 @@ def parse(arguments: list[str] | None = None) -> Options:
 def main(options: Options) -> None:
     device = begin(options.seed)
     train, val, test = read_splits(options.dataset, options.data_root, options.video_root, options.annotations)
+    for asked in (split for split in (val, test) if split is not None):  # now, and not after an epoch
+        if not most_options(asked) and most_options(train) and options.head == "classifier":
+            raise ValueError(
+                f"{train.name} teaches to choose among options, and the questions of {asked.name} have none"
+            )
     free = options.head == "llm" or most_options(train)  # an answer is written, or one of the question's options
     answers = () if free else answer_vocabulary(train, options.num_answers)
     model = build_model(options, train, answers).to(device)

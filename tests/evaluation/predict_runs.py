@@ -1,6 +1,6 @@
 """Tiny models of every kind that answers questions about clips, and what a rank does with them.
 
-Functions with a folder of a model run in processes of their own.
+`predicted_by_rank` and `score` run in processes of their own.
 """
 
 from __future__ import annotations
@@ -60,10 +60,14 @@ def create(kind: str, train: QASplit) -> Saveable:
 
 def predicted(folder: Path, root: Path, answers: tuple[str, ...], batch_size: int, log: Path) -> dict[str, str]:
     """Answers to the test questions of a model that `create` made; broken clips are recorded."""
-    device = distributed.initialize()
-    qa = VideoQA.from_pretrained(folder, answers, device, timeout=None)
+    qa = VideoQA.from_pretrained(folder, answers, timeout=None)
     qa.reader.on_broken, qa.reader.broken_log = "record", log
-    return predict(qa.model, qa.model, read(root), qa.reader, device, batch_size, workers=0)
+    return predict(qa.model, qa.model, read(root), qa.reader, qa.device, batch_size, workers=0)
+
+
+def predicted_by_rank(*args: Any) -> dict[str, str]:
+    distributed.initialize()
+    return predicted(*args)
 
 
 def score(arguments: list[str]) -> None:

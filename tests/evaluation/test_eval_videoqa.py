@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from evaluation.predict_runs import COMMAND, FRAMES, NUM_QUESTIONS, create, predicted, read, render_few, score
-from training.processes import exit_codes, run, start
+from training.processes import exit_codes, start
 
 from tempme_vl.data import motion
 from tempme_vl.data.videoqa import answer_vocabulary
@@ -68,7 +68,7 @@ def test_a_model_of_each_kind_is_scored(kind: str, data: Path, tmp_path: Path) -
         log, tmp_path / "out" / "report.json", save_predictions=tmp_path / "saved" / "predictions.json", **options
     )
     saved = read_predictions(tmp_path / "saved" / "predictions.json")
-    assert saved == run(predicted, folder, data, answers, 64, tmp_path / "broken.jsonl")[0]
+    assert saved == predicted(folder, data, answers, 64, tmp_path / "broken.jsonl")
     assert len(saved) == NUM_QUESTIONS - 3
     listed = {"writer": None, "classifier": known, "decoder": known}.get(kind, answers)
     expected = accuracy(saved, split, listed)
@@ -119,17 +119,22 @@ def test_motion_is_rendered_where_asked(command: ModuleType, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "--checkpoint needs either --dataset or --annotations, a .jsonl file"),
-        ({"dataset": "msrvtt_qa", "annotations": Path("a.jsonl")}, "--checkpoint needs either --dataset or --annotat"),
-        ({"dataset": "msrvtt_qa"}, "--dataset msrvtt_qa needs --data-root, the folder of its annotation files"),
-        ({"annotations": Path("a.jsonl")}, r"expected a .jsonl file and --video-root; got a.jsonl \(else use --data"),
-        ({"annotations": Path("a.json"), "video_root": Path("v")}, "expected a .jsonl file and --video-root; got a.j"),
-        ({"predictions": Path("p.json")}, "expected either --predictions, a file, or --checkpoint"),
+        ("checkpoint", "--checkpoint needs either --dataset or --annotations, a .jsonl file"),
+        ("checkpoint dataset annotations", "--checkpoint needs either --dataset or --annotations, a .jsonl file"),
+        ("checkpoint dataset", "--dataset msrvtt_qa needs --data-root, the folder of its annotation files"),
+        ("checkpoint annotations", r"expected a .jsonl file and --video-root; got a.jsonl \(else use --dataset"),
+        ("checkpoint other video_root", r"expected a .jsonl file and --video-root; got a.json \(else use --dataset"),
+        ("predictions", "--predictions needs --annotations, the questions with their answers"),
+        ("predictions checkpoint", "expected either --predictions, a file, or --checkpoint, the folder of a model"),
+        ("annotations", "expected either --predictions, a file, or --checkpoint, the folder of a model"),
     ],
 )
-def test_options_that_miss_each_other(command: ModuleType, tmp_path: Path, given: dict[str, Any], message: str) -> None:
+def test_options_that_miss_each_other(command: ModuleType, given: str, message: str) -> None:
+    places = {name: Path("a") for name in ("checkpoint", "predictions", "video_root")}
+    values = {**places, "annotations": Path("a.jsonl"), "other": Path("a.json"), "dataset": "msrvtt_qa"}
+    options = {name.replace("other", "annotations"): values[name] for name in given.split()}
     with pytest.raises(ValueError, match=message):
-        command.main(command.Options(checkpoint=tmp_path, **given))
+        command.main(command.Options(**options))
 
 
 def test_sizes_of_a_vocabulary(command: ModuleType, tmp_path: Path) -> None:

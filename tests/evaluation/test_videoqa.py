@@ -280,18 +280,6 @@ def test_the_command_ends_with_one_line_on_bad_input(files: dict[str, Path]) -> 
     assert done.stderr.count("\n") == 1
 
 
-def test_predictions_or_a_model(files: dict[str, Path], tmp_path: Path) -> None:
-    for given in ([], ["--predictions", files["predictions"], "--checkpoint", tmp_path]):
-        done = run(*given, "--annotations", files["annotations"])
-        assert done.returncode == 1
-        assert done.stderr == ("error: expected either --predictions, a file, or --checkpoint, the folder of a model\n")
-    done = run("--predictions", files["predictions"])
-    assert done.stderr == "error: --predictions needs --annotations, the questions with their answers\n"
-    done = run("--predictions", files["predictions"], "--annotations", files["annotations"], "--vocabulary-size", 2)
-    assert done.stderr == "error: --vocabulary-size needs --vocabulary\n"
-    assert done.stdout == "LOADED []\n"
-
-
 def test_the_table_holds_every_number(files: dict[str, Path]) -> None:
     report = accuracy(kinds_of_predictions(ROWS)["shuffled"], make_split(ROWS), ("man",))
     text = table(report)

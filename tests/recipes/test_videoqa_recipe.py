@@ -95,6 +95,21 @@ def test_missing_options_are_named(given: list[str], message: str, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_options_that_only_some_questions_have_are_refused_before_training(data: Path, tmp_path: Path) -> None:
+    plain = {split: questions_of(data / "motion", split) for split in ("train", "test")}
+    choice = {split: [{**line, "options": ["left", "right", "up", "down"]} for line in plain[split]] for split in plain}
+    for number, (test, message) in enumerate(
+        (
+            (plain["test"], "mine/train teaches to choose among options; the questions of mine/test have none"),
+            ([*plain["test"][:2], *choice["test"][2:]], "mine/test: 2 questions have no options, others do"),
+        )
+    ):
+        file, log = write_lines(tmp_path / "mine.jsonl", [*choice["train"], *test]), tmp_path / f"{number}.log"
+        arguments = CASES["classifier"].arguments(data, tmp_path / "run", annotations=file)
+        assert CASES["classifier"].run(log, arguments) == [1]
+        assert f"ValueError: {message}" in log.read_text() and not (tmp_path / "run").exists()
+
+
 # ---- what is built
 
 
