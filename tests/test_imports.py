@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"state", "merging", "frontend", "pipeline"},
     # what is made of front ends
     "tasks": CORE,
+    "integrations": CORE,
     "evaluation": CORE | {"tasks", "data"},  # of data: splits and predictions, to score them
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},

@@ -1,0 +1,195 @@
+"""What a compressed video-language model needs of its host: the protocol `Host`, and the values that flow through it.
+
+A host is told apart from others by little: how a video becomes features for its language model, which token of the
+prompt each feature takes the place of, and what else its forward wants. Everything behind it (prompts, padding, labels,
+both ways into the model, saving) is one for all, in `compressed.py`. Nothing here registers a module in the host model
+or changes it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+Feed = Literal["encoder_outputs", "embeddings"]
+
+
+@dataclass(frozen=True)
+class SampledVideo:
+    """The frames of a video that the model sees.
+
+    Attributes:
+        frames: (F, H, W, 3) uint8.
+        indices: of the F frames in the video that was given, ascending; a short video repeats some.
+        fps: of the video that was given, where its user told it; for hosts that write times into the prompt.
+    """
+
+    frames: np.ndarray
+    indices: tuple[int, ...]
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What one video became.
+
+    Attributes:
+        features: (M, D_llm), in the place of M tokens of the prompt.
+        extra: whatever else the host wants to know of it later: positions of the tokens that were kept, features for
+            deeper layers, frames a clip holds.
+    """
+
+    features: Tensor
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One video: visual tokens that the language model reads, and GFLOPs of the tower (a multiply-add is 2)."""
+
+    native_tokens: int
+    tokens: int
+    native_tower: float
+    tower: float
+
+
+class Host(ABC):
+    """One family of video-language models, around a model that stays as it is.
+
+    A subclass gives `create`, `restore`, `config`, `encode` and `costs`; the rest has defaults that suit a model with a
+    placeholder for every visual token and one-dimensional positions.
+
+    Attributes:
+        model: the host model, without peft's wrapper.
+        processor: its processor.
+        num_frames: F, frames sampled of every video.
+        placeholder: what stands for a video in a prompt, such as "<video>".
+        token_id: id of the token that each visual token takes the place of.
+        merging: modules that merging adds to the model (TempMe's clip positions), which are not among the model's own.
+    """
+
+    modality: ClassVar[Literal["video", "image"]] = "video"  # the key of mm_encoder_outputs
+    feeds: ClassVar[tuple[Feed, ...]] = ("encoder_outputs", "embeddings")  # ways into the model that work
+
+    def __init__(self, model: Any, processor: Any, num_frames: int):
+        self.model, self.processor, self.num_frames = model, processor, num_frames
+        self.merging = nn.ModuleDict()
+        self.placeholder = str(getattr(processor, "video_token", "<video>"))  # models of images alone name none
+        self.token_id: int = getattr(model.config, f"{self.modality}_token_id")
+
+    # ---- what every host says
+
+    @classmethod
+    @abstractmethod
+    def create(cls, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]) -> Host:
+        """The host with a schedule of the method for this model.
+
+        Raises:
+            ValueError: a model or options that the method does not fit.
+        """
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, model: Any, processor: Any, config: Mapping[str, Any]) -> Host:
+        """The same host again from what `config` gave; weights of `merging` are loaded behind it."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON data for `restore`: the method and its schedule."""
+
+    @abstractmethod
+    def encode(self, videos: Sequence[SampledVideo], prompts: Sequence[str]) -> list[VisualTokens]:
+        """Features of videos.
+
+        Args:
+            videos: each with `num_frames` frames.
+            prompts: for every video the prompt that it stands in, for hosts whose encoder reads it.
+        """
+
+    @abstractmethod
+    def costs(self) -> Costs:
+        """Computed, without running the model."""
+
+    # ---- what a host may say differently
+
+    @property
+    def target(self) -> Any:
+        """What takes the inputs: has `forward` and `generate`."""
+        return self.model
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder, for counting its cost."""
+        return self.model.model.language_model
+
+    def written(self, tokens: VisualTokens) -> str:
+        """What stands in the prompt where the user wrote `placeholder`; holds token `token_id` M times."""
+        return self.processor.tokenizer.convert_ids_to_tokens(self.token_id) * len(tokens.features)
+
+    def input_ids(self, prompt: str, tokens: Sequence[VisualTokens]) -> list[int]:
+        """Ids of a prompt whose placeholders, one a video, were written out."""
+        parts = prompt.split(self.placeholder)
+        text = parts[0] + "".join(self.written(t) + part for t, part in zip(tokens, parts[1:], strict=True))
+        return self.processor.tokenizer(text)["input_ids"]
+
+    def encoder_output(self, tokens: Sequence[VisualTokens]) -> Any:
+        """What stands in mm_encoder_outputs for the videos of a batch, in order. Made anew for every call: beam search
+        expands it in place."""
+        rows = [t.features for t in tokens]
+        same = len({len(row) for row in rows}) == 1
+        return BaseModelOutputWithPooling(pooler_output=torch.stack(rows) if same else rows)  # type: ignore[arg-type]
+
+    def extra_inputs(
+        self, input_ids: Tensor, attention_mask: Tensor, tokens: Sequence[Sequence[VisualTokens]]
+    ) -> dict[str, Tensor]:
+        """Further inputs, such as positions.
+
+        Args:
+            input_ids, attention_mask: (B, L), padded, answers included.
+            tokens: the videos of each prompt.
+        """
+        return {}
+
+
+def prefill_gflops(host: Host, tokens: int) -> float:
+    """Cost of the decoder's layers for reading so many tokens, causal attention included; a multiply-add is 2."""
+    layers = max((m for m in host.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    weights = sum(weight.numel() for weight in layers.parameters())
+    width = host.model.config.get_text_config().hidden_size
+    return (2 * weights * tokens + len(layers) * 2 * tokens**2 * width) / 1e9
+
+
+def describe(host: Host, method: str) -> str:
+    """Tokens and costs of one video in the host's own way and in ours, as a table."""
+    costs = host.costs()
+    rows = [
+        ("visual tokens", float(costs.native_tokens), float(costs.tokens), "{:.0f}"),
+        ("vision tower, GFLOPs", costs.native_tower, costs.tower, "{:.4g}"),
+        (
+            "prefill of these tokens, GFLOPs",
+            prefill_gflops(host, costs.native_tokens),
+            prefill_gflops(host, costs.tokens),
+            "{:.4g}",
+        ),
+    ]
+    lines = [
+        f"{type(host.model).__name__}, {host.num_frames} frames, method {method!r} (a multiply-add is 2 FLOPs)",
+        f"{'':32}{'host':>12}{'compressed':>12}{'ratio':>8}",
+    ]
+    for name, native, ours, form in rows:
+        ratio = ours / native if native else math.nan
+        lines.append(f"{name:32}{form.format(native):>12}{form.format(ours):>12}{ratio:>8.3f}")
+    if costs.tokens > costs.native_tokens:
+        lines.append(
+            f"Beware: {costs.tokens} tokens are more than the {costs.native_tokens} of the host's own way, which pools "
+            "them: merge more, or the language model gets slower."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""`Compressed`: a video-language model beside itself, which reads few tokens of a video and is not changed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BatchFeature
+
+from tempme_vl.integrations.base import Feed, Host, VisualTokens, describe
+from tempme_vl.integrations.videos import pair_up, sample
+
+CONFIG_FILE, WEIGHTS_FILE = "tempme.json", "tempme.safetensors"
+_IGNORED = -100
+
+
+class Compressed:
+    """Makes inputs for a model out of prompts and videos. No module: what the model trains stays in the model.
+
+    Args:
+        host: see `tempme_vl.integrations.base.Host`.
+        model: the model as the user has it, perhaps in peft's wrapper.
+        feed: how features reach the model: "encoder_outputs" as `mm_encoder_outputs` of its forward (transformers from
+            5.18 on), "embeddings" among `inputs_embeds`. Default: the first that the model and the host have.
+
+    Raises:
+        ValueError: a way that is not there, or a tokenizer whose placeholder is another token than the model's.
+    """
+
+    def __init__(self, host: Host, model: Any, feed: Feed | None = None):
+        self.host, self.model = host, model
+        possible = [way for way in host.feeds if way == "embeddings" or _takes_encoder_outputs(host.target)]
+        if not possible or feed not in (None, *possible):
+            raise ValueError(
+                f"{type(host.model).__name__} of this transformers takes video features by {possible or 'no way'}; "
+                f"expected one of {list(host.feeds)}, got feed={feed!r}"
+            )
+        self.feed: Feed = feed or possible[0]
+        self.tokenizer = host.processor.tokenizer
+
+    @property
+    def merging(self) -> nn.ModuleDict:
+        """Modules that merging adds (TempMe's clip positions), for an optimizer: the model does not know them."""
+        return self.host.merging
+
+    def describe(self) -> str:
+        """Tokens and costs of one video: the host's own and ours."""
+        return describe(self.host, self.host.config()["method"])
+
+    def prepare(
+        self,
+        text: str | Sequence[str],
+        videos: Sequence[Any],
+        labels: bool | Sequence[str] = False,
+        fps: float | None = None,
+    ) -> BatchFeature:
+        """Inputs for `generate` and forward of the model, on its device.
+
+        The tower runs here, with gradients as usual in torch: call it under `torch.no_grad()` to answer questions.
+        Use the result once: beam search expands it in place.
+
+        Args:
+            text: prompts with the host's placeholder for every video, such as "<video>".
+            videos: a list of videos a prompt (or one video for every placeholder): uint8 frames (T, H, W, 3) or
+                (T, 3, H, W). `num_frames` of them are taken evenly; T may be less.
+            labels: True for labels on all words of the prompts; or for each prompt its answer, which is put behind it
+                with an end token and alone has labels. Else prompts are padded on the left, for generation.
+            fps: frames a second of the videos, for hosts that write times into the prompt.
+
+        Returns:
+            input_ids and mm_encoder_outputs, or inputs_embeds; attention_mask, labels if wanted, and what the host
+            needs besides, such as position_ids.
+
+        Raises:
+            ValueError: not one video for every placeholder, or videos in another form.
+        """
+        prompts, groups = pair_up(text, videos, self.host.placeholder)
+        tokens = self._encode(prompts, groups, fps)
+        rows = [self.host.input_ids(prompt, group) for prompt, group in zip(prompts, tokens, strict=True)]
+        unlabelled = [0] * len(rows)
+        if labels and not isinstance(labels, bool):
+            rows, unlabelled = self._append_answers(rows, labels)
+        for prompt, row, group in zip(prompts, rows, tokens, strict=True):
+            wanted, found = sum(len(t.features) for t in group), row.count(self.host.token_id)
+            if wanted != found:
+                raise ValueError(
+                    f"the prompt {prompt[:80]!r} has {found} places for {wanted} visual tokens after tokenizing: check "
+                    f"that {self.host.placeholder!r} is one token of the tokenizer and that nothing is truncated"
+                )
+        device = self.host.target.get_input_embeddings().weight.device
+        side = self.tokenizer.padding_side if labels else "left"
+        pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+        input_ids = _pad(rows, pad, side).to(device)
+        mask = _pad([[1] * len(row) for row in rows], 0, side).to(device)
+        inputs: dict[str, Any] = {"attention_mask": mask, **self.host.extra_inputs(input_ids, mask, tokens)}
+        if labels:
+            target = [[_IGNORED] * n + row[n:] for n, row in zip(unlabelled, rows, strict=True)]
+            padded = _pad(target, _IGNORED, side).to(device)
+            inputs["labels"] = padded.masked_fill(input_ids == self.host.token_id, _IGNORED)
+        return BatchFeature({**inputs, **self._feed(input_ids, [t for group in tokens for t in group])})
+
+    def _encode(self, prompts: list[str], groups: list[list[Any]], fps: float | None) -> list[list[VisualTokens]]:
+        sampled = [sample(video, self.host.num_frames, fps) for group in groups for video in group]
+        behind = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
+        encoded = iter(self.host.encode(sampled, behind) if sampled else [])
+        return [[next(encoded) for _ in group] for group in groups]
+
+    def _append_answers(self, rows: list[list[int]], answers: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        if isinstance(answers, str) or len(answers) != len(rows):
+            raise ValueError(f"expected an answer for each of {len(rows)} prompts; got labels={answers!r}")
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        behind = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] + end for answer in answers]
+        return [row + answer for row, answer in zip(rows, behind, strict=True)], [len(row) for row in rows]
+
+    def _feed(self, input_ids: Tensor, tokens: list[VisualTokens]) -> dict[str, Any]:
+        if self.feed == "encoder_outputs":
+            outputs = {self.host.modality: self.host.encoder_output(tokens)} if tokens else {}
+            return {"input_ids": input_ids, "mm_encoder_outputs": outputs}
+        places = input_ids == self.host.token_id
+        # the placeholder may lie outside the table of words
+        embedded = self.host.target.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        if tokens:
+            features = torch.cat([t.features for t in tokens]).to(embedded)
+            embedded = embedded.masked_scatter(places.unsqueeze(-1), features)
+        return {"inputs_embeds": embedded}
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's forward on what `prepare` gave; for most hosts `model(**inputs)` is the same."""
+        return (self.model if self.host.target is self.host.model else self.host.target)(**inputs)
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """New tokens after what `prepare` gave, without the prompt: (B * num_return_sequences, L) ids."""
+        target = self.model if self.host.target is self.host.model else self.host.target
+        prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        return target.generate(**inputs)[:, prompt:]
+
+    @torch.no_grad()
+    def answer(self, text: str | Sequence[str], videos: Sequence[Any], **options: Any) -> list[str]:
+        """What the model writes behind the prompts.
+
+        Args:
+            text, videos: see `prepare`.
+            options: of the model's `generate`.
+        """
+        ids = self.generate(**self.prepare(text, videos), **options)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the model and its processor as transformers does, tempme.json, and the weights of `merging`."""
+        directory = Path(directory)
+        self.model.save_pretrained(directory)
+        self.host.processor.save_pretrained(directory)
+        self.save_merging(directory)
+
+    def save_merging(self, directory: str | Path) -> None:
+        """Writes what belongs to the compression alone: tempme.json, and tempme.safetensors if anything was learnt."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {"model": type(self.host.model).__name__, **self.host.config()}
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        state = {key: value.detach().cpu().contiguous() for key, value in self.merging.state_dict().items()}
+        if state:
+            save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def load_merging(self, directory: str | Path) -> None:
+        """Reads the weights that `save_merging` wrote.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        file = Path(directory) / WEIGHTS_FILE
+        state = load_file(file) if file.is_file() else {}
+        try:
+            self.merging.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{file} does not fit the schedule of {CONFIG_FILE}: {error}") from error
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """What `save_merging` wrote to tempme.json.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = Path(directory) / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(f"expected {CONFIG_FILE} in {directory}, as save_pretrained of a compressed model writes it")
+    return json.loads(file.read_text())
+
+
+def _takes_encoder_outputs(model: Any) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
+    """Rows of numbers as one (B, L) int64 tensor."""
+    length = max(len(row) for row in rows)
+    filled = [[value] * (length - len(row)) for row in rows]
+    both = zip(rows, filled, strict=True)
+    return torch.tensor([[*fill, *row] if side == "left" else [*row, *fill] for row, fill in both])

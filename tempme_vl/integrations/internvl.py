@@ -1,0 +1,39 @@
+"""InternVL: frames go the way of images, one tile each, through a ViT, pixel shuffle and a projector; the prompt names
+them "Frame1", "Frame2" and so on, and here the clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tempme_vl.integrations.base import SampledVideo, VisualTokens
+from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, pooled
+
+
+class InternVLHost(PostEncoderHost):
+    modality = "image"
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        vision, ratio = self.model.config.vision_config, self.model.config.downsample_ratio
+        rows, columns = (int(s // p * ratio) for s, p in zip(vision.image_size, vision.patch_size, strict=True))
+        return rows, columns
+
+    def attended(self, grid: tuple[int, int]) -> tuple[int, float]:
+        patches = round(grid[0] * grid[1] / self.model.config.downsample_ratio**2) + 1
+        return patches, patches
+
+    def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
+        values = self.processor.video_processor(
+            videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
+        )["pixel_values_videos"]
+        weight = next(self.tower.parameters())
+        pixels = values.flatten(0, 1).to(weight.device, weight.dtype)
+        x = pooled(self.model.model.get_image_features(pixel_values=pixels)).unflatten(0, values.shape[:2])
+        return [FrameFeatures(row, self.grid(*video.frames.shape[1:3])) for row, video in zip(x, videos, strict=True)]
+
+    def written(self, tokens: VisualTokens) -> str:
+        processor = self.processor
+        image = processor.image_token * tokens.extra["clip_tokens"]
+        return "\n".join(
+            f"Frame{clip + 1}: {processor.start_image_token}{image}{processor.end_image_token}"
+            for clip in range(len(tokens.extra["seconds"]))
+        )

@@ -1,0 +1,40 @@
+"""LLaVA-NeXT-Video: CLIP ViT, hidden state -2 without the CLS tokens, pooling on the grid, a token-wise projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tempme_vl.backbones.base import TowerShape
+from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
+from tempme_vl.merging import MergeSchedule
+
+
+class LlavaNextVideoHost(InEncoderHost):
+    """Raises:
+    ValueError: merging in front of a pooling with weights of its own, which cannot be left out.
+    """
+
+    def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
+        super().__init__(model, processor, schedule)
+        if self.merges and any(True for _ in model.model.vision_resampler.parameters()):
+            raise ValueError(
+                f"this model pools by spatial_pool_mode={model.config.spatial_pool_mode!r}, which has weights of its "
+                "own and needs a grid; merging works with 'average' and 'max'"
+            )
+
+    @staticmethod
+    def tower(model: Any) -> nn.Module:
+        return model.model.vision_tower
+
+    def project(self, tokens: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(self.without_prefix(tokens))
+
+    def project_grid(self, tokens: Tensor) -> Tensor:
+        pooled = per_frame(self.model.model.vision_resampler, tokens[:, :, self.frontend.shape.num_prefix :])
+        return self.model.model.multi_modal_projector(pooled)
+
+    @staticmethod
+    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
+        return num_frames * (grid_side(shape) // model.config.spatial_pool_stride) ** 2

@@ -1,0 +1,33 @@
+"""LLaVA-OneVision: SigLIP's last hidden state before its norm, a token-wise projector, bilinear pooling to a quarter of
+the tokens, and one learnt token behind each video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tempme_vl.backbones.base import TowerShape
+from tempme_vl.integrations.in_encoder import InEncoderHost, append, grid_side, per_frame
+
+
+class LlavaOnevisionHost(InEncoderHost):
+    added_tokens = 1
+
+    @staticmethod
+    def tower(model: Any) -> nn.Module:
+        return model.model.vision_tower
+
+    def project(self, tokens: Tensor) -> Tensor:
+        features = self.model.model.multi_modal_projector(self.without_prefix(tokens))
+        return append(features, self.model.model.image_newline)
+
+    def project_grid(self, tokens: Tensor) -> Tensor:
+        inner = self.model.model
+        patches = tokens[:, :, self.frontend.shape.num_prefix :]
+        pooled = per_frame(lambda frames: inner.apply_pooling(inner.multi_modal_projector(frames)), patches)
+        return append(pooled, inner.image_newline)
+
+    @staticmethod
+    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
+        return num_frames * ((grid_side(shape) + 1) // 2) ** 2 + 1

@@ -1,0 +1,73 @@
+"""SmolVLM: frames go the way of images through a SigLIP and a pixel-shuffle connector; the prompt says how many there
+are and when, and here how many clips."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from tempme_vl.integrations.base import SampledVideo, VisualTokens
+from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost, pooled
+
+
+class SmolVLMHost(PostEncoderHost):
+    modality = "image"
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.model.model.vision_model
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.model.text_model
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        # frames are resized to a square, and need not be as large as the tower's own
+        side = self.processor.video_processor.max_image_size["longest_edge"]
+        side = side // self.model.config.vision_config.patch_size // self.model.config.scale_factor
+        return side, side
+
+    def attended(self, grid: tuple[int, int]) -> tuple[int, float]:
+        patches = grid[0] * grid[1] * self.model.config.scale_factor**2
+        return patches, patches
+
+    def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
+        values = self.processor.video_processor(
+            videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
+        )
+        weight = next(self.tower.parameters())
+        pixels, mask = values["pixel_values"].to(weight.device, weight.dtype), values.get("pixel_attention_mask")
+        mask = mask if mask is None else mask.to(weight.device)
+        output = pooled(self.model.model.get_image_features(pixel_values=pixels, pixel_attention_mask=mask))
+        x = torch.cat(list(output)).reshape(-1, output[0].shape[-1])
+        rows, columns = self.grid(*videos[0].frames.shape[1:3])
+        expected = len(videos) * self.num_frames * rows * columns
+        if len(x) != expected:
+            raise ValueError(
+                f"expected {expected} features of {len(videos)} videos, got {len(x)}: SmolVLM leaves frames out whose "
+                "pixels are all 0 after its preprocessing"
+            )
+        x = x.view(len(videos), self.num_frames, rows * columns, -1)
+        return [FrameFeatures(row, (rows, columns)) for row in x]
+
+    def visual_tokens(self, video: SampledVideo, frames: FrameFeatures, clips: ClipFeatures) -> VisualTokens:
+        tokens = super().visual_tokens(video, frames, clips)
+        # the middles of equal parts lie as far from the video's end as from its start
+        last = video.indices[-1] / 24 if video.fps is None else (video.indices[0] + video.indices[-1] + 1) / video.fps
+        return VisualTokens(tokens.features, {**tokens.extra, "duration": last})
+
+    def written(self, tokens: VisualTokens) -> str:
+        processor, seconds = self.processor, tokens.extra["seconds"]
+        words: Any = inspect.getmodule(type(processor))  # the host's own, which differ little between versions
+        image = processor.image_token * tokens.extra["clip_tokens"]
+        image = f"{processor.fake_image_token}{processor.global_image_token}{image}{processor.fake_image_token}"
+        duration = str(timedelta(seconds=int(tokens.extra["duration"])))
+        intro = words.DEFAULT_VIDEO_INTRO.format(frame_count=words.num2words(len(seconds)), video_duration=duration)
+        stamps = [f"{int(second // 60):02d}:{int(second % 60):02d}" for second in seconds]
+        frames = [words.FRAME_TIMESTAMP_MESSAGE.format(timestamp=stamp) + image for stamp in stamps]
+        return intro + "".join(frames) + words.DEFAULT_MEDIA_OUTTRO

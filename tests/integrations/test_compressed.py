@@ -1,0 +1,192 @@
+"""Prompts, labels, wrappers and wrong input: what is the same for all hosts."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from integrations import tiny
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from tempme_vl.integrations import Compressed, compress, load_compressed
+from tempme_vl.integrations.videos import pair_up, sample
+
+TEMPME = tiny.schedule("tempme", 3)
+VIDEO = tiny.TOKEN["<video>"]
+
+
+@cache
+def llava() -> Compressed:
+    model, processor = tiny.build("VideoLlava")
+    return compress(model, processor, num_frames=tiny.FRAMES, feed="embeddings", **TEMPME)
+
+
+def test_sampling_takes_the_middles_of_equal_parts() -> None:
+    frames = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
+    assert sample(frames, 10).indices == tuple(range(10))
+    assert sample(frames, 2, fps=5.0).indices == (2, 7) and sample(frames[:1], 3).indices == (0, 0, 0)
+    assert sample(frames, 5).frames[:, 0, 0, 0].tolist() == [1, 3, 5, 7, 9]
+    channels_first = torch.from_numpy(frames).expand(10, 4, 5, 3).permute(0, 3, 1, 2)
+    assert np.array_equal(sample(channels_first, 5).frames[:, :1, :1], sample(frames, 5).frames)
+    assert sample([tiny.clip(0)[0]] * 4, 2).frames.shape == (2, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        np.zeros((4, 8, 8, 3), dtype=np.float32),
+        np.zeros((8, 8, 3), dtype=np.uint8),
+        np.zeros((0, 8, 8, 3), dtype=np.uint8),
+        np.zeros((4, 8, 8, 1), dtype=np.uint8),
+        [np.zeros((8, 8, 3), dtype=np.uint8), np.zeros((8, 9, 3), dtype=np.uint8)],
+        "clip.mp4",
+    ],
+)
+def test_other_videos_are_refused(video: Any) -> None:
+    with pytest.raises(ValueError, match="expected a video as uint8 frames"):
+        sample(video, 4)
+
+
+def test_videos_find_their_prompts() -> None:
+    a, b, c = (tiny.clip(i) for i in range(3))
+    assert pair_up("x <video>", [a], "<video>") == (["x <video>"], [[a]])
+    assert pair_up("<video> <video>", [a, b], "<video>")[1] == [[a, b]]
+    assert pair_up("<video> <video>", [[a, b]], "<video>")[1] == [[a, b]]
+    assert pair_up(["<video> <video>", "none", "<video>"], [a, b, c], "<video>")[1] == [[a, b], [], [c]]
+    assert pair_up(["<video> <video>", "none", "<video>"], [[a, b], [], [c]], "<video>")[1] == [[a, b], [], [c]]
+    assert pair_up("none", [], "<video>")[1] == [[]]
+    images = [Image.fromarray(frame) for frame in a]
+    for frames in (list(a), images):  # a list of frames is one video
+        assert pair_up("<video>", [frames], "<video>")[1][0][0] is frames
+        assert pair_up("<video>", [[frames]], "<video>")[1][0][0] is frames
+    for prompts, videos in (("none", [a]), ("<video>", []), (["<video>", "<video>"], [[a, b], []])):
+        with pytest.raises(ValueError, match="one video for every '<video>'"):
+            pair_up(prompts, videos, "<video>")
+
+
+def test_labels_cover_words_or_answers_alone() -> None:
+    words = tiny.TOKEN
+    text, videos = ["why <video>", "what is the <video> dog"], [tiny.clip(0), tiny.clip(1)]
+    inputs = llava().prepare(text, videos, labels=True)
+    kept = [[i for i in row if i != -100] for row in inputs["labels"].tolist()]
+    assert kept == [[1, words["why"]], [1, *(words[w] for w in ("what", "is", "the", "dog"))]]
+    inputs = llava().prepare(text, videos, labels=["red", "two blue"])
+    kept = [[i for i in row if i != -100] for row in inputs["labels"].tolist()]
+    assert kept == [[words["red"], 2], [words["two"], words["blue"], 2]]
+    assert inputs["attention_mask"][0].tolist() == sorted(inputs["attention_mask"][0].tolist(), reverse=True)
+    left = llava().prepare(text, videos)
+    assert "labels" not in left and left["attention_mask"][0].tolist() == sorted(left["attention_mask"][0].tolist())
+    with pytest.raises(ValueError, match="an answer for each of 2 prompts"):
+        llava().prepare(text, videos, labels=["red"])
+
+
+def test_answers_are_texts_without_the_prompt() -> None:
+    answers = llava().answer(["why <video>", tiny.ASK], [tiny.clip(0), tiny.clip(1)], max_new_tokens=3)
+    assert [len(answer.split()) for answer in answers] == [3, 3]
+    assert all(word in tiny.WORDS for answer in answers for word in answer.split())
+
+
+def test_any_frames_of_any_size() -> None:
+    for video in (tiny.clip(0, frames=1, side=20), tiny.clip(0, frames=37, side=50), list(tiny.clip(0, frames=5))):
+        assert llava().answer("why <video>", [video], max_new_tokens=1)
+
+
+def test_lora_is_seen_and_the_front_end_stays_out_of_the_model(tmp_path: Path) -> None:
+    model, processor = tiny.build("VideoLlava")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    before = compress(model, processor, num_frames=tiny.FRAMES, **TEMPME)
+    plain = tiny.new_tokens(before, tiny.ASK, [tiny.clip(0)])
+    wrapped = get_peft_model(model, lora)
+    after = compress(wrapped, processor, num_frames=tiny.FRAMES, clip_position_std=0.1, **TEMPME)
+    inputs = after.prepare(tiny.ASK, [tiny.clip(0)], labels=["red dog"])
+    wrapped(**inputs).loss.backward()
+    with_gradient = {key for key, p in wrapped.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert all("lora_" in key for key in with_gradient)
+    assert all(any(part in key for key in with_gradient) for part in ("video_tower", "language_model"))
+    assert all(p.grad is not None for p in after.merging.parameters())
+    own = {id(p) for p in wrapped.parameters()}
+    assert not any(id(p) in own for p in after.merging.parameters())
+    # the one compressed before sees the adapters too
+    adapted = tiny.new_tokens(before, tiny.ASK, [tiny.clip(0)])
+    with wrapped.disable_adapter():
+        assert torch.equal(tiny.new_tokens(before, tiny.ASK, [tiny.clip(0)]), plain)
+    assert not torch.equal(adapted, plain)
+    after.save_merging(tmp_path)
+    again = load_compressed(tmp_path, wrapped, processor)
+    assert torch.equal(
+        tiny.new_tokens(again, tiny.ASK, [tiny.clip(0)]), tiny.new_tokens(after, tiny.ASK, [tiny.clip(0)])
+    )
+
+
+def test_half_precision_and_train_mode() -> None:
+    model, processor = tiny.build("LlavaOnevision")
+    model = model.to(torch.bfloat16).train()
+    compressed = compress(model, processor, num_frames=tiny.FRAMES, **tiny.schedule("tempme", 4))
+    inputs = compressed.prepare(tiny.ASK, [tiny.clip(0)], labels=True)
+    output = compressed(**inputs)
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16 and torch.isfinite(output.loss)
+
+
+def test_more_tokens_than_the_host_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = tiny.build("LlavaOnevision")
+    compress(model, processor, "tome", tiny.FRAMES, r=1)
+    assert "Beware: 49 tokens are more than the 17 of the host's own way" in capsys.readouterr().out
+
+
+def test_models_that_do_not_fit_are_refused() -> None:
+    model, processor = tiny.build("VideoLlava")
+    with pytest.raises(ValueError, match=r"LlamaModel is no video-language model .* known are VideoLlava"):
+        compress(model.model.language_model, processor)
+    with pytest.raises(ValueError, match="one vision_feature_layer"):
+        model.config.vision_feature_layer = [-2, -1]
+        compress(model, processor, "none")
+    pooled, processor = tiny.build("LlavaNextVideo")
+    pooled.model.vision_resampler = type(pooled.model.vision_resampler)(
+        transformers.LlavaNextVideoConfig(
+            vision_config=pooled.config.vision_config, text_config=pooled.config.text_config, spatial_pool_mode="conv"
+        )
+    )
+    compress(pooled, processor, "none")
+    with pytest.raises(ValueError, match="weights of its own and needs a grid"):
+        compress(pooled, processor, "tome", r=1)
+    rotary, processor = tiny.build("PerceptionLM")
+    rotary.model.vision_tower.timm_model = transformers.TimmWrapperModel(
+        transformers.TimmWrapperConfig(
+            architecture="vit_pe_core_tiny_patch16_384", model_args={"embed_dim": 32, "depth": 1, "num_heads": 2}
+        )
+    ).timm_model
+    with pytest.raises(ValueError, match="rotate by position"):
+        compress(rotary, processor)
+
+
+def test_ways_that_are_not_there_are_refused() -> None:
+    model, processor = tiny.build("InstructBlipVideo")
+    with pytest.raises(ValueError, match="takes video features by \\['embeddings'\\]"):
+        compress(model, processor, "none", feed="encoder_outputs")
+
+
+def test_a_placeholder_that_the_tokenizer_breaks_is_refused() -> None:
+    model, processor = tiny.build("VideoLlava")
+    model.config.video_token_index = tiny.TOKEN["sleeps"]  # a word, which does not come in a row without spaces
+    with pytest.raises(ValueError, match="has 0 places for 68 visual tokens"):
+        compress(model, processor, "none", tiny.FRAMES).prepare(tiny.ASK, [tiny.clip(0)])
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected tempme\.json"):
+        load_compressed(tmp_path)
+    model, processor = tiny.build("VideoLlava")
+    compress(model, processor, num_frames=tiny.FRAMES, **TEMPME).save_merging(tmp_path)
+    (tmp_path / "tempme.safetensors").unlink()
+    with pytest.raises(ValueError, match="does not fit the schedule"):
+        load_compressed(tmp_path, model, processor)
+    other, processor = tiny.build("LlavaNextVideo")
+    with pytest.raises(ValueError, match=r"compresses a VideoLlava.*; got a LlavaNextVideo"):
+        load_compressed(tmp_path, other, processor)

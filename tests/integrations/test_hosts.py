@@ -1,0 +1,186 @@
+"""What must hold for every host whose tower merges inside: the host itself without merging, and all uses with it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from integrations import tiny
+from torch import Tensor
+
+from tempme_vl.integrations import Compressed, compress, load_compressed
+from tempme_vl.integrations.videos import sample
+
+HOSTS = list(tiny.MODELS)
+OFTEN = [(name, method) for name in HOSTS for method in ("tempme", "tome")]
+FEEDS = [(name, feed) for name in HOSTS for feed in tiny.feeds(name)]
+SHORT, LONG = "why <video>", "what is the red dog doing in this <video> and how many"
+
+shared = cache(tiny.build)
+
+
+def compressed_by(name: str, method: str, feed: Any = None) -> Compressed:
+    """A compressed model; it shares its weights with the others of the same name, so tests leave them alone."""
+    torch.manual_seed(1)
+    model, processor = shared(name)
+    layers = 4 if name in ("LlavaOnevision", "InstructBlipVideo", "PerceptionLM") else 3
+    return compress(
+        model,
+        processor,
+        method,
+        tiny.FRAMES,
+        clip_position_std=0.1 if method == "tempme" else 0.0,
+        feed=feed,
+        **tiny.schedule(method, layers),
+    )
+
+
+@torch.no_grad()
+def last_logits(compressed: Compressed, text: Any, videos: Any) -> Tensor:
+    return compressed(**compressed.prepare(text, videos)).logits[:, -1]
+
+
+@pytest.mark.parametrize(("name", "feed"), FEEDS)
+def test_without_merging_it_is_the_host_itself(name: str, feed: Any) -> None:
+    model, processor = shared(name)
+    compressed = compressed_by(name, "none", feed)
+    text, videos = [tiny.ASK, "why " + tiny.ASK[5:]], [tiny.clip(0), tiny.clip(1)]
+    native = tiny.native_inputs(processor, text, videos)
+    with torch.no_grad():
+        expected, ours = model(**native).logits, compressed(**compressed.prepare(text, videos)).logits
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+        assert expected.std() > 0.5 and (expected[0] - expected[1]).abs().max() > 0.1
+        written = model.generate(**native, max_new_tokens=6, do_sample=False)[:, -6:]  # beams of its own fail in 5.18
+        assert torch.equal(tiny.new_tokens(compressed, text, videos), written)
+
+
+@torch.no_grad()
+def unpooled(name: str, model: Any, pixels: Tensor) -> Tensor:
+    """What the host's modules make of (F, 3, H, W) without any pooling on the grid: (M, D_llm)."""
+    if name == "PerceptionLM":
+        projector = model.model.multi_modal_projector
+        patches = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
+        return projector.linear_2(projector.gelu(projector.linear_1(patches))).flatten(0, 1)
+    tower = model.model.video_tower if name == "VideoLlava" else model.model.vision_tower
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    state = {"VideoLlava": states[-2], "LlavaNextVideo": states[-2][:, 1:], "LlavaOnevision": states[-1]}[name]
+    features = model.model.multi_modal_projector(state).flatten(0, 1)
+    return torch.cat([features, model.model.image_newline[None]]) if name == "LlavaOnevision" else features
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTS if name != "InstructBlipVideo"])
+def test_behind_merged_tokens_comes_the_projector_alone(name: str) -> None:
+    model, processor = shared(name)
+    # passes for merging and merges nothing
+    idle = {"r": 0, "merge_layers": (1,), "merge_frames": (1,), "cross_percent": 0, "intra_percent": 0}
+    compressed = compress(model, processor, "tempme", tiny.FRAMES, **idle)
+    (tokens,) = compressed.host.encode([sample(tiny.clip(0), tiny.FRAMES)], ["<video>"])
+    pixels = processor.video_processor(videos=[tiny.clip(0)], return_tensors="pt")["pixel_values_videos"][0]
+    torch.testing.assert_close(tokens.features.detach(), unpooled(name, model, pixels), rtol=0, atol=1e-5)
+    assert len(tokens.features) == compressed.host.costs().tokens
+
+
+@pytest.mark.parametrize("method", ["tempme", "tome"])
+@pytest.mark.parametrize(("name", "feed"), FEEDS)
+def test_a_padded_batch_equals_single_calls(name: str, feed: Any, method: str) -> None:
+    compressed = compressed_by(name, method, feed)
+    text, videos = [SHORT, LONG], [[tiny.clip(0)], [tiny.clip(1)]]
+    batch = last_logits(compressed, text, videos)
+    for row in range(2):
+        single = last_logits(compressed, text[row], videos[row])
+        torch.testing.assert_close(batch[row], single[0], rtol=0, atol=1e-4)
+    other = last_logits(compressed, text[0], [tiny.clip(7)])
+    assert (other[0] - batch[0]).abs().max() > 1e-3  # the video matters
+    for options in ({}, {"num_beams": 3}):
+        together = tiny.new_tokens(compressed, text, videos, **options)
+        apart = [tiny.new_tokens(compressed, t, v, **options) for t, v in zip(text, videos, strict=True)]
+        assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.parametrize(("name", "method"), OFTEN)
+def test_counts_are_the_predicted_ones(name: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    compressed = compressed_by(name, method)
+    costs, shown = compressed.host.costs(), capsys.readouterr().out
+    ids = compressed.host.input_ids(SHORT, compressed.host.encode([sample(tiny.clip(0), tiny.FRAMES)], [SHORT]))
+    assert ids.count(tiny.TOKEN["<video>"]) == costs.tokens
+    native = tiny.native_inputs(shared(name)[1], [SHORT], [tiny.clip(0)])["input_ids"]
+    assert (native == tiny.TOKEN["<video>"]).sum() == costs.native_tokens
+    assert f"{costs.native_tokens}" in shown and f"{costs.tokens}" in shown
+    assert ("Beware" in shown) == (costs.tokens > costs.native_tokens)
+    assert costs.tower < costs.native_tower
+    if method == "tempme":
+        assert costs.tokens < costs.native_tokens
+
+
+@pytest.mark.parametrize(("name", "feed"), FEEDS)
+def test_prompts_with_several_videos_and_with_none(name: str, feed: Any) -> None:
+    compressed = compressed_by(name, "tempme", feed)
+    text = ["what <video> and <video> why", "what is this", LONG]
+    videos: list[list[np.ndarray]] = [[tiny.clip(0), tiny.clip(1)], [], [tiny.clip(2)]]
+    batch = last_logits(compressed, text, videos)
+    for row in range(3):
+        single = last_logits(compressed, text[row], [videos[row]])
+        torch.testing.assert_close(batch[row], single[0], rtol=0, atol=1e-4)
+    swapped = last_logits(compressed, text[0], [tiny.clip(1), tiny.clip(0)])
+    assert (swapped[0] - batch[0]).abs().max() > 1e-3
+    words = tiny.new_tokens(compressed, text[1], [])  # no video at all
+    assert torch.equal(words, tiny.new_tokens(compressed, text, videos)[1:2])
+    beams = tiny.new_tokens(compressed, text, videos, num_beams=2)
+    assert torch.equal(beams[2:], tiny.new_tokens(compressed, text[2], videos[2], num_beams=2))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_all_feeds_give_the_same(name: str) -> None:
+    one, other = compressed_by(name, "tempme"), compressed_by(name, "tempme", "embeddings")
+    assert one.feed == tiny.feeds(name)[0]
+    other.merging.load_state_dict(one.merging.state_dict())
+    text, videos = [SHORT, LONG], [tiny.clip(0), tiny.clip(1)]
+    torch.testing.assert_close(last_logits(one, text, videos), last_logits(other, text, videos), rtol=0, atol=1e-6)
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        written = tiny.new_tokens(one, text, videos, **options)
+        assert torch.equal(written, tiny.new_tokens(other, text, videos, **options))
+
+
+@pytest.mark.parametrize(("name", "feed"), FEEDS)
+def test_gradients_reach_the_tower_and_the_clip_positions(name: str, feed: Any) -> None:
+    compressed = compressed_by(name, "tempme", feed)
+    inputs = compressed.prepare([SHORT, LONG], [tiny.clip(0), tiny.clip(1)], labels=["two dog runs", "red"])
+    loss = compressed(**inputs).loss
+    loss.backward()
+    tower = compressed.host.tower(compressed.host.model)  # type: ignore[attr-defined]
+    first = next(p for key, p in tower.named_parameters() if "layers.0." in key or "blocks.0." in key)
+    assert torch.isfinite(loss) and first.grad is not None and first.grad.abs().max() > 0
+    assert len(compressed.merging) == 2
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in compressed.merging.parameters())
+    compressed.model.zero_grad()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_model_beside_it_stays_what_it_was(name: str) -> None:
+    model, processor = tiny.build(name)
+    native = tiny.native_inputs(processor, [tiny.ASK], [tiny.clip(0)])
+    with torch.no_grad():
+        before = model(**native).logits
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        modules = {key: (type(m), m.forward.__func__, id(m)) for key, m in model.named_modules()}
+        compressed = compress(model, processor, "tome", tiny.FRAMES, r=3)
+        compressed.answer([SHORT, LONG], [tiny.clip(0), tiny.clip(1)], max_new_tokens=2, num_beams=2)
+        assert torch.equal(model(**native).logits, before)
+    assert {key: (type(m), m.forward.__func__, id(m)) for key, m in model.named_modules()} == modules
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert processor.tokenizer.padding_side == "right"
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_folders_come_back(name: str, tmp_path: Any) -> None:
+    compressed = compressed_by(name, "tempme")
+    compressed.save_pretrained(tmp_path)
+    again = load_compressed(tmp_path)
+    assert again.host.config() == compressed.host.config() and again.host.num_frames == tiny.FRAMES
+    assert any(p.abs().max() > 0 for p in again.merging.parameters())
+    text, videos = [SHORT, LONG], [tiny.clip(0), tiny.clip(1)]
+    torch.testing.assert_close(last_logits(again, text, videos), last_logits(compressed, text, videos))

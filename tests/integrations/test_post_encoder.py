@@ -1,0 +1,329 @@
+"""What must hold for every host whose features merge behind its tower: the host itself without merging, all uses with
+it, and positions, times and deeper features that belong to the kept tokens."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from integrations import tiny_post as tiny
+from integrations.tiny import new_tokens
+from torch import Tensor
+
+from tempme_vl.integrations import Compressed, compress, load_compressed
+from tempme_vl.integrations.base import SampledVideo
+from tempme_vl.integrations.post_encoder import FrameFeatures, clip_seconds, make_plan, merge
+from tempme_vl.integrations.videos import sample
+
+# what the transformers at hand can do: take encoder outputs (5.18 on), and generate from positions of three axes
+NEW = "mm_encoder_outputs" in inspect.signature(transformers.InternVLForConditionalGeneration.forward).parameters
+PLACED = hasattr(transformers.GenerationMixin, "_prepare_position_ids_for_generation")
+NEEDS = {"Qwen2.5-VL": PLACED, "Qwen3-VL": NEW}
+HOSTS = [name for name in tiny.MODELS if NEEDS.get(name, True)]
+QWEN = [name for name in NEEDS if name in HOSTS]
+# features for deeper layers find no way among embeddings
+FEEDS = [(name, "embeddings") for name in HOSTS if name != "Qwen3-VL"]
+FEEDS += [(name, "encoder_outputs") for name in HOSTS if NEW]
+METHODS: dict[str, dict[str, Any]] = {
+    "tempme": {"merge_frames": (2, 2), "cross_percent": 40, "intra_percent": 10},
+    "tome": {"r": 3, "steps": 2},
+    "none": {},
+}
+OFTEN = [(name, method) for name in HOSTS for method in ("tempme", "tome")]
+
+shared = cache(tiny.build)
+
+
+def prompt(name: str, words: str = "what is the red dog doing in * and how many") -> str:
+    return words.replace("*", tiny.placeholder(name))
+
+
+def compressed_by(name: str, method: str, feed: Any = None) -> Compressed:
+    model, processor = shared(name)
+    return compress(model, processor, method, tiny.FRAMES, feed=feed, **METHODS[method])
+
+
+@torch.no_grad()
+def row_of(compressed: Compressed, text: str, video: np.ndarray, fps: float | None = None) -> list[int]:
+    """The ids of a prompt, whatever the feed."""
+    tokens = compressed.host.encode([sample(video, compressed.host.num_frames, fps)], [text])
+    return compressed.host.input_ids(text, tokens)
+
+
+@torch.no_grad()
+def last_logits(compressed: Compressed, text: Any, videos: Any) -> Tensor:
+    return compressed(**compressed.prepare(text, videos)).logits[:, -1]
+
+
+def native_inputs(name: str, text: list[str], videos: list[np.ndarray], fps: float | None = None) -> Any:
+    """What the host's own processor makes of prompts with one video of FRAMES frames each."""
+    options = {}
+    if fps is not None:
+        frames = {"frames_indices": list(range(tiny.FRAMES)), "total_num_frames": tiny.FRAMES}
+        options["video_metadata"] = [[{**frames, "fps": fps, "duration": tiny.FRAMES / fps}]] * len(videos)
+    nested: Any = [[video] for video in videos] if name == "SmolVLM" else videos
+    return shared(name)[1](
+        text=text, videos=nested, do_sample_frames=False, return_tensors="pt", padding=True, **options
+    )
+
+
+@pytest.mark.parametrize("fps", [None, 0.7])
+@pytest.mark.parametrize(("name", "feed"), FEEDS)
+def test_without_merging_it_is_the_host_itself(name: str, feed: Any, fps: float | None) -> None:
+    model, _ = shared(name)
+    compressed = compressed_by(name, "none", feed)
+    text, videos = [prompt(name), prompt(name, "why * ?")], [tiny.clip(0, tiny.FRAMES), tiny.clip(1, tiny.FRAMES)]
+    native = native_inputs(name, text, videos, fps)
+    inputs = compressed.prepare(text, videos, fps=fps)
+    if feed == "encoder_outputs":
+        assert torch.equal(inputs["input_ids"], native["input_ids"])
+    seen = native["attention_mask"].bool()
+    with torch.no_grad():
+        expected, ours = model(**native).logits[seen], compressed(**inputs).logits[seen]
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+        assert expected.std() > 0.5
+        # InternVL's own beams mix the frames up in transformers that take no encoder outputs
+        for options in ({}, {"num_beams": 3}) if NEW or name != "InternVL" else ({},):
+            written = model.generate(**native, max_new_tokens=6, do_sample=False, **options)[:, -6:]
+            inputs = compressed.prepare(text, videos, fps=fps)
+            assert torch.equal(compressed.generate(**inputs, max_new_tokens=6, do_sample=False, **options), written)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_an_odd_number_of_frames(name: str) -> None:
+    model, processor = shared(name)
+    video = tiny.clip(0, 5)
+    native = native_inputs(name, [prompt(name)], [video])
+    with torch.no_grad():
+        inputs = compress(model, processor, "none", 5).prepare(prompt(name), [video])
+        torch.testing.assert_close(model(**inputs).logits, model(**native).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["tempme", "tome"])
+@pytest.mark.parametrize(("name", "feed"), FEEDS)
+def test_a_padded_batch_equals_single_calls(name: str, feed: Any, method: str) -> None:
+    compressed = compressed_by(name, method, feed)
+    text, videos = [prompt(name, "why *"), prompt(name)], [[tiny.clip(0)], [tiny.clip(1)]]
+    batch = last_logits(compressed, text, videos)
+    for row in range(2):
+        single = last_logits(compressed, text[row], videos[row])
+        torch.testing.assert_close(batch[row], single[0], rtol=0, atol=1e-4)
+    other = last_logits(compressed, text[0], [tiny.clip(7)])
+    assert (other[0] - batch[0]).abs().max() > 1e-3  # the video matters
+    for options in ({}, {"num_beams": 3}):
+        together = new_tokens(compressed, text, videos, **options)
+        apart = [new_tokens(compressed, t, v, **options) for t, v in zip(text, videos, strict=True)]
+        assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.parametrize(("name", "feed"), FEEDS)
+def test_prompts_with_several_videos_and_with_none(name: str, feed: Any) -> None:
+    compressed = compressed_by(name, "tempme", feed)
+    text = [prompt(name, "what * and * why"), "what is this", prompt(name)]
+    # Qwen keeps the shape of a video, and then videos of one batch have unlike numbers of tokens
+    videos: list[list[np.ndarray]] = [[tiny.clip(0), tiny.clip(1, side=20)], [], [tiny.clip(2)]]
+    batch = last_logits(compressed, text, videos)
+    for row in range(3):
+        single = last_logits(compressed, text[row], [videos[row]])
+        torch.testing.assert_close(batch[row], single[0], rtol=0, atol=1e-4)
+    swapped = last_logits(compressed, text[0], [videos[0][::-1]])
+    assert (swapped[0] - batch[0]).abs().max() > 1e-3
+    for options in ({}, {"num_beams": 2}):
+        together = new_tokens(compressed, text, videos, **options)
+        apart = [new_tokens(compressed, t, [v], **options) for t, v in zip(text, videos, strict=True)]
+        assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTS if NEW and name != "Qwen3-VL"])
+def test_both_feeds_give_the_same(name: str) -> None:
+    one, other = (compressed_by(name, "tempme", feed) for feed in ("encoder_outputs", "embeddings"))
+    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.clip(0), tiny.clip(1)]
+    torch.testing.assert_close(last_logits(one, text, videos), last_logits(other, text, videos), rtol=0, atol=1e-6)
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        written = new_tokens(one, text, videos, **options)
+        assert torch.equal(written, new_tokens(other, text, videos, **options))
+
+
+@pytest.mark.parametrize(("name", "method"), OFTEN)
+def test_counts_are_the_predicted_ones(name: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    compressed = compressed_by(name, method)
+    host, shown = compressed.host, capsys.readouterr().out
+    assert f"{host.costs().native_tokens}" in shown and f"{host.costs().tokens}" in shown
+    for height, width in ((32, 32), (20, 48)):
+        video = np.random.default_rng(0).integers(0, 256, (tiny.FRAMES, height, width, 3), dtype=np.uint8)
+        native, ours = host.count(height, width)  # type: ignore[attr-defined]
+        ids = row_of(compressed, prompt(name), video)
+        assert ids.count(host.token_id) == ours < native
+        assert (native_inputs(name, [prompt(name)], [video])["input_ids"] == host.token_id).sum() == native
+    if method == "tempme":
+        assert host.count(32, 32)[1] <= 0.35 * host.count(32, 32)[0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "feed"), FEEDS)
+def test_gradients_reach_the_tower(name: str, feed: Any) -> None:
+    compressed = compressed_by(name, "tempme", feed)
+    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.clip(0), tiny.clip(1)]
+    loss = compressed(**compressed.prepare(text, videos, labels=["two dogs run", "red"])).loss
+    loss.backward()
+    tower = compressed.host.tower  # type: ignore[attr-defined]
+    blocks = ("layer.0.", "layers.0.", "blocks.0.")
+    first = next(p for key, p in tower.named_parameters() if any(block in key for block in blocks))
+    assert torch.isfinite(loss) and first.grad is not None and first.grad.abs().max() > 0
+    compressed.model.zero_grad()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_half_precision_and_train_mode(name: str) -> None:
+    model, processor = tiny.build(name)
+    compressed = compress(model.to(torch.bfloat16).train(), processor, "tempme", tiny.FRAMES)
+    output = compressed(**compressed.prepare(prompt(name), [tiny.clip(0)], labels=True))
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16 and torch.isfinite(output.loss)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_model_beside_it_stays_what_it_was(name: str) -> None:
+    model, processor = tiny.build(name)
+    native = native_inputs(name, [prompt(name)], [tiny.clip(0, tiny.FRAMES)])
+    with torch.no_grad():
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        modules = {key: (type(m), m.forward.__func__, id(m)) for key, m in model.named_modules()}
+        compressed = compress(model, processor, "tempme", tiny.FRAMES)
+        inputs = [prompt(name), prompt(name, "why *")], [tiny.clip(0), tiny.clip(1)]
+        fresh = new_tokens(compressed, *inputs)
+        assert getattr(model.model, "rope_deltas", None) is None  # no memory of ours
+        before = model(**native).logits
+        written = model.generate(**native, max_new_tokens=4, do_sample=False)
+        assert torch.equal(new_tokens(compressed, *inputs), fresh)  # nor one of the host's in ours
+        assert torch.equal(new_tokens(compressed, *inputs, num_beams=1, use_cache=False), fresh)
+        assert torch.equal(model(**native).logits, before)
+        assert torch.equal(model.generate(**native, max_new_tokens=4, do_sample=False), written)
+    assert {key: (type(m), m.forward.__func__, id(m)) for key, m in model.named_modules()} == modules
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_folders_come_back(name: str, tmp_path: Any) -> None:
+    compressed = compressed_by(name, "tempme")
+    compressed.save_pretrained(tmp_path)
+    again = load_compressed(tmp_path)
+    assert again.host.config() == compressed.host.config() and again.host.num_frames == tiny.FRAMES
+    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.clip(0), tiny.clip(1)]
+    torch.testing.assert_close(last_logits(again, text, videos), last_logits(compressed, text, videos))
+
+
+# ---- the merging
+
+
+def test_features_merge_weighted_by_their_sizes() -> None:
+    torch.manual_seed(0)
+    frames = FrameFeatures(torch.randn(4, 10, 6, requires_grad=True), (2, 5), (torch.randn(4, 10, 6),))
+    plan = make_plan("tempme", 4, 10, METHODS["tempme"])
+    clips = merge(frames, plan)
+    assert clips.x.shape == (*plan.token_counts[-1], 6) and clips.deeper[0].shape == clips.x.shape
+    assert (clips.source.diff(dim=1) > 0).all()
+    # each input has a share in one output: the gradients of an output are a mean, and all sizes are 40 together
+    shares = torch.stack([torch.autograd.grad(x[0], frames.x, retain_graph=True)[0][..., 0] for x in clips.x[0]])
+    torch.testing.assert_close(shares.sum((1, 2)), torch.ones(len(shares)))
+    sizes = 1 / shares.amax((1, 2))
+    assert sizes.sum().round() == 40 and ((shares > 0).sum(0) == 1).all()
+    torch.testing.assert_close(
+        clips.deeper[0][0], torch.einsum("ots,tsd->od", shares, frames.deeper[0])
+    )  # by the same matches
+    for out, token in enumerate(clips.source[0].tolist()):
+        assert shares[out].flatten()[token] > 0
+
+
+def test_still_frames_merge_without_a_loss() -> None:
+    torch.manual_seed(0)
+    still = torch.randn(1, 9, 6).expand(4, -1, -1)  # an odd number of tokens
+    options = {"merge_frames": [2, 2], "cross_percent": 50, "intra_percent": 0}
+    clips = merge(FrameFeatures(still, (3, 3)), make_plan("tempme", 4, 9, options))
+    torch.testing.assert_close(clips.x[0], still[0])
+    assert clips.source[0].tolist() == list(range(27, 36))
+
+
+def test_clips_are_named_by_the_mean_of_their_times() -> None:
+    video = SampledVideo(np.zeros((5, 1, 1, 3), dtype=np.uint8), (0, 2, 4, 6, 8), fps=2.0)
+    assert clip_seconds(video, 5, 5) == [0, 1, 2, 3, 4] and clip_seconds(video, 5, 1) == [2]
+    assert clip_seconds(video, 3, 3) == [0.5, 2.5, 4]  # pairs of frames, the last one with itself
+    unknown = SampledVideo(video.frames, video.indices)
+    assert clip_seconds(unknown, 5, 5)[1] == 2 / 24
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_prompts_tell_the_clips(name: str) -> None:
+    compressed = compressed_by(name, "tempme")
+    ids = row_of(compressed, prompt(name, "*"), tiny.clip(0, tiny.FRAMES), fps=0.1)
+    text = "".join(compressed.tokenizer.convert_ids_to_tokens([i for i in ids if i != compressed.host.token_id]))
+    expected = {
+        "Qwen2.5-VL": "<|vision_start|><|vision_end|>",
+        "Qwen3-VL": "<|vision_start|><35.0 seconds><|vision_start|><|vision_end|><|vision_end|>",
+        "InternVL": "Frame1: <img></img>\nFrame2: <img></img>",
+        "SmolVLM": "You are provided the following series of two frames from a 0:01:20 [H:MM:SS] video.\n"
+        "\nFrame from 00:15:<fake><global-img><fake>\nFrame from 00:55:<fake><global-img><fake>\n\n",
+    }
+    assert text == expected[name]
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_kept_tokens_have_the_positions_that_the_host_gives_them(name: str) -> None:
+    model, processor = shared(name)
+    compressed = compress(model, processor, "tempme", tiny.FRAMES, merge_frames=(2,), cross_percent=50, intra_percent=0)
+    still = tiny.clip(0, 1).repeat(tiny.FRAMES, axis=0)
+    inputs = compressed.prepare([prompt(name), "why"], [[still], []], fps=1.0)
+    places = torch.tensor(row_of(compressed, prompt(name), still, fps=1.0)) == compressed.host.token_id
+    positions = inputs["position_ids"][:, 0, places]
+    rows, columns = compressed.host.grid(32, 32)  # type: ignore[attr-defined]
+    clips = tiny.FRAMES // 2 // 2
+    assert places.sum() == clips * rows * columns
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
+    if name == "Qwen2.5-VL":  # of two equal slots the later one stays: a grid of every other slot, 2 seconds of 25 each
+        start = int(places.nonzero()[0])
+        times = (torch.tensor([1, 3]) * 2 * 25).repeat_interleave(rows * columns)
+        assert torch.equal(positions[0], start + times)
+        assert torch.equal(positions[1:], start + grid.repeat(1, clips))
+        behind = inputs["position_ids"][:, 0, int(places.nonzero()[-1]) + 1]
+        assert behind.tolist() == [start + max(rows, columns)] * 3
+    else:  # a clip stands where a temporal patch would
+        first = positions[:, : rows * columns]
+        assert torch.equal(first[1:] - first[0], grid) and len(first[0].unique()) == 1
+    alone = compressed.prepare("why", [])["position_ids"]
+    assert torch.equal(inputs["position_ids"][:, 1:, -3:], alone) and alone[0, 0].tolist() == [0, 1, 2]
+
+
+# ---- what does not fit
+
+
+def test_options_that_do_not_fit_are_refused() -> None:
+    model, processor = tiny.build("InternVL")
+    with pytest.raises(ValueError, match=r"where 'tempme' takes merge_frames, .*got merge_layers"):
+        compress(model, processor, "tempme", 8, merge_layers=(1, 2))
+    with pytest.raises(ValueError, match="frames do not divide"):
+        compress(model, processor, "tempme", 6, merge_frames=(2, 2))
+    with pytest.raises(ValueError, match="how many clips each step joins"):
+        compress(model, processor, "tempme", 8, merge_frames=())
+    with pytest.raises(ValueError, match="unknown method 'other'"):
+        compress(model, processor, "other")
+    with pytest.raises(ValueError, match="takes video features by" if PLACED else "update transformers"):
+        model, processor = tiny.build("Qwen3-VL")
+        compress(model, processor, "none", feed="embeddings")
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_frames_count_as_temporal_patches(name: str) -> None:
+    model, processor = shared(name)
+    with pytest.raises(ValueError, match=r"12 frames are 6 temporal patches to this host: .*multiple of 4"):
+        compress(model, processor, "tempme", 12, merge_frames=(2, 2))
+
+
+@pytest.mark.parametrize("name", QWEN[:1])
+def test_videos_side_by_side_are_refused(name: str) -> None:
+    compressed = compressed_by(name, "tempme")
+    with pytest.raises(ValueError, match="side by side"):
+        compressed.prepare("<|video_pad|><|video_pad|>", [tiny.clip(0), tiny.clip(1)])
