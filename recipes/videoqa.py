@@ -134,9 +134,7 @@ def main(options: Options) -> None:
     train, val, test = read_splits(options.dataset, options.data_root, options.video_root, options.annotations)
     for asked in (split for split in (val, test) if split is not None):  # now, and not after an epoch
         if not most_options(asked) and most_options(train) and options.head == "classifier":
-            raise ValueError(
-                f"{train.name} teaches to choose among options, and the questions of {asked.name} have none"
-            )
+            raise ValueError(f"{train.name} teaches to choose among options; the questions of {asked.name} have none")
     free = options.head == "llm" or most_options(train)  # an answer is written, or one of the question's options
     answers = () if free else answer_vocabulary(train, options.num_answers)
     model = build_model(options, train, answers).to(device)
