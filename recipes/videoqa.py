@@ -107,6 +107,8 @@ class Options(VisualOptions, ReadingOptions, TrainingOptions):
 
 # What differs from the defaults above, which are UMT's and ALPRO's.
 LARGE: dict[str, Any] = {"vocabulary": "bert-base-uncased", "lr": 2e-5, "num_frames": 12, "epochs": 8}
+CLIP: dict[str, Any] = {**LARGE, "text_pretrained": "bert-base-uncased"}
+LLM: dict[str, Any] = {"max_words": 64, "answer_words": 8}  # pieces of a language model, the template's among them
 MODELS: dict[str, dict[str, Any]] = {
     "open_clip:tiny": FROM_SCRATCH,
     "umt:tiny": {**FROM_SCRATCH, "model": "umt:tiny"},
@@ -120,10 +122,11 @@ def parse(arguments: list[str] | None = None) -> Options:
     given = first_look(arguments, ("dataset", "data-root", "model", "method", "head"))
     dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
     model = given.model or ("open_clip:tiny" if dataset == "motion" else "")
-    preset = {**MODELS.get(model, LARGE), **(MOTION if dataset == "motion" else {})}
+    preset = {**MODELS.get(model, CLIP), **(MOTION if dataset == "motion" else {})}
     if given.dataset is None:  # a given one is for tyro to check
         preset["dataset"] = dataset
     head = given.head or preset.get("head", "classifier")
+    preset |= LLM if head == "llm" else {}
     preset["output"] = Path("runs") / f"{dataset}-{head}-{given.method or 'tempme'}"
     preset["deepspeed_config"] = RECIPES / "ds" / "zero1.json"
     return tyro.cli(Options, args=arguments, default=Options(**preset))

@@ -44,7 +44,10 @@ def test_defaults_follow_the_data_set_and_the_model() -> None:
     small = parse(["--data_root", "x", "--model", "umt:tiny", "--head", "decoder", "--method", "tome"])
     assert (small.dataset, small.model, small.pretrained) == ("msrvtt_qa", "umt:tiny", "none")
     assert (small.output, small.data_root) == (Path("runs/msrvtt_qa-decoder-tome"), Path("x"))
+    writer = parse(["--head", "llm", "--llm", "x"])
+    assert (writer.max_words, writer.answer_words, writer.text_pretrained) == (64, 8, None)
     clip = parse(["--data-root", "x", "--model", "open_clip:ViT-B-16-quickgelu", "--lr", "1e-6"])
+    assert clip.text_pretrained == clip.vocabulary == "bert-base-uncased"
     assert (clip.head, clip.pretrained, clip.vocabulary, clip.lr) == ("classifier", "openai", "bert-base-uncased", 1e-6)
     assert clip.num_frames == 12
     umt = parse(["--data-root", "x", "--model", "umt:b16", "--pretrained", "b16_25m.pth"])
