@@ -41,6 +41,7 @@ from tempme_vl.recipe import (
     FROM_SCRATCH,
     MOTION,
     UMT,
+    DataOptions,
     ReadingOptions,
     TrainingOptions,
     VisualOptions,
@@ -67,7 +68,7 @@ RECIPES = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Options(VisualOptions, ReadingOptions, TrainingOptions):
+class Options(DataOptions, VisualOptions, ReadingOptions, TrainingOptions):
     """Fine-tune CLIP or UMT with TempMe for text-video retrieval.
 
     The defaults shown are those of the data set and the model: --help together with --data-root, --dataset or --model
@@ -76,12 +77,6 @@ class Options(VisualOptions, ReadingOptions, TrainingOptions):
 
     dataset: Literal["motion", "msrvtt", "msvd", "activitynet", "didemo", "lsmdc", "jsonl"] = "msrvtt"
     """Default: motion, the embedded data set; msrvtt as soon as --data-root is given."""
-    data_root: Path | None = None
-    """Folder of the annotation files (and videos) in their public layout; for motion, where to render it."""
-    video_root: Path | None = None
-    """Folder of the videos, if it is not below --data-root."""
-    annotations: Path | None = None
-    """The JSON-lines file of --dataset jsonl."""
     train_split: str = "train"
     """For example train_9k or train_7k on MSRVTT."""
     val_split: str | None = None

@@ -42,6 +42,7 @@ from tempme_vl.recipe import (
     FROM_SCRATCH,
     MOTION,
     UMT,
+    DataOptions,
     ReadingOptions,
     TrainingOptions,
     VisualOptions,
@@ -62,7 +63,7 @@ RECIPES = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Options(VisualOptions, ReadingOptions, TrainingOptions):
+class Options(DataOptions, VisualOptions, ReadingOptions, TrainingOptions):
     """Train a front end with a head that answers questions.
 
     The defaults shown are those of the data set and the model: --help together with --data-root, --dataset or --model
@@ -71,12 +72,6 @@ class Options(VisualOptions, ReadingOptions, TrainingOptions):
 
     dataset: Literal["motion", "msrvtt_qa", "msvd_qa", "activitynet_qa", "jsonl"] = "msrvtt_qa"
     """Default: motion, the embedded data set; msrvtt_qa as soon as --data-root is given."""
-    data_root: Path | None = None
-    """Folder of the annotation files (and videos) in their public layout; for motion, where to render it."""
-    video_root: Path | None = None
-    """Folder of the videos, if it is not below --data-root."""
-    annotations: Path | None = None
-    """The JSON-lines file of --dataset jsonl."""
     head: Literal["classifier", "decoder", "llm"] = "classifier"
     """classifier: one of the answers; decoder: ranks the answers, or writes freely (--rule generate); llm: a language
     model writes, and its answers are compared without case, punctuation and leading articles."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tempme_vl.backbones import FAMILIES, split_name, umt
 from tempme_vl.backbones import open_clip as openai
-from tempme_vl.backbones.base import Backbone, BlockAdapter
+from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
 from tempme_vl.merging import LayerMerge, MergeSchedule, find_method, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
 from tempme_vl.pretrained import load_model, load_weights, save_model
@@ -162,10 +162,7 @@ class VisualFrontend(nn.Module):
 
     def gflops(self) -> float:
         """Cost of one video in the paper's counting (`MergeSchedule.gflops`)."""
-        s = self.shape
-        return self.schedule.gflops(
-            s.width, s.heads, s.mlp_ratio, s.embed_dim, s.image_size, s.patch_size, s.quick_gelu, s.norm_pre, s.pooling
-        )
+        return tower_gflops(self.schedule, self.shape)
 
     @classmethod
     def from_openai_state_dict(
@@ -256,6 +253,21 @@ class VisualFrontend(nn.Module):
         frontend = cls.from_config(config["frontend"])
         load_weights(frontend, state, directory)
         return frontend
+
+
+def tower_gflops(schedule: MergeSchedule, shape: TowerShape) -> float:
+    """Cost of one video in a tower of a shape, in the paper's counting (`MergeSchedule.gflops`)."""
+    return schedule.gflops(
+        shape.width,
+        shape.heads,
+        shape.mlp_ratio,
+        shape.embed_dim,
+        shape.image_size,
+        shape.patch_size,
+        shape.quick_gelu,
+        shape.norm_pre,
+        shape.pooling,
+    )
 
 
 def masked_mean(frames: Tensor, frame_mask: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """What the recipes share: options of the visual tower, of reading clips and of training, presets, and what they build.
 
-A recipe's own options are a dataclass that inherits from the three here; its command line shows them as one.
+A recipe's own options are a dataclass that inherits from those here; its command line shows them as one.
 """
 
 from __future__ import annotations
@@ -74,6 +74,18 @@ class VisualOptions:
             **{name: getattr(self, name) for name in names if getattr(self, name) is not None},
             **({"mode": self.mode} if self.is_umt else {}),
         }
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the data set lies; which ones there are, each recipe says."""
+
+    data_root: Path | None = None
+    """Folder of the annotation files (and videos) in their public layout; for motion, where to render it."""
+    video_root: Path | None = None
+    """Folder of the videos, if it is not below --data-root."""
+    annotations: Path | None = None
+    """The JSON-lines file of --dataset jsonl."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.frontend import make_schedule
+from tempme_vl.frontend import make_schedule, tower_gflops
 from tempme_vl.text import BertShape
 
 LAYERS = 12
@@ -110,16 +110,7 @@ def cost_row(backbone: str, frames: int, label: str) -> CostRow:
         *key,
         input_tokens=frames * shape.tokens,
         output_tokens=schedule.output_tokens,
-        gflops=schedule.gflops(
-            shape.width,
-            shape.heads,
-            shape.mlp_ratio,
-            shape.embed_dim,
-            shape.image_size,
-            shape.patch_size,
-            shape.quick_gelu,
-            shape.norm_pre,
-        ),
+        gflops=tower_gflops(schedule, shape),
         paper_gflops=PAPER_GFLOPS.get(key),
         paper_tokens=PAPER_TOKENS.get(key),
         verified=key not in UNVERIFIED,

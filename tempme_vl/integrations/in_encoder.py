@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones import hf
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.frontend import VisualFrontend, make_schedule
+from tempme_vl.frontend import VisualFrontend, make_schedule, tower_gflops
 from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens
 from tempme_vl.merging import MergeSchedule
 
@@ -118,7 +118,7 @@ class InEncoderHost(Host):
         return Costs(
             self.native_tokens(self.model, shape, self.num_frames),
             self.tokens(),
-            2 * _tower_gflops(identity, shape),
+            2 * tower_gflops(identity, shape),
             2 * self.frontend.gflops(),
         )
 
@@ -127,19 +127,6 @@ class InEncoderHost(Host):
     def without_prefix(self, tokens: Tensor) -> Tensor:
         """Leaves the CLS tokens of every clip out of (V, M, D) merged tokens."""
         return self.frontend.patches(tokens)
-
-
-def _tower_gflops(schedule: MergeSchedule, shape: TowerShape) -> float:
-    return schedule.gflops(
-        shape.width,
-        shape.heads,
-        shape.mlp_ratio,
-        shape.embed_dim,
-        shape.image_size,
-        shape.patch_size,
-        shape.quick_gelu,
-        shape.norm_pre,
-    )
 
 
 def grid_side(shape: TowerShape) -> int:
