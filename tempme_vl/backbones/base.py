@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tempme_vl.backbones.attention import attend
 
 Pool = Literal["cls", "mean", "attention"]
 
@@ -64,22 +65,6 @@ class QueryValueBias(nn.Module):
         return qkv + torch.cat([self.q, torch.zeros_like(self.q), self.v]).to(qkv.dtype)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float = 0.0, scale: float | None = None
-) -> Tensor:
-    """softmax(scale q k^T + bias) v: queries, keys and values (R, heads, N, D_head) -> (R, N, heads * D_head).
-
-    Args:
-        bias: broadcastable to (R, heads, N, N), or None.
-        dropout: rate on the attention weights, for this call.
-        scale: None for D_head ** -0.5.
-    """
-    if bias is not None:
-        bias = bias.to(q.dtype)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
-    return attended.transpose(1, 2).flatten(2)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention on plain Linear children, so that peft's LoRA on `qkv` just works.
 
@@ -97,7 +82,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Args:
             x: (R, N, D) tokens.
-            bias: added to the attention logits, broadcastable to (R, heads, N, N), or None.
+            bias: on the keys, (R, 1, 1, N), or None.
 
         Returns:
             the attended tokens (R, N, D), and the keys (R, heads, N, D_head).

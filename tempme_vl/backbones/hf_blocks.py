@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import transformers
 from torch import Tensor, nn
 
-from tempme_vl.backbones.base import BlockAdapter, attend
+from tempme_vl.backbones.attention import attend
+from tempme_vl.backbones.base import BlockAdapter
 
 VERSION = f"transformers {transformers.__version__}"
 

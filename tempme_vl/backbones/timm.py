@@ -20,7 +20,8 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, cat, nn
 
-from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, attend, count_blocks
+from tempme_vl.backbones.attention import attend
+from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, count_blocks
 
 _BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
