@@ -76,3 +76,12 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     tensor = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in tensor.tolist()]
+
+
+def mean(value: float, device: torch.device) -> float:
+    """Over all ranks."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return float(tensor) / world_size()

@@ -155,7 +155,7 @@ class Trainer:
                 gradients are scaled so that averaging over ranks is right (`tempme_vl.tasks.losses`).
 
         Returns:
-            the loss.
+            the loss, the mean over ranks.
 
         Raises:
             NonFiniteLossError: names the step and the samples.
@@ -178,7 +178,7 @@ class Trainer:
             norm = torch.stack([weight.detach().sum() for weight in self.engine.module.parameters()]).sum()
         self._require_finite(torch.as_tensor(norm), "gradient norm", batch)
         self.step += 1
-        value = float(loss.detach())
+        value = distributed.mean(float(loss.detach()), self.device)
         if self._log:
             self._log.write(
                 self.step,
