@@ -89,8 +89,9 @@ class VideoQA:
             VideoError: a file that cannot be read.
             ValueError: a model that needs options, or other ones.
         """
-        frames, _ = self.reader(Clip(str(video), Path(video), start, end))
-        asked = {"video": frames, "frame_mask": torch.ones(len(frames)), **self.model.tokenize(question, None, options)}
+        asked = self.model.tokenize(question, None, options)
+        asked["video"], _ = self.reader(Clip(str(video), Path(video), start, end))
+        asked["frame_mask"] = torch.ones(len(asked["video"]))
         prediction = self.model({name: value[None].to(self.device) for name, value in asked.items()})["prediction"]
         (row,) = prediction.tolist()
         return options[row[0]] if options else self.model.text(row)
