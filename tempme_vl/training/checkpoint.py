@@ -83,10 +83,14 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> None:
 
 
 def full_state_dict(engine: Any) -> dict[str, Tensor]:
-    """All parameters whole, in the optimizer's float32 where it holds them so; all ranks call it."""
+    """All parameters whole, in the optimizer's float32 where it holds them so; all ranks call it.
+
+    A parameter with two names (tied) is there once, under its first.
+    """
     module: nn.Module = engine.module
     parameters = dict(module.named_parameters())
-    state = {name: value for name, value in module.state_dict().items() if name not in parameters}  # buffers
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    state = {name: value for name, value in module.state_dict().items() if name not in names}  # buffers
     for name, parameter in parameters.items():
         full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
         if full is None:

@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
-from training.models import line_trainer
+from training.models import Line, Numbers, line_trainer, train_config
 
 from tempme_vl.training import checkpoint, distributed
-from tempme_vl.training.engine import NonFiniteLossError
+from tempme_vl.training.engine import NonFiniteLossError, Trainer
 
 
 def mean(features: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
@@ -34,6 +34,17 @@ def finish(output: Path, stage: str = "zero0", stop: int = 9, **changes: Any) ->
         trainer.update(batch, mean)
     trainer.save()
     return trainer.step, {name: weight.clone() for name, weight in trainer.full_state_dict().items()}
+
+
+def tied_state(output: Path, stage: str) -> dict[str, Tensor]:
+    """The whole state of a line whose slope has a second name, after a step."""
+    distributed.initialize()
+    model = Line()
+    model.again = model.w
+    model.register_buffer("unit", torch.ones(1))
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), Numbers(), train_config(output, stage))
+    trainer.update(next(trainer.batches()), mean)
+    return trainer.full_state_dict()
 
 
 def refused(output: Path, stage: str = "zero0", **changes: Any) -> str:

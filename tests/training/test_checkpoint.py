@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from training.processes import run
-from training.runs import saved_states
+from training.runs import saved_states, tied_state
 
 from tempme_vl.training.checkpoint import latest_checkpoint, replace_export
 
@@ -20,6 +20,12 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     (tmp_path / "step-00000004.partial").mkdir()
     assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("stage", ["zero0", "partitioned"])
+def test_a_tied_weight_is_whole_and_there_once(stage: str, tmp_path: Path) -> None:
+    (state,) = run(tied_state, tmp_path, stage)
+    assert {name: tuple(value.shape) for name, value in state.items()} == {"w": (1,), "b": (1,), "unit": (1,)}
 
 
 def test_export_is_replaced_in_one_step(tmp_path: Path) -> None:
