@@ -18,8 +18,12 @@ def sample(video: Any, num_frames: int, fps: float | None = None) -> SampledVide
     """num_frames frames, the middle ones of as many equal parts; all of them if there are as many.
 
     Raises:
-        ValueError: not uint8 frames in colour.
+        ValueError: not uint8 frames in colour, or a `SampledVideo`, which stays as it is, of another number.
     """
+    if isinstance(video, SampledVideo):
+        if len(video.frames) != num_frames:
+            raise ValueError(f"expected a SampledVideo of {num_frames} frames; got one of {len(video.frames)}")
+        return video
     if isinstance(video, (list, tuple)):
         images = [np.asarray(image) for image in video]
         if len({image.shape for image in images}) != 1:

@@ -14,7 +14,7 @@ from integrations import tiny
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from tempme_vl.integrations import Compressed, compress, load_compressed
+from tempme_vl.integrations import Compressed, SampledVideo, compress, load_compressed
 from tempme_vl.integrations.videos import pair_up, sample
 
 TEMPME = tiny.schedule("tempme", 3)
@@ -35,6 +35,15 @@ def test_sampling_takes_the_middles_of_equal_parts() -> None:
     channels_first = torch.from_numpy(frames).expand(10, 4, 5, 3).permute(0, 3, 1, 2)
     assert np.array_equal(sample(channels_first, 5).frames[:, :1, :1], sample(frames, 5).frames)
     assert sample([tiny.clip(0)[0]] * 4, 2).frames.shape == (2, 32, 32, 3)
+
+
+def test_frames_that_were_chosen_already_stay() -> None:
+    chosen = SampledVideo(tiny.clip(0, tiny.FRAMES), (3, 5, 8, 13), fps=2.5)
+    assert sample(chosen, tiny.FRAMES) is chosen
+    ours = llava().prepare(tiny.ASK, [chosen])["inputs_embeds"]
+    assert torch.equal(ours, llava().prepare(tiny.ASK, [chosen.frames])["inputs_embeds"])
+    with pytest.raises(ValueError, match="expected a SampledVideo of 5 frames; got one of 4"):
+        sample(chosen, 5)
 
 
 @pytest.mark.parametrize(
