@@ -287,5 +287,6 @@ def load_tower(
 def build_tower(config: Mapping[str, Any]) -> Backbone:
     """The backbone of a JSON configuration, randomly initialised, without looking anything up."""
     model_class = getattr(transformers, config["architecture"])
-    tower = model_class(model_class.config_class.from_dict(config["vision_config"]))
+    vision_config = dict(config["vision_config"])  # transformers up to 5.0 write into what they are given
+    tower = model_class(model_class.config_class.from_dict(vision_config))
     return backbone_of(tower, config["layer"], config["image_size"])[0]

@@ -22,7 +22,10 @@ class ImageEmbed(nn.Module):
         self.embeddings, self.norm_pre, self.options = embeddings, norm_pre, options
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.norm_pre(self.embeddings(images, **self.options))
+        x = self.embeddings(images, **self.options)
+        if isinstance(x, tuple):  # InternVL's of transformers 4 give the grid too
+            x = x[0]
+        return self.norm_pre(x)
 
 
 class PackedEmbed(nn.Module):

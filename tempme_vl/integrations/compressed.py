@@ -39,7 +39,7 @@ class Compressed:
         if not possible or feed not in (None, *possible):
             raise ValueError(
                 f"{type(host.model).__name__} of this transformers takes video features by {possible or 'no way'}; "
-                f"expected one of {list(host.feeds)}, got feed={feed!r}"
+                f"expected one of {list(host.feeds)}, got feed={feed!r} (encoder_outputs: transformers 5.18 and newer)"
             )
         self.feed: Feed = feed or possible[0]
         self.tokenizer = host.processor.tokenizer
@@ -68,10 +68,11 @@ class Compressed:
         Args:
             text: prompts with the host's placeholder for every video, such as "<video>".
             videos: a list of videos a prompt (or one video for every placeholder): uint8 frames (T, H, W, 3) or
-                (T, 3, H, W). `num_frames` of them are taken evenly; T may be less.
+                (T, 3, H, W). `num_frames` of them are taken evenly; T may be less. Or `SampledVideo`s, whose frames
+                were chosen already and know their times.
             labels: True for labels on all words of the prompts; or for each prompt its answer, which is put behind it
                 with an end token and alone has labels. Else prompts are padded on the left, for generation.
-            fps: frames a second of the videos, for hosts that write times into the prompt.
+            fps: frames a second of the frames given, for hosts that write times into the prompt.
 
         Returns:
             input_ids and mm_encoder_outputs, or inputs_embeds; attention_mask, labels if wanted, and what the host

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,15 @@ class Qwen2_5_VLHost(PostEncoderHost):
     ValueError: a transformers that cannot generate from positions of three axes.
     """
 
+    oldest: ClassVar[str] = "5.14.1"  # of transformers, among those that were tried
+
     def __init__(self, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]):
         self.slot_frames = processor.video_processor.temporal_patch_size
         super().__init__(model, processor, method, num_frames, options)
         if not hasattr(model, "_prepare_position_ids_for_generation"):
             raise ValueError(
                 "generate() of this transformers loses the positions of time, row and column that kept tokens need; "
-                f"update transformers to compress {type(model).__name__} (5.14 is new enough)"
+                f"update transformers to compress {type(model).__name__} ({self.oldest} is new enough)"
             )
 
     @property

@@ -15,6 +15,7 @@ from tempme_vl.integrations.qwen2_5_vl import Qwen2_5_VLHost
 
 
 class Qwen3VLHost(Qwen2_5_VLHost):
+    oldest = "5.18.0"
     feeds: ClassVar[tuple[Feed, ...]] = ("encoder_outputs",)  # features for deeper layers find no other way in
 
     def attended(self, grid: tuple[int, int]) -> tuple[int, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,9 +90,16 @@ def front(tower: nn.Module, method: str = "none", layer: int = -1, **options: An
     return frontend.eval()
 
 
+def inside(tower: Any) -> Any:
+    """Where the encoder is: one level deeper in transformers 4."""
+    return getattr(tower, "vision_model", tower)
+
+
 def run(tower: Any, video: Tensor) -> Any:
     """The host itself on single frames, with all hidden states."""
     images = video.flatten(0, 1)
+    if "InternVL" in type(tower).__name__ and "kwargs" not in inspect.signature(tower.forward).parameters:
+        return watched(tower, images)
     if "Siglip2" not in type(tower).__name__:
         asks = images.shape[-1] != 32 and type(tower).__name__.startswith(("CLIP", "Siglip"))
         return tower(images, output_hidden_states=True, **({"interpolate_pos_encoding": True} if asks else {}))
@@ -99,6 +108,20 @@ def run(tower: Any, video: Tensor) -> Any:
     patches = grid.permute(0, 2, 3, 4, 5, 1).reshape(len(images), side**2, -1)
     mask = torch.ones(patches.shape[:2], dtype=torch.int64)
     return tower(patches, mask, torch.tensor([[side, side]] * len(images)), output_hidden_states=True)
+
+
+def watched(tower: Any, images: Tensor) -> Any:
+    """A host with its hidden states where it cannot be asked for them, as InternVL's of transformers 4."""
+    states: list[Tensor] = []
+    hooks = [tower.encoder.layer[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))]
+    for layer in tower.encoder.layer:
+        hooks.append(
+            layer.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
+        )
+    last = tower(images).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return SimpleNamespace(hidden_states=states, last_hidden_state=last)
 
 
 def assert_equal(actual: FrontendOutput, expected: FrontendOutput) -> None:
@@ -194,7 +217,8 @@ def test_the_video_tower_of_a_video_language_model() -> None:
     frontend = front(tower, layer=model.config.vision_feature_layer)
     with torch.no_grad():
         tokens = frontend(video).tokens.reshape(2 * F, 17, D)
-        native = model.model.get_video_features(video, vision_feature_layer=-2).pooler_output
+        native = model.model.get_video_features(video, vision_feature_layer=-2)
+        native = native.pooler_output if hasattr(native, "pooler_output") else native[0]  # a tuple in transformers 4
         projected = model.model.multi_modal_projector(tokens)
     torch.testing.assert_close(projected, native.reshape(projected.shape), rtol=0, atol=1e-6)
 
@@ -225,10 +249,11 @@ def test_both_train_the_same_weights() -> None:
     tower, video = host("siglip"), random_video(F)
     frontend = front(tower, "tempme")
     frontend(video).pooled[:, 0].sum().backward()
-    assert tower.encoder.layers[0].self_attn.q_proj.weight.grad.any() and tower.head.probe.grad.any()
+    first, head = inside(tower).encoder.layers[0], inside(tower).head
+    assert first.self_attn.q_proj.weight.grad.any() and head.probe.grad.any()
     before = frontend(video).pooled
     with torch.no_grad():
-        tower.encoder.layers[0].mlp.fc1.weight.mul_(1.5)
+        first.mlp.fc1.weight.mul_(1.5)
     assert not torch.allclose(frontend(video).pooled, before, atol=1e-4)
 
 
@@ -355,7 +380,7 @@ def test_keys_come_after_their_norm() -> None:
 
 
 def test_attention_pooling_counts_a_token_by_its_size() -> None:
-    pool = SiglipPool(host("siglip").head)
+    pool = SiglipPool(inside(host("siglip")).head)
     x = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(0))
     size = torch.tensor([1.0, 1.0, 2.0]).view(1, 3, 1).expand(2, -1, -1)
     twice = pool(torch.cat([x, x[:, 2:]], dim=1), None)
@@ -503,11 +528,12 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     host("clip").save_pretrained(tmp_path / "tower")
     with pytest.raises(ValueError, match=r"lacks \d+ weights of a CLIPVisionModelWithProjection"):
         create_frontend(f"hf:{tmp_path / 'clip'}", str(tmp_path / "dinov2"), method="none", num_frames=2)
-    with pytest.raises(ValueError, match=r"lacks 1 weights .*visual_projection"):
+    # some versions find the tower's weights without their prefix, others none at all
+    with pytest.raises(ValueError, match=r"lacks (1 weights .*visual_projection|72 weights )"):
         create_frontend(f"hf:{tmp_path / 'clip'}", str(tmp_path / "tower"), method="none", num_frames=2)
 
 
-# ---- layouts of transformers 4
+# ---- layouts that changed within transformers 4 and 5
 
 
 class _Nested(nn.Module):
@@ -519,10 +545,20 @@ class _Nested(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_nested_towers_of_transformers_4(name: str) -> None:
+def test_towers_one_level_deeper_are_the_same(name: str) -> None:
     tower, video = host(name), random_video(F)
-    nested = type(type(tower).__name__, (_Nested,), {})(tower)
-    assert_equal(front(nested, "tempme")(video), front(tower, "tempme")(video))
+    nested = tower if inside(tower) is not tower else type(type(tower).__name__, (_Nested,), {})(tower)
+    assert_equal(front(nested, "tempme")(video), front(inside(tower), "tempme")(video))
+
+
+class _FlatAttention(nn.Module):
+    """DINOv2's newer layout, of the older one."""
+
+    def __init__(self, attention: Any):
+        super().__init__()
+        inner = attention.attention
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = inner.query, inner.key, inner.value, attention.output.dense
+        self.scaling = inner.scaling
 
 
 class _Dinov2SelfAttention(nn.Module):
@@ -538,17 +574,20 @@ class _Dinov2Output(nn.Module):
         self.dense, self.dropout = attention.o_proj, nn.Dropout(0.0)
 
 
-class _Dinov2Attention(nn.Module):
+class _NestedAttention(nn.Module):
+    """The older layout, of the newer one."""
+
     def __init__(self, attention: Any):
         super().__init__()
         self.attention, self.output = _Dinov2SelfAttention(attention), _Dinov2Output(attention)
 
 
-def test_dinov2_attention_of_transformers_4() -> None:
+def test_both_layouts_of_dinov2s_attention_are_the_same() -> None:
     tower, video = host("dinov2"), random_video(F)
     expected = front(tower, "tempme")(video)
     for layer in tower.encoder.layer:
-        layer.attention = _Dinov2Attention(layer.attention)
+        flat = hasattr(layer.attention, "q_proj")
+        layer.attention = (_NestedAttention if flat else _FlatAttention)(layer.attention)
     assert_equal(front(tower, "tempme")(video), expected)
 
 
@@ -600,7 +639,7 @@ def qwen_tower() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "module", "message"),
+    ("place", "child", "module", "message"),
     [
         ("encoder.layers.2", "adapter", nn.Linear(2, 2), r"of \['layer_norm1', .*; got \['adapter', .*transformers \d"),
         ("encoder.layers.2.self_attn", "q_norm", nn.Identity(), r"unknown CLIPAttention of .*q_norm.*transformers \d"),
@@ -608,9 +647,9 @@ def qwen_tower() -> nn.Module:
         ("", "cls_head", nn.Identity(), r"expected a CLIPVisionModel of .*; got \['cls_head', "),
     ],
 )
-def test_unknown_children_are_refused(place: str, name: str, module: nn.Module, message: str) -> None:
+def test_unknown_children_are_refused(place: str, child: str, module: nn.Module, message: str) -> None:
     tower = CLIPVisionModel(CLIPVisionConfig(**WIDE))
-    tower.get_submodule(place).add_module(name, module)
+    (inside(tower).get_submodule(place) if place else tower).add_module(child, module)
     with pytest.raises(ValueError, match=message):
         backbone_of(tower)
 
@@ -628,7 +667,7 @@ def test_unknown_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected a Dinov2Layer of .*; got .*'gate'"):
         backbone_of(tower)
     siglip = SiglipVisionModel(SiglipVisionConfig(**WIDE))
-    siglip.head.second_probe = nn.Parameter(torch.ones(D))
+    inside(siglip).head.second_probe = nn.Parameter(torch.ones(D))
     with pytest.raises(ValueError, match=r"expected a SiglipMultiheadAttentionPoolingHead of .*'second_probe'"):
         backbone_of(siglip)
 

@@ -4,6 +4,7 @@ it, and positions, times and deeper features that belong to the kept tokens."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from integrations import tiny_post as tiny
-from integrations.tiny import new_tokens
+from integrations.tiny import ONE_WAY, native_words, new_tokens
 from torch import Tensor
 
 from tempme_vl.integrations import Compressed, compress, load_compressed
@@ -25,6 +26,7 @@ NEW = "mm_encoder_outputs" in inspect.signature(transformers.InternVLForConditio
 PLACED = hasattr(transformers.GenerationMixin, "_prepare_position_ids_for_generation")
 NEEDS = {"Qwen2.5-VL": PLACED, "Qwen3-VL": NEW}
 HOSTS = [name for name in tiny.MODELS if NEEDS.get(name, True)]
+REFUSED = [name for name in tiny.MODELS if name not in HOSTS]
 QWEN = [name for name in NEEDS if name in HOSTS]
 # features for deeper layers find no way among embeddings
 FEEDS = [(name, "embeddings") for name in HOSTS if name != "Qwen3-VL"]
@@ -74,7 +76,9 @@ def native_inputs(name: str, text: list[str], videos: list[np.ndarray], fps: flo
 
 @pytest.mark.parametrize("fps", [None, 0.7])
 @pytest.mark.parametrize(("name", "feed"), FEEDS)
-def test_without_merging_it_is_the_host_itself(name: str, feed: Any, fps: float | None) -> None:
+def test_without_merging_it_is_the_host_itself(
+    name: str, feed: Any, fps: float | None, record_property: Callable[[str, object], None]
+) -> None:
     model, _ = shared(name)
     compressed = compressed_by(name, "none", feed)
     text, videos = [prompt(name), prompt(name, "why * ?")], [tiny.clip(0, tiny.FRAMES), tiny.clip(1, tiny.FRAMES)]
@@ -87,9 +91,11 @@ def test_without_merging_it_is_the_host_itself(name: str, feed: Any, fps: float 
         expected, ours = model(**native).logits[seen], compressed(**inputs).logits[seen]
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
         assert expected.std() > 0.5
-        # InternVL's own beams mix the frames up in transformers that take no encoder outputs
-        for options in ({}, {"num_beams": 3}) if NEW or name != "InternVL" else ({},):
-            written = model.generate(**native, max_new_tokens=6, do_sample=False, **options)[:, -6:]
+        for options in ({}, {"num_beams": 3}):
+            if name in QWEN:  # whose embeddings alone tell no positions
+                written = model.generate(**native, max_new_tokens=6, do_sample=False, **options)[:, -6:]
+            else:
+                written = native_words(compressed.host, native, record_property, **options)
             inputs = compressed.prepare(text, videos, fps=fps)
             assert torch.equal(compressed.generate(**inputs, max_new_tokens=6, do_sample=False, **options), written)
 
@@ -139,8 +145,15 @@ def test_prompts_with_several_videos_and_with_none(name: str, feed: Any) -> None
         assert torch.equal(together, torch.cat(apart))
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTS if NEW and name != "Qwen3-VL"])
-def test_both_feeds_give_the_same(name: str) -> None:
+@pytest.mark.parametrize("name", HOSTS)
+def test_feeds_give_the_same_or_are_refused(name: str, record_property: Callable[[str, object], None]) -> None:
+    ways = [feed for host, feed in FEEDS if host == name]
+    if len(ways) == 1:
+        record_property("note", ONE_WAY[ways[0]])
+        missing = next(feed for feed in ONE_WAY if feed not in ways)
+        with pytest.raises(ValueError, match=rf"takes video features by \['{ways[0]}'\]; .*got feed='{missing}'"):
+            compressed_by(name, "tempme", missing)
+        return
     one, other = (compressed_by(name, "tempme", feed) for feed in ("encoder_outputs", "embeddings"))
     text, videos = [prompt(name, "why *"), prompt(name)], [tiny.clip(0), tiny.clip(1)]
     torch.testing.assert_close(last_logits(one, text, videos), last_logits(other, text, videos), rtol=0, atol=1e-6)
@@ -271,7 +284,7 @@ def test_prompts_tell_the_clips(name: str) -> None:
     assert text == expected[name]
 
 
-@pytest.mark.parametrize("name", QWEN)
+@tiny.hosts(QWEN)
 def test_kept_tokens_have_the_positions_that_the_host_gives_them(name: str) -> None:
     model, processor = shared(name)
     compressed = compress(model, processor, "tempme", tiny.FRAMES, merge_frames=(2,), cross_percent=50, intra_percent=0)
@@ -310,19 +323,26 @@ def test_options_that_do_not_fit_are_refused() -> None:
         compress(model, processor, "tempme", 8, merge_frames=())
     with pytest.raises(ValueError, match="unknown method 'other'"):
         compress(model, processor, "other")
-    with pytest.raises(ValueError, match="takes video features by" if PLACED else "update transformers"):
-        model, processor = tiny.build("Qwen3-VL")
-        compress(model, processor, "none", feed="embeddings")
 
 
-@pytest.mark.parametrize("name", QWEN)
+@tiny.hosts(REFUSED)
+def test_hosts_that_this_transformers_cannot_run_are_refused(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
+    model, processor = tiny.build(name)
+    with pytest.raises(ValueError, match="takes video features by no way" if PLACED else "update transformers") as told:
+        compress(model, processor, "none")
+    record_property("refused", str(told.value))
+
+
+@tiny.hosts(QWEN)
 def test_frames_count_as_temporal_patches(name: str) -> None:
     model, processor = shared(name)
     with pytest.raises(ValueError, match=r"12 frames are 6 temporal patches to this host: .*multiple of 4"):
         compress(model, processor, "tempme", 12, merge_frames=(2, 2))
 
 
-@pytest.mark.parametrize("name", QWEN[:1])
+@tiny.hosts(QWEN[:1])
 def test_videos_side_by_side_are_refused(name: str) -> None:
     compressed = compressed_by(name, "tempme")
     with pytest.raises(ValueError, match="side by side"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -202,6 +204,23 @@ def feeds(name: str) -> list[str]:
     return ["encoder_outputs", "embeddings"]
 
 
+# what a table of versions says of hosts with one way in
+ONE_WAY = {
+    "embeddings": "video features go in by `inputs_embeds` alone",
+    "encoder_outputs": "video features go in by `mm_encoder_outputs` alone",
+}
+
+
+def hosts(names: Sequence[str]) -> Callable[[Any], Any]:
+    """Parametrizes a test; where no host runs in this transformers there is no test, rather than a skipped one."""
+
+    def decorate(test: Any) -> Any:
+        test.__test__ = bool(names)
+        return pytest.mark.parametrize("name", names)(test)
+
+    return decorate
+
+
 def build(name: str) -> tuple[Any, Any]:
     """A model and its processor, the same ones each time."""
     torch.manual_seed(0)
@@ -232,3 +251,31 @@ def schedule(method: str, layers: int) -> dict[str, Any]:
 def new_tokens(compressed: Any, text: Any, videos: Any, **options: Any) -> Tensor:
     with torch.no_grad():
         return compressed.generate(**compressed.prepare(text, videos), max_new_tokens=6, do_sample=False, **options)
+
+
+@torch.no_grad()
+def native_words(host: Any, native: Any, record: Callable[[str, object], None], **options: Any) -> Tensor:
+    """What the host writes: its language model, on the embeddings that its own forward makes of the video.
+
+    Its `generate` writes the same from the video itself. Only with beams some versions of transformers fail there, as
+    they expand the video wrongly; that is told to `record`.
+    """
+    seen: dict[str, Any] = {}
+    hook = host.language_model.register_forward_pre_hook(lambda *a: seen.update(a[2]), with_kwargs=True)
+    host.model(**native)
+    hook.remove()
+    options = {"max_new_tokens": 6, "do_sample": False, **options}
+    mask = native["attention_mask"]
+    written = host.target.generate(inputs_embeds=seen["inputs_embeds"], attention_mask=mask, **options)[:, -6:]
+    strict = "num_beams" not in options or Version(transformers.__version__) >= Version("5.23")
+    try:
+        own: Any = host.model.generate(**native, **options)[:, -6:]
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if strict:
+            raise
+        own = None
+        record("note", f"the host's own beam search from a video fails: {type(error).__name__}")
+    if own is not None and not torch.equal(own, written):
+        assert not strict, f"{own} from the video, {written} from its embeddings"
+        record("note", "the host's own beam search from a video differs from that on its own embeddings")
+    return written

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import transformers
-from integrations.tiny import _finish, clip
+from integrations.tiny import _finish, clip, hosts
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["FRAMES", "MODELS", "TOKEN", "build", "clip", "placeholder"]
+__all__ = ["FRAMES", "MODELS", "TOKEN", "build", "clip", "hosts", "placeholder"]
 
 FRAMES = 8
 SPECIAL = {
