@@ -20,7 +20,6 @@ Your own clips (one JSON object a line: file, caption or captions, optional star
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,14 +29,13 @@ import torch
 import tyro
 
 from tempme_vl.data.datasets import Source, SplitNames, usual_splits
-from tempme_vl.data.reader import ClipReader, broken_clips
+from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips, TrainPairs
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.transforms import ClipTransform, Preprocess
 from tempme_vl.evaluation.rerank import rerank_embeddings
 from tempme_vl.evaluation.retrieval import embed, retrieval_report, table
 from tempme_vl.recipe import (
-    BROKEN_VIDEOS,
     FROM_SCRATCH,
     MOTION,
     UMT,
@@ -45,12 +43,15 @@ from tempme_vl.recipe import (
     ReadingOptions,
     TrainingOptions,
     VisualOptions,
+    about_run,
     announce,
     begin,
     cost,
     export,
     first_look,
+    in_words,
     say,
+    write_report,
 )
 from tempme_vl.tasks.retrieval import (
     AnyRetrievalModel,
@@ -61,7 +62,6 @@ from tempme_vl.tasks.retrieval import (
 )
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.text.tokenizers import bert_vocabulary, caption_tokenizer, word_vocabulary
-from tempme_vl.training import distributed
 from tempme_vl.training.engine import Trainer
 
 RECIPES = Path(__file__).resolve().parent
@@ -158,7 +158,7 @@ def main(options: Options) -> None:
         f"validation {'none' if val is None else f'{val.name}: {len(val.clips)} clips'}; "
         f"test {test.name}: {len(test.clips)} clips"
     )
-    announce(options, model.frontend, data)
+    announce(options, in_words(options, model.frontend), data)
     last_step = trainer.total_steps if options.max_steps is None else options.max_steps
     start, start_step = time.perf_counter(), trainer.step
     for batch in trainer.batches():
@@ -182,23 +182,12 @@ def main(options: Options) -> None:
     best = load_retrieval_model(options.output / "best").to(device)
     report = evaluate(best, test, reader, tokenizer, device, options.rerank)
     report |= {
-        "selected_on": "none: last epoch" if val is None else val.name,
-        "selected_step": trainer.best_step,
-        "method": options.method,
         "model": options.model,
-        "seed": options.seed,
+        **about_run(options, trainer, None if val is None else val.name, start_step, seconds),
         **cost(model.frontend),
-        "train_seconds": seconds,
-        "train_steps": trainer.step - start_step,
-        "ranks": distributed.world_size(),
-        "broken_videos": broken_clips(options.output / BROKEN_VIDEOS),
     }
-    if distributed.is_main():
-        (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        rows = {options.method: report, f"re-ranked {options.rerank}": report.get("reranked", {})}
-        say(f"\n{report['split']}; best epoch chosen on {report['selected_on']}\n{table(rows)}")
-        if report["broken_videos"]:
-            say(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
+    rows = {options.method: report, f"re-ranked {options.rerank}": report.get("reranked", {})}
+    write_report(options, report, f"{report['split']}\n{table(rows)}")
 
 
 def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:

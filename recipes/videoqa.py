@@ -21,7 +21,6 @@ Your own questions (one JSON object a line: file, question, answer or answers, o
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,15 +29,13 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from tempme_vl.data.motion import question_kind
 from tempme_vl.data.questions import TrainQuestions, most_options
-from tempme_vl.data.reader import ClipReader, broken_clips
+from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.transforms import ClipTransform, Preprocess
 from tempme_vl.data.videoqa import QASplit, answer_vocabulary, coverage, read_splits
 from tempme_vl.evaluation.predict import predict
-from tempme_vl.evaluation.videoqa import accuracy, accuracy_by, table
+from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.recipe import (
-    BROKEN_VIDEOS,
     FROM_SCRATCH,
     MOTION,
     UMT,
@@ -46,17 +43,19 @@ from tempme_vl.recipe import (
     ReadingOptions,
     TrainingOptions,
     VisualOptions,
+    about_run,
     announce,
     begin,
     cost,
     export,
     first_look,
+    in_words,
     say,
+    write_answers,
 )
 from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.create import create_llm_qa_model, create_qa_model
 from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
-from tempme_vl.training import distributed
 from tempme_vl.training.engine import Trainer
 
 RECIPES = Path(__file__).resolve().parent
@@ -146,7 +145,7 @@ def main(options: Options) -> None:
         TrainQuestions(train, train_reader, model.tokenize, options.seed),
         options.config(),
     )
-    announce(options, model.frontend, describe(train, val, test, answers))
+    announce(options, in_words(options, model.frontend), describe(train, val, test, answers))
     last_step = trainer.total_steps if options.max_steps is None else options.max_steps
     start, start_step = time.perf_counter(), trainer.step
     for batch in trainer.batches():
@@ -169,28 +168,12 @@ def main(options: Options) -> None:
     best = load_qa_model(options.output / "best").to(device)
     report, predictions = evaluate(best, best, test, reader, device)
     report |= {
-        "selected_on": "none: last epoch" if val is None else val.name,
-        "selected_step": trainer.best_step,
         "head": options.head,
-        "method": options.method,
         "model": options.model,
-        "seed": options.seed,
+        **about_run(options, trainer, None if val is None else val.name, start_step, seconds),
         **cost(model.frontend),
-        "train_seconds": seconds,
-        "train_steps": trainer.step - start_step,
-        "ranks": distributed.world_size(),
-        "broken_videos": broken_clips(options.output / BROKEN_VIDEOS),
     }
-    if options.dataset == "motion":
-        report["by_kind"] = accuracy_by(predictions, test, question_kind)
-    if distributed.is_main():
-        (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (options.output / "predictions.json").write_text(json.dumps(predictions, indent=0) + "\n")
-        say(f"\nbest epoch chosen on {report['selected_on']}\n{table(report)}")
-        for kind, (percent, count) in report.get("by_kind", {}).items():
-            say(f"{kind:<10}{count:>10}{percent:>12.2f}")
-        if report["broken_videos"]:
-            say(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
+    write_answers(options, report, predictions, test)
 
 
 def build_model(options: Options, train: QASplit, answers: tuple[str, ...]) -> VideoQAModel:

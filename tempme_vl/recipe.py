@@ -16,8 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tempme_vl.data.reader import ClipReader
+from tempme_vl.data.motion import question_kind
+from tempme_vl.data.reader import ClipReader, broken_clips
 from tempme_vl.data.transforms import ClipTransform
+from tempme_vl.data.videoqa import QASplit
+from tempme_vl.evaluation.videoqa import accuracy_by, table
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import replace_export
@@ -29,15 +32,9 @@ MOTION_ROOT = Path("runs/motion-data")
 
 
 @dataclass(frozen=True)
-class VisualOptions:
-    """The visual tower and its merging."""
+class MergeOptions:
+    """How tokens are merged."""
 
-    model: str = "open_clip:ViT-B-32-quickgelu"
-    """open_clip:NAME, umt:b16 or umt:l16; open_clip:tiny and umt:tiny train from scratch in minutes."""
-    pretrained: str = "openai"
-    """open_clip's tag ("openai"), a weights file (UMT: any of its public forms), or "none" for random weights."""
-    mode: Literal["clip", "joint"] = "clip"
-    """UMT's frames: apart (UMT4Clip, which TempMe needs), or attending together as in UMT itself."""
     method: Literal["tempme", "tome", "none"] = "tempme"
     """none encodes every frame by itself with all its tokens."""
     num_frames: int | None = None
@@ -55,23 +52,41 @@ class VisualOptions:
     clip_position_std: float = 0.0
     """Clip positions start as N(0, std^2): 0 for pretrained weights, 0.5 from scratch."""
 
-    @property
-    def is_umt(self) -> bool:
-        return self.model.startswith("umt:")
-
-    def tower(self, usual_frames: int) -> dict[str, Any]:
-        """Keywords of `tempme_vl.create_frontend` beside the name."""
+    def merging(self, usual_frames: int) -> dict[str, Any]:
+        """Keywords that `tempme_vl.create_frontend` and `tempme_vl.integrations.compress` share."""
         names = {
             "none": (),
             "tome": ("r",),
             "tempme": ("r", "merge_layers", "merge_frames", "cross_percent", "intra_percent"),
         }[self.method]
         return {
-            "pretrained": None if self.pretrained == "none" else self.pretrained,
             "method": self.method,
             "num_frames": self.num_frames or usual_frames,
             "clip_position_std": self.clip_position_std,
             **{name: getattr(self, name) for name in names if getattr(self, name) is not None},
+        }
+
+
+@dataclass(frozen=True)
+class VisualOptions(MergeOptions):
+    """The visual tower and its merging."""
+
+    model: str = "open_clip:ViT-B-32-quickgelu"
+    """open_clip:NAME, umt:b16 or umt:l16; open_clip:tiny and umt:tiny train from scratch in minutes."""
+    pretrained: str = "openai"
+    """open_clip's tag ("openai"), a weights file (UMT: any of its public forms), or "none" for random weights."""
+    mode: Literal["clip", "joint"] = "clip"
+    """UMT's frames: apart (UMT4Clip, which TempMe needs), or attending together as in UMT itself."""
+
+    @property
+    def is_umt(self) -> bool:
+        return self.model.startswith("umt:")
+
+    def tower(self, usual_frames: int) -> dict[str, Any]:
+        """Keywords of `tempme_vl.create_frontend` beside the name."""
+        return {
+            **self.merging(usual_frames),
+            "pretrained": None if self.pretrained == "none" else self.pretrained,
             **({"mode": self.mode} if self.is_umt else {}),
         }
 
@@ -231,8 +246,18 @@ def begin(seed: int) -> torch.device:
     return device
 
 
-def announce(options: Any, frontend: VisualFrontend, data: str) -> None:
-    """Writes OUTPUT/options.json and prints what will be trained on what."""
+def in_words(options: Any, frontend: VisualFrontend) -> str:
+    """What becomes of a video's tokens, and its cost."""
+    schedule = frontend.schedule
+    clips, tokens = schedule.token_counts[-1]
+    return (
+        f"{options.model}, {options.method}: {schedule.frames} x {schedule.tokens} tokens -> {clips} x {tokens}, "
+        f"{frontend.gflops():.3g} GFLOPs a video"
+    )
+
+
+def announce(options: Any, model: str, data: str) -> None:
+    """Writes OUTPUT/options.json and prints what will be trained on what, both in words."""
     if not distributed.is_main():
         return
     options.output.mkdir(parents=True, exist_ok=True)
@@ -240,12 +265,7 @@ def announce(options: Any, frontend: VisualFrontend, data: str) -> None:
     (options.output / "options.json").write_text(json.dumps(chosen, indent=2, default=str) + "\n")
     if options.dataset == "motion":
         say(f"Data set motion: embedded, rendered in {options.data_root}")
-    schedule = frontend.schedule
-    clips, tokens = schedule.token_counts[-1]
-    say(
-        f"{options.model}, {options.method}: {schedule.frames} x {schedule.tokens} tokens -> {clips} x {tokens}, "
-        f"{frontend.gflops():.3g} GFLOPs a video\n{data}"
-    )
+    say(f"{model}\n{data}")
 
 
 def export(trainer: Trainer, model: Any, output: Path) -> None:
@@ -264,6 +284,46 @@ def cost(frontend: VisualFrontend) -> dict[str, Any]:
         "input_tokens": schedule.frames * schedule.tokens,
         "gflops": frontend.gflops(),
     }
+
+
+def about_run(options: Any, trainer: Trainer, val: str | None, start_step: int, seconds: float) -> dict[str, Any]:
+    """What a report says of a run beside its results.
+
+    Args:
+        val: name of the split that the best epoch was chosen on, if there was one.
+        start_step, seconds: where this run began, and how long it trained.
+    """
+    return {
+        "selected_on": val or "none: last epoch",
+        "selected_step": trainer.best_step,
+        "method": options.method,
+        "seed": options.seed,
+        "train_seconds": seconds,
+        "train_steps": trainer.step - start_step,
+        "ranks": distributed.world_size(),
+        "broken_videos": broken_clips(options.output / BROKEN_VIDEOS),
+    }
+
+
+def write_report(options: Any, report: dict[str, Any], shown: str) -> None:
+    """Writes OUTPUT/report.json and prints what is to be shown of it, and which videos are missing in it."""
+    if not distributed.is_main():
+        return
+    (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    say(f"\nbest epoch chosen on {report['selected_on']}\n{shown}")
+    if report["broken_videos"]:
+        say(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
+
+
+def write_answers(options: Any, report: dict[str, Any], predictions: dict[str, str], test: QASplit) -> None:
+    """`write_report` of a model that answers questions, and OUTPUT/predictions.json."""
+    shown = [table(report)]
+    if options.dataset == "motion":
+        report["by_kind"] = accuracy_by(predictions, test, question_kind)
+        shown += [f"{kind:<10}{count:>10}{percent:>12.2f}" for kind, (percent, count) in report["by_kind"].items()]
+    if distributed.is_main():
+        (options.output / "predictions.json").write_text(json.dumps(predictions, indent=0) + "\n")
+    write_report(options, report, "\n".join(shown))
 
 
 def say(text: str) -> None:

@@ -185,7 +185,7 @@ def render_motion(
     seed: int = 0,
     num_train: int = 6000,
     num_test: int = 96,
-    num_order_train: int = 1500,
+    num_order_train: int = 3000,
     num_order_val: int = 300,
     num_order_test: int = 300,
 ) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 import full_ft_msrvtt
 import torch
+import videollm_lora
 import videoqa
 from torch import Tensor, nn
 from training.processes import RECIPES, exit_codes, start
@@ -21,10 +22,11 @@ from tempme_vl.data.motion import render_motion
 from tempme_vl.data.videoqa import read_split
 from tempme_vl.tasks.qa import load_qa_model
 from tempme_vl.tasks.retrieval import load_retrieval_model
+from tempme_vl.tasks.videollm import load_video_llm
 from tempme_vl.training.engine import Trainer
 
 NUM_TEST = 8
-MODULES: dict[str, Any] = {"full_ft_msrvtt": full_ft_msrvtt, "videoqa": videoqa}
+MODULES: dict[str, Any] = {"full_ft_msrvtt": full_ft_msrvtt, "videoqa": videoqa, "videollm_lora": videollm_lora}
 UMT = {"model": "umt:tiny", "mode": "clip", "deepspeed_config": RECIPES / "ds" / "zero2.json"}
 
 
@@ -36,7 +38,7 @@ class Case:
         recipe: the module's name.
         load: reads the exported model.
         report: some of what report.json holds in the end.
-        options: of every run.
+        options: of every run; None for one that the recipe does not have.
         selecting: how the best epoch is chosen on clips held out; `not_selecting`: how on none.
         two_ranks: how two ranks are run.
     """
@@ -63,7 +65,7 @@ class Case:
             **(self.selecting if select else self.not_selecting),
             **options,
         }
-        chosen = {name: places.get(value, value) for name, value in chosen.items()}
+        chosen = {name: places.get(value, value) for name, value in chosen.items() if value is not None}
         return [part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
     def run(self, log: Path, parts: list[str], *args: Any, world: int = 1) -> list[int | None]:
@@ -112,6 +114,22 @@ CASES = {
         {"annotations": "SPLITS"},
         {"annotations": "ONE SPLIT"},
         UMT,
+    ),
+    "videollm": Case(
+        "videollm_lora",
+        load_video_llm,
+        {
+            "split": "splits/test",
+            "selected_on": "splits/val",
+            "match": "normalized",
+            "total": NUM_TEST,
+            "broken_videos": {},
+            "host": "tiny:VideoLlava",
+            "method": "tempme",
+        },
+        {**OWN_QUESTIONS, "model": None, "host": "tiny:VideoLlava"},
+        {"annotations": "SPLITS"},
+        {"annotations": "ONE SPLIT"},
     ),
 }
 

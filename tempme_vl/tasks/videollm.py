@@ -1,0 +1,380 @@
+"""A compressed video-language model as one module to fine-tune: what trains in it, its loss, its answers, its folder.
+
+The module holds the host model, in peft's wrapper where LoRA is trained, and the clip positions, which are not among
+the host's own weights. Prompts and videos become inputs inside its forward, so that everything that trains runs where
+DeepSpeed expects it. Letters: B videos with a prompt each, F frames of S x S pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from tempme_vl.integrations import Compressed, Host, compress, load_compressed
+from tempme_vl.integrations.compressed import WEIGHTS_FILE, read_config
+from tempme_vl.integrations.in_encoder import InEncoderHost
+from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.losses import gather_rows
+
+PROMPT = "USER: {video}\n{question} ASSISTANT:"  # LLaVA's, for hosts without a chat template
+ADAPTER_FOLDER, ADAPTER_FILE = "adapter", "adapter_model.safetensors"  # the file as peft calls it
+CONFIG_FILE, TRAINED_FILE = "videollm.json", "trained.safetensors"
+# what hosts call the modules between tower and language model
+PROJECTORS = (
+    "multi_modal_projector",
+    "connector",
+    "merger",
+    "deepstack_merger_list",
+    "language_projection",
+    "qformer",
+    "query_tokens",
+    "image_newline",
+)
+_IGNORED = -100
+
+
+class VideoLLM(nn.Module):
+    """A compressed model that learns answers and writes them.
+
+    Args:
+        compressed: its model perhaps in peft's wrapper; what trains requires gradients already. Its settings for
+            generation are replaced: answers are written greedily.
+        prompt: text with {question} and the host's placeholder; default: `default_prompt`.
+        answer_tokens: the most tokens of a written answer.
+        source: name or folder of the host model, found again from there; needed only for saving.
+        input: JSON data, how clips were read in training.
+
+    Raises:
+        ValueError: a prompt without {question} or the placeholder once each.
+    """
+
+    def __init__(
+        self,
+        compressed: Compressed,
+        prompt: str | None = None,
+        answer_tokens: int = 8,
+        source: str | None = None,
+        input: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        host = compressed.host
+        self.prompt = default_prompt(host.processor, host.placeholder) if prompt is None else prompt
+        for part in ("{question}", host.placeholder):
+            if self.prompt.count(part) != 1:
+                raise ValueError(f"expected a prompt with {part} once, as in {PROMPT!r}; got {self.prompt!r}")
+        self.model, self.merging, self.compressed = compressed.model, compressed.merging, compressed
+        self.answer_tokens, self.source, self.input = answer_tokens, source, dict(input or {})
+        self._ends = _ends(host)
+        # not the model's own, which may sample, and punish repetitions
+        host.target.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=answer_tokens, eos_token_id=self._ends, pad_token_id=self._ends[0]
+        )
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Learns or writes answers; the one way in under DeepSpeed.
+
+        Args:
+            batch: video (B, F, 3, S, S), pixels of 0 to 255 of any dtype; prompt, B texts; to learn, answer, B texts.
+
+        Returns:
+            with answers: losses (B,), of each answer the mean of -log p over its tokens and the end token; else
+            prediction (B, answer_tokens) int64, which `text` reads.
+        """
+        videos = list(batch["video"].round().to(torch.uint8))
+        if "answer" in batch:
+            return {"losses": self._losses(batch["prompt"], videos, batch["answer"])}
+        return {"prediction": self._write(batch["prompt"], videos)}
+
+    def _losses(self, prompts: Sequence[str], videos: list[Tensor], answers: Sequence[str]) -> Tensor:
+        inputs = self.compressed.prepare(prompts, videos, labels=answers)
+        labels = inputs.pop("labels")
+        first = int((labels != _IGNORED).any(dim=0).int().argmax())  # no answer begins before it
+        kept = labels.shape[1] - first + 1  # a token is told by the position before it
+        if "logits_to_keep" in inspect.signature(type(self.compressed.host.target).forward).parameters:
+            inputs["logits_to_keep"] = kept
+        # others give all positions
+        logits = at_least_float32(self.compressed(**inputs, use_cache=False).logits[:, -kept:-1])
+        wanted = labels[:, first:]
+        losses = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=_IGNORED, reduction="none")
+        return losses.sum(dim=1) / (wanted != _IGNORED).sum(dim=1)
+
+    @torch.no_grad()
+    def _write(self, prompts: Sequence[str], videos: list[Tensor]) -> Tensor:
+        # under ZeRO-3 a rank gathers weights from all others in each step: all take as many as the slowest
+        partitioned = hasattr(next(self.model.parameters()), "ds_id")
+        written = self.compressed.generate(**self.compressed.prepare(prompts, videos), synced_gpus=partitioned)
+        return F.pad(written, (0, self.answer_tokens - written.shape[1]), value=self._ends[0])
+
+    def loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """The mean over the answers of all ranks whose videos were readable; 0 if none was.
+
+        Args:
+            features: what forward made of the batch.
+            batch: valid (B,), 0 for unreadable videos.
+        """
+        valid = batch["valid"].bool()
+        # DeepSpeed averages over ranks, which may hold unequal numbers of valid ones
+        everywhere = gather_rows(valid.long())
+        ranks = len(everywhere) // len(valid)
+        return features["losses"].where(valid, 0.0).sum() * ranks / everywhere.sum().clamp(min=1)
+
+    # ---- text
+
+    def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Any]:
+        """The prompt, which lists the options if there are any, and the answer to learn, as texts."""
+        listed = f"{question} Options: {', '.join(options)}" if options else question
+        asked = {"prompt": self.prompt.replace("{question}", listed)}
+        return asked if answer is None else asked | {"answer": answer}
+
+    def text(self, prediction: Sequence[int]) -> str:
+        """A row of `prediction`, up to the end token, as text; empty if nothing was written."""
+        ids = list(prediction)
+        end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
+        tokenizer = self.compressed.tokenizer
+        return tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+    # ---- training
+
+    def is_new_parameter(self, name: str) -> bool:
+        """Whether a parameter was in no pretrained model: LoRA and clip positions, which learn at their own rate."""
+        return "lora_" in name or name.startswith("merging.")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the blocks of tower and language model in the backward pass."""
+        host = self.compressed.host
+        if isinstance(host, InEncoderHost):
+            host.frontend.set_grad_checkpointing(enable)
+        # transformers renames it from gradient_ to activation_
+        name = "activation" if hasattr(host.model, "activation_checkpointing_enable") else "gradient"
+        if enable:
+            getattr(host.model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        else:
+            getattr(host.model, f"{name}_checkpointing_disable")()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VideoLLM:
+        """Half precision, also as DeepSpeed sets it, is for weights: rounded rotary frequencies displace words."""
+        exact = [
+            (module, name, buffer)
+            for module in self.model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in exact:
+            cast = getattr(module, name)
+            if cast.dtype.itemsize < buffer.dtype.itemsize:
+                setattr(module, name, buffer.to(cast.device))
+        return self
+
+    # ---- folders
+
+    def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes what training made, and not the host model, which is found again by its name or folder.
+
+        adapter/ is peft's own; trained.safetensors holds the host's own weights that were trained, under the host's
+        names; tempme.json and tempme.safetensors are `Compressed`'s. `load_video_llm` reads all of it.
+
+        Args:
+            state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
+
+        Raises:
+            ValueError: a host model of unknown origin.
+        """
+        if self.source is None:
+            raise ValueError("to save what was trained, give VideoLLM the `source` of its host, a name or a folder")
+        directory, state = Path(directory), self.state_dict() if state is None else state
+        self.compressed.save_merging(directory)
+        # again, because the module's own may be partitioned
+        _save(
+            {k.removeprefix("merging."): v for k, v in state.items() if k.startswith("merging.")},
+            directory,
+            WEIGHTS_FILE,
+        )
+        own = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+        if isinstance(self.model, PeftModel):
+            self.model.peft_config["default"].save_pretrained(str(directory / ADAPTER_FOLDER))
+            adapter = get_peft_model_state_dict(self.model, own, save_embedding_layers=False)
+            _save(adapter, directory / ADAPTER_FOLDER, ADAPTER_FILE)
+        trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
+        trained = {name for name in trained if "lora_" not in name}
+        _save({_host_name(name): own[name] for name in trained}, directory, TRAINED_FILE)
+        names = ("source", "prompt", "answer_tokens", "input")
+        config = {name: getattr(self, name) for name in names} | {"feed": self.compressed.feed}
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def create_video_llm(
+    model: Any,
+    processor: Any,
+    method: str = "tempme",
+    num_frames: int = 8,
+    clip_position_std: float = 0.0,
+    lora_rank: int = 16,
+    train_frontend: bool = False,
+    prompt: str | None = None,
+    answer_tokens: int = 8,
+    source: str | None = None,
+    input: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> VideoLLM:
+    """Compresses a host model and says what trains in it.
+
+    The projector always trains, as in LLaVA; the language model by LoRA on all its linear layers or not at all.
+
+    Args:
+        model, processor, method, num_frames, clip_position_std, options: see `tempme_vl.integrations.compress`.
+        lora_rank: 0 for none; LoRA's update is scaled by 1, whatever the rank.
+        train_frontend: train the tower and the clip positions, too.
+        prompt, answer_tokens, source, input: see `VideoLLM`.
+
+    Raises:
+        ValueError: as `compress` and `VideoLLM`.
+    """
+    compressed = compress(model, processor, method, num_frames, clip_position_std, **options)
+    model.requires_grad_(False)
+    compressed.merging.requires_grad_(train_frontend)
+    if lora_rank:
+        targets = linear_layers(compressed.host)
+        lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets)
+        compressed = Compressed(compressed.host, get_peft_model(model, lora), compressed.feed)
+    projector = [weight for name, weight in model.named_parameters() if set(name.split(".")) & set(PROJECTORS)]
+    if not projector:
+        raise ValueError(f"{type(model).__name__} has none of {', '.join(PROJECTORS)}; add its projector's name there")
+    for weight in projector:
+        weight.requires_grad_(True)
+    if train_frontend:
+        for part in _tower_parts(compressed.host):
+            part.requires_grad_(True)
+    return VideoLLM(compressed, prompt, answer_tokens, source, input)
+
+
+def load_video_llm(directory: str | Path, source: str | Path | None = None, **options: Any) -> VideoLLM:
+    """What `VideoLLM.save_pretrained` wrote, on the host model that it was trained from.
+
+    Args:
+        source: the host model's name or folder, where it is not found by the one that it was trained from.
+        options: of the host's `from_pretrained`, such as dtype and device_map.
+
+    Raises:
+        ValueError: a folder of something else, or a host model that the weights do not fit.
+    """
+    directory = Path(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        raise ValueError(f"expected {CONFIG_FILE} in {directory}, as save_pretrained of a VideoLLM writes it")
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    feed, config["source"] = config.pop("feed"), str(source or config["source"])
+    model, processor = load_host(config["source"], read_config(directory)["model"], **options)
+    trained = load_file(directory / TRAINED_FILE)
+    there = model.state_dict()
+    if wrong := [key for key in trained if key not in there or there[key].shape != trained[key].shape]:
+        raise ValueError(f"{directory / TRAINED_FILE} does not fit {config['source']}: {sorted(wrong)[:4]} ...")
+    model.load_state_dict(trained, strict=False)
+    if (directory / ADAPTER_FOLDER).is_dir():
+        model = PeftModel.from_pretrained(model, str(directory / ADAPTER_FOLDER))
+    return VideoLLM(load_compressed(directory, model, processor, feed), **config).eval()
+
+
+def load_host(source: str, name: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """A video-language model of transformers and its processor, from safetensors, without running code of the folder.
+
+    Args:
+        source: a folder, or a name on the hub.
+        name: the model's class; default: the one that its configuration names.
+        options: of its `from_pretrained`; float32 without a dtype.
+
+    Raises:
+        ValueError: nothing that can be loaded whole there.
+    """
+    try:
+        if name is None:
+            (name,) = transformers.AutoConfig.from_pretrained(source).architectures
+        model, report = getattr(transformers, str(name)).from_pretrained(
+            source, **{"dtype": torch.float32, **options}, use_safetensors=True, output_loading_info=True
+        )
+        processor = transformers.AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"could not load {source!r}: {error}\nExpected a video-language model of transformers with its processor "
+            "and safetensors weights, in a folder or by its name on the hub"
+        ) from error
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
+        raise ValueError(f"{source} lacks {len(missing)} weights of a {name}: {missing[:4]} ...")
+    return model, processor
+
+
+def default_prompt(processor: Any, placeholder: str) -> str:
+    """A template for prompts by the host's own chat format, or LLaVA's if it has none.
+
+    Raises:
+        ValueError: a chat format that writes a video in another way than with the placeholder.
+    """
+    tokenizer = processor.tokenizer
+    chat = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if chat is None:
+        return PROMPT.replace("{video}", placeholder)
+    parts = [{"type": "video"}, {"type": "text", "text": "{question}"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], chat_template=chat, add_generation_prompt=True
+    )
+    if text.count(placeholder) != 1 or text.count("{question}") != 1:
+        raise ValueError(
+            f"the processor's chat template does not write {placeholder!r} and the question once each: {text!r}; give "
+            "a prompt of your own, with {question} and " + placeholder
+        )
+    start = tokenizer.bos_token
+    if start and text.startswith(start) and tokenizer(text)["input_ids"].count(tokenizer.bos_token_id) > 1:
+        return text[len(start) :]  # the tokenizer writes it, too
+    return text
+
+
+def linear_layers(host: Host) -> str:
+    """A pattern of the names of the language model's linear layers, the one that gives the words left out."""
+    inner, words = host.language_model, host.target.get_output_embeddings()
+    prefix = next(name for name, module in host.model.named_modules() if module is inner)
+    names = {name for name, m in inner.named_modules() if isinstance(m, nn.Linear) and m is not words}
+    last = sorted({name.rpartition(".")[2] for name in names})
+    return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(map(re.escape, last))})"
+
+
+def _tower_parts(host: Host) -> list[nn.Module]:
+    """What runs of the tower; the head, which pools for other uses, does not."""
+    if isinstance(host, InEncoderHost):
+        return [host.frontend.embed, host.frontend.blocks, host.frontend.norm]
+    return [host.tower]  # type: ignore[attr-defined]
+
+
+def _ends(host: Host) -> list[int]:
+    """Tokens that end an answer, the tokenizer's own first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    own, known = host.processor.tokenizer.eos_token_id, host.target.generation_config.eos_token_id
+    ends = [token for token in (own, *(known if isinstance(known, list) else [known])) if token is not None]
+    if not ends:
+        raise ValueError("expected a tokenizer with an end token (eos_token), which ends answers; this one has none")
+    return list(dict.fromkeys(ends))
+
+
+def _host_name(name: str) -> str:
+    """A parameter's name in the host model, without what peft's wrapper puts in front."""
+    return name.removeprefix("base_model.model.")
+
+
+def _save(state: Mapping[str, Tensor], directory: Path, name: str) -> None:
+    """Writes weights, if there are any."""
+    if state:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(tensors, directory / name, metadata={"format": "pt"})

@@ -1,0 +1,134 @@
+"""The command's rows are what they say: the host is the host itself, counts come true, and the table has them all."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+COMMAND = Path(__file__).parents[2] / "eval" / "videollm_speed.py"
+SCRIPT = runpy.run_path(str(COMMAND))
+MERGING = {"r": 1, "merge_layers": (2, 3, 4)}
+NAMES = ["host", "tempme", "tome", "post-encoder"]
+
+
+@pytest.fixture(scope="module")
+def built() -> tuple[Any, Any, dict[str, Any]]:
+    """A tiny model that answers by what it sees, its processor, and the ways by name."""
+    torch.manual_seed(0)
+    options = SCRIPT["Options"](model="tiny", **MERGING)
+    model, processor = SCRIPT["build"](options)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model, processor, {way.name: way for way in SCRIPT["all_ways"](model, processor, options)}
+
+
+def clips(count: int) -> list[np.ndarray]:
+    return [np.random.default_rng(n).integers(0, 256, (8, 40, 48, 3), dtype=np.uint8) for n in range(count)]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, file: Path, more: str) -> list[dict[str, Any]]:
+    command = f"{COMMAND} --model tiny --r 1 --merge-layers 2 3 4 --new-tokens 3 --repeats 2 {more} --json {file}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_path(str(COMMAND), run_name="__main__")
+    return json.loads(file.read_text())["rows"]
+
+
+def test_the_host_writes_what_it_writes_by_itself(built: tuple[Any, Any, dict[str, Any]]) -> None:
+    model, processor, ways = built
+    inputs = processor(text=[SCRIPT["PROMPT"]] * 2, videos=clips(2), return_tensors="pt", padding=True)
+    own = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)[:, -6:]
+    times, ids = SCRIPT["answer"](model, ways["host"], clips(2), 6)
+    assert torch.equal(ids, own) and not torch.equal(own[0], own[1])
+    whole = times.preprocessing + times.tower + times.prefill + 5 * times.token
+    assert whole == pytest.approx(times.total)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_language_model_reads_as_many_tokens_as_told(
+    name: str, built: tuple[Any, Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, ways = built
+    lengths: list[int] = []
+    forward = model.model.language_model.forward
+    monkeypatch.setattr(
+        model.model.language_model,
+        "forward",
+        lambda **inputs: (lengths.append(inputs["inputs_embeds"].shape[1]), forward(**inputs))[1],
+    )
+    _, ids = SCRIPT["answer"](model, ways[name], clips(1), 3)
+    assert ids.shape == (1, 3) and lengths == [ways[name].tokens + len(SCRIPT["PROMPT"].split()), 1, 1]
+
+
+def test_merging_behind_the_tower_starts_from_the_hosts_own_features(built: tuple[Any, Any, dict[str, Any]]) -> None:
+    model, processor, ways = built
+    plain = SCRIPT["Compressed"](SCRIPT["PostEncoderVideoLlava"](model, processor, "none", 8, {}), model)
+    with torch.no_grad():
+        host, ours = (
+            prepare(clips(2)) for prepare in (ways["host"].prepare, lambda videos: SCRIPT["our_inputs"](plain, videos))
+        )
+    assert torch.equal(host["input_ids"], ours["input_ids"])
+    features = [inputs["mm_encoder_outputs"]["video"].pooler_output for inputs in (host, ours)]
+    assert torch.equal(features[0].flatten(0, 1), features[1].flatten(0, 1))
+    assert plain.host.costs().native_tokens == ways["host"].tokens
+    # its way to count the tower's work leaves out the patches' embedding alone
+    assert 0.8 < plain.host.costs().native_tower / ways["host"].tower_gflops <= 1
+
+
+def test_timing_leaves_no_hooks(built: tuple[Any, Any, dict[str, Any]]) -> None:
+    model, _, ways = built
+
+    def hooks() -> list[int]:
+        SCRIPT["answer"](model, ways["host"], clips(1), 2)
+        return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+    assert hooks() == hooks()  # transformers puts some of its own in the first pass
+
+
+@pytest.mark.parametrize(("choices", "chosen"), [(range(9), 4), (range(3), 2), (range(5, 9), 5)])
+def test_nearest(choices: range, chosen: int) -> None:
+    assert SCRIPT["nearest"](lambda choice: 100 - 10 * choice, choices, 58) == chosen
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_the_command_prints_a_table(
+    layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(monkeypatch, tmp_path / "out" / "rows.json", f"--llm-layers {layers} --batch 2")
+    assert [row["row"] for row in rows] == NAMES
+    host, tempme, tome, behind = rows
+    assert host["tokens"] == 8 * 17 and max(row["tokens"] for row in (tempme, tome, behind)) < host["tokens"] / 2
+    assert host["tower_gflops"] == behind["tower_gflops"] > max(tempme["tower_gflops"], tome["tower_gflops"])
+    assert all(row["prefill_gflops"] < host["prefill_gflops"] for row in rows[1:])
+    for row in rows:
+        assert len(row["runs"]) == 2 and all(value > 0 for value in row["ratios"].values())
+        assert row["seconds"].keys() == host["seconds"].keys() and ("at_depth" in row["seconds"]) == (layers < 4)
+    assert set(host["ratios"].values()) == {1.0}
+    shown = capsys.readouterr().out
+    table = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(table) == 6 and len({line.count("|") for line in table}) == 1 and "this machine" in shown
+    assert [line.split("|")[2].strip() for line in table[2:]] == [str(row["tokens"]) for row in rows]
+    assert ("extrapolated to 4 layers" in shown) == (layers < 4)
+
+
+def test_at_full_depth_everything_but_the_last_module_is_repeated(
+    built: tuple[Any, Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, ways = built
+    monkeypatch.setitem(SCRIPT["summarize"].__globals__, "paired_times", lambda *_: {"head": [1.0]})
+    times = {name: [SCRIPT["Times"](0.5, 2.0, 5.0, 3.0, 13.5)] for name in ways}
+    options = SCRIPT["Options"](model="tiny", new_tokens=3, llm_layers=2)
+    rows = SCRIPT["summarize"](model, list(ways.values()), times, options)
+    assert rows[0]["seconds"]["at_depth"] == 0.5 + 2.0 + (1 + 4 * 2) + 2 * (1 + 2 * 2)
+
+
+def test_one_new_token_has_no_decoding_to_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="2 or more, got 1"):
+        run(monkeypatch, tmp_path / "rows.json", "--new-tokens 1")
