@@ -1,6 +1,6 @@
 """Question answering about videos with TempMe: a classifier, a decoder or a language model on the merged tokens.
 
-A first try, on any machine (renders its own small data set; 6 minutes on 2 CPU cores):
+A first try, on any machine (renders its own small data set; 8 minutes on 2 CPU cores):
     deepspeed --num_accelerators 2 recipes/videoqa.py
 
 MSRVTT-QA as UMT has it, B/16 with its frames apart and TempMe, on 8 A100 (not yet measured; the paper reports 44.6):

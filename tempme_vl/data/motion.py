@@ -191,7 +191,7 @@ def render_motion(
 ) -> Path:
     """Render the data set under `root`, unless it is there already, and return `root`.
 
-    Takes some 15 s and 60 MB at the default size. Several processes may call it at once: one renders, the others
+    Takes some 20 s and 87 MB at the default size. Several processes may call it at once: one renders, the others
     wait. `motion.json` is written last, so a folder without it is unfinished and is rendered afresh.
 
     Args:
