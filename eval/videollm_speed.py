@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -34,9 +33,9 @@ from tempme_vl.frontend import make_schedule
 from tempme_vl.integrations import Compressed, SampledVideo, compress
 from tempme_vl.integrations.base import prefill_gflops
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, make_plan, pooled
+from tempme_vl.integrations.tiny import word_tokenizer
 
 PROMPT = "USER: <video> Why is this video funny? ASSISTANT:"
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<video>", "<image>")
 FRAME = (360, 640)  # height and width of the frames that come in
 CROSS_PERCENT = 40  # of merging behind the tower; the rest of what it needs comes inside the clips
 
@@ -216,12 +215,13 @@ def main(options: Options) -> None:
 def build(options: Options) -> tuple[Any, Any]:
     """A random model and its processor with a tokenizer of the prompt's words."""
     sizes = SIZES[options.model]
-    ids = {word: number for number, word in enumerate(dict.fromkeys((*SPECIAL, *PROMPT.split())))}
+    tokenizer: Any = word_tokenizer(PROMPT.split(), {"image_token": "<image>", "video_token": "<video>"})
+    number = tokenizer.get_vocab()
     config = transformers.VideoLlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**sizes.vision),
         text_config=transformers.LlamaConfig(**sizes.text, num_hidden_layers=options.llm_layers, pad_token_id=0),
-        video_token_index=ids["<video>"],
-        image_token_index=ids["<image>"],
+        video_token_index=number["<video>"],
+        image_token_index=number["<image>"],
     )
     lower = options.dtype == "bfloat16" or (options.dtype is None and options.device == "cuda")
     with torch.device(options.device):
@@ -229,19 +229,8 @@ def build(options: Options) -> tuple[Any, Any]:
             config, dtype=torch.bfloat16 if lower else torch.float32
         ).eval()
     model.generation_config.pad_token_id = 0
-    model.generation_config.suppress_tokens = list(range(len(SPECIAL)))  # random weights may write any token
+    model.generation_config.suppress_tokens = tokenizer.all_special_ids  # random weights may write any token
 
-    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"video_token": "<video>", "image_token": "<image>"},
-    )
     side = sizes.vision["image_size"]
     crop: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     processor = transformers.VideoLlavaProcessor(

@@ -6,7 +6,7 @@ A first try, on any machine (a tiny random Video-LLaVA on a small data set that 
 
 Video-LLaVA-7B with TempMe on MSRVTT-QA, on 8 A100 (not yet measured; the schedule is an example, no paper has one):
     deepspeed --num_gpus 8 recipes/videollm_lora.py --data-root /data/msrvtt --host LanguageBind/Video-LLaVA-7B-hf \
-        --r 8 --merge-layers 14 17 20 --merge-frames 2 2 2 --cross-percent 40 --intra-percent 10 \
+        --r 8 --merge-layers 16 18 20 --merge-frames 2 2 2 --cross-percent 30 --intra-percent 10 \
         --train-frontend --frame-cache /data/frames --grad-checkpointing --deepspeed-config recipes/ds/zero2.json
 
 Qwen2.5-VL, which merges behind its tower (not yet measured):

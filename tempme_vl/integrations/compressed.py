@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +159,20 @@ class Compressed:
         self.host.processor.save_pretrained(directory)
         self.save_merging(directory)
 
-    def save_merging(self, directory: str | Path) -> None:
-        """Writes what belongs to the compression alone: tempme.json, and tempme.safetensors if anything was learnt."""
+    def save_merging(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes what belongs to the compression alone: tempme.json, and tempme.safetensors if anything was learnt.
+
+        Args:
+            state: weights of `merging`, where its own are partitioned (ZeRO-3) or half precision.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"model": type(self.host.model).__name__, **self.host.config()}
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        state = {key: value.detach().cpu().contiguous() for key, value in self.merging.state_dict().items()}
+        state = self.merging.state_dict() if state is None else state
         if state:
-            save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+            weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
     def load_merging(self, directory: str | Path) -> None:
         """Reads the weights that `save_merging` wrote.

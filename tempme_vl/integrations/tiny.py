@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def tiny_host(name: str, texts: Iterable[str], seed: int = 0) -> tuple[Any, Any]
 
 def _video_llava(words: list[str]) -> tuple[Any, Any]:
     named = {"image_token": "<image>", "video_token": "<video>"}
-    tokenizer = _tokenizer(words, named)
+    tokenizer = word_tokenizer(words, named)
     sizes: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}
     vision = transformers.CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -76,7 +76,7 @@ def _video_llava(words: list[str]) -> tuple[Any, Any]:
 def _qwen2_5_vl(words: list[str]) -> tuple[Any, Any]:
     named = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
     around = {f"vision_{side}_token": f"<|vision_{side}|>" for side in ("start", "end")}
-    tokenizer = _tokenizer(words, named | around)
+    tokenizer = word_tokenizer(words, named | around)
     ids: dict[str, Any] = {f"{n}_id": tokenizer.convert_tokens_to_ids(word) for n, word in (named | around).items()}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     sizes: dict[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
@@ -113,8 +113,13 @@ def _qwen2_5_vl(words: list[str]) -> tuple[Any, Any]:
 TINY: dict[str, Callable[[list[str]], tuple[Any, Any]]] = {"VideoLlava": _video_llava, "Qwen2_5_VL": _qwen2_5_vl}
 
 
-def _tokenizer(words: list[str], named: dict[str, str]) -> PreTrainedTokenizerFast:
-    """Of whole words, with <s> in front of every text."""
+def word_tokenizer(words: Iterable[str], named: Mapping[str, str]) -> PreTrainedTokenizerFast:
+    """Of whole words, with <s> in front of every text.
+
+    Args:
+        words: have the numbers behind those of <pad>, <s>, </s>, <unk> and the named ones.
+        named: special tokens by the names that processors know them by, such as video_token.
+    """
     numbers = {word: number for number, word in enumerate(dict.fromkeys((*_SPECIAL, *named.values(), *words)))}
     whole = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -125,7 +130,7 @@ def _tokenizer(words: list[str], named: dict[str, str]) -> PreTrainedTokenizerFa
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens=named,
+        extra_special_tokens=dict(named),
         padding_side="right",
         model_input_names=["input_ids", "attention_mask"],
     )

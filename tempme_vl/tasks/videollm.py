@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from tempme_vl.integrations import Compressed, Host, compress, load_compressed
-from tempme_vl.integrations.compressed import WEIGHTS_FILE, read_config
+from tempme_vl.integrations.compressed import read_config
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import gather_rows
+from tempme_vl.tasks.pretrained_lm import exact_buffers, set_grad_checkpointing
 
 PROMPT = "USER: {video}\n{question} ASSISTANT:"  # LLaVA's, for hosts without a chat template
 ADAPTER_FOLDER, ADAPTER_FILE = "adapter", "adapter_model.safetensors"  # the file as peft calls it
@@ -156,26 +157,11 @@ class VideoLLM(nn.Module):
         host = self.compressed.host
         if isinstance(host, InEncoderHost):
             host.frontend.set_grad_checkpointing(enable)
-        # transformers renames it from gradient_ to activation_
-        name = "activation" if hasattr(host.model, "activation_checkpointing_enable") else "gradient"
-        if enable:
-            getattr(host.model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-        else:
-            getattr(host.model, f"{name}_checkpointing_disable")()
+        set_grad_checkpointing(host.model, enable)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VideoLLM:
-        """Half precision, also as DeepSpeed sets it, is for weights: rounded rotary frequencies displace words."""
-        exact = [
-            (module, name, buffer)
-            for module in self.model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.is_floating_point()
-        ]
-        super()._apply(fn, recurse)
-        for module, name, buffer in exact:
-            cast = getattr(module, name)
-            if cast.dtype.itemsize < buffer.dtype.itemsize:
-                setattr(module, name, buffer.to(cast.device))
+        with exact_buffers(self.model):
+            super()._apply(fn, recurse)
         return self
 
     # ---- folders
@@ -195,13 +181,8 @@ class VideoLLM(nn.Module):
         if self.source is None:
             raise ValueError("to save what was trained, give VideoLLM the `source` of its host, a name or a folder")
         directory, state = Path(directory), self.state_dict() if state is None else state
-        self.compressed.save_merging(directory)
-        # again, because the module's own may be partitioned
-        _save(
-            {k.removeprefix("merging."): v for k, v in state.items() if k.startswith("merging.")},
-            directory,
-            WEIGHTS_FILE,
-        )
+        merging = {key.removeprefix("merging."): value for key, value in state.items() if key.startswith("merging.")}
+        self.compressed.save_merging(directory, merging)
         own = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
         if isinstance(self.model, PeftModel):
             self.model.peft_config["default"].save_pretrained(str(directory / ADAPTER_FOLDER))

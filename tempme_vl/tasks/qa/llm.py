@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.pretrained_lm import exact_buffers, set_grad_checkpointing
 from tempme_vl.tasks.qa.base import QAHead
 
 TEMPLATE = "Question: {question} Short answer:"  # BLIP-2's, which models without a chat format understand, too
@@ -221,26 +222,11 @@ class LLMHead(QAHead):
         return F.pad(written, (0, self.answer_words - written.shape[1]), value=self._end)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        # transformers renames it from gradient_ to activation_
-        name = "activation" if hasattr(self.llm, "activation_checkpointing_enable") else "gradient"
-        if enable:
-            getattr(self.llm, f"{name}_checkpointing_enable")({"use_reentrant": False})
-        else:
-            getattr(self.llm, f"{name}_checkpointing_disable")()
+        set_grad_checkpointing(self.llm, enable)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LLMHead:
-        """Half precision, also as DeepSpeed sets it, is for weights: rounded rotary frequencies displace words."""
-        exact = [
-            (module, name, buffer)
-            for module in self.llm.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.is_floating_point()
-        ]
-        super()._apply(fn, recurse)
-        for module, name, buffer in exact:
-            cast = getattr(module, name)
-            if cast.dtype.itemsize < buffer.dtype.itemsize:
-                setattr(module, name, buffer.to(cast.device))
+        with exact_buffers(self.llm):
+            super()._apply(fn, recurse)
         return self
 
     # ---- folders
