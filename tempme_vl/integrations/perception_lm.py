@@ -1,23 +1,28 @@
-"""PerceptionLM on a plain timm ViT: the tower's normed tokens without CLS, a projector, adaptive pooling on the grid.
+"""PerceptionLM: a timm ViT, its normed tokens without CLS, a projector, adaptive pooling on the grid.
 
-The published models have Perception Encoder as their tower, which rotates queries and keys by position; inside such a
-tower nothing can merge, and it is refused with that reason.
+A plain ViT merges inside. The published models have Perception Encoder as their tower, which rotates queries and keys
+by position, so that nothing can merge inside it: there the tokens merge behind projector and pooling.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
+from tempme_vl.integrations.base import Host, SampledVideo
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
+from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, pooled
 from tempme_vl.merging import MergeSchedule
 
 
 class PerceptionLMHost(InEncoderHost):
-    """Raises:
-    ValueError: a tower with registers, or with a CLS token that the host keeps.
+    """With a plain ViT; `create` and `restore` give a `RotaryPerceptionLMHost` for a tower that rotates.
+
+    Raises:
+        ValueError: a tower with registers, or with a CLS token that the host keeps.
     """
 
     def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
@@ -27,6 +32,18 @@ class PerceptionLMHost(InEncoderHost):
                 f"vision_use_cls_token={model.config.vision_use_cls_token} does not fit a tower with "
                 f"{self.frontend.shape.num_prefix} CLS tokens and registers"
             )
+
+    @classmethod
+    def create(cls, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]) -> Host:
+        if rotates(model):
+            return RotaryPerceptionLMHost.create(model, processor, method, num_frames, options)
+        return super().create(model, processor, method, num_frames, options)
+
+    @classmethod
+    def restore(cls, model: Any, processor: Any, config: Mapping[str, Any]) -> Host:
+        if rotates(model):
+            return RotaryPerceptionLMHost.restore(model, processor, config)
+        return super().restore(model, processor, config)
 
     @staticmethod
     def tower(model: Any) -> nn.Module:
@@ -48,3 +65,35 @@ class PerceptionLMHost(InEncoderHost):
     @staticmethod
     def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
         return num_frames * (grid_side(shape) // model.config.projector_pooling_ratio) ** 2
+
+
+class RotaryPerceptionLMHost(PostEncoderHost):
+    """With Perception Encoder, whose grid the projector pools."""
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self.tower.timm_model.patch_embed.grid_size
+        ratio = self.model.config.projector_pooling_ratio
+        return rows // ratio, columns // ratio
+
+    def attended(self, grid: tuple[int, int]) -> tuple[int, float]:
+        rows, columns = self.tower.timm_model.patch_embed.grid_size
+        tokens = rows * columns + self.tower.timm_model.num_prefix_tokens
+        return tokens, tokens
+
+    @property
+    def tower_width(self) -> int:
+        return self.tower.timm_model.embed_dim
+
+    def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
+        values = self.processor.video_processor(
+            videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
+        )["pixel_values_videos"]
+        weight = next(self.tower.parameters())
+        pixels = values.to(weight.device, weight.dtype)
+        x = pooled(self.model.model.get_image_features(pixel_values=pixels)).unflatten(0, pixels.shape[:2])
+        return [FrameFeatures(row, self.grid(*video.frames.shape[1:3])) for row, video in zip(x, videos, strict=True)]
+
+
+def rotates(model: Any) -> bool:
+    """Whether the tower rotates queries and keys by position."""
+    return getattr(getattr(model.model.vision_tower, "timm_model", None), "rope", None) is not None

@@ -153,9 +153,15 @@ class PostEncoderHost(Host):
     slot_frames = 1  # frames that the tower joins by itself
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         """The vision tower."""
         return self.model.model.vision_tower
+
+    @property
+    def tower_width(self) -> int:
+        """D of the tower's tokens."""
+        vision = self.model.config.vision_config
+        return getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the language model's
 
     @abstractmethod
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -198,10 +204,8 @@ class PostEncoderHost(Host):
         native, ours = self.count(*_TYPICAL)
         blocks = max((m for m in self.tower.modules() if isinstance(m, nn.ModuleList)), key=len)
         weights = sum(weight.numel() for weight in blocks.parameters() if weight.ndim > 1)
-        vision = self.model.config.vision_config
-        width = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the language model's
         tokens, attended = self.attended(grid)
-        tower = self.slots * tokens * (2 * weights + 4 * len(blocks) * attended * width) / 1e9
+        tower = self.slots * tokens * (2 * weights + 4 * len(blocks) * attended * self.tower_width) / 1e9
         return Costs(native, ours, tower, tower)
 
     # ---- counts

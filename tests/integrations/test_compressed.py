@@ -165,14 +165,6 @@ def test_models_that_do_not_fit_are_refused() -> None:
     compress(pooled, processor, "none")
     with pytest.raises(ValueError, match="weights of its own and needs a grid"):
         compress(pooled, processor, "tome", r=1)
-    rotary, processor = tiny.build("PerceptionLM")
-    rotary.model.vision_tower.timm_model = transformers.TimmWrapperModel(
-        transformers.TimmWrapperConfig(
-            architecture="vit_pe_core_tiny_patch16_384", model_args={"embed_dim": 32, "depth": 1, "num_heads": 2}
-        )
-    ).timm_model
-    with pytest.raises(ValueError, match="rotate by position"):
-        compress(rotary, processor)
 
 
 def test_ways_that_are_not_there_are_refused() -> None:

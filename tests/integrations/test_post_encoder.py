@@ -276,6 +276,7 @@ def test_prompts_tell_the_clips(name: str) -> None:
     text = "".join(compressed.tokenizer.convert_ids_to_tokens([i for i in ids if i != compressed.host.token_id]))
     expected = {
         "Qwen2.5-VL": "<|vision_start|><|vision_end|>",
+        "PerceptionLM, rotary": "",
         "Qwen3-VL": "<|vision_start|><35.0 seconds><|vision_start|><|vision_end|><|vision_end|>",
         "InternVL": "Frame1: <img></img>\nFrame2: <img></img>",
         "SmolVLM": "You are provided the following series of two frames from a 0:01:20 [H:MM:SS] video.\n"

@@ -197,11 +197,46 @@ def smolvlm() -> tuple[Any, Any]:
     return _finished(transformers.SmolVLMForConditionalGeneration(config)), processor
 
 
+def perception_lm() -> tuple[Any, Any]:
+    tower = {
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "img_size": [32, 32],
+        "patch_size": 4,
+        "ref_feat_shape": (8, 8),
+    }
+    config = transformers.PerceptionLMConfig(
+        vision_config=transformers.TimmWrapperConfig(
+            architecture="vit_pe_core_tiny_patch16_384", model_args={**tower, "global_pool": ""}
+        ),
+        text_config=transformers.LlamaConfig(**_TEXT),
+        vision_use_cls_token=True,
+        projector_pooling_ratio=2,
+        image_token_id=_IDS["image_token_id"],
+        video_token_id=_IDS["video_token_id"],
+        tie_word_embeddings=False,
+    )
+    sizes: dict[str, Any] = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
+    names = ("PerceptionLMImageProcessor", "PerceptionLMImageProcessorFast")  # the second one in transformers 4
+    processor = _takes_letters(transformers.PerceptionLMProcessor)(
+        video_processor=transformers.PerceptionLMVideoProcessor(**sizes),
+        image_processor=getattr(transformers, next(name for name in names if hasattr(transformers, name)))(
+            tile_size=32
+        ),
+        tokenizer=tokenizer(),
+        patch_size=4,
+        pooling_ratio=2,
+    )
+    return _finished(transformers.PerceptionLMForConditionalGeneration(config)), processor
+
+
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "Qwen2.5-VL": qwen2_5_vl,
     "Qwen3-VL": qwen3_vl,
     "InternVL": internvl,
     "SmolVLM": smolvlm,
+    "PerceptionLM, rotary": perception_lm,
 }
 
 
