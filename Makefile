@@ -1,4 +1,4 @@
-# make demo       train three models alike on the embedded data set and print the table (6 minutes on 2 cores)
+# make demo       train three models alike on the embedded data set and print the table (6 to 8 minutes on 2 cores)
 # make test       lint, types, import directions, tests
 # make lint       ruff and mypy alone
 # make versions   tests of all that builds on transformers in five versions of it, and docs/versions.md (minutes)
