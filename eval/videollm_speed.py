@@ -32,6 +32,7 @@ from tempme_vl.evaluation.measure import device_name, paired_times, synchronize
 from tempme_vl.frontend import make_schedule
 from tempme_vl.integrations import Compressed, SampledVideo, compress
 from tempme_vl.integrations.base import prefill_gflops
+from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, make_plan, pooled
 from tempme_vl.integrations.tiny import word_tokenizer
 
@@ -264,7 +265,8 @@ def all_ways(model: Any, processor: Any, options: Options) -> list[Way]:
     percents = {"cross_percent": options.cross_percent, "intra_percent": options.intra_percent}
     tempme: dict[str, Any] = {"r": options.r, **joins, **percents}
     inside = compress(model, processor, "tempme", options.frames, **tempme)
-    costs, schedule = inside.host.costs(), inside.host.frontend.schedule  # type: ignore[attr-defined]
+    assert isinstance(inside.host, InEncoderHost), type(inside.host)
+    costs, schedule = inside.host.costs(), inside.host.frontend.schedule
 
     def tome_tokens(r: int) -> int:
         layers = len(schedule.plan)

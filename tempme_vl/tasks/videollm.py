@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 from tempme_vl.integrations import Compressed, Host, compress, load_compressed
 from tempme_vl.integrations.compressed import read_config
 from tempme_vl.integrations.in_encoder import InEncoderHost
+from tempme_vl.integrations.post_encoder import PostEncoderHost
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import gather_rows
 from tempme_vl.tasks.pretrained_lm import exact_buffers, set_grad_checkpointing
@@ -333,7 +334,8 @@ def _tower_parts(host: Host) -> list[nn.Module]:
     """What runs of the tower; the head, which pools for other uses, does not."""
     if isinstance(host, InEncoderHost):
         return [host.frontend.embed, host.frontend.blocks, host.frontend.norm]
-    return [host.tower]  # type: ignore[attr-defined]
+    assert isinstance(host, PostEncoderHost), type(host)
+    return [host.tower]
 
 
 def _ends(host: Host) -> list[int]:
