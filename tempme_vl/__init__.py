@@ -7,6 +7,8 @@ predictions, runs without loading torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from tempme_vl.frontend import VisualFrontend, create_frontend, make_schedule
     from tempme_vl.merging import MergeSchedule
