@@ -1,33 +1,59 @@
 # make demo       train three models alike on the embedded data set and print the table (6 to 8 minutes on 2 cores)
 # make test       lint, types, import directions, tests
+# make test-all   the same, then the slow tests
 # make lint       ruff and mypy alone
-# make versions   tests of all that builds on transformers in five versions of it, and docs/versions.md (minutes)
-# Each prepares .venv by itself when pyproject.toml is newer than it. PYTHON chooses the interpreter (>= 3.10).
+# make oldest     the whole test suite with the lowest versions that pyproject.toml allows, and its column of docs/versions.md
+# make newest     the same with the newest of everything, whatever constraints.txt says
+# make versions   the same with the locked versions, and all that builds on transformers in five versions of it
+# make lock       write constraints.txt anew; UPGRADE=--upgrade for the newest versions, else what fits stays
+#
+# Each prepares .venv by itself, with the exact versions of constraints.txt, when that file or pyproject.toml is newer than
+# it. PYTHON chooses the interpreter (3.10 to 3.13).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+# also for what packages are built with
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+UPGRADE ?=
+RESOLUTION_oldest := lowest-direct
+RESOLUTION_newest := highest
 
-.PHONY: demo test lint versions
+.PHONY: demo test test-all lint oldest newest versions lock
 
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python recipes/motion_demo.py
+	$(RUN) $(BIN)/python recipes/motion_demo.py
 
 test: lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	$(RUN) $(BIN)/python -m pytest
+
+test-all: test
+	$(RUN) $(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+oldest newest: $(READY)
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venvs/$@
+	$(BIN)/uv pip install --quiet --python .venvs/$@/bin/python --resolution $(RESOLUTION_$@) --editable '.[dev]'
+	PATH="$(CURDIR)/.venvs/$@/bin:$$PATH" .venvs/$@/bin/python tests/suite.py $@
+
 versions: $(READY)
+	$(RUN) $(BIN)/python tests/suite.py locked
 	$(BIN)/python tests/versions.py
 
-$(READY): pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'tempme_vl needs Python 3.10 or newer; set PYTHON')"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+lock: $(READY)
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.10 --extra dev --extra tensorboard $(UPGRADE) \
+		--quiet --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and f'expected Python 3.10 to 3.13, for which constraints.txt has versions; got {v[0]}.{v[1]}: give another, make ... PYTHON=python3.12')"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PINNED) $(BIN)/python -m pip install --quiet pip
+	$(PINNED) $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "installed: $$($(BIN)/python -m pip freeze --all --exclude-editable | tr '\n' ' ')"
 	touch $(READY)

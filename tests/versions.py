@@ -1,9 +1,9 @@
-"""The tests of all that builds on transformers, in several versions of it, and docs/versions.md with what came out.
+"""The tests of all that builds on transformers, in several versions of it, and what came out in docs/versions.md.
 
     python tests/versions.py [VERSION ...]
 
 Each version has an environment of its own in .venvs/, with what it needs in other versions than the environment that
-runs this script has; all else is found there. The newest version is that environment's own. A host that a version
+runs this script has; all else is found there. The last version is that environment's own. A host that a version
 cannot run must be refused, in a test, and a skipped test counts as failed. Only a run of all versions writes the page.
 """
 
@@ -24,10 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from suite import END, PAGE, ROOT
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "versions.md"
-OLDER = ("4.57.6", "5.0.0", "5.14.1", "5.18.0")  # the oldest supported one, and where something changed
+HTTP = ("httpx==0.28.1", "httpcore==1.0.9", "certifi==2026.10.19.post1")
+REQUESTS = ("requests==2.34.2", "charset-normalizer==3.5.3", "urllib3==2.8.0", "certifi==2026.10.19.post1")
+# The oldest supported one, and where something changed; with what each needs in other versions than constraints.txt.
+OLDER = {
+    "4.57.6": ("huggingface_hub==0.36.2", "tokenizers==0.22.2", *REQUESTS),
+    "5.0.0": ("huggingface_hub==1.33.0", "tokenizers==0.22.2", "typer-slim==0.24.0", *HTTP),
+    "5.14.1": ("huggingface_hub==1.33.0", "tokenizers==0.22.2", *HTTP),
+    "5.18.0": (),
+}
 HOSTS = ("tests/integrations/test_hosts.py", "tests/integrations/test_post_encoder.py")
 SHARED, TOWERS = "tests/integrations/test_compressed.py", "tests/backbones/test_hf.py"
 PARTS = ("transformers", "tokenizers", "huggingface_hub", "peft")
@@ -115,8 +122,8 @@ def python_of(version: str) -> str:
     )
     # a line of a .pth file comes behind the environment's own packages
     (site / "behind.pth").write_text(os.path.relpath(own, site) + "\n")
-    # pip sees both and installs what is missing or does not fit
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"transformers=={version}"], check=True)
+    exact = [f"transformers=={version}", *OLDER.get(version, ())]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *exact], check=True)
     return python
 
 
@@ -168,7 +175,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def page(reports: Sequence[Report]) -> str:
-    """docs/versions.md: nothing in it changes from one run to the next, unless a result does."""
+    """Its part of docs/versions.md: nothing in it changes from one run to the next, unless a result does."""
     versions = [report.versions["transformers"] for report in reports]
     torch = version_of("torch").split("+")[0]
     footnotes = Footnotes()
@@ -190,7 +197,7 @@ def page(reports: Sequence[Report]) -> str:
     own = [[part, *(report.versions.get(part, "-") for report in reports)] for part in PARTS[1:]]
     return "\n".join(
         [
-            "# Versions of transformers",
+            "## Versions of transformers",
             "",
             "Written by `make versions` (`tests/versions.py`), which runs the tests of video-language models and of",
             "transformers' towers in several versions, each in an environment of its own. Numbers are tests that",
@@ -199,7 +206,7 @@ def page(reports: Sequence[Report]) -> str:
             "",
             *table(["transformers", *versions], [*own, ["tests", *totals]]),
             "",
-            "## Video-language models",
+            "### Video-language models",
             "",
             *table(["host", *versions], [*hosts, *shared]),
             "",
@@ -209,11 +216,11 @@ def page(reports: Sequence[Report]) -> str:
             "language model on the embeddings that the host's own forward makes of a video, which should be the",
             "host's own.",
             "",
-            "## Towers of transformers",
+            "### Towers of transformers",
             "",
             *table(["tower", *versions], towers),
             "",
-            "## What is tested of a video-language model",
+            "### What is tested of a video-language model",
             "",
             *table(["test", *versions], rows(HOSTS, "test")),
             "",
@@ -232,7 +239,8 @@ def main() -> None:
     text = page(reports)
     print(text)
     if chosen == every:
-        PAGE.write_text(text)
+        suite, _ = PAGE.read_text().split(END)
+        PAGE.write_text(f"{suite}{END}\n\n{text}")
     failed = [(r.versions["transformers"], c) for r in reports for c in r.cases if not c.passed]
     counts = Counter(version for version, _ in failed)
     broken = [r.versions["transformers"] for r in reports if not r.complete]
