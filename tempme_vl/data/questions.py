@@ -23,8 +23,8 @@ class TrainQuestions(Dataset):
     Everything random of a sample, also which of several right answers is taken, is drawn from (seed, epoch, index),
     so neither ranks, workers nor a resumed run change it.
 
-    Items: video (F, 3, S, S) float32, frame_mask (F,), what `tokenize` gives, valid 0 or 1, name; option_valid (K,)
-    where questions have options.
+    Items: video (F, 3, S, S) float32, frame_mask (F,), times (F,) in seconds (see `VideoInput`), what `tokenize`
+    gives, valid 0 or 1, name; option_valid (K,) where questions have options.
 
     Raises:
         ValueError: questions with and without options in one split.
@@ -41,14 +41,15 @@ class TrainQuestions(Dataset):
         epoch, index = key
         question = self.split.questions[index]
         rng = sample_generator(self.seed, epoch, index)
-        video, valid = self.reader(question.clip, rng)
+        read = self.reader(question.clip, rng)
         right = [answer for answer in question.answers if not question.options or answer in question.options]
         answer = right[int(rng.integers(len(right)))]
         return {
-            "video": video,
-            "frame_mask": torch.ones(len(video)),
+            "video": read.video,
+            "frame_mask": torch.ones(len(read.video)),
+            "times": read.times,
             **_tokenized(self.tokenize, question, answer, self.most_options),
-            "valid": int(valid),
+            "valid": int(read.valid),
             "name": f"{question.question_id} ({question.clip.video_id})",
         }
 

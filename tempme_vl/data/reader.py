@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,35 @@ from torch import Tensor
 from tempme_vl.data.splits import Clip
 from tempme_vl.data.transforms import ClipTransform, resize
 from tempme_vl.data.video import VideoError, read_frames
+
+
+class VideoInput(tuple[Tensor, bool]):
+    """What a reader gives: a pair (video, valid) that also knows when its frames are shown.
+
+    Attributes:
+        video: (F, 3, S, S) float32.
+        valid: whether the frames are real; black ones stand for a clip that could not be read.
+        times: (F,) float32, seconds after the clip's start (`Clip.start`, or the file's first frame), never falling.
+            A frame that began before the start and is still shown there has time 0. Invalid frames are 1 s apart.
+    """
+
+    times: Tensor
+
+    def __new__(cls, video: Tensor, valid: bool, times: Tensor) -> VideoInput:
+        self = super().__new__(cls, (video, valid))
+        self.times = times
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # to be pickled
+        return (*self, self.times)
+
+    @property
+    def video(self) -> Tensor:
+        return self[0]
+
+    @property
+    def valid(self) -> bool:
+        return self[1]
 
 
 @dataclass
@@ -44,7 +74,7 @@ class ClipReader:
     on_broken: str = "record"
     broken_log: Path | None = None
     cache: str | Path | None = None
-    _memory: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _memory: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
     _reported: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,8 +83,8 @@ class ClipReader:
         if self.on_broken == "record" and self.broken_log is None:
             raise ValueError("on_broken='record' needs a broken_log file to write to")
 
-    def __call__(self, clip: Clip, rng: np.random.Generator | None = None) -> tuple[Tensor, bool]:
-        """The clip's frames (F, 3, S, S) float32, and whether they are real.
+    def __call__(self, clip: Clip, rng: np.random.Generator | None = None) -> VideoInput:
+        """The clip's frames (F, 3, S, S) float32, whether they are real, and `.times` (F,) in seconds.
 
         Args:
             rng: draws random sampling and augmentation; None for evaluation.
@@ -63,15 +93,17 @@ class ClipReader:
             VideoError: an unreadable clip, with on_broken="raise".
         """
         try:
-            return self.transform(self._pixels(clip, rng), rng), True
+            pixels, times = self._pixels(clip, rng)
+            return VideoInput(self.transform(pixels, rng), True, torch.from_numpy(times).float())
         except VideoError as error:
             if self.on_broken == "raise":
                 raise
             self._record(clip, error)
             size = self.transform.preprocess.image_size
-            return torch.zeros(self.num_frames, 3, size, size), False
+            return VideoInput(torch.zeros(self.num_frames, 3, size, size), False, torch.arange(self.num_frames).float())
 
-    def _pixels(self, clip: Clip, rng: np.random.Generator | None) -> np.ndarray:
+    def _pixels(self, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
+        """Frames (F, H, W, 3) uint8 and their times (F,) float64, from the cache where they are there."""
         random_frames = rng is not None and self.sampling == "segment"
         if self.cache is None or random_frames or self.transform.augment == "crop_flip":
             return self._decode(clip, rng)
@@ -80,20 +112,23 @@ class ClipReader:
             return self._memory[key]
         file = None if self.cache == "memory" else Path(self.cache) / f"{key}.npy"
         if file is not None and file.is_file():
-            return np.load(file)
-        pixels = resize(self._decode(clip, rng), self.transform.preprocess)
+            with file.open("rb") as stream:
+                return np.load(stream), np.load(stream)
+        pixels, times = self._decode(clip, rng)
+        pixels = resize(pixels, self.transform.preprocess)
         if file is None:
-            self._memory[key] = pixels
+            self._memory[key] = pixels, times
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}.partial")
             with partial.open("wb") as stream:
                 np.save(stream, pixels)
+                np.save(stream, times)
             partial.replace(file)
-        return pixels
+        return pixels, times
 
-    def _decode(self, clip: Clip, rng: np.random.Generator | None) -> np.ndarray:
-        return read_frames(
+    def _decode(self, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
+        frames = read_frames(
             clip.path,
             self.num_frames,
             sampling=self.sampling,
@@ -102,7 +137,8 @@ class ClipReader:
             backend=self.backend,
             timeout=self.timeout,
             rng=rng,
-        ).pixels
+        )
+        return frames.pixels, np.maximum(frames.times - (clip.start or 0.0), 0.0)
 
     def _key(self, clip: Clip) -> str:
         """Everything the cached pixels depend on; a file that changes gets another key."""
@@ -113,7 +149,7 @@ class ClipReader:
         preprocess = self.transform.preprocess
         parts = (clip.path.resolve(), stat.st_size, stat.st_mtime_ns, clip.start, clip.end, self.num_frames)
         how = (self.sampling, preprocess.image_size, preprocess.resize, preprocess.interpolation)
-        return hashlib.blake2b(repr((parts, how)).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(repr(("pixels and times", parts, how)).encode(), digest_size=16).hexdigest()
 
     def _record(self, clip: Clip, error: VideoError) -> None:
         if clip.video_id in self._reported:

@@ -23,8 +23,8 @@ class TrainPairs(Dataset):
     Everything random of a sample is drawn from (seed, epoch, index), so neither ranks, workers nor a resumed run
     change it.
 
-    Items: video (F, 3, S, S) float32, frame_mask (F,), text_ids and text_mask (L,), video_id and text_id int64
-    (equal for the same clip, the same caption), valid 0 or 1, name.
+    Items: video (F, 3, S, S) float32, frame_mask (F,), times (F,) in seconds (see `VideoInput`), text_ids and
+    text_mask (L,), video_id and text_id int64 (equal for the same clip, the same caption), valid 0 or 1, name.
     """
 
     def __init__(self, split: RetrievalSplit, reader: ClipReader, tokenizer: Tokenizer, seed: int = 0):
@@ -38,22 +38,23 @@ class TrainPairs(Dataset):
         epoch, index = key
         clip_index, caption_index = self.pairs[index]
         clip, caption = self.split.clips[clip_index], self.split.captions[clip_index][caption_index]
-        video, valid = self.reader(clip, sample_generator(self.seed, epoch, index))
+        read = self.reader(clip, sample_generator(self.seed, epoch, index))
         ids, mask = self.tokenizer(caption)
         return {
-            "video": video,
-            "frame_mask": torch.ones(len(video)),
+            "video": read.video,
+            "frame_mask": torch.ones(len(read.video)),
+            "times": read.times,
             "text_ids": ids,
             "text_mask": mask,
             "video_id": clip_index,
             "text_id": caption_id(caption),
-            "valid": int(valid),
+            "valid": int(read.valid),
             "name": f"{clip.video_id}#{caption_index}",
         }
 
 
 class EvalClips(Dataset):
-    """Clips in order. Items: video, frame_mask, valid."""
+    """Clips in order. Items: video, frame_mask, times, valid."""
 
     def __init__(self, clips: Sequence[Clip], reader: ClipReader):
         self.clips, self.reader = clips, reader
@@ -62,8 +63,13 @@ class EvalClips(Dataset):
         return len(self.clips)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        video, valid = self.reader(self.clips[index])
-        return {"video": video, "frame_mask": torch.ones(len(video)), "valid": int(valid)}
+        read = self.reader(self.clips[index])
+        return {
+            "video": read.video,
+            "frame_mask": torch.ones(len(read.video)),
+            "times": read.times,
+            "valid": int(read.valid),
+        }
 
 
 class EvalCaptions(Dataset):

@@ -39,6 +39,7 @@ class Frames:
 
     pixels: np.ndarray  # (F, H, W, 3) uint8 RGB
     indices: np.ndarray  # (F,) int64, sorted: positions in the whole file, in presentation order
+    times: np.ndarray  # (F,) float64, sorted: seconds after the file's first frame, from its timestamps
     fps: float  # average raw frames a second
     backend: str  # "decord" or "pyav"
 
@@ -86,7 +87,7 @@ def read_frames(
         doubts = {"decord": info["decord_doubt"]}
         arguments = {"path": str(path), "indices": unique.tolist(), "num_raw": len(times)}
         used, pixels = _decode(BACKENDS[backend], doubts, deadline, arguments)
-        return Frames(pixels[inverse], indices, info["fps"], used)
+        return Frames(pixels[inverse], indices, times[indices], info["fps"], used)
 
     try:
         try:

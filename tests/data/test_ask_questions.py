@@ -104,6 +104,7 @@ def test_every_question_is_a_sample_with_its_clip(split: QASplit, reader: ClipRe
     for item, question in zip(items, split.questions, strict=True):
         assert as_text(item["answer_ids"]) in question.answers
         assert (item["video"].shape, item["frame_mask"].tolist()) == ((4, 3, 16, 16), [1] * 4)
+        assert torch.equal(item["times"], reader(question.clip).times) and item["times"].diff().gt(0).all()
         assert "option_valid" not in item
     assert torch.equal(items[0]["video"], items[2]["video"]) and not torch.equal(items[0]["video"], items[1]["video"])
 

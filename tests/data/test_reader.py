@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,26 @@ def test_a_clip_becomes_input(tmp_path: Path) -> None:
     assert real
     assert (video.shape, video.dtype) == ((4, 3, 32, 32), torch.float32)
     assert not torch.equal(video[0], video[3])
+
+
+@pytest.mark.parametrize("cache", [None, "memory", "folder"])
+def test_every_frame_has_its_time_in_the_clip(tmp_path: Path, cache: str | None) -> None:
+    shown = [0, 1, 2, 7, 8, 20, 21, 22, 23, 40, 41, 60]  # tenths of a second
+    path = write_clip(tmp_path / "a.mp4", 12, times=shown)
+    read = make_reader(tmp_path, sampling="uniform", cache=tmp_path / "cache" if cache == "folder" else cache)
+    for _ in range(2):
+        whole = read(Clip("whole", path))
+        assert (whole.times.shape, whole.times.dtype) == ((4,), torch.float32)
+        np.testing.assert_allclose(whole.times, [0.0, 0.7, 2.2, 6.0], atol=1e-6)
+        # The clip begins 0.2 s after the fifth frame, which is still on show.
+        np.testing.assert_allclose(read(Clip("one", path, 1.0, 1.5)).times, [0, 0, 0, 0], atol=1e-6)
+        np.testing.assert_allclose(read(Clip("part", path, 0.75, 2.25)).times, [0.05, 1.25, 1.35, 1.45], atol=1e-6)
+    video, valid = whole
+    assert (whole.video is video, whole.valid, valid) == (True, True, True)
+    copy = pickle.loads(pickle.dumps(whole))
+    assert torch.equal(copy.times, whole.times) and torch.equal(copy[0], video)
+    none = read(Clip("none", tmp_path / "none.mp4"))
+    assert not none.valid and none.times.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("place", ["memory", "folder"])

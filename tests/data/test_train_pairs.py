@@ -54,6 +54,9 @@ def test_every_caption_is_a_pair_with_its_clip(split: RetrievalSplit, reader: Cl
     for item in items:
         assert (item["video"].shape, item["frame_mask"].tolist()) == ((4, 3, 16, 16), [1] * 4)
         assert item["text_ids"].shape == item["text_mask"].shape == (6,)
+    for item, clip in zip(items, [split.clips[item["video_id"]] for item in items], strict=True):
+        assert torch.equal(item["times"], reader(clip).times)
+        assert item["times"].shape == (4,) and item["times"].diff().gt(0).all()
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(split: RetrievalSplit, reader: ClipReader) -> None:
@@ -97,6 +100,7 @@ def test_evaluation_keeps_order_and_place(split: RetrievalSplit, reader: ClipRea
     plain = replace(reader, transform=ClipTransform(Preprocess(image_size=16)))
     clips, captions = EvalClips(split.clips, plain), EvalCaptions(split, ClipTokenizer(6))
     assert [clips[index]["valid"] for index in range(len(clips))] == [1, 1, 1, 0]
+    assert torch.equal(clips[1]["times"], plain(split.clips[1]).times)
     assert len(captions) == 5
     assert captions.video_of_caption == [0, 0, 1, 2, 3]
     ids, mask = ClipTokenizer(6)("a cat sleeps")

@@ -126,6 +126,20 @@ def test_start_and_end_choose_by_timestamps(tmp_path):
         read_frames(path, 4, start=7)
 
 
+def test_times_are_those_of_the_frames_in_the_file(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 50)  # 10 frames a second
+    for segment in ({}, {"start": 1.0, "end": 2.0}):
+        frames = read_frames(path, 6, sampling="uniform", **segment)
+        np.testing.assert_allclose(frames.times, frames.indices / 10, atol=1e-9)
+        assert frames.times.dtype == np.float64
+    shown = [0, 1, 2, 30, 31, 32]
+    varying = write_clip(tmp_path / "b.mp4", 6, times=shown, shift=3)
+    for sampling, count in (("uniform", 6), ("uniform", 9), ("segment", 3)):
+        frames = read_frames(varying, count, sampling=sampling, timeout=60)
+        np.testing.assert_allclose(frames.times, np.array(shown)[frames.indices] / 10, atol=1e-9)
+        assert nearest(frames.pixels, 6) == frames.indices.tolist()
+
+
 def test_a_stream_that_promises_more_than_it_holds(tmp_path):
     whole = write_clip(tmp_path / "a.mp4", 200, options={"g": "200", "movflags": "faststart"})
     front = write_faststart(whole, tmp_path / "front.mp4")
