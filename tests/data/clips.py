@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from torch import Tensor
+
+
+def different(videos: Iterable[Tensor]) -> int:
+    """How many different videos there are among these."""
+    return len({video.numpy().tobytes() for video in videos})
 
 
 def picture(number: int, height: int, width: int) -> np.ndarray:
