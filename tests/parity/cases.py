@@ -43,3 +43,10 @@ def find(family: str, pattern: str = "*") -> list[Case]:
     if not cases:
         raise FileNotFoundError(f"no case {family}/{pattern}.json in {FOLDER}")
     return cases
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    """Of the same shape, and no value further off than `tolerance`."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    difference = (actual.double() - expected.double()).abs().max().item()
+    assert difference <= tolerance, f"{what} differs by {difference:.3g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity.cases import Case, find
+from parity.cases import Case, assert_close, find
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -84,22 +84,17 @@ def named_gradients(frontend: VisualFrontend, prefix: str) -> dict[str, Tensor]:
     return gradients
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
-    difference = (actual.double() - expected.double()).abs().max().item()
-    assert difference <= TOLERANCE[dtype], f"{what} differs by {difference:.3g}"
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
     frontend, t = frontend_of(case, dtype), case.tensors
     output = frontend(t["in.video"].to(dtype), t["in.frame_mask"])
 
-    assert_close(output.tokens, t["out.tokens"], dtype, "tokens")
-    assert_close(output.frames, t["out.cls"], dtype, "projected CLS tokens")
+    assert_close(output.tokens, t["out.tokens"], "tokens", TOLERANCE[dtype])
+    assert_close(output.frames, t["out.cls"], "projected CLS tokens", TOLERANCE[dtype])
     unit = torch.nn.functional.normalize(output.frames, dim=-1)
-    assert_close(unit, t["out.frame_emb"], dtype, "frame embeddings")
-    assert_close(output.pooled, t["out.video_emb"], dtype, "video embeddings")
+    assert_close(unit, t["out.frame_emb"], "frame embeddings", TOLERANCE[dtype])
+    assert_close(output.pooled, t["out.video_emb"], "video embeddings", TOLERANCE[dtype])
 
     loss = (output.pooled * t["in.cotangent"].to(dtype)).sum()
     assert loss.item() == pytest.approx(case.config["loss"], rel=TOLERANCE[dtype])
@@ -108,7 +103,7 @@ def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
     expected = {f"grad.{name}": value for name, value in case.group("grad.").items()}
     assert len(expected) >= 4
     for name, value in expected.items():
-        assert_close(gradients[name], value, dtype, name)
+        assert_close(gradients[name], value, name, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -155,7 +150,7 @@ def test_text_and_contrastive_loss(case: Case) -> None:
     model.double().requires_grad_()
 
     raw = model.text(t["in.text_ids"], t["in.text_mask"])
-    assert_close(raw, t["out.text_feat_raw"], torch.float64, "text features")
+    assert_close(raw, t["out.text_feat_raw"], "text features", TOLERANCE[torch.float64])
     batch = {
         "video": t["in.video"].double(),
         "frame_mask": t["in.frame_mask"],
@@ -164,7 +159,7 @@ def test_text_and_contrastive_loss(case: Case) -> None:
     }
     features = model(batch)
     logits = features["scale"] * features["text"] @ features["video"].T
-    assert_close(logits, t["out.logits_text_by_video"], torch.float64, "logits")
+    assert_close(logits, t["out.logits_text_by_video"], "logits", TOLERANCE[torch.float64])
     loss = contrastive_loss(features["video"], features["text"], features["scale"])
     assert loss.item() == pytest.approx(c["contrastive_loss"], rel=1e-9)
 
@@ -176,7 +171,7 @@ def test_text_and_contrastive_loss(case: Case) -> None:
     expected = {f"grad_contrastive.{name}": value for name, value in case.group("grad_contrastive.").items()}
     assert expected
     for name, value in expected.items():
-        assert_close(gradients[name], value, torch.float64, name)
+        assert_close(gradients[name], value, name, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if skipped_layers(case)], ids=str)

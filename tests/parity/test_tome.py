@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock
-from parity.cases import Case, find
+from parity.cases import Case, assert_close, find
 from torch import Tensor, nn
 
 from tempme_vl import MergeSchedule, VisualFrontend
@@ -43,7 +43,7 @@ def test_matching(case: Case, part: dict) -> None:
         "unmerge": merge.unmerge(t[f"{key}.x"]),
     }
     for what, value in actual.items():
-        assert (value - t[f"{key}.{what}"]).abs().max() <= tolerance, what
+        assert_close(value, t[f"{key}.{what}"], what, tolerance)
 
 
 class Embed(nn.Module):
@@ -92,8 +92,8 @@ def test_inside_a_vit(case: Case, part: dict) -> None:
     output = frontend(t["image"].unsqueeze(1), trace_source=True)
     key, tolerance = part["key"], case.config["tol"]
     assert output.tokens.shape[1] == part["n_tokens"] == schedule.output_tokens
-    assert (output.tokens - t[f"{key}.tokens"]).abs().max() <= tolerance
+    assert_close(output.tokens, t[f"{key}.tokens"], "tokens", tolerance)
     assert torch.equal(output.size, t[f"{key}.size"])
     source = torch.nn.functional.one_hot(output.source, part["n_tokens"]).transpose(1, 2)
     assert torch.equal(source, t[f"{key}.source"].long())
-    assert (output.frames.squeeze(1) - t[f"{key}.logits"]).abs().max() <= tolerance
+    assert_close(output.frames.squeeze(1), t[f"{key}.logits"], "logits", tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from parity.cases import assert_close
 from parity.umt import UmtCase, umt_cases
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,12 +22,6 @@ def model_of(case: UmtCase, state: dict[str, Tensor]) -> tuple[VideoQAModel, Dec
     model = umt_qa_from_state_dict(state, c["h"], c["bn"], c["img"], "joint", schedule).eval()
     assert isinstance(model.head, DecoderHead)
     return model, model.head
-
-
-def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    assert actual.shape == expected.shape, what
-    difference = (actual - expected).abs().max().item()
-    assert difference <= 1e-5, f"{what} differs by {difference:.3g}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
+from parity.cases import assert_close
 from parity.umt import UmtCase, umt_cases
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tempme_vl import MergeSchedule
+from tempme_vl.backbones.umt import Mode
 from tempme_vl.tasks.losses import matching_loss, negative_weights, same_pairs, soft_contrastive_loss
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 
 CASES = umt_cases("umt_ret_*")
 
 
-def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    difference = (actual - expected).abs().max().item()
-    assert difference <= 1e-5, f"{what} differs by {difference:.3g}"
+def model_of(case: UmtCase, state: dict[str, Tensor], mode: Mode) -> UMTRetrievalModel:
+    c = case.config
+    schedule = MergeSchedule.identity(c["d"], c["T"], (c["img"] // c["p"]) ** 2, prefix=0)
+    return UMTRetrievalModel.from_umt_state_dict(state, c["h"], c["bn"], c["img"], mode, schedule).eval()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_retrieval_model(case: UmtCase) -> None:
-    c, t = case.config, case.tensors
-    schedule = MergeSchedule.identity(c["d"], c["T"], (c["img"] // c["p"]) ** 2, prefix=0)
-    model = UMTRetrievalModel.from_umt_state_dict(case.group("w."), c["h"], c["bn"], c["img"], "joint", schedule).eval()
+    c, t, model = case.config, case.tensors, model_of(case, case.group("w."), "joint")
     frames = model.frontend(t["in.video"]).frames
     video, tokens = model.encode_video(t["in.video"])
     text, states = model.encode_text(t["in.input_ids"], t["in.attention_mask"])
@@ -59,11 +59,17 @@ def test_retrieval_model(case: UmtCase) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@torch.no_grad()
 def test_pretraining_file_loads_whole(case: UmtCase) -> None:
-    """Every weight of the retrieval model comes from the file, under whatever name it has there."""
-    c, state = case.config, load_file(str(case.path).replace("_ret_", "_pretrain_ckpt_"))
-    schedule = MergeSchedule.identity(c["d"], c["T"], (c["img"] // c["p"]) ** 2, prefix=0)
-    model = UMTRetrievalModel.from_umt_state_dict(state, c["h"], c["bn"], c["img"], "clip", schedule)
-    loaded = {value.sum().item() for value in state.values() if value.is_floating_point()}
-    assert all(value.sum().item() in loaded for value in model.state_dict().values())
+    """Every weight is the one that the original loads from such a file into its retrieval model."""
+    (file,) = umt_cases(case.path.stem.replace("_ret_", "_pretrain_ckpt_"))
+    sources = file.entry["conversion"]["ret"]["source_of"]
+    states = []
+    for seed, state in enumerate((file.tensors, {key: file.tensors[names[0]] for key, names in sources.items()})):
+        torch.manual_seed(seed)
+        states.append(model_of(case, state, "clip").state_dict())
+    loaded, expected = states
+    assert loaded.keys() == expected.keys()
+    for name, weight in loaded.items():
+        assert torch.equal(weight, expected[name]), name
+        # a weight that neither state dict filled is random, hence not equal, or of one value
+        assert weight.numel() == 1 or weight.unique().numel() > 1, name

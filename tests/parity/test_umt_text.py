@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from parity.cases import assert_close
 from parity.umt import UmtCase, umt_cases
-from torch import Tensor
 
 from tempme_vl.text import BertFusion, BertTextEncoder, bert_from_umt, bert_to_umt
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # the references are float32
 CASES = umt_cases("umt_text_*")
 
 
@@ -18,12 +17,7 @@ def models_of(case: UmtCase, dtype: torch.dtype = torch.float32) -> tuple[BertTe
     return text.to(dtype).eval(), fusion.to(dtype).eval()
 
 
-def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    difference = (actual.double() - expected.double()).abs().max().item()
-    assert difference <= TOLERANCE[actual.dtype], f"{what} differs by {difference:.3g}"
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_text_and_fusion_states(case: UmtCase, dtype: torch.dtype) -> None:
     (text, fusion), t = models_of(case, dtype), case.tensors

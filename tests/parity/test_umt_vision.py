@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from parity.cases import assert_close
 from parity.umt import UmtCase, umt_cases
-from torch import Tensor
 
 from tempme_vl import MergeSchedule, VisualFrontend
 
 VISION, TEMPME = umt_cases("umt_vision_*"), umt_cases("umt_tempme_*")
-TOLERANCE = 1e-5
 
 
 def frontend(case: UmtCase, mode: str, schedule: MergeSchedule | None = None, **options: object) -> VisualFrontend:
@@ -22,11 +21,6 @@ def frontend(case: UmtCase, mode: str, schedule: MergeSchedule | None = None, **
 def identity(case: UmtCase) -> MergeSchedule:
     c = case.config
     return MergeSchedule.identity(c["d"], c["T"], (c["img"] // c["p"]) ** 2, prefix=0)
-
-
-def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    difference = (actual - expected).abs().max().item()
-    assert difference <= TOLERANCE, f"{what} differs by {difference:.3g}"
 
 
 @pytest.mark.parametrize("case", VISION, ids=str)
