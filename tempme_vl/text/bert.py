@@ -1,4 +1,4 @@
-"""UMT's text side on transformers' BERT: an encoder of words, and the fusion of its states with video tokens.
+"""UMT's text side, made of BERT's layers: an encoder of words, and the fusion of its states with video tokens.
 
 The first `fusion_layer` layers see the text alone (`BertTextEncoder`); each of the rest also attends to the tokens of a
 video (`BertFusion`). A video's keys and values do not depend on the text, so they are computed once
@@ -12,101 +12,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertLayer
-from transformers.models.bert.modeling_bert import BertEmbeddings
 
-
-@dataclass(frozen=True)
-class BertShape:
-    """All numbers of a text encoder and its fusion layers.
-
-    Args:
-        width: D; heads divide it.
-        layers: text and fusion layers together; the first fusion_layer of them are text layers.
-        positions: most words of a text.
-        cross_width: Dv, the width of the video tokens that the fusion layers look at.
-        dropout: of hidden states and of attention weights, in training.
-        init_std: random weights are N(0, init_std^2) as BERT's; None for 1 / fan-in as their variance, with which a
-            small model learns within minutes.
-
-    Raises:
-        ValueError: no text layer or no fusion layer, or heads that do not divide the width.
-    """
-
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    fusion_layer: int
-    cross_width: int
-    vocab_size: int = 30522
-    positions: int = 512
-    dropout: float = 0.1
-    init_std: float | None = 0.02
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fusion_layer < self.layers:
-            raise ValueError(
-                f"expected at least one text layer and one fusion layer, 0 < fusion_layer < layers; "
-                f"got fusion_layer {self.fusion_layer} of {self.layers} layers"
-            )
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"expected heads that divide the width {self.width}; got {self.heads}")
-
-    @classmethod
-    def named(cls, name: str, **changes: Any) -> BertShape:
-        """A shape by name ("bert-base", "bert-large" as in UMT; "tiny"), with some numbers changed.
-
-        Raises:
-            ValueError: an unknown name; the message lists the known ones.
-        """
-        if name not in SHAPES:
-            raise ValueError(f"expected one of {sorted(SHAPES)}; got {name!r}")
-        return replace(SHAPES[name], **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON; `BertShape(**numbers)` is the way back."""
-        return asdict(self)
-
-    def config(self, **extra: Any) -> BertConfig:
-        """The same in transformers' words."""
-        settings: dict[str, Any] = {"attn_implementation": "sdpa", **extra}
-        return BertConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.width,
-            num_attention_heads=self.heads,
-            intermediate_size=self.mlp_width,
-            max_position_embeddings=self.positions,
-            hidden_dropout_prob=self.dropout,
-            attention_probs_dropout_prob=self.dropout,
-            **settings,
-        )
-
-
-SHAPES = {
-    "bert-base": BertShape(width=768, layers=12, heads=12, mlp_width=3072, fusion_layer=9, cross_width=768),
-    "bert-large": BertShape(width=1024, layers=24, heads=16, mlp_width=4096, fusion_layer=19, cross_width=1024),
-    "tiny": BertShape(
-        width=64,
-        layers=3,
-        heads=4,
-        mlp_width=256,
-        fusion_layer=2,
-        cross_width=64,
-        vocab_size=1000,
-        positions=64,
-        dropout=0.0,
-        init_std=None,
-    ),
-}
+from tempme_vl.text.bert_layer import (
+    BertEmbeddings,
+    BertLayer,
+    BertShape,
+    attention_mask,
+    cross_keys_values,
+    initialise,
+    run_layer,
+)
 
 
 class BertTextEncoder(nn.Module):
@@ -116,12 +35,11 @@ class BertTextEncoder(nn.Module):
 
     def __init__(self, shape: BertShape):
         super().__init__()
-        config = shape.config()
         self.shape, self.context_length = shape, shape.positions
-        self.embeddings = BertEmbeddings(config)
-        self.layers = nn.ModuleList(BertLayer(config) for _ in range(shape.fusion_layer))
+        self.embeddings = BertEmbeddings(shape)
+        self.layers = nn.ModuleList(BertLayer(shape) for _ in range(shape.fusion_layer))
         self.grad_checkpointing = False
-        self.apply(partial(_initialise, std=shape.init_std))
+        self.apply(partial(initialise, std=shape.init_std))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """States of words, padded ones included.
@@ -141,12 +59,9 @@ class BertTextEncoder(nn.Module):
                 f"expected ids and mask (B, L) with L <= {self.context_length}; "
                 f"got {tuple(ids.shape)} and {tuple(mask.shape)}"
             )
-        x, words = self.embeddings(ids), _attention_mask(mask)
+        x, words = self.embeddings(ids), attention_mask(mask)
         for layer in self.layers:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(_text_layer, layer, x, words, use_reentrant=False)
-            else:
-                x = _text_layer(cast(BertLayer, layer), x, words)
+            x = run_layer(layer, self.grad_checkpointing, x, words)
         return x
 
 
@@ -193,9 +108,12 @@ class BertFusion(nn.Module):
     def __init__(self, shape: BertShape):
         super().__init__()
         self.shape = shape
-        self.layers = nn.ModuleList(_fusion_layer(shape) for _ in range(shape.layers - shape.fusion_layer))
+        layers = [BertLayer(shape, cross=True) for _ in range(shape.layers - shape.fusion_layer)]
+        for layer in layers:
+            layer.crossattention.read_width(shape.cross_width)
+        self.layers = nn.ModuleList(layers)
         self.grad_checkpointing = False
-        self.apply(partial(_initialise, std=shape.init_std))
+        self.apply(partial(initialise, std=shape.init_std))
 
     def keys_values(self, tokens: Tensor, size: Tensor | None = None) -> VideoKeys:
         """Keys and values of videos, once for all their texts.
@@ -213,12 +131,9 @@ class BertFusion(nn.Module):
             raise ValueError(f"expected video tokens (B, M, {self.shape.cross_width}); got {tuple(tokens.shape)}")
         if size is not None and size.shape != (*tokens.shape[:2], 1):
             raise ValueError(f"expected sizes {(*tokens.shape[:2], 1)}; got {tuple(size.shape)}")
-        cross = [cast(BertLayer, layer).crossattention.self for layer in self.layers]
-        return VideoKeys(
-            tuple(_split_heads(attention.key(tokens), attention.num_attention_heads) for attention in cross),
-            tuple(_split_heads(attention.value(tokens), attention.num_attention_heads) for attention in cross),
-            None if size is None else size.log().transpose(1, 2).unsqueeze(1).to(tokens.dtype),
-        )
+        keys, values = zip(*cross_keys_values(self.layers, tokens), strict=True)
+        bias = None if size is None else size.log().transpose(1, 2).unsqueeze(1).to(tokens.dtype)
+        return VideoKeys(keys, values, bias)
 
     def forward(self, states: Tensor, mask: Tensor, keys: VideoKeys) -> Tensor:
         """States of texts that have seen a video.
@@ -239,12 +154,9 @@ class BertFusion(nn.Module):
                 f"expected states (P, L, D), a mask (P, L) and keys of P videos; got {tuple(states.shape)}, "
                 f"{tuple(mask.shape)} and {len(keys)} videos (VideoKeys.select repeats videos for pairs)"
             )
-        x, words = states, _attention_mask(mask)
-        for layer, key, value in zip(self.layers, keys.keys, keys.values, strict=True):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(_fuse, layer, x, words, key, value, keys.bias, use_reentrant=False)
-            else:
-                x = _fuse(cast(BertLayer, layer), x, words, key, value, keys.bias)
+        x, words = states, attention_mask(mask)
+        for layer, *seen in zip(self.layers, keys.keys, keys.values, strict=True):
+            x = run_layer(layer, self.grad_checkpointing, x, words, seen, keys.bias)
         return x
 
 
@@ -313,45 +225,3 @@ def _shape_of(state: Mapping[str, Tensor], heads: int, dropout: float) -> BertSh
         positions=state[positions].shape[0],
         dropout=dropout,
     )
-
-
-def _fusion_layer(shape: BertShape) -> BertLayer:
-    """A BertLayer whose cross-attention reads the video's width; transformers only builds that of the text."""
-    layer = BertLayer(shape.config(is_decoder=True, add_cross_attention=True))
-    cross = layer.crossattention.self
-    cross.key, cross.value = nn.Linear(shape.cross_width, shape.width), nn.Linear(shape.cross_width, shape.width)
-    return layer
-
-
-def _text_layer(layer: BertLayer, x: Tensor, words: Tensor) -> Tensor:
-    return layer.feed_forward_chunk(layer.attention(x, words)[0])
-
-
-def _fuse(layer: BertLayer, x: Tensor, words: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    x = layer.attention(x, words)[0]
-    cross = layer.crossattention.self
-    query = _split_heads(cross.query(x), cross.num_attention_heads)
-    dropout = cross.dropout.p if layer.training else 0.0
-    seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-    return layer.feed_forward_chunk(layer.crossattention.output(seen.transpose(1, 2).flatten(2), x))
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, D) -> (B, H, N, Dh)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _attention_mask(mask: Tensor) -> Tensor:
-    """(B, N) -> (B, 1, 1, N) bool, true where attention may look. UMT adds -10000 elsewhere: a weight of 0 too."""
-    return mask.bool()[:, None, None, :]
-
-
-def _initialise(module: nn.Module, std: float | None) -> None:
-    """BERT's initialisation, which transformers applies to whole models only."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5 if std is None else std)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        with torch.no_grad():
-            module.weight[module.padding_idx].zero_()

@@ -39,7 +39,7 @@ class ClipTextHead(nn.Module):
 
 
 class ClipTextEncoder(nn.Module):
-    """CLIP's text transformer with a padding mask beside the causal one.
+    """CLIP's text transformer. Words see only those before them, so the end token never sees the padding behind it.
 
     Args:
         clip: an `open_clip.CLIP`; its text modules are taken over and must not be used afterwards.
@@ -65,7 +65,7 @@ class ClipTextEncoder(nn.Module):
 
         Args:
             ids: (B, L) int64; start token, words, end token, then padding.
-            mask: (B, L), nonzero for real tokens; each row starts with a real token.
+            mask: (B, L), nonzero for real tokens, which come first in each row; it says where the end token is.
 
         Returns:
             (B, E) projected features of the end token, not normalised.
@@ -79,7 +79,7 @@ class ClipTextEncoder(nn.Module):
                 f"got {tuple(ids.shape)} and {tuple(mask.shape)}"
             )
         x = self.embed(ids)
-        bias = _causal_padding_bias(mask, x.dtype)
+        bias = _causal_bias(x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(_block, block, x, bias, use_reentrant=False)
@@ -94,9 +94,7 @@ def _block(block: OpenClipBlock, x: Tensor, bias: Tensor) -> Tensor:
     return x + block.mlp_branch(x)
 
 
-def _causal_padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, L, L): 0 where a word may look, -inf at later words and at padding."""
-    length = mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    allowed = causal & mask.bool()[:, None, None, :]
-    return torch.zeros(allowed.shape, dtype=dtype, device=mask.device).masked_fill(~allowed, float("-inf"))
+def _causal_bias(x: Tensor) -> Tensor:
+    """(B, L, D) -> (1, 1, L, L): 0 where a word may look, -inf at later words."""
+    length = x.shape[1]
+    return x.new_full((1, 1, length, length), float("-inf")).triu(1)

@@ -1,6 +1,6 @@
-"""UMT's answer decoder on transformers' BERT: words of an answer, each from those before it and from the question.
+"""UMT's answer decoder, made of BERT's layers: words of an answer, each from those before it and from the question.
 
-Its layers are BERT's with causal self-attention and cross-attention to the question's states; the projection onto words
+The layers have causal self-attention and cross-attention to the question's states; the projection onto words
 is the table of word embeddings. A question's keys and values are computed once and shared by all candidate answers.
 
 Letters: B questions of Lq words, K answers to each, L words of an answer, V words in all, D width, H heads of width
@@ -18,15 +18,19 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import BertLayer
-from transformers.models.bert.modeling_bert import BertEmbeddings
 
-from tempme_vl.text.bert import BertShape, _attention_mask, _initialise, _split_heads
-
-PAD = 0  # BERT's
-
-KeyValue = tuple[Tensor, Tensor]
+from tempme_vl.text.bert_layer import (
+    NORM_EPS,
+    PAD,
+    BertEmbeddings,
+    BertLayer,
+    BertShape,
+    KeyValue,
+    attention_mask,
+    cross_keys_values,
+    initialise,
+    run_layer,
+)
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,40 @@ class TiedWords(nn.Embedding):
 class LanguageHead(nn.Module):
     """BERT's masked-language head: a transformation of the states in front of the word table, and a bias behind it."""
 
-    def __init__(self, width: int, vocab_size: int, eps: float):
+    def __init__(self, width: int, vocab_size: int):
         super().__init__()
-        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=eps)
+        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=NORM_EPS)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, states: Tensor, words: TiedWords) -> Tensor:
         return words(self.norm(F.gelu(self.dense(states)))) + self.bias
+
+
+class DecoderLayer(BertLayer):
+    """A layer that looks at the words so far, then at the question."""
+
+    def __init__(self, shape: BertShape):
+        super().__init__(shape, cross=True)
+
+    def keys_values(self, x: Tensor, past: KeyValue | None) -> KeyValue:
+        """Keys and values (B K, H, L, Dh) of the words so far: those of the words before, and of new ones."""
+        own = self.attention.keys_values(x.flatten(0, 1))
+        return own if past is None else (torch.cat([past[0], own[0]], dim=2), torch.cat([past[1], own[1]], dim=2))
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, question: KeyValue, mask: Tensor, own: KeyValue | None = None
+    ) -> Tensor:
+        """(B, K, L, D) words of K answers -> (B, K, L, D).
+
+        Args:
+            question, mask: of the B questions, see `QuestionKeys`.
+            own: keys and values of the words so far, of which x is only the last, (B, K, 1, D).
+        """
+        assert own is None or x.shape[2] == 1, x.shape
+        words = self.attention(x.flatten(0, 1), own, causal=own is None)
+        # answers do not see each other here, so all words of a question's answers are one list of queries
+        words = self.crossattention(words.unflatten(0, x.shape[:2]).flatten(1, 2), question, mask)
+        return self.feed_forward(words).unflatten(1, x.shape[1:3])
 
 
 class BertDecoder(nn.Module):
@@ -78,14 +109,13 @@ class BertDecoder(nn.Module):
 
     def __init__(self, shape: BertShape, layers: int):
         super().__init__()
-        config = shape.config(is_decoder=True, add_cross_attention=True)
         self.shape = shape
-        self.embeddings = BertEmbeddings(config)
+        self.embeddings = BertEmbeddings(shape)
         self.embeddings.word_embeddings = TiedWords(shape.vocab_size, shape.width, padding_idx=PAD)
-        self.layers = nn.ModuleList(BertLayer(config) for _ in range(layers))
-        self.head = LanguageHead(shape.width, shape.vocab_size, config.layer_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
+        self.head = LanguageHead(shape.width, shape.vocab_size)
         self.grad_checkpointing = False
-        self.apply(partial(_initialise, std=shape.init_std))
+        self.apply(partial(initialise, std=shape.init_std))
 
     def keys_values(self, states: Tensor, mask: Tensor) -> QuestionKeys:
         """Keys and values of questions, once for all their answers.
@@ -102,10 +132,7 @@ class BertDecoder(nn.Module):
                 f"expected question states (B, L, {self.shape.width}) and a mask (B, L); "
                 f"got {tuple(states.shape)} and {tuple(mask.shape)}"
             )
-        cross = [cast(BertLayer, layer).crossattention.self for layer in self.layers]
-        heads = self.shape.heads
-        layers = tuple((_split_heads(c.key(states), heads), _split_heads(c.value(states), heads)) for c in cross)
-        return QuestionKeys(layers, _attention_mask(mask))
+        return QuestionKeys(cross_keys_values(self.layers, states), attention_mask(mask))
 
     def forward(self, ids: Tensor, question: QuestionKeys) -> Tensor:
         """What every word of K answers to each question makes likely as the next one.
@@ -128,11 +155,8 @@ class BertDecoder(nn.Module):
                 f"L <= {positions}; got {tuple(ids.shape)}"
             )
         x = self._embed(ids, first=0)
-        for layer, (key, value) in zip(self.layers, question.layers, strict=True):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(_states, layer, x, key, value, question.mask, use_reentrant=False)
-            else:
-                x = _states(cast(BertLayer, layer), x, key, value, question.mask)
+        for layer, seen in zip(self.layers, question.layers, strict=True):
+            x = run_layer(layer, self.grad_checkpointing, x, seen, question.mask)
         return self._logits(x)
 
     def sequence_loss(self, ids: Tensor, mask: Tensor, question: QuestionKeys) -> Tensor:
@@ -180,8 +204,9 @@ class BertDecoder(nn.Module):
         # always to max_words: under ZeRO-3 every rank must call the same modules, whatever its answers' lengths
         for position in range(max_words):
             x = self._embed(word, first=position)
-            for number, (layer, (key, value)) in enumerate(zip(self.layers, question.layers, strict=True)):
-                x, past[number] = _decode(cast(BertLayer, layer), x, key, value, question.mask, past[number])
+            for number, (layer, seen) in enumerate(zip(self.layers, question.layers, strict=True)):
+                past[number] = cast(DecoderLayer, layer).keys_values(x, past[number])
+                x = layer(x, seen, question.mask, past[number])
             word = self._logits(x).argmax(-1).masked_fill(done, PAD)
             done = done | (word == end)
             words.append(word)
@@ -189,7 +214,7 @@ class BertDecoder(nn.Module):
 
     def _embed(self, ids: Tensor, first: int) -> Tensor:
         """(B, K, L) words, the first of them at a position -> (B, K, L, D)."""
-        return self.embeddings(ids.flatten(0, 1), past_key_values_length=first).unflatten(0, ids.shape[:2])
+        return self.embeddings(ids.flatten(0, 1), first).unflatten(0, ids.shape[:2])
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.head(x, self.embeddings.word_embeddings)
@@ -239,41 +264,3 @@ def _umt_name(name: str) -> str:
     ):
         name = re.sub(ours, theirs, name)
     return name
-
-
-def _states(layer: BertLayer, x: Tensor, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
-    return _decode(layer, x, key, value, real, None)[0]
-
-
-def _decode(
-    layer: BertLayer, x: Tensor, key: Tensor, value: Tensor, real: Tensor, past: KeyValue | None
-) -> tuple[Tensor, KeyValue]:
-    """One layer on (B, K, L, D): words before, then the question. Also the answers' own keys and values so far.
-
-    With those of the words before (`past`), x holds one new word of each answer.
-    """
-    assert past is None or x.shape[2] == 1, x.shape
-    answers = x.shape[:2]
-    own = layer.attention.self
-    rows = x.flatten(0, 1)
-    heads = own.num_attention_heads
-    query, own_key, own_value = (_split_heads(part(rows), heads) for part in (own.query, own.key, own.value))
-    if past is not None:
-        own_key, own_value = torch.cat([past[0], own_key], dim=2), torch.cat([past[1], own_value], dim=2)
-    dropout = own.dropout.p if layer.training else 0.0
-    seen = F.scaled_dot_product_attention(query, own_key, own_value, dropout_p=dropout, is_causal=past is None)
-    rows = layer.attention.output(_join_heads(seen), rows)
-
-    # answers do not see each other here, so all words of a question's answers are one list of queries
-    words = rows.unflatten(0, answers).flatten(1, 2)
-    cross = layer.crossattention.self
-    query = _split_heads(cross.query(words), heads)
-    dropout = cross.dropout.p if layer.training else 0.0
-    seen = F.scaled_dot_product_attention(query, key, value, attn_mask=real, dropout_p=dropout)
-    words = layer.feed_forward_chunk(layer.crossattention.output(_join_heads(seen), words))
-    return words.unflatten(1, x.shape[1:3]), (own_key, own_value)
-
-
-def _join_heads(x: Tensor) -> Tensor:
-    """(B, H, N, Dh) -> (B, N, D)."""
-    return x.transpose(1, 2).flatten(2)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bert_reference import bert_config
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertForMaskedLM
@@ -20,7 +21,7 @@ SHAPE = BertShape.named("tiny", width=48, cross_width=32, vocab_size=40)
 
 def masked_lm() -> BertForMaskedLM:
     torch.manual_seed(3)
-    model = BertForMaskedLM(SHAPE.config(num_hidden_layers=SHAPE.layers)).eval()
+    model = BertForMaskedLM(bert_config(SHAPE, SHAPE.layers)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -86,7 +87,7 @@ def test_a_model_by_name_starts_from_it(tmp_path: Path) -> None:
     words = word_vocabulary([f"word{i}" for i in range(35)])
     shape = BertShape.named("tiny", vocab_size=len(words))
     torch.manual_seed(0)
-    host = BertForMaskedLM(shape.config(num_hidden_layers=shape.layers))
+    host = BertForMaskedLM(bert_config(shape, shape.layers))
     folder = str(write(tmp_path, host.state_dict()))
     model = create_qa_model(
         "open_clip:tiny", words, "decoder", ("word1",), None, "none", 4, text="tiny", text_pretrained=folder

@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from bert_reference import bert_config
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from transformers import BertLMHeadModel
@@ -54,7 +55,7 @@ def assert_close(actual: Tensor, expected: Tensor, atol: float = 5e-6) -> None:
 
 def test_equals_transformers() -> None:
     decoder = decoder_of()
-    config = SHAPE.config(is_decoder=True, add_cross_attention=True, num_hidden_layers=2, tie_word_embeddings=True)
+    config = bert_config(SHAPE, 2, is_decoder=True, add_cross_attention=True, tie_word_embeddings=True)
     reference = BertLMHeadModel(config)
     missing, unexpected = reference.load_state_dict(decoder_to_umt(decoder), strict=False)
     assert not unexpected and all("position_ids" in name or ".decoder." in name for name in missing)
