@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
+from tempme_vl.command import run
 from tempme_vl.evaluation.efficiency import cost_table, format_costs, format_fusion, fusion_table
 from tempme_vl.evaluation.measure import (
     Peak,
@@ -40,6 +40,7 @@ from tempme_vl.evaluation.measure import (
     paired_times,
     peak_memory,
 )
+from tempme_vl.reports import provenance, show, write_json
 
 ROWS = Literal["open_clip", "none", "tome", "tempme", "joint", "clip", "clip+tempme"]
 
@@ -90,7 +91,7 @@ def main(options: Options) -> None:
         print(json.dumps(asdict(peak_memory(workload(options), options.peak_of))))
         return
     costs, fusion = cost_table(), fusion_table()
-    print(f"{format_costs(costs)}\n\n{format_fusion(fusion)}")
+    show(f"{format_costs(costs)}\n\n{format_fusion(fusion)}")
     report: dict[str, Any] = {
         "costs": [{**asdict(row), "deviation_percent": row.deviation} for row in costs],
         "fusion": [{**asdict(row), "saved_percent": row.saved} for row in fusion],
@@ -98,8 +99,7 @@ def main(options: Options) -> None:
     if options.measure:
         report["measured"] = measure(options)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.json, {**report, **provenance()})
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def measure(options: Options) -> dict[str, Any]:
         "turns": options.repeats,
     }
     memory_kind = "max_memory_allocated" if work.device.type == "cuda" else "resident set size"
-    print(
+    show(
         f"\nMeasured on this machine, and true of it alone: {', '.join(f'{k} {v}' for k, v in setting.items())}\n"
         f"Medians of times and of paired ratios; peak memory ({memory_kind}) of each row in a process of its own.\n"
         f"{format_measured(rows)}"
@@ -164,4 +164,4 @@ def peak_in_fresh_process(row: str) -> Peak:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(main, Options)

@@ -13,19 +13,19 @@ Weights, tokens and words are random: only times, and the equality of scores for
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 
+from tempme_vl.command import run
 from tempme_vl.evaluation.efficiency import columns, fusion_macs
 from tempme_vl.evaluation.measure import device_name
 from tempme_vl.evaluation.rerank import REST, Reranked, rerank
+from tempme_vl.reports import show, write_json
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel, create_umt_retrieval_model
 
 VOCABULARY = ("[PAD]",)  # no caption is read: fusion takes the states of words
@@ -79,14 +79,13 @@ def main(options: Options) -> None:
     similarity = torch.randn(options.captions, options.videos)
     rows = [row for count in options.tokens for row in measure(model, options, count, states, similarity, device)]
     shape = f"{options.videos} videos x {options.captions} captions of {options.words} words"
-    print(
+    show(
         f"Re-ranking {shape}, {options.model}, float32, {options.pairs_per_batch} pairs a batch"
         f"\nMeasured on this machine, and true of it alone: {device_name(device)}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}\n{format_rows(rows)}"
     )
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        write_json(options.json, [asdict(row) for row in rows])
 
 
 def measure(
@@ -150,4 +149,4 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(main, Options)

@@ -18,13 +18,14 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from tempme_vl.command import run
 from tempme_vl.data.datasets import Source, usual_splits
 from tempme_vl.data.reader import ClipReader, broken_clips
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips
@@ -32,6 +33,7 @@ from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.transforms import ClipTransform, Preprocess
 from tempme_vl.evaluation.rerank import rerank_embeddings
 from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report, table
+from tempme_vl.reports import finish, write_whole
 from tempme_vl.tasks.retrieval import load_retrieval_model
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.text.tokenizers import caption_tokenizer
@@ -86,12 +88,9 @@ def main(options: Options) -> None:
     embeddings, report = evaluate(options, split, device)
     if not distributed.is_main():
         return
-    if options.save_embeddings is not None:
-        save_embeddings(options.save_embeddings, embeddings, split)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(describe(report))
+    file = options.save_embeddings
+    more = [] if file is None else [partial(save_embeddings, file, embeddings, split)]
+    finish(describe(report), report, options.json, *more)
 
 
 def read_split(options: Options) -> RetrievalSplit:
@@ -159,8 +158,7 @@ def save_embeddings(file: Path, embeddings: Embeddings, split: RetrievalSplit) -
         "video_ids": json.dumps([clip.video_id for clip in split.clips]),
         "captions": json.dumps([caption for texts in split.captions for caption in texts]),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+    write_whole(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -182,4 +180,4 @@ def describe(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(main, Options)

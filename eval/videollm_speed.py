@@ -12,7 +12,6 @@ Weights, frames and words are random: only times and counts mean something.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-import tyro
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tempme_vl.command import run
 from tempme_vl.evaluation.measure import device_name, paired_times, synchronize
 from tempme_vl.frontend import make_schedule
 from tempme_vl.integrations import Compressed, SampledVideo, compress
@@ -35,6 +34,7 @@ from tempme_vl.integrations.base import prefill_gflops
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, make_plan, pooled
 from tempme_vl.integrations.tiny import word_tokenizer
+from tempme_vl.reports import finish
 
 PROMPT = "USER: <video> Why is this video funny? ASSISTANT:"
 FRAME = (360, 640)  # height and width of the frames that come in
@@ -207,10 +207,8 @@ def main(options: Options) -> None:
     )
     merging = "\n".join(f"{way.name}: {way.merging}" for way in ways if way.merging)
     table = format_rows(rows, SIZES[options.model].depth)
-    print(f"\n{merging}\nMeasured on this machine, and true of it alone: {setting}\n\n{table}")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+    shown = f"\n{merging}\nMeasured on this machine, and true of it alone: {setting}\n\n{table}"
+    finish(shown, {"setting": setting, "rows": rows}, options.json)
 
 
 def build(options: Options) -> tuple[Any, Any]:
@@ -415,4 +413,4 @@ def format_rows(rows: Sequence[Mapping[str, Any]], depth: int) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(main, Options)

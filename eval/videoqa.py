@@ -18,17 +18,17 @@ or one's own .jsonl file (file, question, answer or answers, optional options, i
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from tempme_vl.command import run
 from tempme_vl.data.videoqa import QASplit, read_jsonl, read_questions, read_split, read_vocabulary
 from tempme_vl.evaluation.videoqa import accuracy, read_predictions, table
+from tempme_vl.reports import finish, write_json
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,18 @@ def main(options: Options) -> None:
     """ValueError for options that miss each other and for files that are not as described above."""
     if (options.predictions is None) == (options.checkpoint is None):
         raise ValueError("expected either --predictions, a file, or --checkpoint, the folder of a model")
-    report = score_predictions(options) if options.checkpoint is None else score_checkpoint(options)
-    if report is None:
-        return
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
-    for name, cause in report.get("broken_videos", {}).items():
-        print(f"could not read {name}: {cause}")
+    more: list[Callable[[], object]] = []
+    if options.checkpoint is None:
+        report = score_predictions(options)
+    else:
+        scored = score_checkpoint(options)
+        if scored is None:
+            return
+        report, predictions = scored
+        if options.save_predictions is not None:
+            more = [partial(write_json, options.save_predictions, predictions, indent=0)]
+    lost = [f"could not read {name}: {cause}" for name, cause in report.get("broken_videos", {}).items()]
+    finish("\n".join([table(report), *lost]), report, options.json, *more)
 
 
 def score_predictions(options: Options) -> dict[str, Any]:
@@ -100,8 +103,8 @@ def score_predictions(options: Options) -> dict[str, Any]:
     }
 
 
-def score_checkpoint(options: Options) -> dict[str, Any] | None:
-    """The report of a model's own predictions, all ranks together; None on ranks other than the first."""
+def score_checkpoint(options: Options) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """The report of a model's predictions and these, all ranks together; None on ranks other than the first."""
     from tempme_vl.data.reader import broken_clips
     from tempme_vl.evaluation.predict import predict
     from tempme_vl.pipeline import VideoQA
@@ -120,10 +123,7 @@ def score_checkpoint(options: Options) -> dict[str, Any] | None:
         logs = distributed.gather_objects(broken_clips(log))
     if not distributed.is_main():
         return None
-    if options.save_predictions is not None:
-        options.save_predictions.parent.mkdir(parents=True, exist_ok=True)
-        options.save_predictions.write_text(json.dumps(predictions, indent=0) + "\n")
-    return {
+    report = {
         "checkpoint": str(options.checkpoint),
         "num_frames": reader.num_frames,
         "sampling": reader.sampling,
@@ -131,6 +131,7 @@ def score_checkpoint(options: Options) -> dict[str, Any] | None:
         **accuracy(predictions, split, qa.answers or None, normalize=options.normalize),
         "broken_videos": {name: cause for log in logs for name, cause in log.items()},
     }
+    return report, predictions
 
 
 def split_of(options: Options) -> QASplit:
@@ -163,7 +164,4 @@ def vocabulary_of(options: Options) -> tuple[str, ...] | None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run(main, Options)

@@ -18,6 +18,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "state": set(),
     "matching": set(),
     "pretrained": set(),
+    # how commands start and fail, and what they leave behind
+    "reports": set(),
+    "command": {"reports"},
     # what a front end is made of
     "merging": {"state", "matching"},
     "backbones": {"state"},
@@ -30,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": CORE | {"tasks", "data"},  # of data: splits and predictions, to score them
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
-    "recipe": CORE | {"tasks", "evaluation", "data", "training"},
+    "recipe": CORE | {"tasks", "evaluation", "data", "training", "reports", "command"},
     "lmms_eval": {"integrations", "data"},
     # side shelves, which know no model and not each other
     "data": set(),

@@ -244,6 +244,7 @@ def test_two_ranks_report_what_one_does(run, checkpoint, one_broken, tmp_path):
 
     written = json.loads((tmp_path / "report.json").read_text())
     assert written.pop("ranks") == 2 and report.pop("ranks") == 1
+    assert str(COMMAND) in written.pop("command") and written.pop("date") and "torch" in written.pop("versions")
     for direction in ("t2v", "v2t"):
         assert written.pop(direction) == pytest.approx(report.pop(direction))
     assert written == report

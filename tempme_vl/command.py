@@ -1,0 +1,140 @@
+"""How the scripts of recipes/ and eval/ start and how they fail: a user's mistake is one line on stderr, exit code 2.
+
+if __name__ == "__main__":
+    run(main, Options)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from tempme_vl.reports import RESULTS
+
+T = TypeVar("T")
+MISTAKE, INTERRUPTED = 2, 130  # exit codes; an error of the program itself ends with Python's 1
+TRACEBACK = "TEMPME_VL_TRACEBACK"  # environment variable: 1 shows where a user's mistake was noticed
+FIRST_RANK_SECONDS = 5.0  # to end in, after a mistake that all ranks make
+
+
+def run(main: Callable[[T], object], options: type[T] | Callable[[], T]) -> None:
+    """Parses the command line and calls `main` with the options.
+
+    What a user can put right (see `is_mistake`) ends in one line on stderr and exit code 2, Ctrl-C in one line and 130;
+    the environment variable TEMPME_VL_TRACEBACK=1 shows the traceback too. Any other error keeps its traceback and
+    exit code 1. Of several ranks that make the same mistake the first prints. Messages of the package's loggers are
+    shown on the first rank's stderr.
+
+    Args:
+        options: a dataclass, which tyro parses, or a function that parses.
+    """
+    log_to_screen()
+    try:
+        main(_parsed(options))
+        return
+    except (Exception, KeyboardInterrupt) as error:
+        _end_workers()
+        if not isinstance(error, KeyboardInterrupt) and not is_mistake(error):
+            raise
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else MISTAKE
+        text = "interrupted" if code == INTERRUPTED else f"error: {in_one_line(error)}"
+        shown = traceback.format_exc() if os.environ.get(TRACEBACK, "0") not in ("", "0") else ""
+    _say_on_one_rank(f"{shown}{text}")
+    sys.exit(code)
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether a user can put it right: a ValueError, what the system says of a file, an error of the package's own."""
+    return isinstance(error, ValueError | OSError) or type(error).__module__.partition(".")[0] == "tempme_vl"
+
+
+def in_one_line(error: BaseException) -> str:
+    """The message; of an error that a loader's worker met, its own message without the worker's traceback."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error)
+    if worker := re.match(r"Caught (\w+) in \w+ worker process \d+\.\nOriginal Traceback", text):
+        text = re.split(rf"\n[\w.]*\b{worker[1]}: ", text)[-1]
+    return re.sub(r"\s*\n\s*", " ", text.strip()) or type(error).__name__
+
+
+def log_to_screen() -> None:
+    """Shows what the package logs on the first rank's stderr; other handlers of these loggers stay."""
+    logger = logging.getLogger("tempme_vl")
+    if _rank() == 0 and not any(isinstance(handler, _Screen) for handler in logger.handlers):
+        logger.addHandler(_Screen())
+        logger.setLevel(logging.INFO)
+
+
+class _Screen(logging.Handler):
+    """A handler of its own class, to be found again; results are on stdout already."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != RESULTS:
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _parsed(options: type[T] | Callable[[], T]) -> T:
+    """Options of the command line; tyro's box around a mistake becomes one line. Only the first rank shows --help."""
+    errors = io.StringIO()
+    help_text = contextlib.nullcontext() if _rank() == 0 else contextlib.redirect_stdout(io.StringIO())
+    try:
+        with help_text, contextlib.redirect_stderr(errors):
+            return tyro.cli(options) if isinstance(options, type) else options()
+    except SystemExit as end:
+        if not end.code:
+            raise
+        text = re.sub(r"\x1b\[[0-9;]*m", "", errors.getvalue())
+        errors = io.StringIO()  # said anew
+        # ╭─ title ─╮ │ what is wrong │ ├ a rule, then the help of an option
+        lines = [line.strip("│ \t") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+        rules = [number for number, line in enumerate(lines) if line and not line.strip("─")]
+        said = " ".join(line for line in lines[: rules[0] if rules else None] if line)
+        raise ValueError(f"{said} (--help lists the options)" if said else f"exit code {end.code}") from None
+    finally:
+        sys.stderr.write(errors.getvalue())
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _say_on_one_rank(text: str) -> None:
+    if _rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+    elif _first_rank_stays(FIRST_RANK_SECONDS):
+        print(f"rank {_rank()}: {text}", file=sys.stderr, flush=True)
+
+
+def _first_rank_stays(seconds: float) -> bool:
+    """False once rank 0 has ended: it made the same mistake and has said so. Its store is how that is known."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            address = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
+            socket.create_connection(address, timeout=1).close()
+        except OSError:
+            return False
+        time.sleep(0.25)
+    return True
+
+
+def _end_workers() -> None:
+    """Loader workers ignore SIGTERM, which is what Python sends them at its exit before it waits for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
+    for child in multiprocessing.active_children():
+        child.kill()
