@@ -11,9 +11,10 @@ A model, on one process or several (for a retrieval model, which answers zero-sh
     deepspeed --num_gpus 8 eval/videoqa.py --checkpoint runs/msrvtt_qa-decoder-tempme/best --dataset msrvtt_qa \
         --data-root /data/msrvtt --save-predictions predictions.json
 
-Predictions: a JSON object {question id: answer}, a JSON list of {"question_id": ..., "answer": ...}, or csv
-`qid,answer`. Annotations: MSRVTT-QA (JSON or csv), MSVD-QA, ActivityNet-QA (NAME_q.json with NAME_a.json beside it),
-or one's own .jsonl file (file, question, answer or answers, optional options, id and split).
+Predictions: a JSON object {question id: answer}; a JSON list or JSON lines of {"question_id": ..., "answer": ...} or,
+with the ground truth beside it, of {"id": ..., "answer": truth, "pred": ...}; csv alike. Annotations: MSRVTT-QA (JSON
+or csv), MSVD-QA, ActivityNet-QA (NAME_q.json with NAME_a.json beside it), or one's own .jsonl file (file, question,
+answer or answers, optional options, id and split).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any, Literal
 
 from tempme_vl.command import run
 from tempme_vl.data.videoqa import QASplit, read_jsonl, read_questions, read_split, read_vocabulary
-from tempme_vl.evaluation.videoqa import accuracy, read_predictions, table
+from tempme_vl.evaluation.predictions import load_predictions
+from tempme_vl.evaluation.videoqa import accuracy, table
 from tempme_vl.reports import finish, write_json
 
 
@@ -36,7 +38,12 @@ class Options:
     """Accuracy, overall and by type of question, in percent. Questions without a prediction count as wrong."""
 
     predictions: Path | None = None
-    """Answers by question id: a JSON object, a JSON list or a csv file."""
+    """Answers by question id: a JSON object or list, JSON lines, or a csv file."""
+    prediction_key: str | None = None
+    """The key or column of --predictions that holds the answers. Default: pred, prediction, output, response or
+    another of tempme_vl.evaluation.predictions, else answer; the report says which."""
+    id_key: str | None = None
+    """The one that holds the question's id. Default: question_id, id, qid or questionId."""
     checkpoint: Path | None = None
     """Or the folder of a model, such as a training run's OUTPUT/best, to predict them."""
     annotations: Path | None = None
@@ -96,10 +103,15 @@ def score_predictions(options: Options) -> dict[str, Any]:
         raise ValueError("--predictions needs --annotations, the questions with their answers")
     assert options.predictions is not None
     split = read_questions(options.annotations, options.split)
+    predictions = load_predictions(options.predictions, options.prediction_key, options.id_key)
+    predictions.refuse_ground_truth(split)
     return {
         "predictions": str(options.predictions),
+        "prediction_key": predictions.prediction_key,
+        "id_key": predictions.id_key,
+        "predictions_read": predictions.in_words(),
         "annotations": str(options.annotations),
-        **accuracy(read_predictions(options.predictions), split, vocabulary_of(options), normalize=options.normalize),
+        **accuracy(predictions.answers, split, vocabulary_of(options), normalize=options.normalize),
     }
 
 

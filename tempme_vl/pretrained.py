@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "config.json", "model.safetensors", "vocab.txt"
 ANSWERS_FILE = "answers.json"
+HUB_SECONDS = 10.0
 
 
 def save_model(directory: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -50,26 +52,37 @@ def load_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def hub_file(source: str | Path, name: str) -> Path:
-    """A file of a local folder, or of a model on the Hugging Face hub, downloaded if it is not there yet.
+    """A file of a local folder, or of a model on the Hugging Face hub, downloaded if it is not in its cache yet.
+
+    Without a network that is said at once: the hub's own client would try for most of a minute.
 
     Args:
         source: the folder, or the model's name ("bert-base-uncased").
 
     Raises:
-        ValueError: neither has the file, or the hub cannot be reached.
+        ValueError: neither has the file, or it is not in the cache and the hub cannot be reached.
     """
     folder = Path(source)
     if folder.is_dir():
         if not (folder / name).is_file():
             raise ValueError(f"expected {name} in {folder}; found {sorted(entry.name for entry in folder.iterdir())}")
         return folder / name
+    expected = f"expected a folder with {name}, or a model of the Hugging Face hub; got {str(source)!r}"
     try:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(huggingface_hub.hf_hub_download(str(source), name, local_files_only=True))
+        _reach_hub(str(source), name)
         return Path(huggingface_hub.hf_hub_download(str(source), name))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"expected a folder with {name}, or a model of the Hugging Face hub that can be reached; "
-            f"got {str(source)!r}: {error}"
-        ) from error
+        raise ValueError(f"{expected}: {error}") from error
+
+
+def _reach_hub(source: str, name: str) -> None:
+    """One request without a second try; ConnectionError where there is no network."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.hf_hub_url(source, name), timeout=HUB_SECONDS)
+    except Exception as error:  # of httpx, or of requests in older versions of the client
+        raise ConnectionError(f"it is not in the local cache, and the hub cannot be reached ({error})") from error
 
 
 def save_vocabulary(directory: str | Path, words: Sequence[str]) -> None:

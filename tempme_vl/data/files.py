@@ -31,6 +31,17 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path}: {error}") from error
 
 
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with its place to name in errors."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            with errors_at(f"{path}, line {number}"):
+                entry = json.loads(line, object_pairs_hook=_distinct)
+                if not isinstance(entry, dict):
+                    raise ValueError(f"expected a JSON object; got {line[:80]!r}")
+            yield f"{path}, line {number}", entry
+
+
 def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a csv file with a header, each with its place to name in errors; ValueError for ragged rows."""
     reader = csv.DictReader(io.StringIO(read_text(path)))

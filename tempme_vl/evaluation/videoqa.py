@@ -1,7 +1,7 @@
 """Accuracy of answers to questions about videos, for anybody's predictions: no model and no torch is needed.
 
 A prediction is right if it equals one of the question's answers, letter for letter (UMT's and MSRVTT-QA's usual rule).
-Every question of the split counts; one without a prediction counts as wrong.
+Every question of the split counts; one without a prediction, or with an empty one, counts as wrong.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
-from tempme_vl.data.files import csv_rows, few, load_json
-from tempme_vl.data.videoqa import QASplit, as_id, coverage
+from tempme_vl.data.files import few
+from tempme_vl.data.videoqa import QASplit, coverage
+from tempme_vl.evaluation.predictions import read_predictions as read_predictions
 
 QUESTION_TYPES = ("what", "who", "how", "when", "where", "other")
-ID_KEYS = ("question_id", "id", "qid")
-ANSWER_KEYS = ("answer", "prediction")
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -38,14 +36,14 @@ def accuracy(
         normalize: compare after `normalize_answer` on both sides; a metric of its own, named in the report.
 
     Returns:
-        split, match ("exact" or "normalized"), total, correct and missing (questions), accuracy (percent), by_type
-        and total_by_type (percent and questions for each of QUESTION_TYPES; None and 0 for a type that is not asked),
-        vocabulary_size and ceiling (percent of questions with an answer in the vocabulary; None without one),
-        ambiguous (pairs of video and question that occur with different answers: one prediction cannot fit all).
+        split, match ("exact" or "normalized"), total, correct, missing and empty (questions without a prediction, and
+        with one that is empty), accuracy (percent), by_type and total_by_type (percent and questions for each of
+        QUESTION_TYPES; None and 0 for a type that is not asked), vocabulary_size and ceiling (percent of questions with
+        an answer in the vocabulary; None without one), ambiguous (pairs of video and question that occur with different
+        answers: one prediction cannot fit all).
 
     Raises:
-        ValueError: predictions for ids the split does not have, predictions that are empty or no text, an empty
-            vocabulary.
+        ValueError: predictions for ids the split does not have, predictions that are no text, an empty vocabulary.
     """
     known = {question.question_id for question in split.questions}
     if unknown := [question_id for question_id in predictions if question_id not in known]:
@@ -53,11 +51,8 @@ def accuracy(
             f"{len(unknown)} of {len(predictions)} predictions have ids that {split.name} ({len(known)} questions) "
             f"does not have: {few(unknown)}; are they for another split?"
         )
-    if empty := [i for i, answer in predictions.items() if not isinstance(answer, str) or not answer.strip()]:
-        raise ValueError(
-            f"{len(empty)} predictions are empty or no text: those of {few(empty)}; leave a question out to have it "
-            "counted as missing"
-        )
+    if no_text := [i for i, answer in predictions.items() if not isinstance(answer, str)]:
+        raise ValueError(f"{len(no_text)} predictions are no text: those of {few(no_text)}")
     if vocabulary is not None and not vocabulary:
         raise ValueError("the answer vocabulary is empty")
 
@@ -75,6 +70,7 @@ def accuracy(
         "total": total.total(),
         "correct": correct.total(),
         "missing": len(known) - len(predictions),
+        "empty": sum(not answer.strip() for answer in predictions.values()),
         "accuracy": 100 * correct.total() / total.total(),
         "by_type": {kind: 100 * correct[kind] / total[kind] if total[kind] else None for kind in QUESTION_TYPES},
         "total_by_type": {kind: total[kind] for kind in QUESTION_TYPES},
@@ -108,42 +104,18 @@ def normalize_answer(answer: str) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
-def read_predictions(path: str | Path) -> dict[str, str]:
-    """Reads answers by question id.
-
-    A JSON object `{"170859": "man"}`; a JSON list of objects, or a csv file with a header, with one of the keys
-    question_id, id, qid and one of answer, prediction (others are ignored): `[{"qid": 170859, "answer": "man"}]`.
-
-    Raises:
-        ValueError: naming the file and the entry, line or ids: another form, an id that occurs more than once, an
-            answer that is empty or no text.
-    """
-    path = Path(path)
-    if path.suffix == ".csv":
-        pairs = [_pair(place, row) for place, row in csv_rows(path)]
-    else:
-        content = load_json(path)
-        if isinstance(content, dict):
-            pairs = [_pair(str(path), {"id": question_id, "answer": content[question_id]}) for question_id in content]
-        elif isinstance(content, list):
-            pairs = [_pair(f"{path}, entry {number}", entry) for number, entry in enumerate(content)]
-        else:
-            raise ValueError(f"{path}: expected a JSON object or list of predictions; got {str(content)[:60]!r}")
-    if twice := [i for i, count in Counter(question_id for question_id, _ in pairs).items() if count > 1]:
-        raise ValueError(f"{path}: {len(twice)} question ids are answered more than once: {few(twice)}")
-    return dict(pairs)
-
-
 def table(report: Mapping[str, Any]) -> str:
     """The report of `accuracy` to read."""
     lines = [
-        f"{report['split']}: {report['total']} questions, {report['missing']} without a prediction (counted as wrong), "
-        f"{report['match']} match",
+        f"{report['split']}: {report['total']} questions, {report['missing']} without a prediction and "
+        f"{report['empty']} with an empty one (counted as wrong), {report['match']} match",
         f"{'type':<10}{'questions':>10}{'accuracy %':>12}",
     ]
     rows = [(kind, report["total_by_type"][kind], report["by_type"][kind]) for kind in QUESTION_TYPES]
     for kind, total, percent in [*rows, ("all", report["total"], report["accuracy"])]:
         lines.append(f"{kind:<10}{total:>10}" + (f"{'-':>12}" if percent is None else f"{percent:>12.2f}"))
+    if "predictions_read" in report:
+        lines.insert(1, report["predictions_read"])
     if report["ceiling"] is not None:
         lines.append(f"ceiling of a vocabulary of {report['vocabulary_size']} answers: {report['ceiling']:.2f} %")
     if report["ambiguous"]:
@@ -155,20 +127,3 @@ def _same(prediction: str, answers: tuple[str, ...], normalize: bool) -> bool:
     if not normalize:
         return prediction in answers
     return normalize_answer(prediction) in map(normalize_answer, answers)
-
-
-def _pair(place: str, entry: object) -> tuple[str, str]:
-    fields = entry if isinstance(entry, dict) else {}
-    ids, answers = ([key for key in keys if key in fields] for keys in (ID_KEYS, ANSWER_KEYS))
-    if len(ids) != 1 or len(answers) != 1:
-        raise ValueError(
-            f"{place}: expected one of {', '.join(ID_KEYS)} and one of {', '.join(ANSWER_KEYS)}; got {str(entry)[:80]}"
-        )
-    question_id, answer = fields[ids[0]], fields[answers[0]]
-    try:
-        question_id = as_id(question_id)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"{place}: the answer to {question_id} must be a text that is not empty; got {answer!r}")
-    return question_id, answer

@@ -22,7 +22,6 @@ from tempme_vl.evaluation.videoqa import (
     accuracy_by,
     normalize_answer,
     question_type,
-    read_predictions,
     table,
 )
 
@@ -125,6 +124,13 @@ def test_a_missing_prediction_counts_like_a_wrong_one() -> None:
     assert reports[0] == reports[1] and reports[0]["correct"] == 499
 
 
+def test_an_empty_prediction_is_a_wrong_one() -> None:
+    predictions = kinds_of_predictions(ROWS)["correct"]
+    wrong = accuracy({**predictions, "1003": "elephant", "1004": "elephant"}, make_split(ROWS))
+    empty = accuracy({**predictions, "1003": "", "1004": " \n"}, make_split(ROWS))
+    assert (wrong.pop("empty"), empty.pop("empty")) == (0, 2) and empty == wrong and empty["missing"] == 0
+
+
 def test_no_prediction_beats_the_ceiling() -> None:
     split = make_split(ROWS)
     vocabulary = ("man", "two")
@@ -188,54 +194,12 @@ def test_ambiguous_pairs_are_counted_once() -> None:
     ("predictions", "message"),
     [
         ({"1000": "man", "7": "man"}, r"1 of 2 predictions have ids that toy/test \(500 questions\) does not have: 7"),
-        ({"1000": " ", "1001": "man"}, "1 predictions are empty or no text: those of 1000"),
-        ({"1000": None}, "1 predictions are empty or no text: those of 1000"),
+        ({"1000": None, "1001": "man"}, "1 predictions are no text: those of 1000"),
     ],
 )
 def test_predictions_that_cannot_be_scored(predictions: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         accuracy(predictions, make_split(ROWS))
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("p.json", '{"5": "man", "v_6": "a dog, big"}'),
-        ("p.json", '[{"question_id": 5, "answer": "man"}, {"question_id": "v_6", "answer": "a dog, big"}]'),
-        ("p.json", '[{"id": 5, "prediction": "man", "score": 1}, {"qid": "v_6", "answer": "a dog, big"}]'),
-        ("p.csv", 'qid,answer\n5,man\nv_6,"a dog, big"\n'),
-        ("p.csv", 'score,id,prediction\n1,5,man\n2,v_6,"a dog, big"\n'),
-    ],
-)
-def test_every_form_of_predictions_is_read_alike(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content)
-    assert read_predictions(tmp_path / name) == {"5": "man", "v_6": "a dog, big"}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("p.json", '{"5": "man", "5": "man"}', "keys occur more than once in one object: 5"),
-        ("p.json", '[{"id": 5, "answer": "man"}, {"id": "5", "answer": "boy"}]', "answered more than once: 5"),
-        ("p.csv", "qid,answer\n5,man\n5,man\n", "1 question ids are answered more than once: 5"),
-        ("p.json", '{"5": ""}', r"the answer to 5 must be a text that is not empty; got ''"),
-        ("p.json", '[{"id": 5, "answer": 7}]', r"p\.json, entry 0: the answer to 5 must be a text .*; got 7"),
-        ("p.csv", "qid,answer\n5,man\n6, \n", r"p\.csv, line 3: the answer to 6 must be a text that is not empty"),
-        ("p.csv", "5,man\n6,boy\n", r"p\.csv, line 2: expected one of question_id, id, qid"),
-        ("p.csv", "qid,answer\n5\n", r"p\.csv, line 2: expected 2 columns"),
-        ("p.json", '[{"id": 5, "answer": "man", "prediction": "boy"}]', "one of answer, prediction"),
-        ("p.json", '[{"answer": "man"}]', "one of question_id, id, qid"),
-        ("p.json", '["man"]', r"p\.json, entry 0: expected one of"),
-        ("p.json", '[{"id": 5.5, "answer": "man"}]', r"p\.json, entry 0: expected an id"),
-        ("p.json", '"man"', "expected a JSON object or list"),
-        ("p.json", "", r"p\.json: Expecting"),
-        ("p.csv", "", "names of columns"),
-    ],
-)
-def test_bad_prediction_files(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_predictions(tmp_path / name)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -275,9 +239,25 @@ def test_the_command_writes_the_report_and_loads_no_torch(files: dict[str, Path]
 def test_the_command_ends_with_one_line_on_bad_input(files: dict[str, Path]) -> None:
     files["predictions"].write_text('{"1000": "man", "elsewhere": "man"}')
     done = run("--predictions", files["predictions"], "--annotations", files["annotations"])
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: 1 of 2 predictions have ids that") and "elsewhere" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_command_scores_the_prediction_and_not_the_truth_beside_it(files: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"id": i, "question": q, "answer": a, "pred": "I do not know"} for _, q, a, i in ROWS]
+    files["predictions"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--predictions", files["predictions"], "--annotations", files["annotations"])
+    done = run(*arguments, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["correct"], report["missing"], report["prediction_key"], report["id_key"]) == (0, 0, "pred", "id")
+    assert "predictions read from pred, ids from id; ground truth, not read: answer" in done.stdout
+    # asked for, the truth is scored
+    done = run(*arguments, "--prediction-key", "answer", "--json", tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["accuracy"] == 100, done.stderr
+    # the annotations themselves could be either
+    done = run("--predictions", files["annotations"], "--annotations", files["annotations"])
+    assert done.returncode == 2 and "is this a file of annotations?" in done.stderr
 
 
 def test_the_table_holds_every_number(files: dict[str, Path]) -> None:
