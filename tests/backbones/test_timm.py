@@ -203,8 +203,9 @@ def test_numbers_of_a_tower() -> None:
 
 
 def test_attention_pooling_costs_what_torch_counts() -> None:
+    tower = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, depth=1).to("meta")
     with torch.device("meta"):
-        backbone, _ = backbone_of(timm.create_model("vit_base_patch16_siglip_224", num_classes=0, depth=1))
+        backbone, _ = backbone_of(tower)
         frontend = VisualFrontend(backbone, MergeSchedule.identity(1, F, 196, 0))
         with FlopCounterMode(display=False) as counter:
             frontend.head(torch.empty(F, 196, 768), None)
