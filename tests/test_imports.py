@@ -55,6 +55,12 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    """Top-level names that may be imported from outside; the search through all installed packages takes a second."""
+    return set(sys.stdlib_module_names) | set(packages_distributions()) | {"tempme_vl"} | EXTRAS
+
+
 def part(name: str) -> str:
     """The part of tempme_vl that a dotted name lies in; what tempme_vl itself offers is its __init__."""
     names = name.split(".")
@@ -78,8 +84,7 @@ def test_package_imports_downwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PACKAGE + SCRIPT_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_scripts_are_not_imported_and_everything_else_is_installed(path: Path) -> None:
-    known = set(sys.stdlib_module_names) | set(packages_distributions()) | {"tempme_vl"} | EXTRAS
+def test_scripts_are_not_imported_and_everything_else_is_installed(path: Path, known: set[str]) -> None:
     tops = {name.split(".")[0] for name in imports(path)}
     assert not tops & {*SCRIPTS, "tests"}
     assert tops <= known, sorted(tops - known)

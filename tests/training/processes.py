@@ -24,6 +24,9 @@ TESTS = Path(__file__).resolve().parents[1]
 RECIPES = TESTS.parent / "recipes"
 SERVER = multiprocessing.get_context("forkserver")
 LIMIT = 90.0
+# recipes.runs is all that ranks run; the other is what deepspeed.initialize imports with torch's compiler, seconds a rank
+PRELOAD = ["recipes.runs", "deepspeed.runtime.zero.muon.original_muon"]
+_HELD: list[socket.socket] = []
 
 
 def run(function: Callable[..., Any], *args: Any, world: int = 1) -> list[Any]:
@@ -61,9 +64,16 @@ def exit_codes(processes: list[ForkServerProcess]) -> list[int | None]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody else gets while this process lives.
+
+    A socket that is bound and does not listen keeps it: the system gives the port to nobody who asks for any, and lets
+    a server that names it in, as both set SO_REUSEADDR.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    _HELD.append(held)
+    return held.getsockname()[1]
 
 
 def _environments(world: int) -> list[dict[str, str]]:
@@ -78,7 +88,7 @@ def _environments(world: int) -> list[dict[str, str]]:
 
 def _start(target: Callable[..., Any], *args: Any) -> ForkServerProcess:
     with _python_path():  # the server reads it once, when the first process starts it
-        SERVER.set_forkserver_preload(["full_ft_msrvtt", "videoqa", "training.models"])
+        SERVER.set_forkserver_preload(PRELOAD)
         forkserver.ensure_running()
     process = SERVER.Process(target=target, args=args)
     process.start()
@@ -102,8 +112,10 @@ def _become_rank(env: dict[str, str]) -> None:
     os.environ.update(env)
     multiprocessing.set_start_method("fork", force=True)  # data loaders start as they do in a plain process
     cores = sorted(os.sched_getaffinity(0))
-    # one core, hence one thread: threads that wait for each other are slow where other work goes on
-    os.sched_setaffinity(0, {cores[int(env["RANK"]) % len(cores)]})
+    # one core, hence one thread: threads that wait for each other are slow where other work goes on; another first core
+    # for each of the processes that share out the tests
+    first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {cores[(first + int(env["RANK"])) % len(cores)]})
 
 
 def _received(receiver: Any) -> tuple[bool, Any]:
