@@ -134,7 +134,7 @@ def test_float64_agrees_with_float32(schedule: MergeSchedule) -> None:
     torch.testing.assert_close(single.pooled.double(), double.pooled, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_compiles_into_one_graph(backend: str) -> None:
     torch._dynamo.reset()
     frontend, video = tiny_frontend(tempme_schedule()), random_video(6)

@@ -98,7 +98,9 @@ class Collector:
 def run_here(output: Path) -> None:
     """Runs the tests with the transformers of this interpreter and writes a `Report`."""
     collector = Collector()
-    code = pytest.main(["-q", "-rfEs", "--tb=short", "-p", "no:cacheprovider", *HOSTS, SHARED, TOWERS], [collector])
+    code = pytest.main(
+        ["-n0", "-m", "", "-rfEs", "--tb=short", "-p", "no:cacheprovider", *HOSTS, SHARED, TOWERS], [collector]
+    )
     complete = code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and bool(collector.cases)
     cases = [vars(case) for case in collector.cases.values()]
     output.write_text(json.dumps([{part: version_of(part) for part in PARTS}, cases, complete]))

@@ -90,6 +90,14 @@ CASES = {
         {"holdout": 6},
         {"holdout": 0},
     ),
+    "umt": Case(
+        "full_ft_msrvtt",
+        load_retrieval_model,
+        {"split": "msrvtt/test_1k", "videos": NUM_TEST, "broken_videos": {}, "method": "tempme"},
+        {"dataset": "msrvtt", "data_root": "ROOT", **UMT, "rerank": 3},
+        {"holdout": 6},
+        {"holdout": 0},
+    ),
     "classifier": Case(
         "videoqa",
         load_qa_model,

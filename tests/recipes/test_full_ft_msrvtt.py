@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from full_ft_msrvtt import Options, parse, source
-from recipes.runs import CASES, UMT, assert_same_checkpoint, latest
+from recipes.runs import CASES, assert_same_checkpoint, latest
 
 from tempme_vl.data.datasets import USUAL_SPLITS, SplitNames
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
@@ -17,12 +17,13 @@ from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 TIMES = ("train_seconds", "train_steps")
 
 
-def test_umt_trains_is_killed_resumes_and_re_ranks(data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_umt_on_two_ranks_trains_is_killed_resumes_and_re_ranks(data: Path, tmp_path: Path) -> None:
     """Dropout and hard negatives are drawn anew in each step; a resumed run draws what an unbroken one does."""
     whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
-    case, umt = CASES["retrieval"], {**UMT, "rerank": 3}
-    assert case.run(log, case.arguments(data, whole, **umt), world=2) == [0, 0], log.read_text()
-    resumed = case.arguments(data, parts, **umt, resume="auto")
+    case = CASES["umt"]
+    assert case.run(log, case.arguments(data, whole), world=2) == [0, 0], log.read_text()
+    resumed = case.arguments(data, parts, resume="auto")
     assert -signal.SIGKILL in case.run(log, resumed, 8, world=2)
     assert latest(parts) == "step-00000005"
     assert case.run(log, resumed, world=2) == [0, 0], log.read_text()

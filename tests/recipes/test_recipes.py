@@ -14,12 +14,18 @@ from typing import Any
 import pytest
 import torch
 from recipes.runs import CASES, MODULES, assert_same_checkpoint, latest, losses, train_on_nan
-from training.processes import RECIPES, exit_codes, free_port, start
+from training.processes import LIMIT, RECIPES, exit_codes, free_port, start
 
 TIMES = ("train_seconds", "train_steps")
 
 
-@pytest.mark.parametrize("name", ["retrieval", "classifier"])
+def slow(*values: Any) -> Any:
+    """A second case of what another one holds."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# "umt" draws most: dropout, dropped paths and hard negatives anew in each step
+@pytest.mark.parametrize("name", ["umt", slow("retrieval"), slow("classifier")])
 def test_one_rank_killed_twice_and_stopped_ends_like_an_uninterrupted_run(
     name: str, data: Path, tmp_path: Path
 ) -> None:
@@ -47,6 +53,9 @@ def test_one_rank_killed_twice_and_stopped_ends_like_an_uninterrupted_run(
             del report[key]
     assert reports[0] == reports[1]
     assert {key: reports[0][key] for key in case.report} == case.report
+    if name == "umt":
+        again = reports[0]["reranked"]
+        assert again["rerank_top_k"] == 3 and 24 <= again["rerank_pairs"] <= 48
     models = [case.load(output / "best").state_dict() for output in (whole, parts)]
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
@@ -61,7 +70,7 @@ def test_one_rank_killed_twice_and_stopped_ends_like_an_uninterrupted_run(
     assert (whole / "options.json").read_bytes() == options
 
 
-@pytest.mark.parametrize("name", ["retrieval", "decoder"])
+@pytest.mark.parametrize("name", ["decoder", slow("retrieval")])
 def test_two_ranks_stopped_through_the_launcher_and_killed_resume_bit_for_bit(
     name: str, data: Path, tmp_path: Path
 ) -> None:
@@ -100,14 +109,14 @@ def stop_through_launcher(recipe: str, output: Path, parts: list[str], log: Path
             env=environment,
         )
     try:
-        limit = time.monotonic() + 90
+        limit = time.monotonic() + LIMIT
         while not (output / "metrics.jsonl").is_file() or len(losses(output)) < 3:
             assert runner.poll() is None and time.monotonic() < limit, log.read_text()[-3000:]
             time.sleep(0.1)
         # the runner of a single node does not pass signals on: they go to its child, the node's launcher
         (launcher,) = _children(runner.pid)
         os.kill(launcher, signal.SIGTERM)
-        assert runner.wait(timeout=60) == 1
+        assert runner.wait(timeout=LIMIT) == 1
     finally:
         for process in _descendants(runner.pid):
             os.kill(process, signal.SIGKILL)
@@ -125,7 +134,7 @@ def _descendants(process: int) -> list[int]:
     return [found for child in _children(process) for found in (child, *_descendants(child))]
 
 
-@pytest.mark.parametrize("name", ["retrieval", "decoder"])
+@pytest.mark.parametrize("name", ["retrieval", slow("decoder")])
 def test_a_loss_that_is_nan_ends_the_recipe(name: str, data: Path, tmp_path: Path) -> None:
     case, output, log = CASES[name], tmp_path / "run", tmp_path / "log"
     codes = exit_codes(start(train_on_nan, case.recipe, case.arguments(data, output, select=False), 6, log=log))

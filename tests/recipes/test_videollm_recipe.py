@@ -46,43 +46,61 @@ def test_defaults_follow_the_data_set_and_the_host() -> None:
     assert {f"tiny:{name}" for name in TINY} == set(HOSTS)
 
 
-def test_a_killed_run_ends_like_one_that_was_not(data: Path, tmp_path: Path) -> None:
-    whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
-    assert CASE.run(log, CASE.arguments(data, whole)) == [0], log.read_text()
-    resumed = CASE.arguments(data, parts, resume="auto")
-    assert CASE.run(log, resumed, 7) == [-signal.SIGKILL]
-    assert latest(parts) == "step-00000005"
-    assert CASE.run(log, resumed) == [0], log.read_text()
-    assert_same_checkpoint(whole, parts)
-    assert losses(whole) == losses(parts) and len(losses(whole)) == 12
-    reports = [json.loads((output / "report.json").read_text()) for output in (whole, parts)]
-    for report in reports:
-        for key in TIMES:
-            del report[key]
-    assert reports[0] == reports[1] and {key: reports[0][key] for key in CASE.report} == CASE.report
-    left, right = (load_video_llm(output / "best").state_dict() for output in (whole, parts))
-    assert all(torch.equal(left[name], right[name]) for name in left)
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps that nothing interrupts; what it shows is in the file "log" of its folder."""
+    output = tmp_path_factory.mktemp("videollm") / "whole"
+    log = output.with_name("log")
+    assert CASE.run(log, CASE.arguments(data, output)) == [0], log.read_text()
+    log.rename(output / "log")
+    return output
 
-    # what was exported answers as the run has reported
+
+def report_of(output: Path) -> dict[str, Any]:
+    report = json.loads((output / "report.json").read_text())
+    return {key: value for key, value in report.items() if key not in TIMES}
+
+
+def test_what_is_exported_answers_as_reported(whole: Path, data: Path) -> None:
+    report = report_of(whole)
+    assert {key: report[key] for key in CASE.report} == CASE.report
+    assert [step for step, _ in losses(whole)] == list(range(1, 13))
     said = json.loads((whole / "predictions.json").read_text())
     split = read_jsonl(data / "splits.jsonl", data / "motion" / "videos", "test")
     expected = accuracy(said, split, normalize=True)
-    assert {key: reports[0][key] for key in expected} == expected
+    assert {key: report[key] for key in expected} == expected
     model = load_video_llm(whole / "best")
     assert model.input == {"sampling": "uniform", "image_size": 32}
-    assert cost(model.compressed.host, 32).items() <= reports[0].items()
-    assert reports[0]["output_tokens"] < reports[0]["host_tokens"] == 8 * 17
-    shown = log.read_text()
+    assert cost(model.compressed.host, 32).items() <= report.items()
+    assert report["output_tokens"] < report["host_tokens"] == 8 * 17
+    shown = (whole / "log").read_text()
     assert "frames of 32 x 32 pixels: 136 visual tokens -> 29" in shown and "weights train; prompt 'USER:" in shown
 
-    # a folder with checkpoints is not overwritten, nor is its host
-    host = (whole / "host" / "model.safetensors").read_bytes()
+
+def test_a_folder_with_checkpoints_is_not_overwritten_nor_is_its_host(whole: Path, data: Path, tmp_path: Path) -> None:
+    log, host = tmp_path / "log", (whole / "host" / "model.safetensors").read_bytes()
     assert CASE.run(log, CASE.arguments(data, whole, seed=3)) == [1]
     assert "continue it with --resume auto, or give another --output" in log.read_text()
     assert (whole / "host" / "model.safetensors").read_bytes() == host
 
 
-@pytest.mark.parametrize(("host", "stage"), [("tiny:VideoLlava", "zero3"), ("tiny:Qwen2_5_VL", "zero2")])
+@pytest.mark.slow
+def test_a_killed_run_ends_like_one_that_was_not(whole: Path, data: Path, tmp_path: Path) -> None:
+    parts, log = tmp_path / "parts", tmp_path / "log"
+    resumed = CASE.arguments(data, parts, resume="auto")
+    assert CASE.run(log, resumed, 7) == [-signal.SIGKILL]
+    assert latest(parts) == "step-00000005"
+    assert CASE.run(log, resumed) == [0], log.read_text()
+    assert_same_checkpoint(whole, parts)
+    assert losses(whole) == losses(parts) and report_of(whole) == report_of(parts)
+    left, right = (load_video_llm(output / "best").state_dict() for output in (whole, parts))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    ("host", "stage"),
+    [("tiny:VideoLlava", "zero3"), pytest.param("tiny:Qwen2_5_VL", "zero2", marks=pytest.mark.slow)],
+)
 def test_two_ranks_learn_as_one(host: str, stage: str, data: Path, tmp_path: Path) -> None:
     """By plain SGD; answers have one to three words, and a clip on one of the ranks cannot be read."""
     lines = questions_of(data / "motion", "train")[:24]
