@@ -1,11 +1,13 @@
 """Tiny models of every kind that answers questions about clips, and what a rank does with them.
 
-`predicted_by_rank` and `score` run in processes of their own.
+`predicted_by_rank`, `score` and `run_script` run in processes of their own.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,3 +79,9 @@ def score(arguments: list[str]) -> None:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main(tyro.cli(module.Options, args=arguments))
+
+
+def run_script(script: Path, arguments: list[str | Path]) -> None:
+    """A script as the deepspeed launcher calls it on each rank."""
+    sys.argv = [str(script), *(str(argument) for argument in arguments), f"--local_rank={os.environ['LOCAL_RANK']}"]
+    runpy.run_path(str(script), run_name="__main__")
