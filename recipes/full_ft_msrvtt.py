@@ -48,6 +48,7 @@ from tempme_vl.recipe import (
     begin,
     cost,
     export,
+    facts,
     first_look,
     in_words,
     say,
@@ -152,6 +153,7 @@ def main(options: Options) -> None:
         options.build_optimizer(model, is_new_parameter),
         TrainPairs(train, train_reader, tokenizer, options.seed),
         options.config(),
+        facts(options, model.frontend.full_config(), train=train, val=val, test=test),
     )
     data = (
         f"train {train.name}: {len(train.clips)} clips, {train.num_captions} captions; "

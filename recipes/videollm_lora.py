@@ -55,6 +55,7 @@ from tempme_vl.recipe import (
     announce,
     begin,
     export,
+    facts,
     first_look,
     say,
     write_answers,
@@ -157,6 +158,7 @@ def main(options: Options) -> None:
         options.build_optimizer(model, model.is_new_parameter),
         TrainQuestions(train, train_reader, model.tokenize, options.seed),
         options.config(),
+        facts(options, model.compressed.describe(), train=train, val=val, test=test),
     )
     splits = [split for split in (train, val, test) if split is not None]
     data = "\n".join(f"{split.name}: {len(split.questions)} questions" for split in splits)

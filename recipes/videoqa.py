@@ -48,6 +48,7 @@ from tempme_vl.recipe import (
     begin,
     cost,
     export,
+    facts,
     first_look,
     in_words,
     say,
@@ -144,6 +145,7 @@ def main(options: Options) -> None:
         options.build_optimizer(model, model.is_new_parameter),
         TrainQuestions(train, train_reader, model.tokenize, options.seed),
         options.config(),
+        facts(options, model.frontend.full_config(), train=train, val=val, test=test),
     )
     announce(options, in_words(options, model.frontend), describe(train, val, test, answers))
     last_step = trainer.total_steps if options.max_steps is None else options.max_steps

@@ -6,6 +6,7 @@ A recipe's own options are a dataclass that inherits from those here; its comman
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -26,6 +27,14 @@ from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import replace_export
 from tempme_vl.training.engine import TrainConfig, Trainer
 from tempme_vl.training.optim import parameter_groups
+
+# Options that may be others when a run is continued: where things lie, how they are read and stored, what is shown. The
+# content of the annotations and of the DeepSpeed file counts instead of their paths, and what a precision stands for.
+MAY_CHANGE = {
+    *("output", "resume", "max_steps", "save_every", "tensorboard", "workers", "local_rank"),
+    *("data_root", "video_root", "annotations", "frame_cache", "decode_timeout", "on_broken"),
+    *("deepspeed_config", "precision", "grad_checkpointing", "eval_batch_size"),
+}
 
 BROKEN_VIDEOS = "broken_videos.jsonl"
 MOTION_ROOT = Path("runs/motion-data")
@@ -244,6 +253,28 @@ def begin(seed: int) -> torch.device:
         logging.getLogger("tempme_vl.tasks").setLevel(logging.INFO)
     torch.manual_seed(seed)
     return device
+
+
+def facts(options: Any, model: Any, **splits: Any) -> dict[str, Any]:
+    """What decides a run's result beside the engine's own options: see `Trainer`.
+
+    Args:
+        model: JSON data that describes it, its schedule among it.
+        splits: by their roles; None for one that there is not.
+    """
+    engine = {field.name for field in fields(TrainConfig)}
+    names = [field.name for field in fields(options) if field.name not in MAY_CHANGE | engine]
+    contents = {role: "none" if split is None else content(split) for role, split in splits.items()}
+    return {**{name: getattr(options, name) for name in names}, "model_config": model, "annotations": contents}
+
+
+def content(split: Any) -> str:
+    """Hash of a split's clips, texts and times; of its files only the names, so that a data set may move."""
+
+    def plain(value: Any) -> Any:
+        return value.name if isinstance(value, Path) else vars(value)
+
+    return hashlib.blake2b(json.dumps(split, default=plain).encode(), digest_size=8).hexdigest()
 
 
 def in_words(options: Any, frontend: VisualFrontend) -> str:

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tempme_vl.training import distributed
+from tempme_vl.training import distributed, fingerprint
 from tempme_vl.training.caching import cached_update
 from tempme_vl.training.checkpoint import (
     full_state_dict,
@@ -35,15 +35,21 @@ from tempme_vl.training.optim import warmup_cosine
 from tempme_vl.training.sampler import StepSampler
 
 Batch = Mapping[str, Any]
+# of a DeepSpeed file, what the recipe's options decide
+OURS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16")
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient is NaN or infinite; training stopped before anything was overwritten."""
 
 
+# What may be another when a run is continued: of the DeepSpeed file and of the precision, what they say counts.
+MAY_CHANGE = {"output", "deepspeed", "precision", "workers", "save_every", "resume", "tensorboard"}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run is. `fingerprint` must agree between a checkpoint and the run that resumes it."""
+    """What a run is. All but `MAY_CHANGE` must agree between a checkpoint and the run that resumes it."""
 
     output: Path
     deepspeed: Path
@@ -60,8 +66,8 @@ class TrainConfig:
     resume: str = "never"
     tensorboard: bool = False
 
-    def fingerprint(self, num_samples: int) -> dict[str, Any]:
-        return {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed, "num_samples": num_samples}
+    def fingerprint(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in MAY_CHANGE}
 
 
 class Trainer:
@@ -72,6 +78,8 @@ class Trainer:
         optimizer: over the model's parameters; its groups' rates are the peak rates.
         dataset: has `__len__`, `__getitem__((epoch, index))`, and items with a "name".
         config: see `TrainConfig`.
+        facts: JSON data: whatever else decides the result (the recipe's options, hashes of the annotations). A
+            checkpoint keeps them, and only a run with the same ones may go on from it.
 
     Attributes:
         step: updates done; epoch: complete passes done; best_score, best_step: of the exported best model.
@@ -80,7 +88,14 @@ class Trainer:
         ValueError: an output folder with checkpoints and resume="never", or of a run with other settings.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset, config: TrainConfig):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dataset: Dataset,
+        config: TrainConfig,
+        facts: Mapping[str, Any] | None = None,
+    ):
         self.config, self.dataset = config, dataset
         # once a loss is nearly 0, gradients below 1e-38 appear, on which a CPU is ten times as slow (docs/LOG.md)
         torch.set_flush_denormal(True)
@@ -95,6 +110,21 @@ class Trainer:
         local_batch = config.batch_size // distributed.world_size()
         if local_batch % config.chunks:
             raise ValueError(f"a batch of {local_batch} a rank does not divide into {config.chunks} chunks")
+        settings = deepspeed_config(config, local_batch // config.chunks, self.device)
+        self.fingerprint = fingerprint.flat(
+            {
+                **config.fingerprint(),
+                "num_samples": num_samples,
+                "ranks": distributed.world_size(),
+                "zero_stage": settings.get("zero_optimization", {}).get("stage", 0),
+                "bf16": settings["bf16"]["enabled"],
+                "parameters": fingerprint.of_model(model),
+                "optimizer": fingerprint.of_optimizer(optimizer),
+                # of what the recipe's options decide, the options are compared
+                "deepspeed": fingerprint.of_deepspeed({k: v for k, v in settings.items() if k not in OURS}),
+                **(facts or {}),
+            }
+        )
         schedule = LambdaLR(
             optimizer, lambda step: warmup_cosine(step, self.total_steps, config.warmup, config.lr_floor)
         )
@@ -102,13 +132,8 @@ class Trainer:
             model=model,
             optimizer=optimizer,
             lr_scheduler=schedule,
-            config=deepspeed_config(config, local_batch // config.chunks, self.device),
+            config=settings,
         )
-        self.fingerprint = {
-            **config.fingerprint(num_samples),
-            "ranks": distributed.world_size(),
-            "zero_stage": self.engine.zero_optimization_stage(),
-        }
         self._resume()
         self._log = RunLog(config.output, self.step, config.tensorboard) if distributed.is_main() else None
 
@@ -239,14 +264,12 @@ class Trainer:
                 "continue it with --resume auto, or give another --output"
             )
         state = read_state(checkpoint)
-        there = state["fingerprint"]
-        differing = [
-            f"{key} {there.get(key)}, now {here}" for key, here in self.fingerprint.items() if here != there.get(key)
-        ]
+        differing = fingerprint.differences(state["fingerprint"], self.fingerprint)
         if differing:
             raise ValueError(
                 f"{checkpoint} belongs to a run with {'; '.join(differing)}. Continue it with the same options on the "
-                "same number of ranks, or start anew in another --output"
+                "same number of ranks; for others start anew in another --output, from the weights that this run "
+                "exported if you like"
             )
         load_checkpoint(self.engine, checkpoint)
         self.step, self.best_score, self.best_step = state["step"], state["best_score"], state["best_step"]
@@ -298,13 +321,8 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, device: torch.device
         raise ValueError(f"precision is 'auto' (bf16 on a GPU, else fp32), 'bf16' or 'fp32'; got {config.precision!r}")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     filled = json.loads(config.deepspeed.read_text())
-    ours = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": config.chunks,
-        "gradient_clipping": config.clip_grad,
-        "bf16": {"enabled": bf16},
-    }
-    for key, value in ours.items():
+    ours = (micro_batch, config.chunks, config.clip_grad, {"enabled": bf16})
+    for key, value in zip(OURS, ours, strict=True):
         if filled.get(key, "auto") not in ("auto", {"enabled": "auto"}):
             raise ValueError(f'{config.deepspeed} sets {key}; leave it "auto": the recipe\'s options decide')
         filled[key] = value

@@ -1,0 +1,75 @@
+"""A run is continued with the options that decide its result, and with no others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from recipes.runs import CASES, MODULES, latest, write_lines
+
+from tempme_vl.data.splits import Clip, RetrievalSplit
+from tempme_vl.recipe import MAY_CHANGE, content, facts
+
+
+def test_other_options_are_refused_and_what_may_change_goes_on(data: Path, tmp_path: Path) -> None:
+    case, output, log = CASES["classifier"], tmp_path / "run", tmp_path / "log"
+    first = {"epochs": 1, "batch_size": 48, "workers": 0, "max_steps": 1}
+    assert case.run(log, case.arguments(data, output, **first)) == [0], log.read_text()
+    before = (output / "options.json").read_bytes()
+
+    other = {"method": "tome", "lr": 1e-5, "augment": "randaugment", "num_answers": 3}
+    changed = {**first, "resume": "auto", **other}
+    assert case.run(log, case.arguments(data, output, **changed)) == [1]
+    said = log.read_text()
+    for difference in (
+        "method tempme, now tome",
+        "lr 0.001, now 1e-05",
+        "augment none, now randaugment",
+        "num_answers 1500, now 3",
+        "model_config.schedule.method tempme, now tome",
+    ):
+        assert difference in said
+    assert (output / "options.json").read_bytes() == before
+
+    lines = [json.loads(line) for line in (data / "splits.jsonl").read_text().splitlines()]
+    lines[0]["question"] += " now"
+    edited = write_lines(tmp_path / "edited.jsonl", lines)
+    arguments = case.arguments(data, output, **{**first, "resume": "auto", "annotations": edited})
+    assert case.run(log, arguments) == [1]
+    assert "annotations.train " in log.read_text().replace(said, "")
+
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(data / "motion" / "videos", moved / "videos")
+    copied = shutil.copy(data / "splits.jsonl", moved / "splits.jsonl")
+    goes_on = {"resume": "auto", "annotations": copied, "video_root": moved / "videos", "workers": 1, "max_steps": 2}
+    assert case.run(log, case.arguments(data, output, **{**first, **goes_on})) == [0], log.read_text()
+    assert latest(output) == "step-00000002"
+
+
+@pytest.mark.parametrize("recipe", MODULES)
+def test_an_option_is_compared_unless_it_is_listed(recipe: str) -> None:
+    options = MODULES[recipe].parse([])
+    names = set(type(options).__dataclass_fields__)
+    engine = {"chunks", "epochs", "batch_size", "warmup", "lr_floor", "clip_grad", "seed"}  # the engine compares these
+    compared = set(facts(options, {})) - {"model_config", "annotations"}
+    assert compared | MAY_CHANGE | engine >= names
+    assert not compared & MAY_CHANGE
+    assert {"method", "r", "merge_layers", "lr", "lr_new", "weight_decay", "optimizer", "augment"} <= compared
+    assert {name for module in MODULES.values() for name in module.Options.__dataclass_fields__} >= MAY_CHANGE
+
+
+def test_the_content_of_a_split_counts_and_not_where_it_lies() -> None:
+    split = RetrievalSplit("a", (Clip("x", Path("/here/x.mp4"), 0.0, 2.0),), (("a caption",),))
+    moved = replace(split, clips=(Clip("x", Path("/there/x.mp4"), 0.0, 2.0),))
+    assert content(moved) == content(split)
+    others = (
+        replace(split, captions=(("another caption",),)),
+        replace(split, captions=(("a caption", "a caption"),)),
+        replace(split, clips=(Clip("x", Path("/here/x.mp4"), 0.0, 3.0),)),
+        replace(split, clips=(Clip("x", Path("/here/y.mp4"), 0.0, 2.0),)),
+        replace(split, clips=(Clip("y", Path("/here/x.mp4"), 0.0, 2.0),)),
+    )
+    assert len({content(other) for other in (split, *others)}) == 6
