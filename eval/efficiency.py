@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 
-from tempme_vl.command import run
+from tempme_vl.command import at_least, run
 from tempme_vl.evaluation.efficiency import cost_table, format_costs, format_fusion, fusion_table
 from tempme_vl.evaluation.measure import (
     Peak,
@@ -85,6 +85,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    at_least(1, frames=options.frames, batch=options.batch, repeats=options.repeats, threads=options.threads)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.peak_of is not None:

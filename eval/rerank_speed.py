@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tempme_vl.command import run
+from tempme_vl.command import at_least, run
 from tempme_vl.evaluation.efficiency import columns, fusion_macs
 from tempme_vl.evaluation.measure import device_name
 from tempme_vl.evaluation.rerank import REST, Reranked, rerank
@@ -70,6 +70,9 @@ class Row:
 
 
 def main(options: Options) -> None:
+    at_least(1, videos=options.videos, captions=options.captions, uncached_videos=options.uncached_videos)
+    at_least(1, words=options.words, top_k=options.top_k, pairs_per_batch=options.pairs_per_batch)
+    at_least(1, tokens=min(options.tokens, default=0), threads=options.threads)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

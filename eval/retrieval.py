@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save
 
-from tempme_vl.command import run
+from tempme_vl.command import above_zero, at_least, run
 from tempme_vl.data.datasets import Source, usual_splits
 from tempme_vl.data.reader import ClipReader, broken_clips
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips
@@ -69,9 +69,9 @@ class Options:
     json: Path | None = None
     """Write the report to this file."""
     batch_size: int = 32
-    """Clips or captions that a rank encodes at once."""
+    """Clips or captions that a rank encodes at once, 1 or more."""
     workers: int = 2
-    """Loader processes a rank."""
+    """Loader processes a rank; 0 loads in the rank's own."""
     frame_cache: Path | None = None
     """Folder that keeps decoded frames for the next evaluation."""
     on_broken: Literal["record", "raise"] = "record"
@@ -83,6 +83,9 @@ class Options:
 
 
 def main(options: Options) -> None:
+    at_least(0, workers=options.workers, rerank=options.rerank)
+    at_least(1, batch_size=options.batch_size)
+    above_zero(decode_timeout=options.decode_timeout)
     device = distributed.initialize()
     split = read_split(options)
     embeddings, report = evaluate(options, split, device)

@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tempme_vl.command import run
+from tempme_vl.command import at_least, run
 from tempme_vl.evaluation.measure import device_name, paired_times, synchronize
 from tempme_vl.frontend import make_schedule
 from tempme_vl.integrations import Compressed, SampledVideo, compress
@@ -187,6 +187,8 @@ class PostEncoderVideoLlava(PostEncoderHost):
 
 
 def main(options: Options) -> None:
+    at_least(1, frames=options.frames, batch=options.batch, repeats=options.repeats, threads=options.threads)
+    at_least(1, llm_layers=options.llm_layers)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.new_tokens < 2:

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tempme_vl.command import run
+from tempme_vl.command import above_zero, at_least, run
 from tempme_vl.data.videoqa import QASplit, read_jsonl, read_questions, read_split, read_vocabulary
 from tempme_vl.evaluation.predictions import load_predictions
 from tempme_vl.evaluation.videoqa import accuracy, table
@@ -69,9 +69,9 @@ class Options:
     save_predictions: Path | None = None
     """Write what a --checkpoint answers to this file, as --predictions reads it."""
     batch_size: int = 32
-    """Clips or questions that a rank takes at once."""
+    """Clips or questions that a rank takes at once, 1 or more."""
     workers: int = 2
-    """Loader processes a rank."""
+    """Loader processes a rank; 0 loads in the rank's own."""
     frame_cache: Path | None = None
     """Folder that keeps decoded frames for the next evaluation."""
     decode_timeout: float | None = 60.0
@@ -84,6 +84,9 @@ def main(options: Options) -> None:
     """ValueError for options that miss each other and for files that are not as described above."""
     if (options.predictions is None) == (options.checkpoint is None):
         raise ValueError("expected either --predictions, a file, or --checkpoint, the folder of a model")
+    at_least(0, workers=options.workers)
+    at_least(1, batch_size=options.batch_size)
+    above_zero(decode_timeout=options.decode_timeout)
     more: list[Callable[[], object]] = []
     if options.checkpoint is None:
         report = score_predictions(options)

@@ -34,7 +34,7 @@ from tempme_vl.data.retrieval import EvalCaptions, EvalClips, TrainPairs
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.transforms import ClipTransform, Preprocess
 from tempme_vl.evaluation.rerank import rerank_embeddings
-from tempme_vl.evaluation.retrieval import embed, retrieval_report, table
+from tempme_vl.evaluation.retrieval import DIRECTIONS, embed, retrieval_report, selection_score, table
 from tempme_vl.recipe import (
     FROM_SCRATCH,
     MOTION,
@@ -171,8 +171,8 @@ def main(options: Options) -> None:
             score = float(trainer.epoch)  # without a validation split the last epoch is the best
             if val is not None:
                 report = evaluate(trainer.engine, val, reader, tokenizer, device)
-                score = report["t2v"]["rsum"] + report["v2t"]["rsum"]
-                trainer.log(val_t2v_rsum=report["t2v"]["rsum"], val_v2t_rsum=report["v2t"]["rsum"])
+                score = selection_score(report)
+                trainer.log(**{f"val_{way}_rsum": report[way]["rsum"] for way in DIRECTIONS if way in report})
             if trainer.is_best(score):
                 export(trainer, model, options.output)
     seconds = time.perf_counter() - start

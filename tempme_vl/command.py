@@ -71,6 +71,20 @@ def in_one_line(error: BaseException) -> str:
     return re.sub(r"\s*\n\s*", " ", text.strip()) or type(error).__name__
 
 
+def at_least(least: float, **options: float | None) -> None:
+    """Refuses numbers of options below `least`, None aside; ValueError names the option as one writes it."""
+    for name, value in options.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more; got {value}")
+
+
+def above_zero(**options: float | None) -> None:
+    """Refuses numbers of options that are not above 0, as `at_least`."""
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0; got {value}")
+
+
 def log_to_screen() -> None:
     """Shows what the package logs on the first rank's stderr; other handlers of these loggers stay."""
     logger = logging.getLogger("tempme_vl")

@@ -38,6 +38,7 @@ MAY_CHANGE = {
 
 BROKEN_VIDEOS = "broken_videos.jsonl"
 MOTION_ROOT = Path("runs/motion-data")
+NO_VALIDATION = "no validation split: last epoch"
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ def about_run(options: Any, trainer: Trainer, val: str | None, start_step: int, 
         start_step, seconds: where this run began, and how long it trained.
     """
     return {
-        "selected_on": val or "none: last epoch",
+        "selected_on": val or NO_VALIDATION,
         "selected_step": trainer.best_step,
         "method": options.method,
         "seed": options.seed,
@@ -341,7 +342,8 @@ def write_report(options: Any, report: dict[str, Any], shown: str) -> None:
     if not distributed.is_main():
         return
     (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    say(f"\nbest epoch chosen on {report['selected_on']}\n{shown}")
+    chosen = report["selected_on"]
+    say(f"\n{chosen if chosen == NO_VALIDATION else f'best epoch chosen on {chosen}'}\n{shown}")
     if report["broken_videos"]:
         say(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
 

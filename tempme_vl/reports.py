@@ -18,7 +18,6 @@ from typing import Any
 
 # as a report names them -> the distributions that hold them
 PACKAGES = {
-    "tempme_vl": "tempme_vl",
     "torch": "torch",
     "transformers": "transformers",
     "open_clip": "open_clip_torch",

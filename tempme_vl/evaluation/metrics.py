@@ -25,7 +25,8 @@ class Ranks:
     """Where the best correct candidate of each query stands; all fields are int64 (Q,) on the CPU.
 
     `greater` candidates score strictly higher, `tied` candidates (the correct one included) score the same,
-    and `positives` of those tied are correct.
+    and `positives` of those tied are correct. A query that is `lost` has none of either: what is correct for it comes
+    behind everything else, and is not found among any number of candidates.
     """
 
     greater: Tensor
@@ -49,10 +50,15 @@ class Ranks:
         for i in range(k):
             step = (wrong - i).clamp(min=0).double() / (self.tied - i).clamp(min=1).double()
             miss = torch.where(i < places, miss * step, miss)
-        return 1.0 - miss
+        return torch.where(self.positives > 0, 1.0 - miss, 0.0)
 
 
-def rank_statistics(similarity: Tensor | np.ndarray, targets: Targets | None = None, first_row: int = 0) -> Ranks:
+def rank_statistics(
+    similarity: Tensor | np.ndarray,
+    targets: Targets | None = None,
+    first_row: int = 0,
+    lost: Tensor | None = None,
+) -> Ranks:
     """Rank the correct candidates of some queries.
 
     Args:
@@ -60,12 +66,18 @@ def rank_statistics(similarity: Tensor | np.ndarray, targets: Targets | None = N
         targets: the correct candidates of each query: (Q,), or (Q, P) padded with -1, or Q lists of any
             length. Without it, the candidate of query i is number `first_row` + i.
         first_row: number of the first row within the whole matrix, when this is one chunk of it.
+        lost: (Q,) bool, queries that cannot be answered because they, or what is correct for them, could not be read:
+            whatever their scores, their correct candidates rank behind all others, and no recall counts them.
 
     Raises:
         ValueError: on NaN scores (names the row), a wrong shape, or a query without a valid target.
     """
     scores = _matrix(similarity)
     num_queries, num_candidates = scores.shape
+    lost = torch.zeros(num_queries, dtype=torch.bool) if lost is None else lost.cpu()
+    if lost.shape != (num_queries,) or lost.dtype != torch.bool:
+        raise ValueError(f"lost must be bool ({num_queries},); got {lost.dtype} of shape {tuple(lost.shape)}")
+    scores = scores.masked_fill(lost.unsqueeze(1).to(scores.device), 0.0) if lost.any() else scores
     nan_rows = scores.isnan().any(dim=1).nonzero().flatten()
     if len(nan_rows):
         rows = [first_row + int(row) for row in nan_rows[:5]]
@@ -82,10 +94,11 @@ def rank_statistics(similarity: Tensor | np.ndarray, targets: Targets | None = N
     valid = index >= 0
     positive = scores.gather(1, index.clamp(min=0))
     best = positive.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
+    others = num_candidates - valid.sum(dim=1).cpu()
     return Ranks(
-        greater=(scores > best).sum(dim=1).cpu(),
-        tied=(scores == best).sum(dim=1).cpu(),
-        positives=((positive == best) & valid).sum(dim=1).cpu(),
+        greater=torch.where(lost, others, (scores > best).sum(dim=1).cpu()),
+        tied=(scores == best).sum(dim=1).cpu().masked_fill(lost, 0),
+        positives=((positive == best) & valid).sum(dim=1).cpu().masked_fill(lost, 0),
     )
 
 
@@ -111,7 +124,9 @@ def summarize(ranks: Ranks) -> dict[str, float]:
     return summary
 
 
-def retrieval_metrics(similarity: Tensor | np.ndarray, targets: Targets | None = None) -> dict[str, float]:
+def retrieval_metrics(
+    similarity: Tensor | np.ndarray, targets: Targets | None = None, lost: Tensor | None = None
+) -> dict[str, float]:
     """Metrics of one direction; the rows of `similarity` (Q, C) are queries. Transpose it for the other one.
 
     Arguments and errors as in `rank_statistics`, the keys as in `summarize`. Without `targets` the matrix
@@ -120,7 +135,7 @@ def retrieval_metrics(similarity: Tensor | np.ndarray, targets: Targets | None =
     scores = _matrix(similarity)
     if targets is None and scores.shape[0] != scores.shape[1]:
         raise ValueError(f"without targets the matrix must be square; got {tuple(scores.shape)}: pass targets")
-    return summarize(rank_statistics(scores, targets))
+    return summarize(rank_statistics(scores, targets, lost=lost))
 
 
 def multi_caption_metrics(

@@ -11,7 +11,7 @@ from tempme_vl.data.questions import AskedQuestions
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.retrieval import EvalClips
 from tempme_vl.data.videoqa import QASplit
-from tempme_vl.evaluation.encode import Encoder, encode_all
+from tempme_vl.evaluation.encode import Encoder, encode_own, even_shards, gather_ranks, rank_and_world
 
 
 class Answering(Protocol):
@@ -42,14 +42,26 @@ def predict(
         encode: the model, or its DeepSpeed engine, in eval mode.
     """
     number = {clip: i for i, clip in enumerate(dict.fromkeys(question.clip for question in split.questions))}
-    kept = encode_all(encode, EvalClips(list(number), reader), device, (*model.kept, "valid"), batch_size, workers)
-    valid = kept.pop("valid")
     rows = [number[question.clip] for question in split.questions]
-    asked = AskedQuestions(split, kept, rows, model.tokenize)
-    found = encode_all(encode, asked, device, ("prediction",), batch_size, workers, "questions")["prediction"]
+    shards = even_shards(len(number))
+    clips = EvalClips(list(number), reader)
+    kept = encode_own(encode, clips, device, (*model.kept, "valid"), shards, batch_size, workers)
+    valid = gather_ranks(kept.pop("valid"), device)[: len(number)]
+
+    # a rank asks about the clips that it encoded, so that no other needs their tokens
+    questions_of = [[i for i, row in enumerate(rows) if row in shard] for shard in map(set, shards)]
+    first = shards[rank_and_world()[0]][0]
+    asked = AskedQuestions(split, kept, [row - first for row in rows], model.tokenize)
+    own = encode_own(encode, asked, device, ("prediction",), questions_of, batch_size, workers, "questions")
+    gathered = gather_ranks(own["prediction"], device).unflatten(0, (len(shards), len(own["prediction"])))
+    found = {}
+    for numbers, predictions in zip(questions_of, gathered.tolist(), strict=True):
+        found |= dict(zip(numbers, predictions, strict=False))  # behind them, what fills a short shard
+
     answers = {}
-    for question, row, prediction in zip(split.questions, rows, found.tolist(), strict=True):
+    for i, (question, row) in enumerate(zip(split.questions, rows, strict=True)):
         if valid[row]:
+            prediction = found[i]
             text = question.options[prediction[0]] if question.options else model.text(prediction)
             if text.strip():
                 answers[question.question_id] = text

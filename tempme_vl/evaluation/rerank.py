@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tempme_vl.evaluation.encode import gather_ranks, rank_and_world
+from tempme_vl.evaluation.encode import Rows, gather_ranks, rank_and_world
 from tempme_vl.evaluation.metrics import captions_of_videos, max_pool_captions, retrieval_metrics
 from tempme_vl.evaluation.retrieval import Embeddings
 
@@ -64,7 +64,7 @@ class Reranked:
 @torch.no_grad()
 def rerank(
     matcher: Matcher[Any],
-    tokens: Tensor,
+    tokens: Tensor | Rows,
     states: Tensor,
     mask: Tensor,
     similarity: Tensor,
@@ -84,7 +84,7 @@ def rerank(
 
     Args:
         matcher: on `device`.
-        tokens: (V, M, Dv) on the CPU.
+        tokens: (V, M, Dv) on the CPU, or this rank's rows of them as `embed` leaves them.
         states: (Q, L, D) on the CPU, as the text layers left them; mask: (Q, L), 1 for words.
         similarity: (Q, V) of the dual encoder. Among equal similarities the lower number is the candidate.
         valid: (V,) bool, False for videos that could not be read: they are nobody's candidates.
@@ -113,16 +113,15 @@ def rerank(
     wanted = of_videos | of_captions.T
 
     rank, world = rank_and_world()
-    readable = valid.nonzero().flatten()
-    per_rank = -(-len(readable) // world)
-    share = readable[rank * per_rank : (rank + 1) * per_rank]
+    shares = _shares(tokens, valid, world)
+    share = shares[rank]
     # a pair that no rank scores stays NaN, which the metrics refuse, rather than a score that looks real
-    scores = torch.full((per_rank, num_captions), torch.nan, device=device)
+    scores = torch.full((max(map(len, shares)), num_captions), torch.nan, device=device)
     bar = tqdm(
         total=int(wanted[share].sum()), desc="re-rank", unit="pair", disable=rank != 0 or not progress, leave=False
     )
     # video by video: a batch that mixes videos would copy the keys and values of each pair (43 MB for UMT-B)
-    for row, video in enumerate(share.tolist()):
+    for row, video in enumerate(share):
         own = tokens[video : video + 1].to(device)
         cached = matcher.keys_values(own) if cache_keys else None
         for texts in wanted[video].nonzero().flatten().split(pairs_per_batch):
@@ -134,7 +133,8 @@ def rerank(
     bar.close()
 
     matched = torch.full((num_videos, num_captions), torch.nan)
-    matched[readable] = gather_ranks(scores, world)[: len(readable)].cpu()
+    for videos, rows in zip(shares, gather_ranks(scores.cpu(), device).unflatten(0, (world, len(scores))), strict=True):
+        matched[videos] = rows[: len(videos)]
     return Reranked(
         t2v=matched.T.where(of_captions, REST).masked_fill(~valid, -torch.inf),
         v2t=matched.where(of_videos, REST),
@@ -152,10 +152,21 @@ def rerank_embeddings(matcher: Matcher[Any], e: Embeddings, device: torch.device
     return reranked_report(reranked, e.video_of_caption)
 
 
-def _best(similarity: Tensor, top_k: int) -> Tensor:
+def _shares(tokens: Tensor | Rows, valid: Tensor, world: int) -> list[list[int]]:
+    """The readable videos of every rank: of those whose tokens it has (`encode.even_shards`), or equally many."""
+    videos = list(range(len(tokens))) if isinstance(tokens, Rows) else valid.nonzero().flatten().tolist()
+    per_rank = -(-len(videos) // world)
+    shares = [videos[rank * per_rank : (rank + 1) * per_rank] for rank in range(world)]
+    return [[video for video in share if valid[video]] for share in shares]
+
+
+def _best(similarity: Tensor, top_k: int, chunk: int = 1024) -> Tensor:
     """Where each row has its `top_k` highest entries; topk would break ties as it likes, a stable sort does not."""
-    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, order, True)
+    best = torch.zeros_like(similarity, dtype=torch.bool)
+    for first in range(0, len(similarity), chunk):  # the order of a whole matrix would take twice its memory
+        order = similarity[first : first + chunk].argsort(dim=1, descending=True, stable=True)[:, :top_k]
+        best[first : first + chunk].scatter_(1, order, True)
+    return best
 
 
 def reranked_report(reranked: Reranked, video_of_caption: Tensor | Sequence[int]) -> dict[str, Any]:
@@ -173,19 +184,18 @@ def reranked_report(reranked: Reranked, video_of_caption: Tensor | Sequence[int]
     owners = torch.as_tensor(video_of_caption).cpu()
     num_captions, num_videos = reranked.t2v.shape
     captions = captions_of_videos(owners, num_videos)
-    own = owners == torch.arange(num_videos)[:, None]
-    v2t = reranked.v2t.masked_fill(own & ~reranked.valid[:, None], -torch.inf)
+    lost = ~reranked.valid
     report = {
         "videos": num_videos,
         "captions": num_captions,
-        "unreadable_videos": int((~reranked.valid).sum()),
+        "unreadable_videos": int(lost.sum()),
         "dual_softmax": False,
         "rerank_top_k": reranked.top_k,
         "rerank_pairs": reranked.pairs,
-        "t2v": retrieval_metrics(reranked.t2v, owners),
+        "t2v": retrieval_metrics(reranked.t2v, owners, lost[owners]),
     }
-    any_caption = retrieval_metrics(v2t, captions)
+    any_caption = retrieval_metrics(reranked.v2t, captions, lost)
     if num_captions == num_videos:  # the two definitions are one
         return {**report, "v2t": any_caption}
-    max_pooled = retrieval_metrics(max_pool_captions(v2t, owners, num_videos))
+    max_pooled = retrieval_metrics(max_pool_captions(reranked.v2t, owners, num_videos), lost=lost)
     return {**report, "v2t_any_caption": any_caption, "v2t_max_pooled": max_pooled}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tempme_vl.evaluation.encode import Encoder, encode_all
+from tempme_vl.evaluation.encode import Encoder, Rows, encode_all, encode_own, even_shards, gather_ranks, rank_and_world
 from tempme_vl.evaluation.metrics import (
     captions_of_videos,
     concatenate,
@@ -24,6 +24,7 @@ from tempme_vl.evaluation.metrics import (
 )
 
 DUAL_SOFTMAX_SCALE = 100.0
+DIRECTIONS = ("t2v", "v2t", "v2t_any_caption", "v2t_max_pooled")
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,16 @@ class Embeddings:
         text: (Q, E) float32, L2-normalised.
         video_of_caption: (Q,) int64.
         valid: (V,) bool, False for clips that could not be read; they stay in every denominator and are never
-            found: their queries rank last, and as candidates they come last.
+            found: their queries are lost (`rank_statistics`), and as candidates they come last.
         tokens, states, text_mask: (V, M, D), (Q, L, D_text) and (Q, L), what re-ranking compares; kept if asked for.
+            Of the tokens a rank has those of the videos that it encoded.
     """
 
     video: Tensor
     text: Tensor
     video_of_caption: Tensor
     valid: Tensor
-    tokens: Tensor | None = None
+    tokens: Tensor | Rows | None = None
     states: Tensor | None = None
     text_mask: Tensor | None = None
 
@@ -58,26 +60,38 @@ def embed(
     workers: int = 2,
     keep_tokens: bool = False,
 ) -> Embeddings:
-    """Encodes all clips and captions, each rank its share; every rank gets the whole result on the CPU.
+    """Encodes all clips and captions, each rank its share; every rank gets the whole result on the CPU, but for tokens.
 
     Args:
         encode: a retrieval model or DeepSpeed engine in eval mode; maps a batch to "video" or "text" (B, E).
         clips: items with video, frame_mask, valid; captions: items with text_ids, text_mask.
-        keep_tokens: keep what `tempme_vl.evaluation.rerank` needs; every rank holds it on its CPU.
+        workers: loader processes a rank; 0 loads in this one.
+        keep_tokens: keep what `tempme_vl.evaluation.rerank` needs.
     """
     of_clips = ("video", "valid", *(("tokens",) if keep_tokens else ()))
     of_captions = ("text", *(("states", "text_mask") if keep_tokens else ()))
-    clip = encode_all(encode, clips, device, of_clips, batch_size, workers)
+    total = len(clips)  # type: ignore[arg-type]
+    shards = even_shards(total)
+    clip = encode_own(encode, clips, device, of_clips, shards, batch_size, workers)
+    tokens = clip.pop("tokens", None)
+    clip = {name: gather_ranks(rows, device)[:total] for name, rows in clip.items()}
     caption = encode_all(encode, captions, device, of_captions, batch_size, workers, "captions")
     return Embeddings(
         clip["video"],
         caption["text"],
         torch.tensor(video_of_caption),
         clip["valid"].bool(),
-        clip.get("tokens"),
+        None if tokens is None else _rows(tokens, total),
         caption.get("states"),
         caption.get("text_mask"),
     )
+
+
+def _rows(own: Tensor, total: int) -> Rows:
+    """Of the shards of `even_shards`, without what repeats in the last one."""
+    rank, _ = rank_and_world()
+    first = min(rank * len(own), total)
+    return Rows(own[: total - first], first, total)
 
 
 def retrieval_report(embeddings: Embeddings, dual_softmax: bool = False, chunk: int = 1024) -> dict[str, Any]:
@@ -92,22 +106,25 @@ def retrieval_report(embeddings: Embeddings, dual_softmax: bool = False, chunk: 
         `tempme_vl.evaluation.metrics.summarize` gives it; counts and settings beside them.
     """
     owners, num_videos, num_captions = embeddings.video_of_caption, len(embeddings.video), len(embeddings.text)
+    lost = ~embeddings.valid
     text_ranks = [
-        rank_statistics(rows, owners[first : first + len(rows)])
+        rank_statistics(rows, owners[first : first + len(rows)], lost=lost[owners[first : first + len(rows)]])
         for first, rows in _text_rows(embeddings, dual_softmax, chunk)
     ]
     report: dict[str, Any] = {
         "videos": num_videos,
         "captions": num_captions,
-        "unreadable_videos": int((~embeddings.valid).sum()),
+        "unreadable_videos": int(lost.sum()),
         "dual_softmax": dual_softmax,
         "t2v": summarize(concatenate(text_ranks)),
     }
     captions = captions_of_videos(owners, num_videos)
     any_caption, max_pooled = [], []
-    for first, rows in _video_rows(embeddings, dual_softmax, chunk):
-        any_caption.append(rank_statistics(rows, captions[first : first + len(rows)]))
-        max_pooled.append(rank_statistics(max_pool_captions(rows, owners, num_videos), first_row=first))
+    for first, rows in _score_rows(embeddings.video, embeddings.text, dual_softmax, chunk, embeddings.valid):
+        own_lost = lost[first : first + len(rows)]
+        any_caption.append(rank_statistics(rows, captions[first : first + len(rows)], lost=own_lost))
+        pooled = max_pool_captions(rows, owners, num_videos)
+        max_pooled.append(rank_statistics(pooled, first_row=first, lost=own_lost))
     if num_captions == num_videos:  # the two definitions are one
         return {**report, "v2t": summarize(concatenate(any_caption))}
     return {
@@ -117,30 +134,37 @@ def retrieval_report(embeddings: Embeddings, dual_softmax: bool = False, chunk: 
     }
 
 
+def selection_score(report: Mapping[str, Any]) -> float:
+    """The one number to choose the best epoch by: R-Sum of text to video plus R-Sum of video to text, 0 to 600.
+
+    Where videos have several captions, video to text is the one whose captions are max-pooled, as CLIP4Clip and those
+    after it report MSVD.
+    """
+    reverse = report["v2t"] if "v2t" in report else report["v2t_max_pooled"]
+    return report["t2v"]["rsum"] + reverse["rsum"]
+
+
 def _text_rows(e: Embeddings, dual_softmax: bool, chunk: int) -> Iterator[tuple[int, Tensor]]:
     """(first caption, scores of `chunk` captions against all clips); unreadable clips score -inf."""
     for first, rows in _score_rows(e.text, e.video, dual_softmax, chunk):
         yield first, rows.masked_fill(~e.valid, -torch.inf)
 
 
-def _video_rows(e: Embeddings, dual_softmax: bool, chunk: int) -> Iterator[tuple[int, Tensor]]:
-    """(first clip, scores of `chunk` clips against all captions); an unreadable clip ranks its own captions last."""
-    seen = torch.where(e.valid.unsqueeze(1), e.video, torch.zeros_like(e.video))
-    for first, rows in _score_rows(seen, e.text, dual_softmax, chunk):
-        numbers = torch.arange(first, first + len(rows)).unsqueeze(1)
-        unreadable = ~e.valid[first : first + len(rows)].unsqueeze(1)
-        yield first, rows.masked_fill(unreadable & (e.video_of_caption == numbers), -torch.inf)
-
-
-def _score_rows(queries: Tensor, candidates: Tensor, dual_softmax: bool, chunk: int) -> Iterator[tuple[int, Tensor]]:
+def _score_rows(
+    queries: Tensor, candidates: Tensor, dual_softmax: bool, chunk: int, readable: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """(first query, scores of `chunk` queries); a query that could not be read scores 0, and nobody looks at it."""
     log_total = torch.full((len(candidates),), -torch.inf)
+    unread = torch.zeros(len(queries), dtype=torch.bool) if readable is None else ~readable
     if dual_softmax:
         for first in range(0, len(queries), chunk):
             rows = DUAL_SOFTMAX_SCALE * queries[first : first + chunk] @ candidates.T
+            rows = rows.masked_fill(unread[first : first + chunk, None], -torch.inf)
             log_total = torch.logaddexp(log_total, rows.logsumexp(dim=0))
     for first in range(0, len(queries), chunk):
         rows = queries[first : first + chunk] @ candidates.T
-        yield first, rows * (DUAL_SOFTMAX_SCALE * rows - log_total).exp() if dual_softmax else rows
+        scores = rows * (DUAL_SOFTMAX_SCALE * rows - log_total).exp() if dual_softmax else rows
+        yield first, scores.masked_fill(unread[first : first + chunk, None], 0.0)
 
 
 def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
@@ -148,7 +172,7 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     rows = {
         f"{name} {direction}": report[direction]
         for name, report in reports.items()
-        for direction in ("t2v", "v2t", "v2t_any_caption", "v2t_max_pooled")
+        for direction in DIRECTIONS
         if direction in report
     }
     return format_table(rows)

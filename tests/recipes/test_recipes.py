@@ -152,7 +152,7 @@ def test_a_loss_that_is_nan_ends_the_recipe(name: str, data: Path, tmp_path: Pat
         (
             "retrieval",
             {"method": "tome", "r": 1},
-            {"videos": 8, "unreadable_videos": 1, "selected_on": "none: last epoch"},
+            {"videos": 8, "unreadable_videos": 1, "selected_on": "no validation split: last epoch"},
         ),
         # all three questions about a clip that cannot be read are missing
         (
