@@ -30,7 +30,7 @@ from tempme_vl.command import at_least, run
 from tempme_vl.evaluation.measure import device_name, paired_times, synchronize
 from tempme_vl.frontend import make_schedule
 from tempme_vl.integrations import Compressed, SampledVideo, compress
-from tempme_vl.integrations.base import prefill_gflops
+from tempme_vl.integrations.base import input_device, input_dtype, prefill_gflops
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, make_plan, pooled
 from tempme_vl.integrations.tiny import word_tokenizer
@@ -151,7 +151,7 @@ class Way:
         prepare: videos (F, H, W, 3) uint8 to inputs of `generate`, the tower's work done.
         merging: its options, in words.
         tokens: visual tokens of one video that the language model reads.
-        tower_gflops, prefill_gflops: of one video and its prompt, computed; a multiply-add is 2.
+        tower_gflops, prefill_gflops: of one video and its prompt, computed; a multiply-add is 1.
     """
 
     name: str
@@ -180,8 +180,7 @@ class PostEncoderVideoLlava(PostEncoderHost):
         values = self.processor.video_processor(
             videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
         )
-        weight = next(self.tower.parameters())
-        pixels = values["pixel_values_videos"].to(weight.device, weight.dtype)
+        pixels = values["pixel_values_videos"].to(input_device(self.tower), input_dtype(self.tower))
         x = pooled(self.model.model.get_video_features(pixels)).unflatten(0, pixels.shape[:2])
         return [FrameFeatures(row, self.grid(*video.frames.shape[1:3])) for row, video in zip(x, videos, strict=True)]
 
@@ -203,7 +202,8 @@ def main(options: Options) -> None:
     device, weight = model.device, next(model.parameters())
     setting = (
         f"{options.model}, {options.llm_layers} of {SIZES[options.model].depth} layers of its language model, "
-        f"{options.frames} frames, {options.batch} videos at once, {options.new_tokens} new tokens, {weight.dtype}, "
+        f"{options.frames} frames of {FRAME[0]} x {FRAME[1]} pixels, {options.batch} videos at once, FLOPs with a "
+        f"multiply-add as 1, {options.new_tokens} new tokens, {weight.dtype}, "
         f"medians of {options.repeats} turns; {device_name(device)}, {torch.get_num_threads()} CPU threads, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )

@@ -22,7 +22,6 @@ What was trained is in OUTPUT/best: tempme_vl.tasks.videollm.load_video_llm("OUT
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections.abc import Mapping
@@ -211,18 +210,17 @@ def build_model(options: Options, source: str, dtype: torch.dtype) -> VideoLLM:
     """The host with merging and LoRA; `source` is its name or folder."""
     model, processor = load_host(source, dtype=dtype)
     torch.manual_seed(options.seed)
-    with contextlib.redirect_stdout(None):  # its table is announced once, and not by every rank
-        built = create_video_llm(
-            model,
-            processor,
-            lora_rank=options.lora_rank,
-            train_frontend=options.train_frontend,
-            prompt=options.prompt,
-            answer_tokens=options.answer_tokens,
-            source=source,
-            input={"sampling": options.sampling, "image_size": options.image_size},
-            **options.merging(8),
-        )
+    built = create_video_llm(
+        model,
+        processor,
+        lora_rank=options.lora_rank,
+        train_frontend=options.train_frontend,
+        prompt=options.prompt,
+        answer_tokens=options.answer_tokens,
+        source=source,
+        input={"sampling": options.sampling, "image_size": options.image_size},
+        **options.merging(8),
+    )
     built.set_grad_checkpointing(options.grad_checkpointing)
     return built
 
@@ -247,7 +245,8 @@ def evaluate(
     prompts = [model.tokenize(q.question, None, q.options)["prompt"] for q in split.questions]
 
     def write(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        return encode({"video": batch["video"], "prompt": [prompts[number] for number in batch["number"].tolist()]})
+        asked = [prompts[number] for number in batch["number"].tolist()]
+        return encode({"video": batch["video"], "times": batch["times"], "prompt": asked})
 
     clips = NumberedClips([question.clip for question in split.questions], reader)
     found = encode_all(write, clips, device, ("prediction", "valid"), batch_size, label="questions")
@@ -259,7 +258,7 @@ def evaluate(
 
 
 def cost(host: Host, side: int) -> dict[str, Any]:
-    """Tokens and GFLOPs of a video with frames of side x side pixels, the host's own and ours; a multiply-add is 2.
+    """Tokens and GFLOPs of a video with frames of side x side pixels, the host's own and ours; a multiply-add is 1.
 
     Hosts that merge behind their tower run it as it is; its GFLOPs are left out.
     """

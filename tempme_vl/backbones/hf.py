@@ -210,7 +210,7 @@ def _json_config(architecture: str, config: Any, family: _Family, layer: int, sh
 def _read_config(name: str) -> tuple[str, Any]:
     """The class and the vision configuration of a hub id or folder."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"transformers finds no configuration for {name!r}, a hub id or a folder: {error}") from error
     if config.model_type not in _MODELS:
@@ -233,7 +233,7 @@ def _read_config(name: str) -> tuple[str, Any]:
 def _preprocess(name: str, default: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the folder's own image processor, where it has one."""
     try:
-        given = AutoImageProcessor.from_pretrained(name).to_dict()
+        given = AutoImageProcessor.from_pretrained(name, trust_remote_code=False).to_dict()
     except (OSError, ValueError):
         return default
     interpolation = {2: "bilinear", 3: "bicubic"}.get(given.get("resample"), default["interpolation"])
@@ -248,7 +248,12 @@ def _load(architecture: str, config: Any, source: str) -> nn.Module:
     model_class = getattr(transformers, architecture)
     try:
         model, info = model_class.from_pretrained(
-            source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            source,
+            config=config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"no safetensors of a {architecture} can be loaded from {source!r}: {error}") from error

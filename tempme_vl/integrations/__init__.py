@@ -5,13 +5,14 @@ A new one is a file with a `Host` and a line in `HOSTS`.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
 
-from tempme_vl.integrations.base import Costs, Feed, Host, SampledVideo, VisualTokens
+from tempme_vl.integrations.base import Costs, Feed, Host, VisualTokens, more_tokens
 from tempme_vl.integrations.compressed import Compressed, read_config
 from tempme_vl.integrations.instructblip_video import InstructBlipVideoHost
 from tempme_vl.integrations.internvl import InternVLHost
@@ -22,6 +23,9 @@ from tempme_vl.integrations.qwen2_5_vl import Qwen2_5_VLHost
 from tempme_vl.integrations.qwen3_vl import Qwen3VLHost
 from tempme_vl.integrations.smolvlm import SmolVLMHost
 from tempme_vl.integrations.video_llava import VideoLlavaHost
+from tempme_vl.integrations.videos import SampledVideo
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "HOSTS",
@@ -69,6 +73,18 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _check_processor(processor: Any) -> None:
+    """Raises:
+    ValueError: a part of a processor.
+    """
+    missing = [part for part in ("tokenizer", "video_processor") if not hasattr(processor, part)]
+    if missing:
+        raise ValueError(
+            f"expected the model's whole processor, as transformers.AutoProcessor.from_pretrained gives it; this "
+            f"{type(processor).__name__} has no {' and no '.join(missing)}"
+        )
+
+
 def compress(
     model: Any,
     processor: Any,
@@ -78,7 +94,10 @@ def compress(
     feed: Feed | None = None,
     **options: Any,
 ) -> Compressed:
-    """A model that reads few tokens of a video; prints its tokens and costs beside the host's own.
+    """A model that reads few tokens of a video.
+
+    Its tokens and costs beside the host's own are what `Compressed.describe` gives; they are logged, too, as
+    information, or as a warning where the language model reads more tokens than without.
 
     Nothing in the model is patched, replaced or added, and it works on beside its compressed self; both share their
     weights.
@@ -93,14 +112,16 @@ def compress(
         options: the method's own, as in `make_schedule`: r, merge_layers, ...
 
     Raises:
-        ValueError: another model, or options that do not fit it.
+        ValueError: another model, a part of a processor, or options that do not fit.
     """
     inner = _unwrapped(model)
+    find_host(type(inner).__name__)
+    _check_processor(processor)
     host = find_host(type(inner).__name__).create(inner, processor, method, num_frames, options)
     for weight in host.merging.parameters():
         nn.init.normal_(weight, std=clip_position_std)
     compressed = Compressed(host, model, feed)
-    print(compressed.describe())
+    logger.log(logging.WARNING if more_tokens(host.costs()) else logging.INFO, "%s", compressed.describe())
     return compressed
 
 
@@ -113,17 +134,21 @@ def load_compressed(
         directory: with tempme.json, and with the model and its processor if these are not given.
         model, processor: to use in place of those of the folder, such as a model with peft's adapter.
         feed: see `Compressed`.
-        options: of the model's `from_pretrained`, such as dtype and device_map.
+        options: of the model's `from_pretrained`, such as dtype and device_map. Code of the folder is not run unless
+            trust_remote_code=True is among them.
 
     Raises:
-        ValueError: a folder of something else, or a model of another class than the saved one.
+        ValueError: a folder of something else, a model of another class than the saved one, or a part of a processor.
     """
     config = read_config(directory)
     host_class = find_host(config["model"])
+    options = {"trust_remote_code": False, **options}
     if model is None:
         model = getattr(transformers, config["model"]).from_pretrained(directory, **options)
     if processor is None:
-        processor = transformers.AutoProcessor.from_pretrained(directory)
+        trusted = options["trust_remote_code"]
+        processor = transformers.AutoProcessor.from_pretrained(directory, trust_remote_code=trusted)
+    _check_processor(processor)
     inner = _unwrapped(model)
     if type(inner).__name__ != config["model"]:
         raise ValueError(f"{directory} compresses a {config['model']}; got a {type(inner).__name__}")

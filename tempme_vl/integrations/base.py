@@ -10,31 +10,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tempme_vl.integrations.videos import SampledVideo, without_start
+
 Feed = Literal["encoder_outputs", "embeddings"]
-
-
-@dataclass(frozen=True)
-class SampledVideo:
-    """The frames of a video that the model sees.
-
-    Attributes:
-        frames: (F, H, W, 3) uint8.
-        indices: of the F frames in the video that was given, ascending; a short video repeats some.
-        fps: of the video that was given, where its user told it; for hosts that write times into the prompt.
-    """
-
-    frames: np.ndarray
-    indices: tuple[int, ...]
-    fps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +40,17 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class Costs:
-    """One video: visual tokens that the language model reads, and GFLOPs of the tower (a multiply-add is 2)."""
+    """One video: visual tokens that the language model reads, and GFLOPs of the tower; a multiply-add is 1.
+
+    Attributes:
+        frame: height and width in pixels of the frames that all of it is counted for.
+    """
 
     native_tokens: int
     tokens: int
     native_tower: float
     tower: float
+    frame: tuple[int, int]
 
 
 class Host(ABC):
@@ -78,6 +70,7 @@ class Host(ABC):
 
     modality: ClassVar[Literal["video", "image"]] = "video"  # the key of mm_encoder_outputs
     feeds: ClassVar[tuple[Feed, ...]] = ("encoder_outputs", "embeddings")  # ways into the model that work
+    uses_time: ClassVar[bool] = False  # whether the language model is told when frames were shown
 
     def __init__(self, model: Any, processor: Any, num_frames: int):
         self.model, self.processor, self.num_frames = model, processor, num_frames
@@ -138,7 +131,7 @@ class Host(ABC):
         """Ids of a prompt whose placeholders, one a video, were written out."""
         parts = prompt.split(self.placeholder)
         text = parts[0] + "".join(self.written(t) + part for t, part in zip(tokens, parts[1:], strict=True))
-        return self.processor.tokenizer(text)["input_ids"]
+        return self.processor.tokenizer(without_start(text, self.processor.tokenizer))["input_ids"]
 
     def encoder_output(self, tokens: Sequence[VisualTokens]) -> Any:
         """What stands in mm_encoder_outputs for the videos of a batch, in order. Made anew for every call: beam search
@@ -158,13 +151,69 @@ class Host(ABC):
         """
         return {}
 
+    def remember(self, inputs: Mapping[str, Any]) -> None:
+        """Tells the model what it remembers of its own inputs for a second turn on the first one's cache.
+
+        Args:
+            inputs: what `Compressed.prepare` gave, before they are run.
+        """
+        del inputs  # most models remember nothing
+
+
+def input_device(module: nn.Module) -> torch.device:
+    """Where the input of a module goes. Offloaded weights lie on `meta` between calls; accelerate brings them to the
+    device that its hook names, and the input with them."""
+    for weight in module.parameters():
+        if not weight.is_meta:
+            return weight.device
+    for part in module.modules():
+        hook = _hook(part)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return torch.device("cpu")
+
+
+def _hook(module: nn.Module) -> Any:
+    """accelerate's `ModelHook` of a module, or None."""
+    return getattr(module, "_hf_hook", None)
+
+
+def input_dtype(module: nn.Module) -> torch.dtype:
+    """How precise the input of a module is: as its first weight that is no packed integer."""
+    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), torch.float32)
+
+
+@contextmanager
+def own_weights(module: nn.Module) -> Iterator[None]:
+    """Has the weights that a module itself holds at hand, where accelerate offloads them between calls: what its hook
+    does before and after a call of the module."""
+    hook = _hook(module) if any(weight.is_meta for weight in module.parameters(recurse=False)) else None
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def count_weights(module: nn.Module) -> int:
+    """Weights of its matrices, without packing: of a layer in 4 bits, which holds two in a byte, each counts."""
+    total = 0
+    for part in module.modules():
+        own = sum(weight.numel() for weight in part.parameters(recurse=False) if weight.ndim > 1)
+        sides = getattr(part, "in_features", None), getattr(part, "out_features", None)
+        total += sides[0] * sides[1] if own and None not in sides else own
+    return total
+
 
 def prefill_gflops(host: Host, tokens: int) -> float:
-    """Cost of the decoder's layers for reading so many tokens, causal attention included; a multiply-add is 2."""
+    """Cost of the decoder's layers for reading so many tokens, causal attention included; a multiply-add is 1."""
     layers = max((m for m in host.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
-    weights = sum(weight.numel() for weight in layers.parameters())
     width = host.model.config.get_text_config().hidden_size
-    return (2 * weights * tokens + len(layers) * 2 * tokens**2 * width) / 1e9
+    return (count_weights(layers) * tokens + len(layers) * tokens**2 * width) / 1e9
 
 
 def describe(host: Host, method: str) -> str:
@@ -180,16 +229,23 @@ def describe(host: Host, method: str) -> str:
             "{:.4g}",
         ),
     ]
+    height, width = costs.frame
     lines = [
-        f"{type(host.model).__name__}, {host.num_frames} frames, method {method!r} (a multiply-add is 2 FLOPs)",
+        f"{type(host.model).__name__}, {host.num_frames} frames of {height} x {width} pixels, method {method!r} "
+        "(a multiply-add is 1 FLOP)",
         f"{'':32}{'host':>12}{'compressed':>12}{'ratio':>8}",
     ]
     for name, native, ours, form in rows:
         ratio = ours / native if native else math.nan
         lines.append(f"{name:32}{form.format(native):>12}{form.format(ours):>12}{ratio:>8.3f}")
-    if costs.tokens > costs.native_tokens:
+    if more_tokens(costs):
         lines.append(
             f"Beware: {costs.tokens} tokens are more than the {costs.native_tokens} of the host's own way, which pools "
             "them: merge more, or the language model gets slower."
         )
     return "\n".join(lines)
+
+
+def more_tokens(costs: Costs) -> bool:
+    """Whether the language model reads more tokens than in the host's own way."""
+    return costs.tokens > costs.native_tokens

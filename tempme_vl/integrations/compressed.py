@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from tempme_vl.integrations.base import Feed, Host, VisualTokens, describe
-from tempme_vl.integrations.videos import pair_up, sample
+from tempme_vl.integrations.base import Feed, Host, VisualTokens, describe, input_device
+from tempme_vl.integrations.videos import FPS, SampledVideo, pair_up, tell_times
 
 CONFIG_FILE, WEIGHTS_FILE = "tempme.json", "tempme.safetensors"
 _IGNORED = -100
@@ -58,7 +59,8 @@ class Compressed:
         text: str | Sequence[str],
         videos: Sequence[Any],
         labels: bool | Sequence[str] = False,
-        fps: float | None = None,
+        fps: float | Sequence[Any] | None = None,
+        times: Sequence[Any] | Tensor | None = None,
     ) -> BatchFeature:
         """Inputs for `generate` and forward of the model, on its device.
 
@@ -72,17 +74,22 @@ class Compressed:
                 were chosen already and know their times.
             labels: True for labels on all words of the prompts; or for each prompt its answer, which is put behind it
                 with an end token and alone has labels. Else prompts are padded on the left, for generation.
-            fps: frames a second of the frames given, for hosts that write times into the prompt.
+            fps: frames a second of the frames given, for hosts that are told times (`Host.uses_time`): a number for
+                all videos, or one for each, in order or in a list a prompt. Untold, 24 are assumed with a warning, as
+                these hosts' own processors do.
+            times: in place of fps the seconds of the frames given: T for each video, in order or in a list a prompt.
 
         Returns:
             input_ids and mm_encoder_outputs, or inputs_embeds; attention_mask, labels if wanted, and what the host
             needs besides, such as position_ids.
 
         Raises:
-            ValueError: not one video for every placeholder, or videos in another form.
+            ValueError: not one video for every placeholder, videos in another form, prompts with images, both fps and
+                times, or not one of them for each video.
         """
         prompts, groups = pair_up(text, videos, self.host.placeholder)
-        tokens = self._encode(prompts, groups, fps)
+        self._refuse_images([*prompts, *([] if isinstance(labels, (bool, str)) else labels)])
+        tokens = self._encode(prompts, tell_times(groups, self.host.num_frames, fps, times))
         rows = [self.host.input_ids(prompt, group) for prompt, group in zip(prompts, tokens, strict=True)]
         unlabelled = [0] * len(rows)
         if labels and not isinstance(labels, bool):
@@ -94,7 +101,7 @@ class Compressed:
                     f"the prompt {prompt[:80]!r} has {found} places for {wanted} visual tokens after tokenizing: check "
                     f"that {self.host.placeholder!r} is one token of the tokenizer and that nothing is truncated"
                 )
-        device = self.host.target.get_input_embeddings().weight.device
+        device = input_device(self.host.target.get_input_embeddings())
         side = self.tokenizer.padding_side if labels else "left"
         pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
         input_ids = _pad(rows, pad, side).to(device)
@@ -104,10 +111,27 @@ class Compressed:
             target = [[_IGNORED] * n + row[n:] for n, row in zip(unlabelled, rows, strict=True)]
             padded = _pad(target, _IGNORED, side).to(device)
             inputs["labels"] = padded.masked_fill(input_ids == self.host.token_id, _IGNORED)
+        self.host.remember(inputs)
         return BatchFeature({**inputs, **self._feed(input_ids, [t for group in tokens for t in group])})
 
-    def _encode(self, prompts: list[str], groups: list[list[Any]], fps: float | None) -> list[list[VisualTokens]]:
-        sampled = [sample(video, self.host.num_frames, fps) for group in groups for video in group]
+    def _refuse_images(self, texts: Sequence[str]) -> None:
+        image, video = getattr(self.host.processor, "image_token", None), self.host.placeholder
+        if image and image != video and (found := [text for text in texts if image in text]):
+            raise ValueError(
+                f"{found[0][:80]!r} has a place for an image ({image!r}), and a compressed model takes videos alone: "
+                f"give an image as a video of one frame, {video!r} in its place"
+            )
+
+    def _encode(self, prompts: list[str], groups: list[list[SampledVideo]]) -> list[list[VisualTokens]]:
+        sampled = [video for group in groups for video in group]
+        untold = sum(not video.is_timed for video in sampled)
+        if self.host.uses_time and untold:
+            warnings.warn(
+                f"{type(self.host.model).__name__} is told when frames were shown, and nobody said so of {untold} of "
+                f"{len(sampled)} videos: {FPS:g} frames a second are assumed. Give fps= (of the frames as they are "
+                "given) or times=",
+                stacklevel=3,
+            )
         behind = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
         encoded = iter(self.host.encode(sampled, behind) if sampled else [])
         return [[next(encoded) for _ in group] for group in groups]
@@ -135,21 +159,37 @@ class Compressed:
         """The model's forward on what `prepare` gave; for most hosts `model(**inputs)` is the same."""
         return (self.model if self.host.target is self.host.model else self.host.target)(**inputs)
 
-    def generate(self, **inputs: Any) -> Tensor:
-        """New tokens after what `prepare` gave, without the prompt: (B * num_return_sequences, L) ids."""
+    def generate(self, **inputs: Any) -> Any:
+        """New tokens after what `prepare` gave, without the prompt: (B * num_return_sequences, L) ids.
+
+        With return_dict_in_generate=True what the model's `generate` gives, whose `sequences` are these ids.
+        """
         target = self.model if self.host.target is self.host.model else self.host.target
         prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        return target.generate(**inputs)[:, prompt:]
+        self.host.remember(inputs)
+        output = target.generate(**inputs)
+        if isinstance(output, Tensor):
+            return output[:, prompt:]
+        output.sequences = output.sequences[:, prompt:]
+        return output
 
     @torch.no_grad()
-    def answer(self, text: str | Sequence[str], videos: Sequence[Any], **options: Any) -> list[str]:
+    def answer(
+        self,
+        text: str | Sequence[str],
+        videos: Sequence[Any],
+        fps: float | Sequence[Any] | None = None,
+        times: Sequence[Any] | Tensor | None = None,
+        **options: Any,
+    ) -> list[str]:
         """What the model writes behind the prompts.
 
         Args:
-            text, videos: see `prepare`.
+            text, videos, fps, times: see `prepare`.
             options: of the model's `generate`.
         """
-        ids = self.generate(**self.prepare(text, videos), **options)
+        written = self.generate(**self.prepare(text, videos, fps=fps, times=times), **options)
+        ids = written if isinstance(written, Tensor) else written.sequences
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def save_pretrained(self, directory: str | Path) -> None:

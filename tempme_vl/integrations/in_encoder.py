@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tempme_vl.backbones import hf
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.frontend import VisualFrontend, make_schedule, tower_gflops
-from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens
+from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, input_device, input_dtype
 from tempme_vl.merging import MergeSchedule
 
 
@@ -31,20 +31,53 @@ class InEncoderHost(Host):
 
     def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
         super().__init__(model, processor, schedule.frames)
-        backbone, config = hf.backbone_of(self.tower(model), self.layer(model))
-        self.frontend = VisualFrontend(backbone, schedule, config)
         self.merges = any(plan.join is not None or plan.before or plan.after for plan in schedule.plan)
-        blocks = cast(list[Any], list(self.frontend.blocks))
+        self._made_of, self._frontend = self._make_frontend(schedule)
         self.merging = nn.ModuleDict(
-            {layer: blocks[int(layer)].before_attention.clip_position for layer in self.frontend.clip_positions}
+            {layer: block.before_attention.clip_position for layer, block in self._joins(self._frontend)}
         )
+
+    # ---- the front end, made anew of the tower's modules where others took their place
+
+    @property
+    def frontend(self) -> VisualFrontend:
+        """Of the modules that the tower has now: peft's `modules_to_save` puts a copy in the place of a module, and its
+        LoRA others in the places of linear layers."""
+        if self._made_of != _modules_of(self.running_tower(self.model)):
+            old = self._frontend
+            self._made_of, self._frontend = self._make_frontend(old.schedule)
+            self._frontend.set_grad_checkpointing(old.grad_checkpointing)
+            for layer, block in self._joins(self._frontend):
+                block.before_attention.clip_position = self.merging[layer]
+        return self._frontend
+
+    def _make_frontend(self, schedule: MergeSchedule) -> tuple[list[nn.Module], VisualFrontend]:
+        tower = self.running_tower(self.model)
+        backbone, config = hf.backbone_of(tower, self.layer(self.model))
+        return _modules_of(tower), VisualFrontend(backbone, schedule, config)
+
+    @staticmethod
+    def _joins(frontend: VisualFrontend) -> list[tuple[str, Any]]:
+        """The blocks in which clips are joined, by their numbers."""
+        blocks = cast(list[Any], list(frontend.blocks))
+        return [(layer, blocks[int(layer)]) for layer in frontend.clip_positions]
 
     # ---- facts of a host
 
     @staticmethod
     def tower(model: Any) -> nn.Module:
-        """The vision tower."""
+        """The vision tower, perhaps in peft's wrapper."""
         raise NotImplementedError
+
+    @classmethod
+    def running_tower(cls, model: Any) -> nn.Module:
+        """The vision tower that runs: where peft trains a copy of it, the copy, unless adapters are off."""
+        tower = cls.tower(model)
+        while hasattr(tower, "modules_to_save") and hasattr(tower, "original_module"):
+            wrapper: Any = tower
+            off = wrapper.disable_adapters or not wrapper.active_adapters
+            tower = wrapper.original_module if off else wrapper.modules_to_save[wrapper.active_adapters[0]]
+        return tower
 
     @staticmethod
     def layer(model: Any) -> int:
@@ -81,7 +114,7 @@ class InEncoderHost(Host):
 
     @classmethod
     def create(cls, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]) -> Host:
-        backbone, _ = hf.backbone_of(cls.tower(model), cls.layer(model))
+        backbone, _ = hf.backbone_of(cls.running_tower(model), cls.layer(model))
         shape, layers = backbone.shape, len(backbone.blocks)
         return cls(
             model, processor, make_schedule(method, layers, num_frames, shape.tokens, shape.num_prefix, **options)
@@ -100,9 +133,22 @@ class InEncoderHost(Host):
         values = self.processor.video_processor(
             videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
         )
-        weight = next(self.tower(self.model).parameters())
-        self.merging.to(weight.device)  # the model may have moved since
-        return values[self.pixel_name].to(weight.device, weight.dtype)
+        tower = self.running_tower(self.model)
+        self._refuse_offloaded()
+        device = input_device(tower)
+        self.merging.to(device)  # the model may have moved since
+        return values[self.pixel_name].to(device, input_dtype(tower))
+
+    def _refuse_offloaded(self) -> None:
+        """accelerate brings a module's weights when it calls that module."""
+        called = set(self._made_of)
+        for part in self.frontend.modules():
+            if part not in called and any(weight.is_meta for weight in part.parameters(recurse=False)):
+                names = ", ".join(name for name, _ in part.named_parameters(recurse=False))
+                raise ValueError(
+                    f"this tower's {names} are offloaded, and lie on a module that is not called as a whole when "
+                    "tokens merge: keep the tower on a device, by its line in device_map"
+                )
 
     def encode(self, videos: Sequence[SampledVideo], prompts: Sequence[str]) -> list[VisualTokens]:
         tokens = self.frontend(self.pixels(videos)).tokens
@@ -112,14 +158,15 @@ class InEncoderHost(Host):
         return [VisualTokens(row) for row in features]
 
     def costs(self) -> Costs:
-        whole, _ = hf.backbone_of(self.tower(self.model), -1)  # the host runs all blocks, whatever it takes
+        whole, _ = hf.backbone_of(self.running_tower(self.model), -1)  # the host runs all blocks, whatever it takes
         shape = whole.shape
         identity = MergeSchedule.identity(len(whole.blocks), self.num_frames, shape.tokens, shape.num_prefix)
         return Costs(
             self.native_tokens(self.model, shape, self.num_frames),
             self.tokens(),
-            2 * tower_gflops(identity, shape),
-            2 * self.frontend.gflops(),
+            tower_gflops(identity, shape),
+            self.frontend.gflops(),
+            (shape.image_size, shape.image_size),
         )
 
     # ---- for subclasses
@@ -127,6 +174,10 @@ class InEncoderHost(Host):
     def without_prefix(self, tokens: Tensor) -> Tensor:
         """Leaves the CLS tokens of every clip out of (V, M, D) merged tokens."""
         return self.frontend.patches(tokens)
+
+
+def _modules_of(tower: nn.Module) -> list[nn.Module]:
+    return list(tower.modules())
 
 
 def grid_side(shape: TowerShape) -> int:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.integrations.base import SampledVideo, VisualTokens
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, own_weights
 from tempme_vl.integrations.in_encoder import InEncoderHost
+from tempme_vl.integrations.videos import without_start
 from tempme_vl.merging import MergeSchedule
 
 
@@ -61,6 +62,7 @@ class InstructBlipVideoHost(InEncoderHost):
         return visual + self.processor.tokenizer(self._words(prompt))["input_ids"]
 
     def _words(self, prompt: str) -> str:
+        prompt = without_start(prompt, self.processor.tokenizer)
         return " ".join(part.strip() for part in prompt.split(self.placeholder) if part.strip())
 
     def encode(self, videos: Sequence[SampledVideo], prompts: Sequence[str]) -> list[VisualTokens]:
@@ -70,7 +72,8 @@ class InstructBlipVideoHost(InEncoderHost):
         words = self.processor.qformer_tokenizer(
             [self._words(prompt) for prompt in prompts], padding=True, return_tensors="pt"
         ).to(tokens.device)
-        queries = self.model.query_tokens.expand(len(tokens), -1, -1)
+        with own_weights(self.model):
+            queries = self.model.query_tokens.to(tokens).expand(len(tokens), -1, -1)
         mask = words["attention_mask"].repeat_interleave(clips, dim=0)
         read = self.model.qformer(
             input_ids=words["input_ids"].repeat_interleave(clips, dim=0),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
+from tempme_vl.integrations.base import own_weights
 from tempme_vl.integrations.in_encoder import InEncoderHost, append, grid_side, per_frame
 
 
@@ -19,14 +20,17 @@ class LlavaOnevisionHost(InEncoderHost):
         return model.model.vision_tower
 
     def project(self, tokens: Tensor) -> Tensor:
-        features = self.model.model.multi_modal_projector(self.without_prefix(tokens))
-        return append(features, self.model.model.image_newline)
+        return self._with_newline(self.model.model.multi_modal_projector(self.without_prefix(tokens)))
 
     def project_grid(self, tokens: Tensor) -> Tensor:
         inner = self.model.model
         patches = tokens[:, :, self.frontend.shape.num_prefix :]
         pooled = per_frame(lambda frames: inner.apply_pooling(inner.multi_modal_projector(frames)), patches)
-        return append(pooled, inner.image_newline)
+        return self._with_newline(pooled)
+
+    def _with_newline(self, features: Tensor) -> Tensor:
+        with own_weights(self.model.model):
+            return append(features, self.model.model.image_newline)
 
     @staticmethod
     def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.integrations.base import Host, SampledVideo
+from tempme_vl.integrations.base import Host, SampledVideo, input_device, input_dtype
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, pooled
 from tempme_vl.merging import MergeSchedule
@@ -88,8 +88,7 @@ class RotaryPerceptionLMHost(PostEncoderHost):
         values = self.processor.video_processor(
             videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
         )["pixel_values_videos"]
-        weight = next(self.tower.parameters())
-        pixels = values.to(weight.device, weight.dtype)
+        pixels = values.to(input_device(self.tower), input_dtype(self.tower))
         x = pooled(self.model.model.get_image_features(pixel_values=pixels)).unflatten(0, pixels.shape[:2])
         return [FrameFeatures(row, self.grid(*video.frames.shape[1:3])) for row, video in zip(x, videos, strict=True)]
 

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens
+from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, count_weights
 from tempme_vl.matching import MergeMap, bipartite_match
 from tempme_vl.merging import MergeSchedule
 
-FPS = 24.0  # what hosts assume where nobody told the frames a second
-_TYPICAL = (360, 640)  # height and width of the frames that costs are told for, where a host keeps their shape
+_TYPICAL = (360, 640)  # height and width of the frames that costs are told for
 
 # the options of a method, and their defaults
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -203,10 +202,10 @@ class PostEncoderHost(Host):
         grid = self.grid(*_TYPICAL)
         native, ours = self.count(*_TYPICAL)
         blocks = max((m for m in self.tower.modules() if isinstance(m, nn.ModuleList)), key=len)
-        weights = sum(weight.numel() for weight in blocks.parameters() if weight.ndim > 1)
         tokens, attended = self.attended(grid)
-        tower = self.slots * tokens * (2 * weights + 4 * len(blocks) * attended * self.tower_width) / 1e9
-        return Costs(native, ours, tower, tower)
+        each = count_weights(blocks) + 2 * len(blocks) * attended * self.tower_width
+        tower = self.slots * tokens * each / 1e9
+        return Costs(native, ours, tower, tower, _TYPICAL)
 
     # ---- counts
 
@@ -233,8 +232,7 @@ def pooled(output: Any) -> Any:
 def slot_seconds(video: SampledVideo, slots: int) -> list[float]:
     """The times of a video's slots: of a frame, or the middle between the first and the last frame that it joins."""
     size = -(-len(video.indices) // slots)
-    indices = [*video.indices, *[video.indices[-1]] * (slots * size - len(video.indices))]
-    times = [index / (video.fps or FPS) for index in indices]
+    times = [*video.seconds, *[video.seconds[-1]] * (slots * size - len(video.indices))]
     return [(times[i] + times[i + size - 1]) / 2 for i in range(0, len(times), size)]
 
 

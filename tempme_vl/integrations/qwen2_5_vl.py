@@ -1,5 +1,6 @@
 """Qwen2.5-VL: windows and rotary positions in the tower, a 2x2 merger, and positions of time, row and column (M-RoPE)
-in the language model, which are given for the kept tokens; the model's own memory of positions stays untouched."""
+in the language model, which are given for the kept tokens. The model's own memory of them (`rope_deltas`) is what it
+would be of these inputs, for a second turn on the cache of the first."""
 
 from __future__ import annotations
 
@@ -11,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tempme_vl.integrations.base import SampledVideo, VisualTokens
-from tempme_vl.integrations.post_encoder import FPS, ClipFeatures, FrameFeatures, PostEncoderHost, pooled
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype
+from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost, pooled
 
 
 class Qwen2_5_VLHost(PostEncoderHost):
     """Raises:
-    ValueError: a transformers that cannot generate from positions of three axes.
+    ValueError: a transformers that cannot generate from positions of three axes, or that gets times wrong.
     """
 
+    uses_time = True
     oldest: ClassVar[str] = "5.14.1"  # of transformers, among those that were tried
 
     def __init__(self, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]):
@@ -29,6 +31,21 @@ class Qwen2_5_VLHost(PostEncoderHost):
             raise ValueError(
                 "generate() of this transformers loses the positions of time, row and column that kept tokens need; "
                 f"update transformers to compress {type(model).__name__} ({self.oldest} is new enough)"
+            )
+        self._check_times()
+
+    def _check_times(self) -> None:
+        """Two temporal patches a minute apart, asked of the host's own function: huggingface/transformers issue 45381
+        is that all patches of a video get one time."""
+        config, side = self.model.config, self._side
+        minute = 60 * config.vision_config.tokens_per_second
+        ids, kinds = [config.vision_start_token_id, self.token_id, self.token_id], [0, 2, 2]
+        _, first, second = self._host_positions(ids, kinds, [[2, side, side]], [60.0])[0].tolist()
+        if second - first != int(minute):
+            raise ValueError(
+                f"get_rope_index of this transformers puts frames that lie a minute apart {second - first} positions "
+                f"apart and not {int(minute)} (huggingface/transformers issue 45381, in 5.3 to 5.5): update "
+                f"transformers to compress {type(self.model).__name__} ({self.oldest} is new enough)"
             )
 
     @property
@@ -57,9 +74,9 @@ class Qwen2_5_VLHost(PostEncoderHost):
 
     def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
         values = self._preprocess([video.frames for video in videos])
-        weight, grids = next(self.tower.parameters()), values["video_grid_thw"]
-        pixels = values["pixel_values_videos"].to(weight.device, weight.dtype)
-        output = self.model.model.get_video_features(pixels, grids.to(weight.device))
+        grids = values["video_grid_thw"]
+        pixels = values["pixel_values_videos"].to(input_device(self.tower), input_dtype(self.tower))
+        output = self.model.model.get_video_features(pixels, grids.to(input_device(self.tower)))
         features = []
         for (slots, rows, columns), levels in zip(grids.tolist(), zip(*self.levels(output), strict=True), strict=True):
             x, *deeper = (level.unflatten(0, (slots, -1)) for level in levels)
@@ -73,14 +90,15 @@ class Qwen2_5_VLHost(PostEncoderHost):
 
     def visual_tokens(self, video: SampledVideo, frames: FrameFeatures, clips: ClipFeatures) -> VisualTokens:
         rows, columns = frames.grid
-        span = (video.indices[-1] - video.indices[0]) / max(1, len(video.indices) - 1) or 1.0
+        # the host cuts fractions of positions off, and times out of seconds may lie a rounding below a whole one
+        rounding = 1.0 if video.times is None else 1 + 1e-6
         return VisualTokens(
             clips.x.flatten(0, 1),
             {
                 # runs of placeholders in the prompt: tokens before merging, and which of them are kept
                 "runs": [(frames.x.shape[0] * frames.x.shape[1], clips.source.flatten().tolist())],
                 "grid": [len(frames.x), rows * self._side, columns * self._side],
-                "slot_seconds": self.slot_frames / ((video.fps or FPS) / span),
+                "slot_seconds": self.slot_frames * video.interval * rounding,
             },
         )
 
@@ -117,11 +135,31 @@ class Qwen2_5_VLHost(PostEncoderHost):
                 whole.append(ids[at])
                 kinds.append(0)
                 at += 1
+        grids = [video.extra["grid"] for video in videos]
+        seconds = [video.extra.get("slot_seconds", 1.0) for video in videos]
+        return self._host_positions(whole, kinds, grids, seconds)[:, kept]
+
+    def _host_positions(
+        self, ids: Sequence[int], kinds: Sequence[int], grids: Sequence[Sequence[int]], seconds: Sequence[float]
+    ) -> Tensor:
+        """(3, L): of time, row and column, by the host's own function.
+
+        Args:
+            kinds: of L ids, 2 for a video's tokens, 0 for words.
+            grids: temporal patches, rows and columns of patches of each video.
+            seconds: from one temporal patch to the next of each video.
+        """
         wanted = inspect.signature(self.model.model.get_rope_index).parameters
         inputs = {"mm_token_type_ids": torch.tensor([kinds])} if "mm_token_type_ids" in wanted else {}
-        if videos:
-            inputs["video_grid_thw"] = torch.tensor([video.extra["grid"] for video in videos])
-        if videos and "second_per_grid_ts" in wanted:
-            inputs["second_per_grid_ts"] = torch.tensor([video.extra["slot_seconds"] for video in videos])
-        positions, _ = self.model.model.get_rope_index(torch.tensor([whole]), **inputs)
-        return positions[:, 0, kept]
+        if grids:
+            inputs["video_grid_thw"] = torch.tensor(grids)
+        if grids and "second_per_grid_ts" in wanted:
+            inputs["second_per_grid_ts"] = torch.tensor(seconds)
+        positions, _ = self.model.model.get_rope_index(torch.tensor([ids]), **inputs)
+        return positions[:, 0]
+
+    def remember(self, inputs: Mapping[str, Any]) -> None:
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        if positions is not None and mask is not None:  # else they are not from `prepare`, but of a second turn
+            last = positions.masked_fill(mask == 0, 0).amax(dim=(0, 2))
+            self.model.model.rope_deltas = (last + 1 - mask.sum(dim=1)).unsqueeze(1)

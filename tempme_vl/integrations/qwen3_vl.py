@@ -4,6 +4,7 @@ matches, and a prompt that writes its time in front of each temporal patch, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,9 +15,20 @@ from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, cli
 from tempme_vl.integrations.qwen2_5_vl import Qwen2_5_VLHost
 
 
+@dataclass
+class DeepstackOutput(BaseModelOutputWithPooling):
+    """With a field of its own for the features of deeper layers, a list of videos each: those who make the inputs anew
+    (accelerate's hooks, Trainer, chunked prefill) copy the fields of an output and nothing else."""
+
+    deepstack_features: Any = None
+
+
 class Qwen3VLHost(Qwen2_5_VLHost):
     oldest = "5.18.0"
     feeds: ClassVar[tuple[Feed, ...]] = ("encoder_outputs",)  # features for deeper layers find no other way in
+
+    def _check_times(self) -> None:
+        """The prompt writes them."""
 
     def attended(self, grid: tuple[int, int]) -> tuple[int, float]:
         patches = grid[0] * grid[1] * self._side**2
@@ -48,6 +60,6 @@ class Qwen3VLHost(Qwen2_5_VLHost):
         )
 
     def encoder_output(self, tokens: Sequence[VisualTokens]) -> Any:
-        output = BaseModelOutputWithPooling(pooler_output=[t.features for t in tokens])  # type: ignore[arg-type]
-        output.deepstack_features = [list(level) for level in zip(*(t.extra["deeper"] for t in tokens), strict=True)]
-        return output
+        deeper = [list(level) for level in zip(*(t.extra["deeper"] for t in tokens), strict=True)]
+        features: Any = [t.features for t in tokens]
+        return DeepstackOutput(pooler_output=features, deepstack_features=deeper)

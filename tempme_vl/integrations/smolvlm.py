@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tempme_vl.integrations.base import SampledVideo, VisualTokens
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype
 from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost, pooled
 
 
 class SmolVLMHost(PostEncoderHost):
     modality = "image"
+    uses_time = True
 
     @property
     def tower(self) -> nn.Module:
@@ -40,9 +41,11 @@ class SmolVLMHost(PostEncoderHost):
         values = self.processor.video_processor(
             videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
         )
-        weight = next(self.tower.parameters())
-        pixels, mask = values["pixel_values"].to(weight.device, weight.dtype), values.get("pixel_attention_mask")
-        mask = mask if mask is None else mask.to(weight.device)
+        pixels, mask = (
+            values["pixel_values"].to(input_device(self.tower), input_dtype(self.tower)),
+            values.get("pixel_attention_mask"),
+        )
+        mask = mask if mask is None else mask.to(input_device(self.tower))
         output = pooled(self.model.model.get_image_features(pixel_values=pixels, pixel_attention_mask=mask))
         x = torch.cat(list(output)).reshape(-1, output[0].shape[-1])
         rows, columns = self.grid(*videos[0].frames.shape[1:3])
@@ -57,9 +60,7 @@ class SmolVLMHost(PostEncoderHost):
 
     def visual_tokens(self, video: SampledVideo, frames: FrameFeatures, clips: ClipFeatures) -> VisualTokens:
         tokens = super().visual_tokens(video, frames, clips)
-        # the middles of equal parts lie as far from the video's end as from its start
-        last = video.indices[-1] / 24 if video.fps is None else (video.indices[0] + video.indices[-1] + 1) / video.fps
-        return VisualTokens(tokens.features, {**tokens.extra, "duration": last})
+        return VisualTokens(tokens.features, {**tokens.extra, "duration": video.duration})
 
     def written(self, tokens: VisualTokens) -> str:
         processor, seconds = self.processor, tokens.extra["seconds"]

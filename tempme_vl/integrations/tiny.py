@@ -92,7 +92,7 @@ def _qwen2_5_vl(words: list[str]) -> tuple[Any, Any]:
             "spatial_merge_size": 2,
             "window_size": 16,
             "fullatt_block_indexes": [1, 3],
-            "tokens_per_second": 25,
+            "tokens_per_second": 2,
             "initializer_range": WIDTH**-0.5,
         },
         text_config={**_text(tokenizer), "rope_parameters": rope, "rope_scaling": rope},

@@ -1,29 +1,94 @@
-"""Prompts and videos in the forms that users have them, to one form."""
+"""Prompts and videos in the forms that users have them, with the times of the frames, to one form."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
-from tempme_vl.integrations.base import SampledVideo
-
+FPS = 24.0  # what hosts assume where nobody told the frames a second
 _EXPECTED = "expected a video as uint8 frames (T, H, W, 3) or (T, 3, H, W), an array, tensor or list of images"
 
 
-def sample(video: Any, num_frames: int, fps: float | None = None) -> SampledVideo:
+@dataclass(frozen=True)
+class SampledVideo:
+    """The frames of a video that the model sees, and when they were shown, where its user told it.
+
+    Attributes:
+        frames: (F, H, W, 3) uint8.
+        indices: of the F frames in the video that was given, ascending; a short video repeats some.
+        fps: frames a second of the video that was given.
+        times: seconds of the F frames, ascending.
+        total: frames of the video that was given.
+    """
+
+    frames: np.ndarray
+    indices: tuple[int, ...]
+    fps: float | None = None
+    times: tuple[float, ...] | None = None
+    total: int | None = None
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether somebody told when the frames were shown."""
+        return self.fps is not None or self.times is not None
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Of the F frames, at `FPS` where nobody told."""
+        return self.times or tuple(index / (self.fps or FPS) for index in self.indices)
+
+    @property
+    def interval(self) -> float:
+        """Seconds between neighbouring frames in the mean; as hosts have it, of frames spread evenly over all of the
+        video where it is known how long that is."""
+        fps = self.fps or (FPS if self.times is None else None)
+        if fps and self.total:
+            return 1 / (len(self.indices) / self.total * fps)
+        mean = (self.seconds[-1] - self.seconds[0]) / max(1, len(self.seconds) - 1)
+        return mean or (1 / fps if fps else 0.0)
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the video that was given."""
+        if not self.is_timed:
+            return self.seconds[-1]
+        if self.fps and self.total and (self.times is None or self.total > len(self.indices)):
+            return self.total / self.fps
+        # the middles of equal parts, and a first and a last frame, lie as far from the video's end as from its start
+        return self.seconds[0] + self.seconds[-1] + (1 / self.fps if self.fps and self.times is None else 0.0)
+
+
+def sample(video: Any, num_frames: int, fps: float | None = None, times: Sequence[float] | None = None) -> SampledVideo:
     """num_frames frames, the middle ones of as many equal parts; all of them if there are as many.
 
+    Args:
+        video: T frames, or a `SampledVideo`, which stays as it is; it is told fps or times if it knows neither.
+        fps: frames a second of the T frames.
+        times: seconds of each of the T frames.
+
     Raises:
-        ValueError: not uint8 frames in colour, or a `SampledVideo`, which stays as it is, of another number.
+        ValueError: not uint8 frames in colour, a `SampledVideo` of another number, or times that are not T ascending
+            numbers.
     """
     if isinstance(video, SampledVideo):
         if len(video.frames) != num_frames:
             raise ValueError(f"expected a SampledVideo of {num_frames} frames; got one of {len(video.frames)}")
-        return video
+        if video.is_timed:
+            return video
+        return replace(video, fps=fps, times=times if times is None else _ascending(times, num_frames))
+    if isinstance(video, (str, Path)):
+        raise ValueError(
+            f"{_EXPECTED}; got the path or address {str(video)!r}: read its frames first, such as by "
+            f"tempme_vl.data.video.read_frames(path, {num_frames}), which also tells their times"
+        )
     if isinstance(video, (list, tuple)):
         images = [np.asarray(image) for image in video]
         if len({image.shape for image in images}) != 1:
@@ -35,8 +100,84 @@ def sample(video: Any, num_frames: int, fps: float | None = None) -> SampledVide
         raise ValueError(f"{_EXPECTED}; got {frames.dtype} of shape {frames.shape}")
     if frames.shape[3] != 3:
         frames = frames.transpose(0, 2, 3, 1)
-    indices = tuple((2 * i + 1) * len(frames) // (2 * num_frames) for i in range(num_frames))
-    return SampledVideo(np.ascontiguousarray(frames[list(indices)]), indices, fps)
+    total = len(frames)
+    indices = tuple((2 * i + 1) * total // (2 * num_frames) for i in range(num_frames))
+    if times is not None:
+        shown = _ascending(times, total)
+        times = tuple(shown[index] for index in indices)
+        fps = (total - 1) / (shown[-1] - shown[0]) if shown[-1] > shown[0] else None
+    return SampledVideo(np.ascontiguousarray(frames[list(indices)]), indices, fps, times, total)
+
+
+def _ascending(times: Sequence[float], count: int) -> tuple[float, ...]:
+    """Raises:
+    ValueError: not `count` finite numbers in ascending order.
+    """
+    seconds = tuple(float(time) for time in times)
+    in_order = all(a <= b for a, b in pairwise(seconds))
+    if len(seconds) != count or not all(map(math.isfinite, seconds)) or not in_order:
+        raise ValueError(f"expected times of {count} frames in seconds, finite and ascending; got {_short(seconds)}")
+    return seconds
+
+
+def tell_times(videos: Sequence[Sequence[Any]], num_frames: int, fps: Any, times: Any) -> list[list[SampledVideo]]:
+    """Samples videos, which know their times then if their user told any.
+
+    Args:
+        videos: for each prompt the list of its videos.
+        fps: frames a second of all videos, or a number for each, in order or in a list for every prompt.
+        times: for each video, in order or in a list for every prompt, the seconds of its frames; of a single video
+            also these themselves.
+
+    Raises:
+        ValueError: both, another number of them than of videos, or a fps that is no number above 0.
+    """
+    count = sum(len(group) for group in videos)
+    if fps is not None and times is not None:
+        raise ValueError("expected fps or times, which say the same; got both")
+    each_fps: list[Any] = [None] * count
+    each_times: list[Any] = [None] * count
+    if fps is not None:
+        each_fps = [fps] * count if _is_number(fps) else _one_each(_as_lists(fps), videos, depth=1, what="fps")
+        for number in each_fps:
+            if number is not None and not (_is_number(number) and 0 < number < math.inf):
+                raise ValueError(f"expected frames a second above 0; got fps={number!r}")
+    if times is not None:
+        rows = _as_lists(times)
+        each_times = _one_each([rows] if _depth(rows) == 1 else rows, videos, depth=2, what="times")
+    told = iter(zip(each_fps, each_times, strict=True))
+    return [[sample(video, num_frames, *next(told)) for video in group] for group in videos]
+
+
+def _one_each(values: Any, videos: Sequence[Sequence[Any]], depth: int, what: str) -> list[Any]:
+    """A value of `depth` lists for each video, out of one list or of a list for every prompt."""
+    counts = [len(group) for group in videos]
+    if isinstance(values, list):
+        if _depth(values) > depth and [len(group) if isinstance(group, list) else -1 for group in values] == counts:
+            values = [value for group in values for value in group]
+        if _depth(values) <= depth and len(values) == sum(counts):
+            return values
+    raise ValueError(f"expected {what} for each of {sum(counts)} videos ({counts} a prompt); got {_short(values)}")
+
+
+def _as_lists(values: Any) -> Any:
+    """Tensors, arrays and tuples as lists, at every depth."""
+    if isinstance(values, (Tensor, np.ndarray)):
+        return values.tolist()
+    return [_as_lists(value) for value in values] if isinstance(values, (list, tuple)) else values
+
+
+def _depth(values: Any) -> int:
+    return 1 + max((_depth(value) for value in values), default=0) if isinstance(values, list) else 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def pair_up(text: str | Sequence[str], videos: Sequence[Any], placeholder: str) -> tuple[list[str], list[list[Any]]]:
@@ -47,9 +188,16 @@ def pair_up(text: str | Sequence[str], videos: Sequence[Any], placeholder: str) 
             placeholder each, a video each.
 
     Raises:
-        ValueError: not one video for every placeholder.
+        ValueError: prompts that are no texts, or not one video for every placeholder.
     """
     prompts = [text] if isinstance(text, str) else list(text)
+    if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise ValueError(
+            f"expected prompts as texts; got {_short(wrong[0])}. Chat messages become one by the host's own format: "
+            "processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
+        )
+    if isinstance(videos, (str, Path)):
+        videos = [videos]  # refused as a video, and not letter by letter
     counts = [prompt.count(placeholder) for prompt in prompts]
     groups = [list(v) for v in videos if isinstance(v, (list, tuple)) and not _is_video(v)]
     if not groups and len(videos) == sum(counts):
@@ -61,6 +209,13 @@ def pair_up(text: str | Sequence[str], videos: Sequence[Any], placeholder: str) 
             f"{[len(v) if isinstance(v, (list, tuple)) and not _is_video(v) else 'one' for v in videos]}"
         )
     return prompts, groups
+
+
+def without_start(text: str, tokenizer: Any) -> str:
+    """A prompt without the start token that a chat format wrote in front of it, where the tokenizer adds one, too."""
+    start = tokenizer.bos_token
+    doubled = start and text.startswith(start) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(start) if doubled else text
 
 
 def _is_video(value: Sequence[Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mimetypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,23 +14,27 @@ import transformers
 from tempme_vl.integrations import Compressed, compress, find_host, load_compressed
 from tempme_vl.integrations.compressed import CONFIG_FILE
 
+logger = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 1024  # where a task says nothing; the harness's own models take as many
 
 
-def load(pretrained: str, device: torch.device, dtype: str, options: Mapping[str, Any]) -> Compressed:
+def load(
+    pretrained: str, device: torch.device, dtype: str, options: Mapping[str, Any], trust_remote_code: bool = False
+) -> Compressed:
     """A compressed model as it was saved, or a host model compressed by `options`."""
     if (Path(pretrained) / CONFIG_FILE).is_file():
         if options:
             raise ValueError(f"{pretrained} is compressed already by its {CONFIG_FILE}: leave out {sorted(options)}")
-        compressed = load_compressed(pretrained, dtype=dtype)
+        compressed = load_compressed(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
         compressed.model.to(device)
-        print(compressed.describe())
+        logger.info("%s", compressed.describe())
         return compressed
-    name = (transformers.AutoConfig.from_pretrained(pretrained).architectures or ["a model without architectures"])[0]
+    config = transformers.AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+    name = (config.architectures or ["a model without architectures"])[0]
     find_host(name)  # refuses before the weights are read
-    model = getattr(transformers, name).from_pretrained(pretrained, dtype=dtype).to(device)
-    processor = transformers.AutoProcessor.from_pretrained(pretrained)
-    return compress(model, processor, **{name: _numbers(name, value) for name, value in options.items()})
+    model = getattr(transformers, name).from_pretrained(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
+    processor = transformers.AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+    return compress(model.to(device), processor, **{name: _numbers(name, value) for name, value in options.items()})
 
 
 def _numbers(name: str, value: Any) -> Any:

@@ -38,6 +38,7 @@ class TempMe(lmms):
         sampling: how frames are chosen; a name in `tempme_vl.data.sampling.SAMPLING`. "uniform" is what the harness's
             own models do.
         timeout: seconds that decoding a video may take.
+        trust_remote_code: whether transformers may run code of the folder.
         options: of `compress` for a host model: method, num_frames, r, merge_layers=16/18/20, ...
 
     Raises:
@@ -56,6 +57,7 @@ class TempMe(lmms):
         prompt: str | None = None,
         sampling: str = "uniform",
         timeout: float = 60.0,
+        trust_remote_code: bool = False,
         **options: Any,
     ):
         super().__init__()
@@ -64,7 +66,7 @@ class TempMe(lmms):
         alone = self._world_size == 1
         self.device = torch.device(device) if device and alone else self.accelerator.device
         self.batch_size = int(batch_size)
-        self.compressed = load(pretrained, self.device, dtype, options)
+        self.compressed = load(pretrained, self.device, dtype, options, trust_remote_code)
         host = self.compressed.host
         if prompt is None and not getattr(host.processor, "chat_template", None):
             raise ValueError(
@@ -176,7 +178,4 @@ class TempMe(lmms):
             return self.prompt.format(video=host.placeholder * videos, text=context)
         content = [*[{"type": "video"}] * videos, {"type": "text", "text": context}]
         chat = [{"role": "user", "content": content}]
-        text = host.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        tokenizer = self.compressed.tokenizer
-        doubled = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-        return text.removeprefix(tokenizer.bos_token) if doubled else text
+        return host.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

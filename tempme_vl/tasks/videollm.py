@@ -26,6 +26,7 @@ from tempme_vl.integrations import Compressed, Host, compress, load_compressed
 from tempme_vl.integrations.compressed import read_config
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.post_encoder import PostEncoderHost
+from tempme_vl.integrations.videos import without_start
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import gather_rows
 from tempme_vl.tasks.pretrained_lm import exact_buffers, set_grad_checkpointing
@@ -88,19 +89,31 @@ class VideoLLM(nn.Module):
         """Learns or writes answers; the one way in under DeepSpeed.
 
         Args:
-            batch: video (B, F, 3, S, S), pixels of 0 to 255 of any dtype; prompt, B texts; to learn, answer, B texts.
+            batch: video (B, F, 3, S, S), pixels of 0 to 255 of any dtype; times (B, F), seconds of the frames, which
+                hosts that are not told times (`Host.uses_time`) do without; prompt, B texts; to learn, answer, B texts.
 
         Returns:
             with answers: losses (B,), of each answer the mean of -log p over its tokens and the end token; else
             prediction (B, answer_tokens) int64, which `text` reads.
-        """
-        videos = list(batch["video"].round().to(torch.uint8))
-        if "answer" in batch:
-            return {"losses": self._losses(batch["prompt"], videos, batch["answer"])}
-        return {"prediction": self._write(batch["prompt"], videos)}
 
-    def _losses(self, prompts: Sequence[str], videos: list[Tensor], answers: Sequence[str]) -> Tensor:
-        inputs = self.compressed.prepare(prompts, videos, labels=answers)
+        Raises:
+            ValueError: no times for a host that is told them.
+        """
+        if self.compressed.host.uses_time and "times" not in batch:
+            raise ValueError(
+                f"{type(self.compressed.host.model).__name__} is told when frames were shown: expected 'times' in the "
+                f"batch, (B, F) seconds of the frames, as ClipReader gives them; got {', '.join(batch)}"
+            )
+        if "answer" in batch:
+            return {"losses": self._losses(batch)}
+        return {"prediction": self._write(batch)}
+
+    def _inputs(self, batch: Mapping[str, Any], labels: bool | Sequence[str] = False) -> Any:
+        videos = list(batch["video"].round().to(torch.uint8))
+        return self.compressed.prepare(batch["prompt"], videos, labels, times=batch.get("times"))
+
+    def _losses(self, batch: Mapping[str, Any]) -> Tensor:
+        inputs = self._inputs(batch, labels=batch["answer"])
         labels = inputs.pop("labels")
         first = int((labels != _IGNORED).any(dim=0).int().argmax())  # no answer begins before it
         kept = labels.shape[1] - first + 1  # a token is told by the position before it
@@ -113,10 +126,10 @@ class VideoLLM(nn.Module):
         return losses.sum(dim=1) / (wanted != _IGNORED).sum(dim=1)
 
     @torch.no_grad()
-    def _write(self, prompts: Sequence[str], videos: list[Tensor]) -> Tensor:
+    def _write(self, batch: Mapping[str, Any]) -> Tensor:
         # under ZeRO-3 a rank gathers weights from all others in each step: all take as many as the slowest
         partitioned = hasattr(next(self.model.parameters()), "ds_id")
-        written = self.compressed.generate(**self.compressed.prepare(prompts, videos), synced_gpus=partitioned)
+        written = self.compressed.generate(**self._inputs(batch), synced_gpus=partitioned)
         return F.pad(written, (0, self.answer_tokens - written.shape[1]), value=self._ends[0])
 
     def loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
@@ -222,7 +235,7 @@ def create_video_llm(
         prompt, answer_tokens, source, input: see `VideoLLM`.
 
     Raises:
-        ValueError: as `compress` and `VideoLLM`.
+        ValueError: as `compress` and `VideoLLM`; or a projector, or a tower that is to train, of quantised weights.
     """
     compressed = compress(model, processor, method, num_frames, clip_position_std, **options)
     model.requires_grad_(False)
@@ -234,11 +247,9 @@ def create_video_llm(
     projector = [weight for name, weight in model.named_parameters() if set(name.split(".")) & set(PROJECTORS)]
     if not projector:
         raise ValueError(f"{type(model).__name__} has none of {', '.join(PROJECTORS)}; add its projector's name there")
-    for weight in projector:
-        weight.requires_grad_(True)
+    _train(projector, "the projector")
     if train_frontend:
-        for part in _tower_parts(compressed.host):
-            part.requires_grad_(True)
+        _train([weight for part in _tower_parts(compressed.host) for weight in part.parameters()], "the tower")
     return VideoLLM(compressed, prompt, answer_tokens, source, input)
 
 
@@ -269,23 +280,26 @@ def load_video_llm(directory: str | Path, source: str | Path | None = None, **op
 
 
 def load_host(source: str, name: str | None = None, **options: Any) -> tuple[Any, Any]:
-    """A video-language model of transformers and its processor, from safetensors, without running code of the folder.
+    """A video-language model of transformers and its processor, from safetensors.
 
     Args:
         source: a folder, or a name on the hub.
         name: the model's class; default: the one that its configuration names.
-        options: of its `from_pretrained`; float32 without a dtype.
+        options: of its `from_pretrained`; float32 without a dtype, and no code of the folder is run without
+            trust_remote_code=True.
 
     Raises:
         ValueError: nothing that can be loaded whole there.
     """
     try:
+        options = {"dtype": torch.float32, "trust_remote_code": False, **options}
+        trusted = options["trust_remote_code"]
         if name is None:
-            (name,) = transformers.AutoConfig.from_pretrained(source).architectures
+            (name,) = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted).architectures
         model, report = getattr(transformers, str(name)).from_pretrained(
-            source, **{"dtype": torch.float32, **options}, use_safetensors=True, output_loading_info=True
+            source, **options, use_safetensors=True, output_loading_info=True
         )
-        processor = transformers.AutoProcessor.from_pretrained(source)
+        processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"could not load {source!r}: {error}\nExpected a video-language model of transformers with its processor "
@@ -315,10 +329,18 @@ def default_prompt(processor: Any, placeholder: str) -> str:
             f"the processor's chat template does not write {placeholder!r} and the question once each: {text!r}; give "
             "a prompt of your own, with {question} and " + placeholder
         )
-    start = tokenizer.bos_token
-    if start and text.startswith(start) and tokenizer(text)["input_ids"].count(tokenizer.bos_token_id) > 1:
-        return text[len(start) :]  # the tokenizer writes it, too
-    return text
+    return without_start(text, tokenizer)
+
+
+def _train(weights: Sequence[nn.Parameter], what: str) -> None:
+    if packed := [weight for weight in weights if not weight.is_floating_point()]:
+        raise ValueError(
+            f"{what} trains, and {len(packed)} of its {len(weights)} weights are quantised ({packed[0].dtype}), which "
+            "have no gradients: quantise the language model alone, such as by llm_int8_skip_modules of "
+            "BitsAndBytesConfig with the names of tower and projector"
+        )
+    for weight in weights:
+        weight.requires_grad_(True)
 
 
 def linear_layers(host: Host) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from integrations import tiny
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from tempme_vl.integrations import Compressed, compress, load_compressed
@@ -105,9 +107,9 @@ def test_a_padded_batch_equals_single_calls(name: str, feed: Any, method: str) -
 
 
 @pytest.mark.parametrize(("name", "method"), OFTEN)
-def test_counts_are_the_predicted_ones(name: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_are_the_predicted_ones(name: str, method: str) -> None:
     compressed = compressed_by(name, method)
-    costs, shown = compressed.host.costs(), capsys.readouterr().out
+    costs, shown = compressed.host.costs(), compressed.describe()
     ids = compressed.host.input_ids(SHORT, compressed.host.encode([sample(tiny.clip(0), tiny.FRAMES)], [SHORT]))
     assert ids.count(tiny.TOKEN["<video>"]) == costs.tokens
     native = tiny.native_inputs(shared(name)[1], [SHORT], [tiny.clip(0)])["input_ids"]
@@ -182,6 +184,70 @@ def test_the_model_beside_it_stays_what_it_was(name: str) -> None:
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert processor.tokenizer.padding_side == "right"
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_tower_that_peft_trains_as_a_copy_is_the_one_that_runs(name: str) -> None:
+    """`modules_to_save`, before and after compressing."""
+    model, processor = tiny.build(name)
+    options = {"clip_position_std": 0.1, **tiny.schedule("tempme", 3)}
+    before = compress(model, processor, num_frames=tiny.FRAMES, **options)
+    before.host.frontend.set_grad_checkpointing()  # type: ignore[attr-defined]
+    text, videos = [SHORT, LONG], [tiny.clip(0), tiny.clip(1)]
+    expected = last_logits(before, text, videos)
+    tower = "vision_model" if name == "InstructBlipVideo" else "video_tower" if name == "VideoLlava" else "vision_tower"
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|v_proj)", modules_to_save=[tower])
+    wrapped = get_peft_model(model, lora)
+    after = compress(wrapped, processor, num_frames=tiny.FRAMES, **options)
+    after.merging.load_state_dict(before.merging.state_dict())
+    positions = list(before.merging.parameters())
+    copies = {key: p for key, p in wrapped.named_parameters() if "modules_to_save" in key and p.requires_grad}
+    for compressed in (before, after):
+        torch.testing.assert_close(last_logits(compressed, text, videos), expected, rtol=0, atol=1e-5)
+        compressed(**compressed.prepare(text, videos, labels=["two dog runs", "red"])).loss.backward()
+        blocks = [key for key, p in copies.items() if ("layers.0." in key or "blocks.0." in key) and p.grad is not None]
+        assert len(blocks) > 8 and all(copies[key].grad.abs().max() > 0 for key in blocks if "k_proj.b" not in key)
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in compressed.merging.parameters())
+        wrapped.zero_grad()
+    assert all(new is old for new, old in zip(before.merging.parameters(), positions, strict=True))
+    assert before.host.frontend.grad_checkpointing  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for copy in copies.values():
+            copy.add_(0.05 * torch.randn_like(copy))
+    trained = last_logits(before, text, videos)
+    assert torch.equal(last_logits(after, text, videos), trained) and not torch.allclose(trained, expected, atol=1e-2)
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(last_logits(before, text, videos), expected, rtol=0, atol=1e-5)
+    assert torch.equal(last_logits(before, text, videos), trained)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["tempme", "none"])
+@pytest.mark.parametrize("name", HOSTS)
+def test_offloaded_weights_are_fetched(name: str, method: str) -> None:
+    model, processor = tiny.build(name)
+    options = {**tiny.schedule(method, 3), "num_frames": tiny.FRAMES}
+    expected = tiny.new_tokens(compress(model, processor, method, **options), tiny.ASK, [tiny.clip(0)])
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.parameters())
+    offloaded = compress(model, processor, method, **options)
+    if name == "PerceptionLM":  # nor does the host itself run
+        with pytest.raises(ValueError, match=r"cls_token, pos_embed are offloaded.* keep the tower on a device"):
+            offloaded.prepare(tiny.ASK, [tiny.clip(0)])
+        return
+    assert torch.equal(tiny.new_tokens(offloaded, tiny.ASK, [tiny.clip(0)]), expected)
+    assert not any(weight.is_meta for weight in offloaded.merging.parameters())
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_images_in_prompts_are_refused(name: str) -> None:
+    compressed = compressed_by(name, "none")
+    for text, labels in ((f"<image> {tiny.ASK}", False), (tiny.ASK, ["a <image>"])):
+        if name == "InstructBlipVideo":  # whose processor knows none, and has the word as any other
+            assert compressed.prepare(text, [tiny.clip(0)], labels)
+            continue
+        with pytest.raises(ValueError, match=r"has a place for an image \('<image>'\)"):
+            compressed.prepare(text, [tiny.clip(0)], labels)
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -4,7 +4,9 @@ it, and positions, times and deeper features that belong to the kept tokens."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
+from accelerate.utils import send_to_device
 from integrations import tiny_post as tiny
 from integrations.tiny import ONE_WAY, native_words, new_tokens
 from torch import Tensor
@@ -39,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
 OFTEN = [(name, method) for name in HOSTS for method in ("tempme", "tome")]
 
 shared = cache(tiny.build)
+pytestmark = pytest.mark.filterwarnings("ignore:.*nobody said so")  # but in the tests of times
 
 
 def prompt(name: str, words: str = "what is the red dog doing in * and how many") -> str:
@@ -62,12 +67,19 @@ def last_logits(compressed: Compressed, text: Any, videos: Any) -> Tensor:
     return compressed(**compressed.prepare(text, videos)).logits[:, -1]
 
 
-def native_inputs(name: str, text: list[str], videos: list[np.ndarray], fps: float | None = None) -> Any:
-    """What the host's own processor makes of prompts with one video of FRAMES frames each."""
+def native_inputs(
+    name: str,
+    text: list[str],
+    videos: list[np.ndarray],
+    fps: float | None = None,
+    indices: Sequence[int] = range(tiny.FRAMES),
+    total: int = tiny.FRAMES,
+) -> Any:
+    """What the host's own processor makes of prompts with one video of FRAMES frames each, out of `total`."""
     options = {}
     if fps is not None:
-        frames = {"frames_indices": list(range(tiny.FRAMES)), "total_num_frames": tiny.FRAMES}
-        options["video_metadata"] = [[{**frames, "fps": fps, "duration": tiny.FRAMES / fps}]] * len(videos)
+        frames = {"frames_indices": list(indices), "total_num_frames": total}
+        options["video_metadata"] = [[{**frames, "fps": fps, "duration": total / fps}]] * len(videos)
     nested: Any = [[video] for video in videos] if name == "SmolVLM" else videos
     return shared(name)[1](
         text=text, videos=nested, do_sample_frames=False, return_tensors="pt", padding=True, **options
@@ -98,6 +110,125 @@ def test_without_merging_it_is_the_host_itself(
                 written = native_words(compressed.host, native, record_property, **options)
             inputs = compressed.prepare(text, videos, fps=fps)
             assert torch.equal(compressed.generate(**inputs, max_new_tokens=6, do_sample=False, **options), written)
+
+
+@torch.no_grad()
+@tiny.hosts([name for name in HOSTS if name in (*NEEDS, "SmolVLM")])
+def test_times_are_those_of_the_hosts_own_processor(name: str) -> None:
+    """Also where more frames come than are taken, or fewer."""
+    model, _ = shared(name)
+    compressed = compressed_by(name, "none")
+    assert compressed.host.uses_time
+    for total, fps in ((tiny.FRAMES, 8 / 15), (20, 2.0), (37, 0.4), (3, 0.1)):
+        video = tiny.clip(0, total)
+        chosen = sample(video, tiny.FRAMES)
+        native = native_inputs(name, [prompt(name)], [chosen.frames], fps, chosen.indices, total)
+        expected = model(**native).logits
+        told: list[dict[str, Any]] = [{"fps": fps}, {"fps": [fps]}, {"fps": [[fps]]}]
+        if name != "SmolVLM" or total > tiny.FRAMES:  # else nobody can know how long the last frame was shown
+            seconds = np.arange(total) / fps
+            told += [{"times": seconds}, {"times": [torch.from_numpy(seconds).float()]}, {"times": [[list(seconds)]]}]
+        for times in told:
+            logits = model(**compressed.prepare(prompt(name), [video], **times)).logits
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        other = model(**compressed.prepare(prompt(name), [video], fps=3 * fps))
+        assert other.logits.shape != expected.shape or (other.logits - expected).abs().max() > 1e-2
+
+
+@tiny.hosts([name for name in HOSTS if name in (*NEEDS, "SmolVLM")])
+def test_every_video_has_times_of_its_own(name: str) -> None:
+    compressed = compressed_by(name, "tempme")
+    text, videos = [prompt(name, "why * and *"), prompt(name)], [[tiny.clip(0), tiny.clip(1)], [tiny.clip(2)]]
+    together = [compressed.prepare(text, videos, fps=fps) for fps in ([0.2, 0.5, 1.1], [[0.2, 0.5], [1.1]])]
+    seconds = [[np.arange(4) / fps for fps in row] for row in ([0.2, 0.5], [1.1])]
+    together += [compressed.prepare(text, videos, times=times) for times in (seconds, [*seconds[0], *seconds[1]])]
+    first = compressed.prepare(text[0], videos[0], fps=[0.2, 0.5])
+    second = compressed.prepare(text[1], videos[1], fps=1.1)
+    for inputs in together[:2] if name == "SmolVLM" else together:
+        with torch.no_grad():
+            logits = compressed(**inputs).logits[:, -1]
+            torch.testing.assert_close(logits[:1], compressed(**first).logits[:, -1], rtol=0, atol=1e-4)
+            torch.testing.assert_close(logits[1:], compressed(**second).logits[:, -1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_untold_times_are_said_where_they_matter(name: str) -> None:
+    compressed = compressed_by(name, "tempme")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        compressed.prepare(prompt(name), [tiny.clip(0)])
+    expected = [r"nobody said so of 1 of 1 videos: 24 frames a second"] if compressed.host.uses_time else []
+    said = [one for one in said if "frames a second" in str(one.message)]
+    assert len(said) == len(expected) and all(expected[0] in str(one.message) for one in said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compressed.prepare(prompt(name), [tiny.clip(0)], fps=24)
+        compressed.prepare("why", [])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["tempme", "none"])
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_second_turn_on_the_cache_of_the_first(name: str, method: str) -> None:
+    """The model's own `generate` goes on from there as from scratch, whatever was prepared in between."""
+    compressed, options = compressed_by(name, method), {"max_new_tokens": 5, "do_sample": False}
+    model, words, video = compressed.model, compressed.tokenizer, tiny.clip(0)
+    feed_ids = compressed.feed == "encoder_outputs"
+    inputs = compressed.prepare(prompt(name), [video], fps=1.0)
+    compressed.prepare(prompt(name, "* why"), [tiny.clip(1)], fps=5.0)
+    first = compressed.generate(**inputs, **options, return_dict_in_generate=True)
+    assert torch.equal(first.sequences, new_tokens(compressed, prompt(name), [video], fps=1.0, max_new_tokens=5))
+    if not feed_ids:  # a cache goes on by ids
+        return
+    more = torch.tensor([words(" why is it red", add_special_tokens=False)["input_ids"]])
+    ids = torch.cat([inputs["input_ids"], first.sequences, more], dim=1)
+    if method == "none":  # another prompt was the last; the host's own memory is of the last one that ran
+        compressed.generate(**compressed.prepare(prompt(name), [video], fps=1.0), **options)
+    cache = {"past_key_values": first.past_key_values}
+    again = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **cache, **options)[:, ids.shape[1] :]
+    written = "".join(words.convert_ids_to_tokens(first.sequences[0].tolist()))
+    whole = compressed.prepare(f"{prompt(name)}{written} why is it red", [video], fps=1.0)
+    assert torch.equal(whole["input_ids"], ids)
+    assert torch.equal(compressed.generate(**whole, **options), again)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "feed"), FEEDS)
+def test_inputs_that_others_make_anew(name: str, feed: Any) -> None:
+    """Trainer and the hooks of a device_map copy the inputs field by field, chunked prefill feeds them in parts."""
+    compressed, options = compressed_by(name, "tempme", feed), {"max_new_tokens": 4, "do_sample": False}
+    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.clip(0), tiny.clip(1)]
+    expected = compressed(**compressed.prepare(text, videos, fps=1.0)).logits
+    copied = send_to_device(dict(compressed.prepare(text, videos, fps=1.0)), torch.device("cpu"))
+    assert torch.equal(compressed(**copied).logits, expected)
+    if feed == "encoder_outputs":
+        written = compressed.generate(**compressed.prepare(text[1], videos[1:], fps=1.0), **options)
+        inputs = compressed.prepare(text[1], videos[1:], fps=1.0)
+        assert torch.equal(compressed.generate(**inputs, **options, prefill_chunk_size=7), written)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HOSTS)
+def test_offloaded_weights_are_fetched(name: str) -> None:
+    model, processor = tiny.build(name)
+    expected = new_tokens(compress(model, processor, "tempme", tiny.FRAMES), prompt(name), [tiny.clip(0)])
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.parameters())
+    if name.startswith("PerceptionLM"):  # timm's wrapper in transformers puts pixels where its weights are
+        with pytest.raises(NotImplementedError, match="meta"):
+            model(**native_inputs(name, [prompt(name)], [tiny.clip(0, tiny.FRAMES)]))
+        return
+    offloaded = compress(model, processor, "tempme", tiny.FRAMES)
+    assert torch.equal(new_tokens(offloaded, prompt(name), [tiny.clip(0)]), expected)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_images_in_prompts_are_refused(name: str) -> None:
+    compressed = compressed_by(name, "none")
+    image = shared(name)[1].image_token
+    for text, labels in ((f"{image} {prompt(name)}", False), (prompt(name), [f"a {image}"])):
+        with pytest.raises(ValueError, match=rf"has a place for an image \({re.escape(repr(image))}\)"):
+            compressed.prepare(text, [tiny.clip(0)], labels, fps=1.0)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -163,9 +294,9 @@ def test_feeds_give_the_same_or_are_refused(name: str, record_property: Callable
 
 
 @pytest.mark.parametrize(("name", "method"), OFTEN)
-def test_counts_are_the_predicted_ones(name: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_are_the_predicted_ones(name: str, method: str) -> None:
     compressed = compressed_by(name, method)
-    host, shown = compressed.host, capsys.readouterr().out
+    host, shown = compressed.host, compressed.describe()
     assert f"{host.costs().native_tokens}" in shown and f"{host.costs().tokens}" in shown
     for height, width in ((32, 32), (20, 48)):
         video = np.random.default_rng(0).integers(0, 256, (tiny.FRAMES, height, width, 3), dtype=np.uint8)
@@ -209,7 +340,6 @@ def test_the_model_beside_it_stays_what_it_was(name: str) -> None:
         compressed = compress(model, processor, "tempme", tiny.FRAMES)
         inputs = [prompt(name), prompt(name, "why *")], [tiny.clip(0), tiny.clip(1)]
         fresh = new_tokens(compressed, *inputs)
-        assert getattr(model.model, "rope_deltas", None) is None  # no memory of ours
         before = model(**native).logits
         written = model.generate(**native, max_new_tokens=4, do_sample=False)
         assert torch.equal(new_tokens(compressed, *inputs), fresh)  # nor one of the host's in ours
@@ -297,9 +427,9 @@ def test_kept_tokens_have_the_positions_that_the_host_gives_them(name: str) -> N
     clips = tiny.FRAMES // 2 // 2
     assert places.sum() == clips * rows * columns
     grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
-    if name == "Qwen2.5-VL":  # of two equal slots the later one stays: a grid of every other slot, 2 seconds of 25 each
+    if name == "Qwen2.5-VL":  # of two equal slots the later one stays: a grid of every other slot, 2 seconds of 2 each
         start = int(places.nonzero()[0])
-        times = (torch.tensor([1, 3]) * 2 * 25).repeat_interleave(rows * columns)
+        times = (torch.tensor([1, 3]) * 2 * 2).repeat_interleave(rows * columns)
         assert torch.equal(positions[0], start + times)
         assert torch.equal(positions[1:], start + grid.repeat(1, clips))
         behind = inputs["position_ids"][:, 0, int(places.nonzero()[-1]) + 1]
@@ -324,6 +454,21 @@ def test_options_that_do_not_fit_are_refused() -> None:
         compress(model, processor, "tempme", 8, merge_frames=())
     with pytest.raises(ValueError, match="unknown method 'other'"):
         compress(model, processor, "other")
+
+
+@tiny.hosts(QWEN[:1])
+def test_a_transformers_that_gives_all_frames_one_time_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 5.3 to 5.5 do, whatever attributes they have."""
+    model, processor = tiny.build(name)
+    own = type(model.model).get_rope_index
+
+    def timeless(self: Any, ids: Tensor, second_per_grid_ts: Any = None, **options: Any) -> Any:
+        return own(self, ids, second_per_grid_ts=torch.zeros(len(ids)), **options)
+
+    timeless.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(model.model), "get_rope_index", timeless)
+    with pytest.raises(ValueError, match=r"a minute apart 0 positions apart and not 120 .*update transformers"):
+        compress(model, processor, "none")
 
 
 @tiny.hosts(REFUSED)

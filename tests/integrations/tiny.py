@@ -248,9 +248,10 @@ def schedule(method: str, layers: int) -> dict[str, Any]:
     return {"tome": {"r": 3}, "none": {}}[method]
 
 
-def new_tokens(compressed: Any, text: Any, videos: Any, **options: Any) -> Tensor:
+def new_tokens(compressed: Any, text: Any, videos: Any, fps: Any = 24.0, **options: Any) -> Tensor:
+    options = {"max_new_tokens": 6, "do_sample": False, **options}
     with torch.no_grad():
-        return compressed.generate(**compressed.prepare(text, videos), max_new_tokens=6, do_sample=False, **options)
+        return compressed.generate(**compressed.prepare(text, videos, fps=fps), **options)
 
 
 @torch.no_grad()
