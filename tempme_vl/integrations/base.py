@@ -204,8 +204,8 @@ def count_weights(module: nn.Module) -> int:
     total = 0
     for part in module.modules():
         own = sum(weight.numel() for weight in part.parameters(recurse=False) if weight.ndim > 1)
-        sides = getattr(part, "in_features", None), getattr(part, "out_features", None)
-        total += sides[0] * sides[1] if own and None not in sides else own
+        rows, columns = getattr(part, "out_features", None), getattr(part, "in_features", None)
+        total += rows * columns if own and rows and columns else own
     return total
 
 

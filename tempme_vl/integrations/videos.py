@@ -63,7 +63,7 @@ class SampledVideo:
         if self.fps and self.total and (self.times is None or self.total > len(self.indices)):
             return self.total / self.fps
         # the middles of equal parts, and a first and a last frame, lie as far from the video's end as from its start
-        return self.seconds[0] + self.seconds[-1] + (1 / self.fps if self.fps and self.times is None else 0.0)
+        return self.seconds[0] + self.seconds[-1] + (1 / self.fps if self.fps and self.total is None else 0.0)
 
 
 def sample(video: Any, num_frames: int, fps: float | None = None, times: Sequence[float] | None = None) -> SampledVideo:

@@ -20,6 +20,7 @@ from transformers import BatchFeature
 
 from tempme_vl.data.video import read_frames
 from tempme_vl.integrations import SampledVideo
+from tempme_vl.integrations.videos import without_start
 from tempme_vl.lmms_eval.arguments import cut, generation_options, load, video_of
 
 _IGNORED = -100
@@ -167,8 +168,8 @@ class TempMe(lmms):
             end=end,
             timeout=self.timeout,
         )
-        indices = frames.indices - (0 if start is None else frames.indices[0])  # the part's own time
-        return SampledVideo(frames.pixels, tuple(indices.tolist()), frames.fps)
+        times = (frames.times - (start or 0.0)).clip(min=0)  # the part's own
+        return SampledVideo(frames.pixels, tuple(frames.indices.tolist()), frames.fps, tuple(times.tolist()))
 
     def _prompt(self, context: str, videos: int) -> str:
         host = self.compressed.host
@@ -178,4 +179,5 @@ class TempMe(lmms):
             return self.prompt.format(video=host.placeholder * videos, text=context)
         content = [*[{"type": "video"}] * videos, {"type": "text", "text": context}]
         chat = [{"role": "user", "content": content}]
-        return host.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        text = host.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return without_start(text, self.compressed.tokenizer)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from integrations import tiny
+from integrations import tiny, tiny_post
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from tempme_vl.integrations import Compressed, SampledVideo, compress, load_compressed
+from tempme_vl.integrations.base import prefill_gflops
 from tempme_vl.integrations.videos import pair_up, sample
 
 TEMPME = tiny.schedule("tempme", 3)
@@ -55,6 +57,8 @@ def test_frames_that_were_chosen_already_stay() -> None:
         np.zeros((4, 8, 8, 1), dtype=np.uint8),
         [np.zeros((8, 8, 3), dtype=np.uint8), np.zeros((8, 9, 3), dtype=np.uint8)],
         "clip.mp4",
+        Path("clip.mp4"),
+        "https://example.org/clip.mp4",
     ],
 )
 def test_other_videos_are_refused(video: Any) -> None:
@@ -143,10 +147,64 @@ def test_half_precision_and_train_mode() -> None:
     assert output.logits.dtype == torch.bfloat16 and torch.isfinite(output.loss)
 
 
-def test_more_tokens_than_the_host_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_and_costs_are_logged(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     model, processor = tiny.build("LlavaOnevision")
-    compress(model, processor, "tome", tiny.FRAMES, r=1)
-    assert "Beware: 49 tokens are more than the 17 of the host's own way" in capsys.readouterr().out
+    with caplog.at_level("INFO", "tempme_vl"):
+        fewer = compress(model, processor, num_frames=tiny.FRAMES, **tiny.schedule("tempme", 4))
+        compress(model, processor, "tome", tiny.FRAMES, r=1)
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert caplog.records[0].getMessage() == fewer.describe() and "Beware" not in fewer.describe()
+    assert "4 frames of 32 x 32 pixels" in fewer.describe() and "a multiply-add is 1 FLOP" in fewer.describe()
+    assert "Beware: 49 tokens are more than the 17 of the host's own way" in caplog.records[1].getMessage()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["VideoLlava", "InternVL", "Qwen2.5-VL"])
+def test_costs_count_a_multiply_add_once(name: str) -> None:
+    """Against torch's own counter, which has 2 for it. It may leave attention out, which is a small part here."""
+    kit: Any = tiny if name in tiny.MODELS else tiny_post
+    model, processor = kit.build(name)
+    host = compress(model, processor, "none", kit.FRAMES).host
+    costs, length = host.costs(), 40
+    assert prefill_gflops(host, 2 * length) > 2 * prefill_gflops(host, length)  # attention is there
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        host.language_model(inputs_embeds=torch.zeros(1, length, 32))
+    assert 0.8 < 1e9 * prefill_gflops(host, length) / (counted.get_total_flops() / 2) < 1.3
+    height, width = costs.frame
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        if name == "VideoLlava":
+            model.model.video_tower(torch.zeros(kit.FRAMES, 3, height, width))
+        else:
+            host.features([sample(np.zeros((kit.FRAMES, height, width, 3), np.uint8), kit.FRAMES)])  # type: ignore[attr-defined]
+    assert 0.6 < 1e9 * costs.native_tower / (counted.get_total_flops() / 2) < 1.6
+
+
+class Packed(torch.nn.Linear):
+    """As bitsandbytes has it in 4 bits: two weights in a byte, in a column."""
+
+    def __init__(self, linear: Any):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        packed = torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+
+def pack(module: torch.nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, torch.nn.Linear):
+            setattr(module, name, Packed(child))
+        else:
+            pack(child)
+
+
+@pytest.mark.parametrize("name", ["VideoLlava", "InternVL"])
+def test_packed_weights_count_as_what_they_stand_for(name: str) -> None:
+    kit: Any = tiny if name in tiny.MODELS else tiny_post
+    model, processor = kit.build(name)
+    compressed = compress(model, processor, "none", kit.FRAMES)
+    before = compressed.describe()
+    pack(model)
+    assert sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8) > 10_000
+    assert compress(model, processor, "none", kit.FRAMES).describe() == before
 
 
 def test_models_that_do_not_fit_are_refused() -> None:
@@ -165,6 +223,81 @@ def test_models_that_do_not_fit_are_refused() -> None:
     compress(pooled, processor, "none")
     with pytest.raises(ValueError, match="weights of its own and needs a grid"):
         compress(pooled, processor, "tome", r=1)
+
+
+def test_paths_and_addresses_are_refused_as_such() -> None:
+    for videos in ("a/clip.mp4", ["https://example.org/clip.mp4"], [["a/clip.mp4"]]):
+        with pytest.raises(ValueError, match=r"got the path or address '.*clip.mp4': read its frames first"):
+            llava().prepare(tiny.ASK, videos)
+
+
+def test_chat_messages_and_parts_of_a_processor_are_refused() -> None:
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "why"}]}]
+    for text in (messages, [messages]):
+        with pytest.raises(ValueError, match=r"expected prompts as texts; got .*processor\.apply_chat_template"):
+            llava().prepare(text, [tiny.clip(0)])
+    model, processor = tiny.build("VideoLlava")
+    for part in (processor.tokenizer, processor.video_processor):
+        with pytest.raises(ValueError, match="expected the model's whole processor"):
+            compress(model, part, num_frames=tiny.FRAMES, **TEMPME)
+
+
+@pytest.mark.parametrize("name", ["VideoLlava", "InstructBlipVideo"])
+def test_a_start_token_is_written_once(name: str) -> None:
+    """A chat format may begin with the one that the tokenizer adds."""
+    compressed = compress(*tiny.build(name), "none", tiny.FRAMES, feed="embeddings")
+    tokens = compressed.host.encode([sample(tiny.clip(0), tiny.FRAMES)], [tiny.ASK])
+    ids = compressed.host.input_ids(tiny.ASK, tokens)
+    assert compressed.host.input_ids(f"<s>{tiny.ASK}", tokens) == ids and ids.count(1) == 1
+    assert compressed.host.input_ids(f"why <s> {tiny.ASK}", tokens).count(1) == 2
+
+
+def test_generate_gives_a_dictionary_where_one_is_asked_for() -> None:
+    for feed in (None, "embeddings"):
+        compressed = compress(*tiny.build("VideoLlava"), num_frames=tiny.FRAMES, feed=feed, **TEMPME)
+        options = {"return_dict_in_generate": True, "output_logits": True}
+        plain = tiny.new_tokens(compressed, tiny.ASK, [tiny.clip(0)])
+        output = tiny.new_tokens(compressed, tiny.ASK, [tiny.clip(0)], **options)
+        assert torch.equal(output.sequences, plain) and len(output.logits) == plain.shape[1]
+        answers = compressed.answer(tiny.ASK, [tiny.clip(0)], max_new_tokens=6, do_sample=False, **options)
+        assert answers == compressed.tokenizer.batch_decode(plain)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ({"fps": 1.0, "times": [[0, 1, 2, 3]]}, "got both"),
+        ({"fps": 0.0}, "above 0; got fps=0.0"),
+        ({"fps": [1.0]}, r"expected fps for each of 2 videos \(\[1, 1\] a prompt\); got \[1.0\]"),
+        ({"fps": [[1.0, 2.0], []]}, "expected fps for each of 2 videos"),
+        ({"fps": ["1", 2.0]}, "got fps='1'"),
+        ({"fps": [float("nan"), 2.0]}, "got fps=nan"),
+        ({"times": [0.0, 1.0, 2.0, 3.0]}, "expected times for each of 2 videos"),
+        ({"times": [[0, 1, 2, 3], [0, 1, 2]]}, r"times of 4 frames in seconds, .*got \(0.0, 1.0, 2.0\)"),
+        ({"times": [[0, 1, 2, 3], [0, 2, 1, 3]]}, "finite and ascending"),
+        ({"times": [[0, 1, 2, 3], [0, 1, 2, float("inf")]]}, "finite and ascending"),
+    ],
+)
+def test_times_that_do_not_fit_are_refused(times: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llava().prepare([tiny.ASK] * 2, [tiny.clip(0), tiny.clip(1)], **times)
+
+
+def test_what_a_sampled_video_knows_of_its_time() -> None:
+    frames = np.zeros((4, 1, 1, 3), dtype=np.uint8)
+    told = sample(np.zeros((10, 1, 1, 3), dtype=np.uint8), 4, fps=2.0)
+    assert told.seconds == (0.5, 1.5, 3.0, 4.0) and (told.interval, told.duration) == (1.25, 5.0)
+    timed = sample(np.zeros((10, 1, 1, 3), dtype=np.uint8), 4, times=np.arange(10) / 2)
+    assert (timed.seconds, timed.interval, timed.duration) == (told.seconds, told.interval, told.duration)
+    middles = SampledVideo(frames, (1, 4, 7, 10), times=(0.5, 2.0, 3.5, 5.0))
+    assert sample(SampledVideo(frames, (1, 4, 7, 10)), 4, times=middles.times) == middles
+    assert (middles.interval, middles.duration) == (1.5, 5.5) and middles.is_timed
+    read = SampledVideo(frames, (0, 5, 10, 15), fps=2.0, times=(0.0, 2.5, 5.0, 7.5))
+    assert (read.interval, read.duration) == (2.5, 8.0)
+    still = sample(np.zeros((1, 1, 1, 3), dtype=np.uint8), 4, times=[3.0])
+    assert (still.seconds, still.interval) == ((3.0,) * 4, 0.0)
+    unknown = sample(frames, 4)
+    assert not unknown.is_timed and unknown.interval == 1 / 24 and unknown.seconds[3] == 3 / 24
 
 
 def test_ways_that_are_not_there_are_refused() -> None:

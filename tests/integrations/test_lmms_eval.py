@@ -188,7 +188,7 @@ def test_frames_know_their_times(tempme: Any, folder: Path, monkeypatch: pytest.
     encode = compressed.host.encode
 
     def noted(videos: Any, prompts: Any) -> Any:
-        seen.extend((video.indices, video.fps) for video in videos)
+        seen.extend((video.indices, video.fps, video.times) for video in videos)
         return encode(videos, prompts)
 
     monkeypatch.setattr(compressed.host, "encode", noted)
@@ -196,10 +196,11 @@ def test_frames_know_their_times(tempme: Any, folder: Path, monkeypatch: pytest.
     requests.append(request(f"how many {place} {place}", {"max_new_tokens": 2}, 5))
     assert all(len(answer.split()) == 2 for answer in lm.generate_until(requests))
     videos = [read_frames(folder / f"{n}.mp4", 4, sampling="uniform") for n in (0, 1, 2, 0, 1)]
-    assert seen == [(tuple(frames.indices.tolist()), frames.fps) for frames in videos]
-    assert len({indices for indices, _ in seen}) == 3
+    assert seen == [(tuple(frames.indices.tolist()), frames.fps, tuple(frames.times)) for frames in videos]
+    assert len({times for _, _, times in seen}) == 3
+    whole = lm._video({"path": str(folder / "2.mp4")})
     part = lm._video({"path": str(folder / "2.mp4"), "video_start": 0.5})
-    assert part.indices[0] == 0 and part.indices[-1] < 15
+    assert 0 <= part.times[0] < 1 / part.fps and part.times[-1] == pytest.approx(whole.times[-1] - 0.5)
 
 
 def test_rounds_are_refused(lm: Any) -> None:

@@ -31,7 +31,7 @@ from tasks.llm_models import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from training.processes import run
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tempme_vl.tasks.qa import LLMHead, VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.llm import PLACEHOLDER, add_lora, load_llm, load_tokenizer
@@ -254,6 +254,32 @@ def test_padding_changes_nothing(who: str, request: pytest.FixtureRequest) -> No
     batch = asked(model, numbers, trained=True)
     batch["answer_ids"] = batch["answer_ids"].where(batch["answer_mask"].bool(), 77)
     torch.testing.assert_close(model(kept | batch)["losses"], losses, atol=2e-5, rtol=1e-5)
+
+
+def test_left_padded_prompts_have_the_positions_of_unpadded_ones(llm: Path) -> None:
+    """A model with learned absolute positions (GPT-2) tells; rotary ones see differences of positions alone."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    gpt = GPT2LMHeadModel(config).eval()
+    torch.nn.init.normal_(gpt.transformer.wpe.weight, std=1.0)
+    head = LLMHead(gpt, load_tokenizer(llm), 64, 13).eval()
+    tokens, size = torch.randn(3, 13, 64), torch.ones(3, 13, 1)
+
+    def rows(**options: Any) -> dict[str, Tensor]:
+        asked = [head.tokenize(QUESTIONS[i], **{key: value[i] for key, value in options.items()}) for i in range(3)]
+        return {key: torch.stack([one[key] for one in asked]) for key in asked[0]}
+
+    learn, options = {"answer": ANSWERS[:3]}, {"options": [DOINGS] * 3}
+    padded = [head(tokens, size, rows(**how)) for how in (learn, options, {})]
+    for row in range(3):
+        for how, found in zip((learn, options, {}), padded, strict=True):
+            batch = {key: value[row : row + 1] for key, value in rows(**how).items()}
+            first = int(batch["question_mask"][0].argmax())
+            assert first > 10
+            alone = {k: v[:, first:] if k.startswith("question_") else v for k, v in batch.items()}
+            (key,) = found
+            output = head(tokens[row : row + 1], size[row : row + 1], alone)[key]
+            torch.testing.assert_close(output, found[key][row : row + 1], rtol=0, atol=1e-4)
 
 
 def test_options(random_writer: VideoQAModel) -> None:

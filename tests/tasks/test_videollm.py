@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from integrations import tiny, tiny_post
+from integrations.test_compressed import pack
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,6 +31,8 @@ from tempme_vl.tasks.videollm import (
 QUESTIONS = ("what color is the object", "which way", "what is it")
 ANSWERS = ("red", "to the far left", "a dark red ring")
 FRAMES = 8
+FPS = (8 / 15, 0.25, 3.0)  # of clips of 15, 32 and 2.7 seconds
+TIMES = torch.arange(FRAMES) / torch.tensor(FPS).unsqueeze(1)
 SCHEDULES: dict[str, dict[str, Any]] = {
     "VideoLlava": {"r": 1, "merge_layers": (3, 4), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10},
     "Qwen2_5_VL": {"merge_frames": (2, 2)},
@@ -49,7 +53,8 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def created(source: Path, **options: Any) -> VideoLLM:
     """In eval mode, on a host of its own."""
     torch.manual_seed(0)
-    options = {"clip_position_std": 0.5, **SCHEDULES[source.name], **options}
+    schedule = {} if options.get("method") == "none" else SCHEDULES[source.name]
+    options = {"clip_position_std": 0.5, **schedule, **options}
     return create_video_llm(*load_host(str(source)), num_frames=FRAMES, source=str(source), **options).eval()
 
 
@@ -57,7 +62,8 @@ def batch_of(model: VideoLLM, rows: tuple[int, ...] = (0, 1, 2), learn: bool = T
     video = torch.randint(0, 256, (3, FRAMES, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
     asked = [model.tokenize(QUESTIONS[i], ANSWERS[i] if learn else None) for i in rows]
     texts = {key: [one[key] for one in asked] for key in asked[0]}
-    return {"video": video[list(rows)], "valid": torch.ones(len(rows), dtype=torch.long), **texts}
+    valid = torch.ones(len(rows), dtype=torch.long)
+    return {"video": video[list(rows)], "times": TIMES[list(rows)], "valid": valid, **texts}
 
 
 def shake(model: VideoLLM, std: float = 0.1) -> VideoLLM:
@@ -73,7 +79,33 @@ def shake(model: VideoLLM, std: float = 0.1) -> VideoLLM:
 # ---- the loss
 
 
-def test_each_loss_is_the_hosts_own_whatever_else_is_in_the_batch(source: Path) -> None:
+@torch.no_grad()
+def test_without_merging_each_loss_is_the_hosts_own(source: Path) -> None:
+    """By its own processor, which is told the frames a second."""
+    model = created(source, method="none", lora_rank=0)
+    batch, processor, tokenizer = batch_of(model), model.compressed.host.processor, model.compressed.tokenizer
+    losses = model(batch)["losses"]
+    for row in range(3):
+        fps = FPS[row]
+        read = {"frames_indices": list(range(FRAMES)), "total_num_frames": FRAMES, "fps": fps, "duration": FRAMES / fps}
+        metadata = {"do_sample_frames": False, "video_metadata": [[read]]} if source.name == "Qwen2_5_VL" else {}
+        frames = batch["video"][row].to(torch.uint8)
+        native = dict(processor(text=[batch["prompt"][row]], videos=[frames], return_tensors="pt", **metadata))
+        answer = torch.tensor([[*tokenizer(batch["answer"][row], add_special_tokens=False)["input_ids"], 2]])
+        asked = native["input_ids"]
+        native["input_ids"] = torch.cat([asked, answer], dim=1)
+        native["attention_mask"] = torch.ones_like(native["input_ids"])
+        if "mm_token_type_ids" in native:
+            native["mm_token_type_ids"] = F.pad(native["mm_token_type_ids"], (0, answer.shape[1]))
+        labels = torch.cat([torch.full_like(asked, -100), answer], dim=1)
+        expected = model.model(**native, labels=labels).loss
+        torch.testing.assert_close(losses[row], expected, rtol=0, atol=1e-5)
+        if source.name == "Qwen2_5_VL":  # which the times matter to
+            other = model({**batch, "times": batch["times"] * 4})["losses"][row]
+            assert (other - expected).abs() > 1e-4
+
+
+def test_each_loss_stands_alone_whatever_else_is_in_the_batch(source: Path) -> None:
     model = created(source)
     batch = batch_of(model)
     with torch.no_grad():
@@ -82,9 +114,23 @@ def test_each_loss_is_the_hosts_own_whatever_else_is_in_the_batch(source: Path) 
             one = batch_of(model, (row,))
             torch.testing.assert_close(model(one)["losses"][0], losses[row], rtol=0, atol=1e-5)
             frames = [one["video"][0].to(torch.uint8)]
-            inputs = model.compressed.prepare(one["prompt"], frames, labels=one["answer"])
+            inputs = model.compressed.prepare(one["prompt"], frames, labels=one["answer"], times=TIMES[row])
             torch.testing.assert_close(model.compressed(**inputs).loss, losses[row], rtol=0, atol=1e-5)
     assert losses.std() > 0.05
+
+
+def test_a_batch_without_times_is_refused_where_they_matter(source: Path) -> None:
+    model = created(source)
+    for learn in (True, False):
+        batch = batch_of(model, learn=learn)
+        del batch["times"]
+        if source.name == "VideoLlava":
+            model(batch)
+            continue
+        with pytest.raises(
+            ValueError, match=r"is told when frames were shown: expected 'times'.*got video, valid, pro"
+        ):
+            model(batch)
 
 
 def test_unreadable_videos_do_not_count(source: Path) -> None:
@@ -288,7 +334,8 @@ def test_every_host_trains_and_writes(where: str, name: str) -> None:
         host, processor, num_frames=frames, lora_rank=2, train_frontend=True, prompt=prompt, answer_tokens=3, **options
     ).train()
     video = torch.randint(0, 256, (2, frames, 3, 32, 32), dtype=torch.uint8)
-    batch = {"video": video, "valid": torch.ones(2), "prompt": [model.tokenize("why")["prompt"]] * 2}
+    batch = {"video": video, "times": torch.arange(frames).expand(2, -1).float(), "valid": torch.ones(2)}
+    batch["prompt"] = [model.tokenize("why")["prompt"]] * 2
     model.loss(model({**batch, "answer": ["red", "two dog"]}), batch).backward()
     reached = {part for part, weight in model.named_parameters() if weight.grad is not None}
     assert all("lora_" in part for part in reached if "language_model." in part)
@@ -299,6 +346,22 @@ def test_every_host_trains_and_writes(where: str, name: str) -> None:
     # weight decay must not shrink what no gradient holds up
     assert not [part for part in matrices - reached if "lora_" not in part]
     assert model.eval()(batch)["prediction"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("part", "options"), [("multi_modal_projector", {}), ("video_tower", {"train_frontend": True})]
+)
+def test_quantised_weights_that_are_to_train_are_refused(part: str, options: dict[str, Any]) -> None:
+    """As bitsandbytes packs them; the language model's stay as they are under LoRA."""
+    host, processor = tiny.build("VideoLlava")
+    pack(host.model.language_model)
+    settings = {"num_frames": tiny.FRAMES, "prompt": "<video> {question}", **tiny.schedule("tempme", 3), **options}
+    pack(getattr(host.model, part))
+    what = "projector" if part == "multi_modal_projector" else "tower"
+    with pytest.raises(
+        ValueError, match=rf"the {what} trains, and \d+ of its \d+ weights are quantised \(torch.uint8\)"
+    ):
+        create_video_llm(host, processor, lora_rank=0, **settings)
 
 
 def test_a_host_without_a_known_projector_is_refused() -> None:
