@@ -161,20 +161,22 @@ def main(options: Options) -> None:
         f"test {test.name}: {len(test.clips)} clips"
     )
     announce(options, in_words(options, model.frontend), data)
+
+    def end_epoch() -> None:
+        score = float(trainer.epoch)  # without a validation split the last epoch is the best
+        if val is not None:
+            report = evaluate(trainer.engine, val, reader, tokenizer, device)
+            score = selection_score(report)
+            trainer.log(**{f"val_{way}_rsum": report[way]["rsum"] for way in DIRECTIONS if way in report})
+        if trainer.is_best(score):
+            export(trainer, model, options.output)
+
     last_step = trainer.total_steps if options.max_steps is None else options.max_steps
     start, start_step = time.perf_counter(), trainer.step
-    for batch in trainer.batches():
+    for batch in trainer.batches(end_epoch):
         if trainer.step >= last_step:
             break
         trainer.update(batch, model.loss)
-        if trainer.epoch_ended:
-            score = float(trainer.epoch)  # without a validation split the last epoch is the best
-            if val is not None:
-                report = evaluate(trainer.engine, val, reader, tokenizer, device)
-                score = selection_score(report)
-                trainer.log(**{f"val_{way}_rsum": report[way]["rsum"] for way in DIRECTIONS if way in report})
-            if trainer.is_best(score):
-                export(trainer, model, options.output)
     seconds = time.perf_counter() - start
 
     if trainer.step < trainer.total_steps:

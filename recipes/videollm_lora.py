@@ -162,19 +162,21 @@ def main(options: Options) -> None:
     splits = [split for split in (train, val, test) if split is not None]
     data = "\n".join(f"{split.name}: {len(split.questions)} questions" for split in splits)
     announce(options, describe(model, options.image_size), data)
+
+    def end_epoch() -> None:
+        score = float(trainer.epoch)  # without a validation split the last epoch is the best
+        if val is not None:
+            score = evaluate(model, trainer.engine, val, reader, device, options.eval_batch_size)[0]["accuracy"]
+            trainer.log(val_accuracy=score)
+        if trainer.is_best(score):
+            export(trainer, model, options.output)
+
     last_step = trainer.total_steps if options.max_steps is None else options.max_steps
     start, start_step = time.perf_counter(), trainer.step
-    for batch in trainer.batches():
+    for batch in trainer.batches(end_epoch):
         if trainer.step >= last_step:
             break
         trainer.update(batch, model.loss)
-        if trainer.epoch_ended:
-            score = float(trainer.epoch)  # without a validation split the last epoch is the best
-            if val is not None:
-                score = evaluate(model, trainer.engine, val, reader, device, options.eval_batch_size)[0]["accuracy"]
-                trainer.log(val_accuracy=score)
-            if trainer.is_best(score):
-                export(trainer, model, options.output)
     seconds = time.perf_counter() - start
 
     if trainer.step < trainer.total_steps:

@@ -148,19 +148,21 @@ def main(options: Options) -> None:
         facts(options, model.frontend.full_config(), train=train, val=val, test=test),
     )
     announce(options, in_words(options, model.frontend), describe(train, val, test, answers))
+
+    def end_epoch() -> None:
+        score = float(trainer.epoch)  # without a validation split the last epoch is the best
+        if val is not None:
+            score = evaluate(model, trainer.engine, val, reader, device)[0]["accuracy"]
+            trainer.log(val_accuracy=score)
+        if trainer.is_best(score):
+            export(trainer, model, options.output)
+
     last_step = trainer.total_steps if options.max_steps is None else options.max_steps
     start, start_step = time.perf_counter(), trainer.step
-    for batch in trainer.batches():
+    for batch in trainer.batches(end_epoch):
         if trainer.step >= last_step:
             break
         trainer.update(batch, model.loss)
-        if trainer.epoch_ended:
-            score = float(trainer.epoch)  # without a validation split the last epoch is the best
-            if val is not None:
-                score = evaluate(model, trainer.engine, val, reader, device)[0]["accuracy"]
-                trainer.log(val_accuracy=score)
-            if trainer.is_best(score):
-                export(trainer, model, options.output)
     seconds = time.perf_counter() - start
 
     if trainer.step < trainer.total_steps:

@@ -25,7 +25,8 @@ from tempme_vl.evaluation.videoqa import accuracy_by, table
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import replace_export
-from tempme_vl.training.engine import TrainConfig, Trainer
+from tempme_vl.training.config import TrainConfig
+from tempme_vl.training.engine import Trainer
 from tempme_vl.training.optim import parameter_groups
 
 # Options that may be others when a run is continued: where things lie, how they are read and stored, what is shown. The

@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "state": set(),
     "matching": set(),
     "pretrained": set(),
+    "processes": set(),
     # how commands start and fail, and what they leave behind
     "reports": {"__init__"},
     "command": {"reports"},
@@ -30,14 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE,
-    "evaluation": CORE | {"tasks", "data"},  # of data: splits and predictions, to score them
+    "evaluation": CORE | {"tasks", "data", "processes"},  # of data: splits and predictions, to score them
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
     "recipe": CORE | {"tasks", "evaluation", "data", "training", "reports", "command"},
     "lmms_eval": {"integrations", "data"},
     # side shelves, which know no model and not each other
     "data": set(),
-    "training": set(),
+    "training": {"processes"},
 }
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed

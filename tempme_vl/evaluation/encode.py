@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
+
+from tempme_vl.processes import become_worker
 
 Encoder = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 GATHERED_BYTES = 2**26  # of a rank at once, on the device
@@ -97,7 +98,7 @@ def encode_own(
         Subset(dataset, own),
         batch_size=batch_size,
         num_workers=workers,
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=become_worker,
         generator=torch.Generator(),  # of its own: evaluating must not change what training draws
     )
     kept: dict[str, Tensor] = {}
@@ -119,11 +120,6 @@ def encode_own(
         waiting = made
     fetch()
     return kept
-
-
-def _ignore_sigterm(worker: int) -> None:
-    """A SIGTERM to the process tree is the trainer's to answer; the evaluation that it interrupts still ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def gather_ranks(rows: Tensor, device: torch.device) -> Tensor:

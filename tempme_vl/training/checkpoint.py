@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from tempme_vl.training import distributed
+from tempme_vl.training.writing import naming
 
 LATEST, STATE = "latest", "run.json"
 
@@ -26,35 +27,48 @@ LATEST, STATE = "latest", "run.json"
 def save_checkpoint(engine: Any, root: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Writes model, optimizer, schedule, `state` and every rank's random states; all ranks call it.
 
-    A checkpoint that `latest` names already is not written again.
+    A checkpoint that `latest` names already is not written again (`replace_state` changes its state).
 
     Args:
         root: folder of all checkpoints of a run.
         state: JSON data for `read_state`.
         keep: how many of the newest checkpoints stay.
+
+    Raises:
+        WriteError: names the folder, the cause and the last whole checkpoint.
     """
     final = root / f"step-{step:08d}"
     if latest_checkpoint(root) == final:
         return final
     partial = root / f"{final.name}.partial"
-    if distributed.is_main():
-        for unfinished in root.glob("step-*.partial"):
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
-    torch.save(_random_states(), partial / f"random_{distributed.rank()}.pt")
-    distributed.barrier()
-    if distributed.is_main():
-        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _replace(root / LATEST, lambda path: path.write_text(final.name))
-        older = [path for path in root.glob("step-*[0-9]") if path.name < final.name]
-        for old in sorted(older, reverse=True)[keep - 1 :]:
-            shutil.rmtree(old)
-    distributed.barrier()
+    before = latest_checkpoint(root)
+    with naming(partial, "no checkpoint was there before" if before is None else f"{before} is whole"):
+        if distributed.is_main():
+            for unfinished in root.glob("step-*.partial"):
+                shutil.rmtree(unfinished)
+            partial.mkdir(parents=True)
+        distributed.barrier()
+        engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
+        torch.save(_random_states(), partial / f"random_{distributed.rank()}.pt")
+        distributed.barrier()
+        if distributed.is_main():
+            (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _replace(root / LATEST, lambda path: path.write_text(final.name))
+            older = [path for path in root.glob("step-*[0-9]") if path.name < final.name]
+            for old in sorted(older, reverse=True)[keep - 1 :]:
+                shutil.rmtree(old)
+        distributed.barrier()
     return final
+
+
+def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Another `state` for a checkpoint, in one step."""
+    if distributed.is_main():
+        with naming(checkpoint / STATE):
+            _replace(checkpoint / STATE, lambda path: path.write_text(json.dumps(state, indent=2) + "\n"))
+    distributed.barrier()
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -101,11 +115,23 @@ def full_state_dict(engine: Any) -> dict[str, Tensor]:
 
 
 def replace_export(target: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Writes a folder beside `target` and makes `target` a link to it in one step; the older one goes afterwards."""
-    folder = target.with_name(f"{target.name}-step-{step:08d}")
-    shutil.rmtree(folder, ignore_errors=True)
-    write(folder)
-    _replace(target, lambda path: path.symlink_to(folder.name, target_is_directory=True))
+    """Writes a folder beside `target` and makes `target` a link to it in one step; the older one goes afterwards.
+
+    Whenever this is interrupted, `target` is a whole folder: the old one or the new one, also of the same step.
+
+    Raises:
+        WriteError: names the folder and the cause.
+    """
+    name = f"{target.name}-step-{step:08d}"
+    # the folder that the link names now stays until it names another
+    taken = os.readlink(target) if target.is_symlink() else None
+    folder = target.with_name(name if taken != name else f"{name}-again")
+    with naming(folder, f"{target} is as it was"):
+        shutil.rmtree(folder, ignore_errors=True)
+        write(folder)
+        if target.is_dir() and not target.is_symlink():  # a copy of a run, in which the link became a folder
+            target.rename(target.with_name(f"{target.name}-step-copied"))
+        _replace(target, lambda path: path.symlink_to(folder.name, target_is_directory=True))
     for old in target.parent.glob(f"{target.name}-step-*"):
         if old != folder:
             shutil.rmtree(old)

@@ -11,9 +11,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from tempme_vl.training import together
+
 
 def initialize() -> torch.device:
     """Joins the process group that the deepspeed launcher describes, or makes one of a single process.
+
+    From then on the ranks end together (`tempme_vl.training.together`).
 
     Returns:
         this rank's device.
@@ -38,7 +42,10 @@ def initialize() -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     else:
         get_accelerator().set_device(device.index)
+    first = not dist.is_initialized()
     deepspeed.init_distributed(verbose=False)
+    if first:
+        together.watch(rank(), world_size(), gather_objects)
     return device
 
 

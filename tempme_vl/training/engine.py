@@ -5,12 +5,10 @@ A recipe owns the loop; `Trainer` owns what every recipe needs around it.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from tempme_vl.processes import become_worker
 from tempme_vl.training import distributed, fingerprint
 from tempme_vl.training.caching import cached_update
 from tempme_vl.training.checkpoint import (
@@ -29,45 +28,21 @@ from tempme_vl.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     read_state,
+    replace_state,
     save_checkpoint,
 )
+from tempme_vl.training.config import OURS, TrainConfig, deepspeed_config
+from tempme_vl.training.folder import claim
+from tempme_vl.training.log import RunLog
 from tempme_vl.training.optim import warmup_cosine
 from tempme_vl.training.sampler import StepSampler
+from tempme_vl.training.together import advise
 
 Batch = Mapping[str, Any]
-# of a DeepSpeed file, what the recipe's options decide
-OURS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16")
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient is NaN or infinite; training stopped before anything was overwritten."""
-
-
-# What may be another when a run is continued: of the DeepSpeed file and of the precision, what they say counts.
-MAY_CHANGE = {"output", "deepspeed", "precision", "workers", "save_every", "resume", "tensorboard"}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What a run is. All but `MAY_CHANGE` must agree between a checkpoint and the run that resumes it."""
-
-    output: Path
-    deepspeed: Path
-    epochs: int
-    batch_size: int
-    chunks: int = 1
-    warmup: float = 0.1
-    lr_floor: float = 0.0
-    clip_grad: float = 1.0
-    precision: str = "auto"
-    seed: int = 0
-    workers: int = 2
-    save_every: int = 500
-    resume: str = "never"
-    tensorboard: bool = False
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in MAY_CHANGE}
 
 
 class Trainer:
@@ -85,7 +60,8 @@ class Trainer:
         step: updates done; epoch: complete passes done; best_score, best_step: of the exported best model.
 
     Raises:
-        ValueError: an output folder with checkpoints and resume="never", or of a run with other settings.
+        ValueError: an output folder with checkpoints and resume="never", of a run with other settings, in use by
+            another run, or not the same one on all ranks.
     """
 
     def __init__(
@@ -97,6 +73,7 @@ class Trainer:
         facts: Mapping[str, Any] | None = None,
     ):
         self.config, self.dataset = config, dataset
+        self._lock = claim(config.output)
         # once a loss is nearly 0, gradients below 1e-38 appear, on which a CPU is ten times as slow (docs/LOG.md)
         torch.set_flush_denormal(True)
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
@@ -105,7 +82,8 @@ class Trainer:
         sampler = StepSampler(*self._sampler_options, 0, distributed.rank(), distributed.world_size())
         self.steps_per_epoch, self.total_steps = sampler.steps_per_epoch, sampler.total_steps
         self.step, self.best_score, self.best_step = 0, -math.inf, -1
-        self._stop_signal = False
+        self._signals: list[int] = []
+        self._epoch_is_open = False  # its checkpoint is written, what comes at its end is not done
 
         local_batch = config.batch_size // distributed.world_size()
         if local_batch % config.chunks:
@@ -137,10 +115,15 @@ class Trainer:
         self._resume()
         self._log = RunLog(config.output, self.step, config.tensorboard) if distributed.is_main() else None
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, end_epoch: Callable[[], None] | None = None) -> Iterator[Batch]:
         """Batches on the device, from the step after the last checkpoint to the end.
 
-        Between two batches it writes due checkpoints, and on SIGTERM a last one before it exits with status 143.
+        Between two batches it writes due checkpoints, and on SIGTERM or Ctrl-C a last one before it exits with status
+        143 or 130. A second Ctrl-C ends the run at once.
+
+        Args:
+            end_epoch: evaluates and exports. Called after every epoch, once its checkpoint is written; should a run end
+                before it is done, the run that is resumed does it first.
         """
         sampler = StepSampler(*self._sampler_options, self.step, distributed.rank(), distributed.world_size())
         loader = DataLoader(
@@ -148,29 +131,59 @@ class Trainer:
             batch_sampler=sampler,
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=become_worker,
             # of its own: else every start draws from the global one, and a resumed run is another than an unbroken one
             generator=torch.Generator().manual_seed(self.config.seed),
         )
-        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         progress = tqdm(
             total=self.total_steps, initial=self.step, desc="train", disable=not distributed.is_main(), mininterval=2
         )
         try:
+            if self._epoch_is_open and end_epoch is not None:
+                self._close_epoch(end_epoch)
             for batch in loader:
                 yield {key: _to(value, self.device) for key, value in batch.items()}
                 progress.update()
-                last = self.step == self.total_steps
-                (stop,) = distributed.any_rank([self._stop_signal], self.device)
-                if last or stop or self.step % self.config.save_every == 0:
+                self._epoch_is_open = self.epoch_ended and end_epoch is not None
+                last, stop = self.step == self.total_steps, self._stop_signals()
+                if last or stop or self._epoch_is_open or self.step % self.config.save_every == 0:
                     self.save()
-                if stop and not last:
-                    if distributed.is_main():
-                        print(f"SIGTERM: saved step {self.step}; continue with --resume auto", flush=True)
-                    raise SystemExit(128 + signal.SIGTERM)
+                if stop and (self._epoch_is_open or not last):
+                    self._leave(stop)
+                if self._epoch_is_open and end_epoch is not None:
+                    self._close_epoch(end_epoch)
         finally:
             progress.close()
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _close_epoch(self, end_epoch: Callable[[], None]) -> None:
+        end_epoch()
+        self._epoch_is_open = False
+        replace_state(self.save(), self._state())
+        stop = self._stop_signals()
+        if stop:
+            self._leave(stop)
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in self._signals:
+            raise KeyboardInterrupt
+        self._signals.append(number)
+        if number == signal.SIGINT and distributed.is_main():
+            print("\nCtrl-C: this step is finished and saved; once more ends the run at once", flush=True)
+
+    def _stop_signals(self) -> int:
+        """The signal that a rank got, if any did: Ctrl-C before SIGTERM, which launchers send after it."""
+        asked = (signal.SIGINT, signal.SIGTERM)
+        flags = distributed.any_rank([number in self._signals for number in asked], self.device)
+        return next((number for number, flag in zip(asked, flags, strict=True) if flag), 0)
+
+    def _leave(self, number: int) -> None:
+        if distributed.is_main():
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            print(f"{name}: saved step {self.step}; continue with --resume auto", flush=True)
+        raise SystemExit(128 + number)
 
     def update(self, batch: Batch, loss_fn: Callable[[Mapping[str, Tensor], Batch], Tensor]) -> float:
         """One optimizer step.
@@ -241,22 +254,28 @@ class Trainer:
         """Whole float32 weights at any ZeRO stage; all ranks call it."""
         return full_state_dict(self.engine)
 
-    def save(self) -> None:
-        """Writes a checkpoint; all ranks call it."""
-        state = {
+    def save(self) -> Path:
+        """Writes a checkpoint, unless this step has one, and gives its folder; all ranks call it."""
+        checkpoint = save_checkpoint(self.engine, self.config.output / "checkpoints", self.step, self._state())
+        advise(f"the last checkpoint is {checkpoint}; continue with --resume auto")
+        return checkpoint
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "step": self.step,
             "epoch": self.epoch,
+            "epoch_is_open": self._epoch_is_open,
             "best_score": self.best_score,
             "best_step": self.best_step,
             "fingerprint": self.fingerprint,
         }
-        save_checkpoint(self.engine, self.config.output / "checkpoints", self.step, state)
 
     def _resume(self) -> None:
         if self.config.resume not in ("never", "auto"):
             raise ValueError(f"--resume is 'never' or 'auto'; got {self.config.resume!r}")
         checkpoint = latest_checkpoint(self.config.output / "checkpoints")
         if checkpoint is None:
+            advise("no checkpoint was written yet")
             return
         if self.config.resume == "never":
             raise ValueError(
@@ -273,9 +292,8 @@ class Trainer:
             )
         load_checkpoint(self.engine, checkpoint)
         self.step, self.best_score, self.best_step = state["step"], state["best_score"], state["best_step"]
-
-    def _on_sigterm(self, *_: Any) -> None:
-        self._stop_signal = True
+        self._epoch_is_open = state["epoch_is_open"]
+        advise(f"the last checkpoint is {checkpoint}; continue with --resume auto")
 
     def _require_finite(self, value: Tensor, what: str, batch: Batch) -> None:
         (bad,) = distributed.any_rank([not bool(torch.isfinite(value).all())], self.device)
@@ -287,59 +305,5 @@ class Trainer:
             )
 
 
-class RunLog:
-    """metrics.jsonl, one JSON object a line, and TensorBoard if asked; lines after a resumed step are dropped."""
-
-    def __init__(self, output: Path, step: int, tensorboard: bool):
-        output.mkdir(parents=True, exist_ok=True)
-        self.path = output / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        with self.path.open("a") as log:
-            log.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-
-
-def deepspeed_config(config: TrainConfig, micro_batch: int, device: torch.device) -> dict[str, Any]:
-    """A DeepSpeed JSON file with its "auto" values filled in.
-
-    Raises:
-        ValueError: a file that is missing or that sets one of these values to something else.
-    """
-    if not config.deepspeed.is_file():
-        raise ValueError(f"no DeepSpeed configuration at {config.deepspeed}; see recipes/ds/")
-    if config.precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision is 'auto' (bf16 on a GPU, else fp32), 'bf16' or 'fp32'; got {config.precision!r}")
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    filled = json.loads(config.deepspeed.read_text())
-    ours = (micro_batch, config.chunks, config.clip_grad, {"enabled": bf16})
-    for key, value in zip(OURS, ours, strict=True):
-        if filled.get(key, "auto") not in ("auto", {"enabled": "auto"}):
-            raise ValueError(f'{config.deepspeed} sets {key}; leave it "auto": the recipe\'s options decide')
-        filled[key] = value
-    return filled
-
-
-def _ignore_sigterm(worker: int) -> None:
-    """Schedulers and launchers send SIGTERM to whole process trees; the last checkpoint still needs its loaders."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()  # without a last line that a kill cut off

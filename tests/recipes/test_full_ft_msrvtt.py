@@ -25,7 +25,7 @@ def test_umt_on_two_ranks_trains_is_killed_resumes_and_re_ranks(data: Path, tmp_
     assert case.run(log, case.arguments(data, whole), world=2) == [0, 0], log.read_text()
     resumed = case.arguments(data, parts, resume="auto")
     assert -signal.SIGKILL in case.run(log, resumed, 8, world=2)
-    assert latest(parts) == "step-00000005"
+    assert latest(parts) == "step-00000006"
     assert case.run(log, resumed, world=2) == [0, 0], log.read_text()
     assert_same_checkpoint(whole, parts)
     report = json.loads((parts / "report.json").read_text())

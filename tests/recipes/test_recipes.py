@@ -36,7 +36,7 @@ def test_one_rank_killed_twice_and_stopped_ends_like_an_uninterrupted_run(
     resumed = case.arguments(data, parts, resume="auto")
     assert case.run(log, resumed, 4) == [-signal.SIGKILL]  # before any checkpoint: starts anew
     assert case.run(log, resumed, 8) == [-signal.SIGKILL]
-    assert latest(parts) == "step-00000005"
+    assert latest(parts) == "step-00000006"
     assert case.run(log, resumed, 8, signal.SIGTERM) == [143]
     assert latest(parts) == "step-00000009"
     assert case.run(log, [*resumed, "--max-steps", "11"]) == [0]
@@ -141,7 +141,7 @@ def test_a_loss_that_is_nan_ends_the_recipe(name: str, data: Path, tmp_path: Pat
     assert codes == [1]
     assert "NonFiniteLossError: loss is nan at step 6" in log.read_text()
     assert "video" in log.read_text().split("samples of the batch: ")[1]
-    assert latest(output) == "step-00000005"
+    assert latest(output) == "step-00000006"
     saved = torch.load(output / "checkpoints" / latest(output) / "mp_rank_00_model_states.pt", weights_only=False)
     assert all(tensor.isfinite().all() for tensor in saved["module"].values())
 

@@ -48,4 +48,4 @@ def test_export_is_replaced_in_one_step(tmp_path: Path) -> None:
     replace_export(best, 5, write)
     assert (best / "weights").read_text() == "best-step-00000005"
     replace_export(best, 5, write)
-    assert {path.name for path in tmp_path.iterdir()} == {"best", "best-step-00000005"}
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "best-step-00000005-again"}

@@ -1,0 +1,39 @@
+"""What a run says of itself as it goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tempme_vl.training.writing import naming
+
+
+class RunLog:
+    """metrics.jsonl, one JSON object a line, and TensorBoard if asked; lines after a resumed step are dropped."""
+
+    def __init__(self, output: Path, step: int, tensorboard: bool):
+        output.mkdir(parents=True, exist_ok=True)
+        self.path = output / "metrics.jsonl"
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step]
+        with naming(self.path):
+            self.path.write_text("".join(line + "\n" for line in kept))
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with naming(self.path), self.path.open("a") as log:
+            log.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()  # without a last line that a kill cut off
