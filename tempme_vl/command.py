@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import multiprocessing
 import os
 import re
-import signal
 import socket
 import sys
 import time
@@ -22,6 +20,8 @@ from typing import TypeVar
 
 import tyro
 
+from tempme_vl import together
+from tempme_vl.processes import end_workers
 from tempme_vl.reports import RESULTS
 
 T = TypeVar("T")
@@ -46,13 +46,16 @@ def run(main: Callable[[T], object], options: type[T] | Callable[[], T]) -> None
         main(_parsed(options))
         return
     except (Exception, KeyboardInterrupt) as error:
-        _end_workers()
+        end_workers()
         if not isinstance(error, KeyboardInterrupt) and not is_mistake(error):
             raise
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else MISTAKE
         text = "interrupted" if code == INTERRUPTED else f"error: {in_one_line(error)}"
         shown = traceback.format_exc() if os.environ.get(TRACEBACK, "0") not in ("", "0") else ""
-    _say_on_one_rank(f"{shown}{text}")
+    if together.joined() or _rank() == 0:
+        together.end(text, code, shown)
+    elif _first_rank_stays(FIRST_RANK_SECONDS):
+        print(f"{shown}rank {_rank()}: {text}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -126,13 +129,6 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _say_on_one_rank(text: str) -> None:
-    if _rank() == 0:
-        print(text, file=sys.stderr, flush=True)
-    elif _first_rank_stays(FIRST_RANK_SECONDS):
-        print(f"rank {_rank()}: {text}", file=sys.stderr, flush=True)
-
-
 def _first_rank_stays(seconds: float) -> bool:
     """False once rank 0 has ended: it made the same mistake and has said so. Its store is how that is known."""
     end = time.monotonic() + seconds
@@ -144,11 +140,3 @@ def _first_rank_stays(seconds: float) -> bool:
             return False
         time.sleep(0.25)
     return True
-
-
-def _end_workers() -> None:
-    """Loader workers ignore SIGTERM, which is what Python sends them at its exit before it waits for them."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
-    for child in multiprocessing.active_children():
-        child.kill()

@@ -27,7 +27,7 @@ from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import replace_export
 from tempme_vl.training.config import TrainConfig
 from tempme_vl.training.engine import Trainer
-from tempme_vl.training.optim import parameter_groups
+from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
 
 # Options that may be others when a run is continued: where things lie, how they are read and stored, what is shown. The
 # content of the annotations and of the DeepSpeed file counts instead of their paths, and what a precision stands for.
@@ -166,13 +166,21 @@ class TrainingOptions:
     warmup: float = 0.1
     """Share of the steps in which the rate rises; it then falls along a cosine to lr_floor of its peak."""
     lr_floor: float = 0.0
+    schedule: Literal["cosine", "cosine_from_zero", "cosine_whole"] = "cosine"
+    """cosine_from_zero: TempMe's, its first step has rate 0; cosine_whole: CLIP4Clip's, whose cosine is that of the
+    whole run, so that the rate drops where the warm-up ends."""
     weight_decay: float = 0.2
+    decay: Literal["matrices", "no_bias", "all"] = "matrices"
+    """What decays: matrices, not norms, biases and the logit scale; all without "bias" in their names, as in
+    CLIP4Clip's code; or all, as in TempMe's."""
     beta2: float = 0.98
-    """AdamW's."""
+    """Adam's."""
     clip_grad: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd is plain, for comparing runs exactly."""
+    optimizer: Literal["adamw", "bertadam", "adamw_tempme", "sgd"] = "adamw"
+    """adamw is torch's, which every recipe uses by default. CLIP4Clip's published rule is --optimizer bertadam
+    --schedule cosine_whole --decay no_bias (on ZeRO stage 0, fp32); TempMe's is --optimizer adamw_tempme
+    --schedule cosine_from_zero --decay all --beta2 0.999. sgd is plain, for comparing runs exactly."""
     seed: int = 0
     save_every: int = 500
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
@@ -190,10 +198,15 @@ class TrainingOptions:
         return TrainConfig(deepspeed=self.deepspeed_config, **{name: getattr(self, name) for name in names})
 
     def build_optimizer(self, model: nn.Module, is_new_parameter: Callable[[str], bool]) -> torch.optim.Optimizer:
-        groups = parameter_groups(model, self.lr, self.lr_new, self.weight_decay, is_new_parameter)
+        groups = parameter_groups(model, self.lr, self.lr_new, self.weight_decay, is_new_parameter, self.decay)
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups)
-        return torch.optim.AdamW(groups, betas=(0.9, self.beta2), eps=1e-6, fused=True)
+        betas = (0.9, self.beta2)
+        if self.optimizer == "bertadam":
+            return BertAdam(groups, betas=betas)
+        if self.optimizer == "adamw_tempme":
+            return AdamWTempMe(groups, betas=betas)
+        return torch.optim.AdamW(groups, betas=betas, eps=1e-6, fused=True)
 
 
 # What differs from a recipe's defaults. The data set that we rendered ourselves needs no guard around its decoder.

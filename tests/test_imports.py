@@ -18,10 +18,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "state": set(),
     "matching": set(),
     "pretrained": set(),
+    # processes that end together
     "processes": set(),
+    "together": {"processes"},
     # how commands start and fail, and what they leave behind
     "reports": {"__init__"},
-    "command": {"reports"},
+    "command": {"reports", "processes", "together"},
     # what a front end is made of
     "merging": {"state", "matching"},
     "backbones": {"state"},
@@ -38,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lmms_eval": {"integrations", "data"},
     # side shelves, which know no model and not each other
     "data": set(),
-    "training": {"processes"},
+    "training": {"processes", "together"},
 }
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed

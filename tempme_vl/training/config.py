@@ -27,6 +27,7 @@ class TrainConfig:
     chunks: int = 1
     warmup: float = 0.1
     lr_floor: float = 0.0
+    schedule: str = "cosine"
     clip_grad: float = 1.0
     precision: str = "auto"
     seed: int = 0

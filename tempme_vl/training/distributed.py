@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from tempme_vl.training import together
+from tempme_vl import together
 
 
 def initialize() -> torch.device:
     """Joins the process group that the deepspeed launcher describes, or makes one of a single process.
 
-    From then on the ranks end together (`tempme_vl.training.together`).
+    From then on the ranks end together (`tempme_vl.together`).
 
     Returns:
         this rank's device.

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tempme_vl.processes import become_worker
+from tempme_vl.together import advise
 from tempme_vl.training import distributed, fingerprint
 from tempme_vl.training.caching import cached_update
 from tempme_vl.training.checkpoint import (
@@ -34,9 +35,8 @@ from tempme_vl.training.checkpoint import (
 from tempme_vl.training.config import OURS, TrainConfig, deepspeed_config
 from tempme_vl.training.folder import claim
 from tempme_vl.training.log import RunLog
-from tempme_vl.training.optim import warmup_cosine
+from tempme_vl.training.optim import SCHEDULES
 from tempme_vl.training.sampler import StepSampler
-from tempme_vl.training.together import advise
 
 Batch = Mapping[str, Any]
 
@@ -103,9 +103,15 @@ class Trainer:
                 **(facts or {}),
             }
         )
-        schedule = LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, self.total_steps, config.warmup, config.lr_floor)
-        )
+        if getattr(optimizer, "per_tensor", False) and (self.fingerprint["zero_stage"] or self.fingerprint["bf16"]):
+            raise ValueError(
+                f"{type(optimizer).__name__} clips every tensor by itself, but ZeRO and bf16 join them: "
+                "use --precision fp32 and a DeepSpeed file of ZeRO stage 0 (recipes/ds/zero0.json)"
+            )
+        if config.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}; got {config.schedule!r}")
+        factor = SCHEDULES[config.schedule]
+        schedule = LambdaLR(optimizer, lambda step: factor(step, self.total_steps, config.warmup, config.lr_floor))
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -89,7 +89,7 @@ def test_a_killed_run_ends_like_one_that_was_not(whole: Path, data: Path, tmp_pa
     parts, log = tmp_path / "parts", tmp_path / "log"
     resumed = CASE.arguments(data, parts, resume="auto")
     assert CASE.run(log, resumed, 7) == [-signal.SIGKILL]
-    assert latest(parts) == "step-00000005"
+    assert latest(parts) == "step-00000006"
     assert CASE.run(log, resumed) == [0], log.read_text()
     assert_same_checkpoint(whole, parts)
     assert losses(whole) == losses(parts) and report_of(whole) == report_of(parts)

@@ -29,6 +29,7 @@ LAUNCHERS = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")  # variables that deepspeed's 
 CONNECTING = 60.0  # seconds for all ranks to meet
 COLLECTING = 1.0  # seconds between the first word of a failure and the verdict: the cause may be another rank's
 PATIENCE = 10.0  # seconds in which ranks may still end by themselves after one has gone without a word
+WITHOUT_A_WORD = "it ended without a word (killed, out of memory, or its machine is gone)"
 LEAVING = 30.0  # seconds for a last checkpoint once the launcher is gone
 
 
@@ -44,14 +45,14 @@ class Ranks:
 
     Attributes:
         links: connections by rank; rank 0 has all others', each other rank has that of rank 0.
-        failed: what ranks said, in the order in which it was heard.
+        failed: what ranks said and their exit codes, in the order in which it was heard.
         lost: ranks whose connection ended without a word.
     """
 
     rank: int = 0
     world: int = 1
     links: dict[int, socket.socket] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, tuple[str, int]] = field(default_factory=dict)
     lost: list[int] = field(default_factory=list)
     since: float | None = None
     verdict: threading.Event = field(default_factory=threading.Event)
@@ -63,14 +64,14 @@ class Ranks:
         os.register_at_fork(after_in_child=self._forget)
         atexit.register(self._leave)
 
-    def fail(self, cause: str) -> None:
+    def fail(self, cause: str, code: int) -> None:
         """Tells the others. Comes back if it is for this rank to say the cause; else the process ends."""
         if not self.links:
             return
         with self._lock:
-            self._hear(self.rank, cause)
+            self._hear(self.rank, cause, code)
             if self.rank:
-                self._send(0, {"failed": cause})
+                self._send(0, {"failed": cause, "code": code})
         self.verdict.wait(COLLECTING + 3)
 
     def _watch(self) -> None:
@@ -102,41 +103,39 @@ class Ranks:
             if "done" in message:
                 return False
             if "failed" in message:
-                self._hear(rank, message["failed"])
+                self._hear(rank, message["failed"], message["code"])
             else:  # the verdict of rank 0
-                self._end(message["rank"], message["cause"])
+                self._end(**message)
         return True
 
-    def _hear(self, rank: int, cause: str) -> None:
-        self.failed.setdefault(rank, cause)
+    def _hear(self, rank: int, cause: str, code: int) -> None:
+        self.failed.setdefault(rank, (cause, code))
         self.since = self.since or time.monotonic()
 
     def _judge(self) -> None:
-        """Rank 0, and any rank that has lost it, decides once everybody had time to speak."""
+        """Rank 0, and any rank that has lost it, decides once everybody had time to speak.
+
+        A rank that went without a word is why others fail; else it is the first that spoke.
+        """
         if self.since is None or (self.rank and 0 not in self.lost):
             return
         patience = COLLECTING if self.failed else PATIENCE
         if time.monotonic() < self.since + patience:
             return
         with self._lock:
-            rank, cause = self._culprit()
+            rank = self.lost[0] if self.lost else next(iter(self.failed))
+            cause, code = self.failed.get(rank, (WITHOUT_A_WORD, 1))
             for other in self.links:
-                self._send(other, {"rank": rank, "cause": cause})
-        self._end(rank, cause)
+                self._send(other, {"rank": rank, "cause": cause, "code": code})
+        self._end(rank, cause, code)
 
-    def _culprit(self) -> tuple[int, str]:
-        """A rank that went without a word is why others fail; else the first that spoke."""
-        if self.lost:
-            return self.lost[0], "it ended without a word (killed, out of memory, or its machine is gone)"
-        return next(iter(self.failed.items()))
-
-    def _end(self, rank: int, cause: str) -> None:
+    def _end(self, rank: int, cause: str, code: int) -> None:
         """Ends this process, unless its main thread is about to say the cause itself."""
         if rank != self.rank:
             # once on every machine is enough, where there is somebody to say it
             if os.environ.get("LOCAL_RANK", "0") == "0" or 0 in self.lost:
-                say(rank, self.world, cause)
-            leave_at_once(1)
+                _say(rank, self.world, cause)
+            leave_at_once(code)
         self.verdict.set()
 
     def _send(self, rank: int, message: dict[str, Any]) -> None:
@@ -155,7 +154,7 @@ class Ranks:
         self.links = {}
 
 
-_ranks, _advice, _print_error = Ranks(), "", sys.excepthook
+_ranks, _advice = Ranks(), ""
 
 
 def watch(rank: int, world: int, exchange: Any) -> None:
@@ -164,9 +163,8 @@ def watch(rank: int, world: int, exchange: Any) -> None:
     Args:
         exchange: gives every rank's value to every rank.
     """
-    global _ranks, _print_error
-    if sys.excepthook is not _end_with_cause:
-        _print_error, sys.excepthook = sys.excepthook, _end_with_cause
+    global _ranks
+    sys.excepthook = _end_with_cause
     if any(name in os.environ for name in LAUNCHERS):
         when_parent_ends(_launcher_gone)
     if world == 1:
@@ -239,20 +237,34 @@ def _keep_alive(link: socket.socket) -> None:
 def _end_with_cause(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """`sys.excepthook`: the others end first, then one rank says what happened, and nothing is left running."""
     interrupted = issubclass(kind, KeyboardInterrupt)
-    cause = "interrupted" if interrupted else _in_one_line(kind, error)
-    _ranks.fail(cause)
-    end_workers()
-    if not interrupted:
-        _print_error(kind, error, trace)
-    if _ranks.links:
-        time.sleep(0.5)  # what the others still print comes before
-    if _ranks.links or _advice or interrupted:
-        say(_ranks.rank, _ranks.world, cause)
-    if _ranks.links:
-        leave_at_once(128 + signal.SIGINT if interrupted else 1)
+    shown = "" if interrupted else "".join(traceback.format_exception(kind, error, trace))
+    end("interrupted" if interrupted else _in_one_line(kind, error), 128 + signal.SIGINT if interrupted else 1, shown)
     # a process of its own ends as any other does; should it wait for something then, the kernel ends it
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(10)
+
+
+def joined() -> bool:
+    """Whether this is one of several ranks that end together."""
+    return bool(_ranks.links)
+
+
+def end(cause: str, code: int, shown: str = "") -> None:
+    """The others end first, then one rank says the cause; of several ranks none comes back from here.
+
+    Args:
+        cause: one line.
+        code: exit code of all ranks.
+        shown: printed before the cause, a traceback.
+    """
+    _ranks.fail(cause, code)
+    end_workers()
+    if joined():
+        time.sleep(0.5)  # what the others still print comes before
+    print(shown, end="", file=sys.stderr, flush=True)
+    _say(_ranks.rank, _ranks.world, cause)
+    if joined():
+        leave_at_once(code)
 
 
 def _in_one_line(kind: type[BaseException], error: BaseException) -> str:
@@ -261,9 +273,10 @@ def _in_one_line(kind: type[BaseException], error: BaseException) -> str:
     return lines[-1].strip() if lines else kind.__name__
 
 
-def say(rank: int, world: int, cause: str) -> None:
+def _say(rank: int, world: int, cause: str) -> None:
     """The last words of a run."""
-    print(f"\nrank {rank} of {world}: {cause}" + (f"\n{_advice}" if _advice else ""), file=sys.stderr, flush=True)
+    who = f"rank {rank} of {world}: " if world > 1 else ""
+    print(who + cause + (f"\n{_advice}" if _advice else ""), file=sys.stderr, flush=True)
 
 
 def leave_at_once(code: int) -> None:
