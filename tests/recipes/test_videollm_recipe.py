@@ -126,7 +126,8 @@ def test_two_ranks_learn_as_one(host: str, stage: str, data: Path, tmp_path: Pat
     for name in models[0]:
         torch.testing.assert_close(models[0][name], models[1][name], rtol=0, atol=1e-4)
     started = load_video_llm(tmp_path / "1" / "best")
-    assert any(weight.abs().max() > 0 for name, weight in started.named_parameters() if "lora_B" in name)
+    adapters = [weight for name, weight in started.named_parameters() if "lora_B" in name]
+    assert adapters and all(weight.any() for weight in adapters)
     # the question about the clip that cannot be read has no answer
     assert all(report["total"] == 24 and report["missing"] >= 1 for report in reports)
     said = json.loads((tmp_path / "2" / "predictions.json").read_text())
