@@ -1,7 +1,7 @@
 """Decoding by PyAV and decord, and the loop of the decoder process.
 
 This file is also run as a script, in a process that can be killed (see `decoder_process`): so it imports only
-numpy, PyAV and, when asked for, decord; neither torch nor this package. Everything goes through two handlers:
+numpy, Pillow, PyAV and, when asked for, decord; neither torch nor this package. Everything goes through two handlers:
 `index` (what frames are there) and `frames` (their pixels); the choice between frames is made by the caller.
 """
 
@@ -11,21 +11,30 @@ import json
 import os
 import queue
 import re
+import resource
 import signal
 import struct
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple
 
 import av
 import numpy as np
 from av.filter import Graph
+from PIL import Image
 
 # Real files promise some frames more than they hold (a header rounded up, a dropped last group of B frames).
 # Up to this share, or one frame, is taken as it is; a larger loss is damage.
 MISSING_FRAMES_ALLOWED = 0.05
 
+# What a picture takes while it is read, in bytes a pixel: 3 as RGB, 4 in Pillow, 1.5 in each of the some four that the
+# codec holds.
+WORKING_BYTES = 13
+
+# What the libraries take for themselves, whatever the video.
+LIBRARIES = 64 * 2**20
 
 # What a handler returns: some JSON and an array.
 Answer = tuple[dict[str, Any], np.ndarray]
@@ -39,30 +48,87 @@ class ShortStream(DecodeError):
     """Decoding ended without an error before the last indexed frame."""
 
 
-def index(path: str, exact: bool = False) -> Answer:
+class TooLarge(DecodeError):
+    """Reading it would take more memory than is allowed."""
+
+
+class Fit(NamedTuple):
+    """Which size pictures are brought to: (size, size), with `resize` and `interpolation` as in `Preprocess`."""
+
+    size: int
+    resize: str
+    interpolation: str
+
+
+def fit_picture(picture: np.ndarray, fit: Fit) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) uint8, bit for bit as open_clip's transform of a Pillow image.
+
+    "shortest" scales the shorter side and crops the centre; "squash" scales both sides.
+    """
+    height, width = picture.shape[:2]
+    size = fit.size
+    if (height, width) == (size, size):
+        return picture
+    image = Image.fromarray(picture)
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    if fit.resize == "squash":
+        return np.asarray(image.resize((size, size), filters[fit.interpolation]))
+    short = min(height, width)
+    height, width = size * height // short, size * width // short
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(
+        image.resize((width, height), filters[fit.interpolation]).crop((left, top, left + size, top + size))
+    )
+
+
+def check_memory(width: int, height: int, kept: int, memory: int | None) -> None:
+    """Raises TooLarge where one picture at work and `kept` bytes beside it do not go into `memory` bytes."""
+    needed = kept + WORKING_BYTES * width * height
+    if memory is not None and needed > memory:
+        raise TooLarge(
+            f"its frames of {width} x {height} pixels would take {needed / 2**30:.3g} GiB of memory to read, "
+            f"and {memory / 2**30:.3g} are allowed"
+        )
+
+
+def index(path: str, exact: bool = False, memory: int | None = None) -> Answer:
     """Lists the frames of a file by its packets, without decoding them, or with `exact` by decoding them.
 
     Returns `{"fps": float, "decord_doubt": str}` and the presentation time of each frame, (n,) float64 in seconds
     after the first one, increasing. `decord_doubt` says why decord could return other pixels than PyAV ("": it
     does not). The stream is the one that FFmpeg calls best.
+
+    `memory`: bytes that may be taken; raises TooLarge for a header that speaks of frames beyond it.
     """
+    pts: list[int | None] = []
+    found = 0
     try:
         with av.open(path, metadata_errors="ignore") as container:
             stream = _video_stream(container)
+            codec = stream.codec_context
+            check_memory(codec.width, codec.height, 0, memory)
             promised = _promised_frames(stream)
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             step = float(stream.time_base or 0)
             if exact:
-                stream.codec_context.thread_count = 1
+                codec.thread_count = 1
                 pts = [frame.pts for frame in container.decode(stream)]
                 found, doubt = len(pts), "its packets are not its frames"
             else:
-                packets = [packet for packet in container.demux(stream) if packet.size]
-                # Discarded packets lie before an edit list's start: decoded, but never shown.
-                pts = [packet.pts for packet in packets if not packet.is_discard]
-                found, doubt = len(packets), _decord_doubt(container, stream.codec_context, packets) if pts else ""
+                doubt = _stream_doubt(container, codec)
+                latest_key = None
+                for packet in container.demux(stream):  # not kept: together they are as large as the file
+                    if not packet.size:
+                        continue
+                    found += 1
+                    # Discarded packets lie before an edit list's start: decoded, but never shown.
+                    if not packet.is_discard:
+                        pts.append(packet.pts)
+                    if packet.is_keyframe or found == 1:
+                        latest_key = packet.pts
+                    doubt = doubt or _packet_doubt(codec, packet, latest_key)
     except (av.FFmpegError, OSError) as error:
-        raise DecodeError(_cause(error)) from error
+        raise _typed(error, memory) from error
     if not pts:
         raise DecodeError("no frame in its video stream")
     if promised - found > max(1, MISSING_FRAMES_ALLOWED * promised):
@@ -80,8 +146,8 @@ def _promised_frames(stream: Any) -> int:
     return min(stream.frames, int(stream.duration * stream.time_base * stream.average_rate))
 
 
-def _decord_doubt(container: Any, codec: Any, packets: list[av.Packet]) -> str:
-    """Found by comparing thousands of frames: what passes here comes out of both alike, bit for bit."""
+def _stream_doubt(container: Any, codec: Any) -> str:
+    """Found by comparing thousands of frames: what passes here and below comes out of both alike, bit for bit."""
     if codec.pix_fmt in ("yuv420p", "yuvj420p"):
         # swscale's exact converter needs an even height, and rotation may make it the width.
         if codec.width % 2 or codec.height % 2:
@@ -94,27 +160,27 @@ def _decord_doubt(container: Any, codec: Any, packets: list[av.Packet]) -> str:
     # frames at the end of streams that it cannot cut there.
     if not {"mov", "matroska", "avi"} & set(container.format.name.split(",")):
         return f"its container is {container.format.name}"
-    if any(packet.pts is None for packet in packets):
-        return "it lacks timestamps"
-    if any(packet.is_discard for packet in packets):
-        return "an edit list hides frames, which decord counts"
-    latest_key = packets[0].pts
-    for packet in packets:
-        assert packet.pts is not None and latest_key is not None
-        if packet.is_keyframe:
-            latest_key = packet.pts
-            if not _is_clean_cut(codec, bytes(packet)):
-                return "it has key frames which later frames reach across"
-        elif packet.pts < latest_key:
-            return "frames are shown before the key frame that they follow"
     return ""
 
 
-def _is_clean_cut(codec: Any, packet: bytes) -> bool:
+def _packet_doubt(codec: Any, packet: av.Packet, latest_key: int | None) -> str:
+    """`latest_key`: when the last key frame up to this packet is shown."""
+    if packet.pts is None or latest_key is None:
+        return "it lacks timestamps"
+    if packet.is_discard:
+        return "an edit list hides frames, which decord counts"
+    if packet.is_keyframe and not _is_clean_cut(codec, packet):
+        return "it has key frames which later frames reach across"
+    if packet.pts < latest_key:
+        return "frames are shown before the key frame that they follow"
+    return ""
+
+
+def _is_clean_cut(codec: Any, key_frame: av.Packet) -> bool:
     """Whether a key frame of H.264 or HEVC is an IDR picture. (Key frames of most other codecs are clean cuts.)"""
-    header = codec.extradata or b""
     if codec.name not in ("h264", "hevc"):
         return True
+    header, packet = codec.extradata or b"", memoryview(key_frame)
     h264 = codec.name == "h264"
     length_byte = 4 if h264 else 21
     if len(header) <= length_byte or header[0] != 1:
@@ -131,18 +197,54 @@ def _is_clean_cut(codec: Any, packet: bytes) -> bool:
     return False
 
 
-def frames(path: str, indices: list[int], num_raw: int, backend: str) -> Answer:
+def frames(
+    path: str,
+    indices: list[int],
+    num_raw: int,
+    backend: str,
+    fit: Fit | None = None,
+    memory: int | None = None,
+) -> Answer:
     """Pixels of the frames at `indices` (sorted, unique) in presentation order, rotated as the file asks.
 
     `num_raw` is what `index` counted. Returns `{"backend": backend}` and (len(indices), H, W, 3) uint8 RGB; alpha
-    and the sample aspect ratio are ignored.
+    and the sample aspect ratio are ignored. With `fit` H and W are its size, and only one picture of full size is
+    held at a time. Raises TooLarge, before it decodes where the header says so, when more than `memory` bytes would
+    be taken.
     """
     assert indices == sorted(set(indices)) and indices[0] >= 0 and indices[-1] < num_raw
-    read = {"decord": _decord_frames, "pyav": _pyav_frames}[backend]
-    return {"backend": backend}, read(path, indices, num_raw)
+    pictures = _Pictures(len(indices), None if fit is None else Fit(*fit), memory)
+    {"decord": _decord_frames, "pyav": _pyav_frames}[backend](path, indices, num_raw, pictures)
+    assert pictures.array is not None
+    return {"backend": backend}, pictures.array
 
 
-def _decord_frames(path: str, indices: list[int], num_raw: int) -> np.ndarray:
+class _Pictures:
+    """Takes pictures one after the other into the array that is answered."""
+
+    def __init__(self, count: int, fit: Fit | None, memory: int | None) -> None:
+        self.count, self.fit, self.memory = count, fit, memory
+        self.array: np.ndarray | None = None
+        self.shape: tuple[int, ...] = ()  # of the first picture, as it was decoded
+        self._filled = 0
+
+    def check(self, width: int, height: int) -> None:
+        """Raises TooLarge."""
+        each = width * height if self.fit is None else self.fit.size**2
+        check_memory(width, height, 3 * self.count * each, self.memory)
+
+    def append(self, picture: np.ndarray) -> None:
+        if self.array is None:
+            self.shape = picture.shape
+        if self.fit is not None:
+            picture = fit_picture(picture, self.fit)
+        if self.array is None:
+            self.array = np.empty((self.count, *picture.shape), np.uint8)
+        self.array[self._filled] = picture
+        self._filled += 1
+
+
+def _decord_frames(path: str, indices: list[int], num_raw: int, pictures: _Pictures) -> None:
     try:
         import decord
     except ImportError as error:
@@ -158,29 +260,36 @@ def _decord_frames(path: str, indices: list[int], num_raw: int) -> np.ndarray:
         starts = reader.get_frame_timestamp(range(num_raw))[:, 0]
         if not (np.diff(starts) > 0).all():
             raise DecodeError("decord finds no usable timestamps")
-        return reader.get_batch(indices).asnumpy()
+        for position in indices:  # one at a time is as fast as all at once
+            picture = reader.get_batch([position]).asnumpy()[0]
+            pictures.check(picture.shape[1], picture.shape[0])
+            pictures.append(picture)
     except DecodeError:
         raise
+    except MemoryError as error:
+        raise _typed(error, pictures.memory) from error
     except Exception as error:  # DECORDError, RuntimeError, AssertionError, ...: all mean that it failed
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise DecodeError(re.sub(r"\[[\d:]+\] \S+:\d+: ", "", first_line)) from error
 
 
-def _pyav_frames(path: str, indices: list[int], num_raw: int) -> np.ndarray:
+def _pyav_frames(path: str, indices: list[int], num_raw: int, pictures: _Pictures) -> None:
     wanted = set(indices)
-    pictures: list[np.ndarray] = []
     position = -1
     try:
         with av.open(path, metadata_errors="ignore") as container:
             stream = _video_stream(container)
+            pictures.check(stream.codec_context.width, stream.codec_context.height)
             stream.codec_context.thread_count = 1
             for position, frame in enumerate(container.decode(stream)):
                 if position in wanted:
-                    pictures.append(_rgb(frame, *(pictures[0].shape[:2] if pictures else (None, None))))
+                    pictures.check(frame.width, frame.height)
+                    # The size changes inside some streams; all frames get the first one's.
+                    pictures.append(_rgb(frame, *(pictures.shape[:2] or (None, None))))
                 if position == indices[-1]:
-                    return np.stack(pictures)
+                    return
     except (av.FFmpegError, OSError) as error:
-        raise DecodeError(f"{_cause(error)} after {position + 1} of {num_raw} frames") from error
+        raise _typed(error, pictures.memory, f" after {position + 1} of {num_raw} frames") from error
     raise ShortStream(f"only {position + 1} of {num_raw} frames can be decoded")
 
 
@@ -206,7 +315,6 @@ def _rgb(frame: av.VideoFrame, height: int | None, width: int | None) -> np.ndar
         graph.link_nodes(*nodes).configure()
         graph.push(frame)
         frame = graph.pull()  # type: ignore[assignment]
-    # The size changes inside some streams; all frames get the first one's.
     return frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR").to_ndarray()
 
 
@@ -218,8 +326,11 @@ def _times(pts: list[int | None], step: float, fps: float) -> np.ndarray:
     return np.arange(len(pts)) / (fps if fps > 0 else 1.0)
 
 
-def _cause(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or repr(error)
+def _typed(error: Exception, memory: int | None, where: str = "") -> DecodeError:
+    """The error of a library with its cause alone; its message may hold the path."""
+    if isinstance(error, MemoryError) and memory is not None:
+        return TooLarge(f"it takes more than the {memory / 2**30:.3g} GiB of memory that are allowed")
+    return DecodeError((getattr(error, "strerror", None) or str(error) or repr(error)) + where)
 
 
 # The protocol: 8 bytes of length, then JSON. An answer's JSON is followed by the bytes of its array.
@@ -246,10 +357,42 @@ def read_exactly(stream: IO[bytes], length: int) -> bytes:
     return data
 
 
+def read_into(stream: IO[bytes], array: np.ndarray) -> None:
+    """Fills a contiguous array."""
+    left = array.reshape(-1).view(np.uint8).data
+    while left:
+        count = stream.readinto(left)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        left = left[count:]
+
+
+@contextmanager
+def _limited_memory(memory: int | None) -> Iterator[None]:
+    """Lets this process grow by so many bytes beside the libraries' and no more, whatever a header says.
+
+    Only Linux counts what RLIMIT_DATA is about.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if memory is not None and sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[5]) * resource.getpagesize()
+        hard, limit = before[1], now + LIBRARIES + memory
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def serve(handlers: Handlers = HANDLERS) -> None:
     """Answers requests from stdin on stdout until stdin closes."""
-    # launchers send SIGTERM to whole process trees; this process ends with its parent, which may still need it
+    # Launchers send SIGTERM, and terminals SIGINT, to whole process trees; this process ends with its parent, which
+    # may still need it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not enter the protocol
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -269,14 +412,18 @@ def serve(handlers: Handlers = HANDLERS) -> None:
         request = requests.get()
         meta: dict[str, Any] = {}
         array = np.empty(0)
+        memory = request["arguments"].get("memory")
         try:
-            meta, array = handlers[request["call"]](**request["arguments"])
+            with _limited_memory(memory):
+                meta, array = handlers[request["call"]](**request["arguments"])
         except DecodeError as error:
-            meta = {"error": str(error), "short": isinstance(error, ShortStream)}
+            meta = {"error": str(error), "kind": type(error).__name__}
+        except MemoryError as error:
+            meta = {"error": str(_typed(error, memory)), "kind": TooLarge.__name__}
         except Exception as error:
-            meta = {"error": repr(error), "short": False}
-        write_message(answers, {"meta": meta, "shape": array.shape, "dtype": str(array.dtype), "bytes": array.nbytes})
-        answers.write(array.tobytes())
+            meta = {"error": repr(error), "kind": DecodeError.__name__}
+        write_message(answers, {"meta": meta, "shape": array.shape, "dtype": str(array.dtype)})
+        answers.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         answers.flush()
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ class DecoderTimeout(decoder.DecodeError):
     """The limit passed; the process was killed."""
 
 
+class DecoderCrash(decoder.DecodeError):
+    """The process ended by itself, or something ended it."""
+
+
 class DecoderProcess:
     """Calls the handlers of a script like decoder.py in a child process, each with a time limit.
 
@@ -32,29 +37,35 @@ class DecoderProcess:
     def __init__(self, script: str | Path = decoder.__file__) -> None:
         self._script = str(script)
         self._process: subprocess.Popen[bytes] | None = None
+        self._owes_an_answer = False
         self._lock = threading.RLock()
         os.register_at_fork(after_in_child=self._forget)
 
     def call(self, name: str, timeout: float, **arguments: Any) -> decoder.Answer:
-        """Runs one handler. Raises DecodeError with its cause; DecoderTimeout after `timeout` seconds."""
+        """Runs one handler. A child that dies is replaced once: what ended it need not have been the video.
+
+        Raises:
+            DecodeError: with its cause.
+            DecoderTimeout: after `timeout` seconds, both tries together.
+        """
         with self._lock:
             self.start()
-            process = self._process
-            assert process is not None
+            deadline = time.monotonic() + timeout
             try:
-                return _limited(process, timeout, lambda: _exchange(process, {"call": name, "arguments": arguments}))
-            except (EOFError, BrokenPipeError) as error:
-                self._process = None
-                raise decoder.DecodeError(f"the decoder crashed ({_end(process, patience=5.0)})") from error
-            except (DecoderTimeout, KeyboardInterrupt):
-                self._process = None
-                _end(process)
-                raise
+                return self._try(name, arguments, timeout)
+            except DecoderCrash:
+                left = deadline - time.monotonic()
+                self.start()
+                return self._try(name, arguments, max(left, 0.001))
 
     def start(self) -> None:
         """Starts the child unless it runs. Done by `call`, outside its time limit."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
+            # A call may have been left at any point, by an exception of a signal handler or a handler that reads a
+            # video itself: the answer still owed is not the next call's.
+            if self._owes_an_answer or (self._process is not None and self._process.poll() is not None):
+                self.close()
+            if self._process is None:
                 self._process = self._start()
 
     def close(self) -> None:
@@ -63,6 +74,25 @@ class DecoderProcess:
             if self._process is not None:
                 _end(self._process)
                 self._process = None
+            self._owes_an_answer = False
+
+    def _try(self, name: str, arguments: dict[str, Any], timeout: float) -> decoder.Answer:
+        process = self._process
+        assert process is not None
+        self._owes_an_answer = True
+        try:
+            request = {"call": name, "arguments": arguments}
+            meta, array = _limited(process, timeout, lambda: _exchange(process, request))
+        except (EOFError, BrokenPipeError) as error:
+            how = _end(process, patience=5.0)
+            raise DecoderCrash(f"the decoder crashed ({how})") from error
+        except BaseException:
+            _end(process)
+            raise
+        self._owes_an_answer = False
+        if "error" in meta:
+            raise getattr(decoder, meta["kind"])(meta["error"])
+        return meta, array
 
     def _start(self) -> subprocess.Popen[bytes]:
         # Not `python decoder.py`: that would put this folder in front of the import path.
@@ -79,11 +109,15 @@ class DecoderProcess:
             _limited(process, START_LIMIT, lambda: decoder.read_message(stdout))
         except EOFError as error:
             raise decoder.DecodeError(f"the decoder process did not start ({_end(process, patience=5.0)})") from error
+        except BaseException:
+            _end(process)
+            raise
         return process
 
     def _forget(self) -> None:
         """After a fork the child belongs to the parent; this copy closes its ends of the pipes."""
         self._lock = threading.RLock()
+        self._owes_an_answer = False
         if self._process is not None:
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:
@@ -113,16 +147,14 @@ def _limited(process: subprocess.Popen[bytes], timeout: float, action: Callable[
 
 
 def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any]) -> decoder.Answer:
+    """The whole answer to a request, straight into its array: frames are large."""
     assert process.stdin is not None and process.stdout is not None
     decoder.write_message(process.stdin, request)
     process.stdin.flush()
     answer = decoder.read_message(process.stdout)
-    data = decoder.read_exactly(process.stdout, answer["bytes"])
-    if "error" in answer["meta"]:
-        error = decoder.ShortStream if answer["meta"]["short"] else decoder.DecodeError
-        raise error(answer["meta"]["error"])
-    # Through a bytearray: arrays over bytes cannot be written to, which torch.from_numpy warns of.
-    return answer["meta"], np.frombuffer(bytearray(data), answer["dtype"]).reshape(answer["shape"])
+    array = np.empty(answer["shape"], answer["dtype"])
+    decoder.read_into(process.stdout, array)
+    return answer["meta"], array
 
 
 def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> str:
@@ -134,6 +166,7 @@ def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> str:
         code = process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):
+            # RuntimeError: from a signal handler that interrupts a read of this very pipe
+            with contextlib.suppress(BrokenPipeError, RuntimeError):
                 pipe.close()
     return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tempme_vl.data.broken import BrokenLog, broken_clips
+from tempme_vl.data.frame_cache import FrameCache, memory_cache
 from tempme_vl.data.splits import Clip
-from tempme_vl.data.transforms import ClipTransform, resize
-from tempme_vl.data.video import VideoError, read_frames
+from tempme_vl.data.transforms import ClipTransform
+from tempme_vl.data.video import BACKENDS, VideoError, read_frames
+
+__all__ = ["ClipReader", "VideoInput", "broken_clips"]
 
 
 class VideoInput(tuple[Tensor, bool]):
@@ -57,13 +58,17 @@ class ClipReader:
         transform: pixels to input.
         sampling: a name in `tempme_vl.data.sampling.SAMPLING`.
         timeout: seconds a decoder may take before it is ended; None decodes in this process without a limit.
+        backend: "auto", "pyav" or "decord", see `read_frames`.
+        memory_gib: GiB that reading one clip may take, see `read_frames`; None: no limit.
         on_broken: "raise" a VideoError, or "record" it in `broken_log` and give black, invalid frames.
-        broken_log: JSON lines, one for each broken clip that a process meets.
+        broken_log: JSON lines, one for each broken clip that a process meets; see `BrokenLog`.
         cache: "memory", a folder, or None: keeps the resized frames of clips that are sampled the same every time.
-            It is the main speed-up of training: decoding costs far more than everything else here.
+            It is the main speed-up of training: decoding costs far more than everything else here. "memory" is shared
+            with the workers of this process; a folder, which may lie in /dev/shm, with all that are given it.
+        cache_gib: GiB that "memory" may take; further clips are decoded each time.
 
     Raises:
-        ValueError: on_broken is neither, or "record" without a broken_log.
+        ValueError: on_broken is neither, "record" without a broken_log, or limits that are not positive.
     """
 
     num_frames: int
@@ -74,14 +79,27 @@ class ClipReader:
     on_broken: str = "record"
     broken_log: Path | None = None
     cache: str | Path | None = None
-    _memory: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
-    _reported: set[str] = field(default_factory=set, repr=False)
+    cache_gib: float = 4.0
+    memory_gib: float | None = 2.0
+    # copies by dataclasses.replace share these
+    _kept: FrameCache | None = field(default=None, repr=False)
+    _log: BrokenLog | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.on_broken not in ("raise", "record"):
             raise ValueError(f"on_broken must be 'raise' or 'record'; got {self.on_broken!r}")
         if self.on_broken == "record" and self.broken_log is None:
             raise ValueError("on_broken='record' needs a broken_log file to write to")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"unknown backend {self.backend!r}; known: {', '.join(BACKENDS)}")
+        if self.cache_gib <= 0 or (self.memory_gib is not None and self.memory_gib <= 0):
+            raise ValueError(f"cache_gib and memory_gib must be positive; got {self.cache_gib} and {self.memory_gib}")
+        if self.cache is None:
+            self._kept = None
+        elif self.cache != "memory":
+            self._kept = FrameCache(self.cache)
+        elif self._kept is None or self._kept.limit != int(self.cache_gib * 2**30):
+            self._kept = memory_cache(int(self.cache_gib * 2**30))
 
     def __call__(self, clip: Clip, rng: np.random.Generator | None = None) -> VideoInput:
         """The clip's frames (F, 3, S, S) float32, whether they are real, and `.times` (F,) in seconds.
@@ -91,41 +109,32 @@ class ClipReader:
 
         Raises:
             VideoError: an unreadable clip, with on_broken="raise".
+            OSError: the broken_log cannot be written.
         """
         try:
             pixels, times = self._pixels(clip, rng)
-            return VideoInput(self.transform(pixels, rng), True, torch.from_numpy(times).float())
         except VideoError as error:
             if self.on_broken == "raise":
                 raise
-            self._record(clip, error)
+            self._broken().add(clip, error.cause)
             size = self.transform.preprocess.image_size
             return VideoInput(torch.zeros(self.num_frames, 3, size, size), False, torch.arange(self.num_frames).float())
+        if self.on_broken == "record":
+            self._broken().remove(clip)
+        return VideoInput(self.transform(pixels, rng), True, torch.from_numpy(times).float())
 
     def _pixels(self, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
         """Frames (F, H, W, 3) uint8 and their times (F,) float64, from the cache where they are there."""
         random_frames = rng is not None and self.sampling == "segment"
-        if self.cache is None or random_frames or self.transform.augment == "crop_flip":
+        if self._kept is None or random_frames or self.transform.augment == "crop_flip":
             return self._decode(clip, rng)
         key = self._key(clip)
-        if key in self._memory:
-            return self._memory[key]
-        file = None if self.cache == "memory" else Path(self.cache) / f"{key}.npy"
-        if file is not None and file.is_file():
-            with file.open("rb") as stream:
-                return np.load(stream), np.load(stream)
-        pixels, times = self._decode(clip, rng)
-        pixels = resize(pixels, self.transform.preprocess)
-        if file is None:
-            self._memory[key] = pixels, times
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as stream:
-                np.save(stream, pixels)
-                np.save(stream, times)
-            partial.replace(file)
-        return pixels, times
+        size = self.transform.preprocess.image_size
+        kept = self._kept.get(key, (self.num_frames, size, size, 3))
+        if kept is None:
+            kept = self._decode(clip, rng)
+            self._kept.put(key, *kept)
+        return kept
 
     def _decode(self, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
         frames = read_frames(
@@ -136,6 +145,9 @@ class ClipReader:
             end=clip.end,
             backend=self.backend,
             timeout=self.timeout,
+            memory_gib=self.memory_gib,
+            # crops are taken of frames as they are
+            fit=None if self.transform.augment == "crop_flip" else self.transform.preprocess.fit,
             rng=rng,
         )
         return frames.pixels, np.maximum(frames.times - (clip.start or 0.0), 0.0)
@@ -151,20 +163,8 @@ class ClipReader:
         how = (self.sampling, preprocess.image_size, preprocess.resize, preprocess.interpolation)
         return hashlib.blake2b(repr(("pixels and times", parts, how)).encode(), digest_size=16).hexdigest()
 
-    def _record(self, clip: Clip, error: VideoError) -> None:
-        if clip.video_id in self._reported:
-            return
-        self._reported.add(clip.video_id)
+    def _broken(self) -> BrokenLog:
         assert self.broken_log is not None
-        self.broken_log.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"video_id": clip.video_id, "path": str(clip.path), "cause": error.cause})
-        with self.broken_log.open("a") as log:
-            log.write(line + "\n")
-
-
-def broken_clips(log: Path) -> dict[str, str]:
-    """What a broken_log holds: video id -> cause, each clip once whichever processes met it."""
-    if not log.is_file():
-        return {}
-    entries: Iterable[dict[str, str]] = (json.loads(line) for line in log.read_text().splitlines())
-    return {entry["video_id"]: entry["cause"] for entry in entries}
+        if self._log is None or self._log.path != self.broken_log:
+            self._log = BrokenLog(self.broken_log)
+        return self._log

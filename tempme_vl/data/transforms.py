@@ -16,6 +16,8 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
+from tempme_vl.data.decoder import Fit, fit_picture
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -57,6 +59,11 @@ class Preprocess:
         return cls(**(values | {key: tuple(values[key]) for key in ("mean", "std") if key in values}))
 
     @property
+    def fit(self) -> Fit:
+        """The part of it that a decoder can do."""
+        return Fit(self.image_size, self.resize, self.interpolation)
+
+    @property
     def mode(self) -> InterpolationMode:
         return InterpolationMode(self.interpolation)
 
@@ -96,16 +103,9 @@ def resize(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     Its result can be cached: resizing it again changes nothing.
     """
     _check_pixels(pixels)
-    size = preprocess.image_size
-    if pixels.shape[1:3] == (size, size):
+    if pixels.shape[1:3] == (preprocess.image_size, preprocess.image_size):
         return pixels
-
-    def one(image: Image.Image) -> Image.Image:
-        if preprocess.resize == "squash":
-            return F.resize(image, [size, size], preprocess.mode)
-        return F.center_crop(F.resize(image, [size], preprocess.mode), [size, size])
-
-    return _map_images(pixels, one)
+    return np.stack([fit_picture(frame, preprocess.fit) for frame in pixels])
 
 
 def normalize(pixels: np.ndarray, preprocess: Preprocess) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from tempme_vl.data import decoder
 from tempme_vl.data.decoder_process import DecoderProcess, DecoderTimeout
 from tempme_vl.data.sampling import SAMPLING
 
-BACKENDS = {"auto": ("decord", "pyav"), "decord": ("decord",), "pyav": ("pyav",)}
+BACKENDS = {"auto": ("pyav", "decord"), "decord": ("decord",), "pyav": ("pyav",)}
 
 _decoder_process = DecoderProcess()
 
@@ -53,6 +55,8 @@ def read_frames(
     end: float | None = None,
     backend: str = "auto",
     timeout: float | None = None,
+    memory_gib: float | None = 2.0,
+    fit: decoder.Fit | None = None,
     rng: np.random.Generator | None = None,
 ) -> Frames:
     """Reads `num_frames` frames of a video file, exactly those that `sampling` chooses.
@@ -61,33 +65,45 @@ def read_frames(
         sampling: a name in `sampling.SAMPLING`; `rng` selects its random variant, where it has one.
         start, end: seconds after the first frame; only frames shown in [start, end) are sampled. An interval
             between two frames yields the frame shown at its start.
-        backend: "decord" (fast for long videos), "pyav" (reads most formats) or "auto": decord, then PyAV. The
-            frames are the same, bit for bit. Files that decord is known to read inexactly go to PyAV.
+        backend: "pyav" (the newest FFmpeg, reads most formats), "decord" (an FFmpeg of 2018: not for files of
+            strangers) or "auto": PyAV, then decord. The frames are the same, bit for bit. Files that decord is known
+            to read inexactly are not given to it.
         timeout: seconds after which decoding is stopped. It then runs in a child process that can be killed;
-            under "auto" decord gets half of the time, so that PyAV can still answer when decord hangs.
+            under "auto" PyAV gets half of the time, so that decord can still answer when PyAV hangs.
+        memory_gib: GiB that reading the video may take; None: no limit. With a `timeout` the child process cannot
+            grow by more; without, larger frames are refused by their size.
+        fit: the size that frames are brought to while they are read (`Preprocess.fit`); None: as they are.
 
     Of several video streams the one that FFmpeg calls best is read, usually the default one. Rotation by multiples
     of 90 degrees is applied; alpha and the sample aspect ratio are ignored. Short clips repeat frames.
 
     Raises:
-        VideoError: the file is missing, broken, too short or too slow.
+        VideoError: the file is missing, no regular file, broken, too short, too slow or too large.
         ValueError: an argument is wrong.
     """
-    _check_arguments(num_frames, sampling, start, end, backend, timeout)
+    _check_arguments(num_frames, sampling, start, end, backend, timeout, memory_gib)
+    _check_file(path)
     deadline = None
     if timeout is not None:
         _start_decoder(path)
         deadline = time.monotonic() + timeout
 
+    memory = None if memory_gib is None else int(memory_gib * 2**30)
+    # absolute: FFmpeg takes what stands before a colon for a protocol
+    common = {"path": os.path.abspath(path), "memory": memory}
+
     def read(exact: bool) -> Frames:
-        info, times = _call("index", deadline, path=str(path), exact=exact)
+        info, times = _call("index", deadline, exact=exact, **common)
         first, last = _frame_range(times, info["fps"], start, end)
         indices = first + SAMPLING[sampling](last - first, info["fps"], num_frames, rng)
         unique, inverse = np.unique(indices, return_inverse=True)
         doubts = {"decord": info["decord_doubt"]}
-        arguments = {"path": str(path), "indices": unique.tolist(), "num_raw": len(times)}
+        arguments = {"indices": unique.tolist(), "num_raw": len(times), "fit": fit, **common}
         used, pixels = _decode(BACKENDS[backend], doubts, deadline, arguments)
-        return Frames(pixels[inverse], indices, times[indices], info["fps"], used)
+        if len(unique) < num_frames:
+            decoder.check_memory(0, 0, num_frames * pixels[0].nbytes, memory)
+            pixels = pixels[inverse]
+        return Frames(pixels, indices, times[indices], info["fps"], used)
 
     try:
         try:
@@ -114,11 +130,25 @@ def _decode(
             if doubts.get(backend):
                 raise decoder.DecodeError(f"not exact, since {doubts[backend]}")
             return backend, _call("frames", share, backend=backend, **arguments)[1]
+        except (decoder.TooLarge, decoder.ShortStream):
+            raise  # not this backend's fault
         except decoder.DecodeError as error:
             causes.append(f"{backend}: {error}")
             if last:
                 raise type(error)("; ".join(causes)) from error
     raise AssertionError("no backend")
+
+
+def _check_file(path: str | Path) -> None:
+    """VideoError where there is no regular file: opening a pipe would wait for ever, and FFmpeg opens addresses."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+        hint = "; download it first" if "://" in str(path) else ""
+        raise VideoError(path, (getattr(error, "strerror", None) or str(error)) + hint) from error
+    if kind != stat.S_IFREG:
+        raise VideoError(path, f"expected a video file; it is {kinds.get(kind, 'a device')}")
 
 
 def _start_decoder(path: str | Path) -> None:
@@ -156,6 +186,7 @@ def _check_arguments(
     end: float | None,
     backend: str,
     timeout: float | None,
+    memory_gib: float | None,
 ) -> None:
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1; got {num_frames}")
@@ -165,6 +196,8 @@ def _check_arguments(
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if timeout is not None and timeout <= 0:
         raise ValueError(f"timeout must be a positive number of seconds, or None; got {timeout}")
+    if memory_gib is not None and memory_gib <= 0:
+        raise ValueError(f"memory_gib must be a positive number of GiB, or None; got {memory_gib}")
     begin = 0.0 if start is None else start
     if begin < 0 or (end is not None and end <= begin):
         raise ValueError(f"expected 0 <= start < end in seconds; got start={start}, end={end}")

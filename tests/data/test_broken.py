@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
 
-from tempme_vl.data.broken import MissingVideosError, check_videos
+from tempme_vl.data.broken import BrokenLog, MissingVideosError, broken_clips, check_videos
 from tempme_vl.data.splits import Clip
 
 
@@ -36,3 +39,67 @@ def test_missing_videos_are_listed_once_and_too_many_are_an_error(tmp_path: Path
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="share from 0 to 1"):
             check_videos(here, share)
+
+
+A, B, C = (Clip(name, Path(f"{name}.mp4")) for name in "abc")
+
+
+def test_what_can_be_read_again_leaves_the_list_whichever_process_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "broken.jsonl"
+    one, other = BrokenLog(path), BrokenLog(path)  # as two processes
+    one.remove(A)
+    assert not path.exists()
+    one.add(A, "cut")
+    one.add(A, "cut")
+    one.add(B, "empty")
+    assert broken_clips(path) == {"a": "cut", "b": "empty"}
+    other.remove(C)
+    other.remove(A)
+    other.remove(A)
+    assert broken_clips(path) == {"b": "empty"}
+    one.add(A, "cut again")  # it broke once more
+    assert broken_clips(path) == {"b": "empty", "a": "cut again"}
+    one.remove(A)
+    BrokenLog(path).remove(B)  # a run that goes on
+    assert broken_clips(path) == {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["video_id"], line.get("cause"), line.get("repaired")) for line in lines] == [
+        ("a", "cut", None),
+        ("b", "empty", None),
+        ("a", None, True),
+        ("a", "cut again", None),
+        ("a", None, True),
+        ("b", None, True),
+    ]
+
+
+def test_a_line_that_is_cut_off_costs_that_line_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "broken.jsonl"
+    for clip in (A, B):
+        BrokenLog(path).add(clip, "cut")
+    whole = path.read_bytes()
+    last = len(whole.splitlines()[-1])
+    for length in range(len(whole) - last, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        caplog.clear()
+        assert broken_clips(path) == {"a": "cut"}
+        warned = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warned) == 1 and f"{path}, line 2" in caplog.text
+        BrokenLog(path).add(C, "empty")  # the next line is whole again
+        assert broken_clips(path) == {"a": "cut", "c": "empty"}
+    for damage in (b"[]\n", b"{}\n", b"null\n", b"\xff\xfe\n", b'{"video_id": ["a"], "cause": "x"}\n', b"\x00\x00"):
+        path.write_bytes(damage + b"\n" + whole)
+        assert broken_clips(path) == {"a": "cut", "b": "cut"}
+
+
+def test_a_full_disk_is_an_error_that_names_the_log_and_the_video(tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    BrokenLog(path).add(A, "cut")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"listing b\.mp4: .*broken\.jsonl"):
+            BrokenLog(path).add(B, "cut")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert broken_clips(path) == {"a": "cut"}

@@ -19,10 +19,15 @@ real = runpy.run_path({decoder.__file__!r})
 
 def faulty(path, **arguments):
     name = os.path.basename(path)
-    if "hang" in name and ("decord" not in name or arguments["backend"] == "decord"):
+    if "hang" in name and ("pyav" not in name or arguments["backend"] == "pyav"):
         time.sleep(1000)
     if "crash" in name:
         os.abort()
+    if "killed" in name and not os.path.exists(path + ".seen"):
+        open(path + ".seen", "w").close()
+        os.kill(os.getpid(), 9)
+    if "slow" in name:
+        time.sleep(0.4)
     if "noise" in name:
         os.write(1, b"a library's chatter")
     return real["frames"](path, **arguments)
@@ -60,16 +65,85 @@ def test_a_hanging_decoder_is_stopped_and_the_next_call_works(tmp_path, faulty):
     assert read_frames(good, 4, timeout=60).pixels.shape == (4, 64, 96, 3)
 
 
-def test_pyav_answers_when_only_decord_hangs(tmp_path, faulty):
-    path = write_clip(tmp_path / "hang decord.mp4")
-    assert read_frames(path, 4, timeout=6).backend == "pyav"
+def test_decord_answers_when_only_pyav_hangs(tmp_path, faulty):
+    path = write_clip(tmp_path / "hang pyav.mp4")
+    assert read_frames(path, 4, timeout=6).backend == "decord"
 
 
 def test_a_crash_is_an_error_and_the_next_call_works(tmp_path, faulty):
     good, bad = write_clip(tmp_path / "good.mp4"), write_clip(tmp_path / "crash.mp4")
-    with pytest.raises(VideoError, match=r"crash\.mp4.*decord: the decoder crashed \(signal 6\); pyav: the decoder"):
+    with pytest.raises(VideoError, match=r"crash\.mp4.*pyav: the decoder crashed \(signal 6\); decord: the decoder"):
         read_frames(bad, 4, timeout=60)
-    assert read_frames(good, 4, timeout=60).backend == "decord"
+    assert read_frames(good, 4, timeout=60).backend == "pyav"
+
+
+def test_a_process_that_was_killed_says_nothing_of_its_video(tmp_path, faulty):
+    path = write_clip(tmp_path / "killed.mp4")
+    frames = read_frames(path, 4, timeout=60)
+    np.testing.assert_array_equal(frames.pixels, read_frames(path, 4).pixels)
+    assert (tmp_path / "killed.mp4.seen").exists()
+
+
+class Interruption(Exception):
+    """Of a user's own time limit."""
+
+
+@pytest.mark.parametrize("delay", [0.0001, 0.001, 0.003, 0.01, 0.05, 0.2])
+def test_an_interrupted_call_leaves_no_answer_for_the_next(tmp_path, faulty, delay):
+    slow, other = write_clip(tmp_path / "slow.mp4"), write_clip(tmp_path / "other.mp4", 30, height=48)
+    expected = read_frames(other, 4)
+    read_frames(other, 4, timeout=60)  # the process has started
+
+    def interrupt(*_):
+        raise Interruption
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        with pytest.raises(Interruption):
+            read_frames(slow, 4, timeout=60)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    got = read_frames(other, 4, timeout=60)
+    np.testing.assert_array_equal(got.pixels, expected.pixels)
+    np.testing.assert_array_equal(got.indices, expected.indices)
+
+
+def test_a_signal_handler_may_read_a_video_itself(tmp_path, faulty):
+    slow, other = write_clip(tmp_path / "slow.mp4"), write_clip(tmp_path / "other.mp4", 30, height=48)
+    read_frames(other, 4, timeout=60)
+    inside = []
+    before = signal.signal(signal.SIGALRM, lambda *_: inside.append(read_frames(other, 4, timeout=60)))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        outside = read_frames(slow, 4, timeout=60)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    np.testing.assert_array_equal(inside[0].pixels, read_frames(other, 4).pixels)
+    np.testing.assert_array_equal(outside.pixels, read_frames(slow, 4).pixels)
+
+
+def test_what_is_wrong_in_an_exchange_does_not_outlive_it(tmp_path, faulty, monkeypatch):
+    """Any exception, not only a signal's: here, no memory for the answer."""
+    slow, other = write_clip(tmp_path / "slow.mp4"), write_clip(tmp_path / "other.mp4", 30, height=48)
+    read_frames(other, 4, timeout=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "read_message", lambda stream: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            read_frames(slow, 4, timeout=60)
+    assert read_frames(other, 4, timeout=60).pixels.shape == (4, 48, 96, 3)
+
+
+def test_the_terminal_interrupt_does_not_end_the_child(tmp_path, faulty):
+    path = write_clip(tmp_path / "a.mp4")
+    read_frames(path, 4, timeout=60)
+    first = faulty._process
+    for number in (signal.SIGINT, signal.SIGTERM):
+        first.send_signal(number)
+    read_frames(path, 4, timeout=60)
+    assert faulty._process is first
 
 
 def test_what_libraries_print_does_not_enter_the_protocol(tmp_path, faulty):
@@ -84,11 +158,11 @@ def test_the_child_lives_on_between_calls_and_is_given_up_after_a_fork(tmp_path,
     assert faulty._process is first
     child = os.fork()
     if child == 0:
-        works = faulty._process is None and read_frames(path, 4, timeout=60).backend == "decord"
+        works = faulty._process is None and read_frames(path, 4, timeout=60).backend == "pyav"
         faulty.close()
         os._exit(0 if works else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert read_frames(path, 4, timeout=60).backend == "decord"
+    assert read_frames(path, 4, timeout=60).backend == "pyav"
     assert faulty._process is first
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from clips import different, write_clip
+from torch.utils.data import DataLoader
 
 from tempme_vl.data import reader as module
 from tempme_vl.data.reader import ClipReader, broken_clips
+from tempme_vl.data.retrieval import EvalClips
 from tempme_vl.data.splits import Clip
 from tempme_vl.data.transforms import ClipTransform, Preprocess
 from tempme_vl.data.video import VideoError
@@ -89,6 +91,50 @@ def test_cached_pixels_are_the_same_and_decoded_once(tmp_path: Path, decoded: li
         assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+def test_workers_share_the_memory_and_decode_each_clip_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = [Clip(str(number), write_clip(tmp_path / f"{number}.mp4", 5)) for number in range(8)]
+    counted, original = tmp_path / "decoded.txt", module.read_frames
+
+    def counting(path: Path, *args: Any, **named: Any) -> Any:
+        with counted.open("a") as file:
+            file.write(f"{path.name}\n")
+        return original(path, *args, **named)
+
+    monkeypatch.setattr(module, "read_frames", counting)
+    reader = make_reader(tmp_path, cache="memory")
+    epochs = [
+        torch.cat([batch["video"] for batch in DataLoader(EvalClips(clips, read), batch_size=2, num_workers=workers)])
+        for read, workers in ((reader, 4), (reader, 3), (replace(reader), 0), (pickle.loads(pickle.dumps(reader)), 0))
+    ]
+    assert all(torch.equal(epochs[0], other) for other in epochs[1:])
+    assert sorted(counted.read_text().split()) == [clip.path.name for clip in clips]
+
+
+def test_a_full_memory_costs_time_alone(tmp_path: Path, decoded: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    clips = [Clip(str(number), write_clip(tmp_path / f"{number}.mp4", 5 + number)) for number in range(3)]
+    cached = make_reader(tmp_path, cache="memory", cache_gib=2.5 * 4 * 32 * 32 * 3 / 2**30)
+    plain = make_reader(tmp_path)
+    for _ in range(2):
+        for clip in clips:
+            assert torch.equal(cached(clip)[0], plain(clip)[0])
+    assert len(decoded) == 6 + 4
+    assert caplog.text.count("is full") == 1
+
+
+def test_a_damaged_cache_file_is_decoded_again(
+    tmp_path: Path, decoded: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    clip = Clip("a", write_clip(tmp_path / "a.mp4"))
+    cached = make_reader(tmp_path, cache=tmp_path / "cache")
+    first = cached(clip)
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    file.write_bytes(file.read_bytes()[:-1])
+    for _ in range(2):
+        again = cached(clip)
+        assert torch.equal(again.video, first.video) and torch.equal(again.times, first.times)
+    assert len(decoded) == 2 and str(file) in caplog.text
+
+
 @pytest.mark.parametrize("place", ["memory", "folder"])
 def test_cache_notices_a_changed_file_and_other_settings(tmp_path: Path, decoded: list[Path], place: str) -> None:
     cache = "memory" if place == "memory" else tmp_path / "cache"
@@ -153,6 +199,33 @@ def test_a_broken_clip_is_recorded_once_a_process(tmp_path: Path) -> None:
     assert broken_clips(tmp_path / "none.jsonl") == {}
 
 
+@pytest.mark.parametrize("cache", [None, "memory"])
+def test_a_repaired_clip_leaves_the_list(tmp_path: Path, cache: str | None) -> None:
+    broken = Clip("b", tmp_path / "b.mp4")
+    read = make_reader(tmp_path, cache=cache)
+    assert not read(broken).valid
+    assert list(broken_clips(tmp_path / "broken")) == ["b"]
+    write_clip(broken.path)
+    assert read(broken).valid and read(broken).valid
+    assert broken_clips(tmp_path / "broken") == {}
+    broken.path.unlink()
+    assert not read(broken).valid
+    assert list(broken_clips(tmp_path / "broken")) == ["b"]
+
+
+def test_the_backend_and_the_memory_are_the_readers_choice(tmp_path: Path) -> None:
+    clip = Clip("a", write_clip(tmp_path / "a.avi", 60, options={"g": "8"}))  # decord finds no timestamps in it
+    expected = make_reader(tmp_path)(clip).video
+    assert torch.equal(make_reader(tmp_path, backend="pyav")(clip).video, expected)
+    assert not make_reader(tmp_path, backend="decord")(clip).valid
+    for augment in ("none", "crop_flip"):
+        small = make_reader(
+            tmp_path, memory_gib=1e-4, on_broken="raise", transform=replace(SMALL, augment=augment), timeout=60
+        )
+        with pytest.raises(VideoError, match=r"a\.avi: .*96 x 64 pixels .* 0\.0001 are allowed"):
+            small(clip, np.random.default_rng(0))
+
+
 def test_a_broken_clip_is_an_error_by_choice(tmp_path: Path) -> None:
     (tmp_path / "b.mp4").write_bytes(b"no video")
     read = make_reader(tmp_path, on_broken="raise", broken_log=None)
@@ -165,3 +238,8 @@ def test_wrong_settings(tmp_path: Path) -> None:
         make_reader(tmp_path, on_broken="ignore")
     with pytest.raises(ValueError, match="needs a broken_log"):
         make_reader(tmp_path, broken_log=None)
+    with pytest.raises(ValueError, match="unknown backend 'opencv'; known: auto, decord, pyav"):
+        make_reader(tmp_path, backend="opencv")
+    for wrong in ({"cache_gib": 0.0}, {"memory_gib": -1.0}):
+        with pytest.raises(ValueError, match="must be positive"):
+            make_reader(tmp_path, **wrong)

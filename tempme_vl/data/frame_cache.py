@@ -1,0 +1,177 @@
+"""Frames kept from one epoch to the next: files that processes share, each checked when it is read back."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "tempme-frames-"
+
+
+class FrameCache:
+    """Frames and their times by key, a file each, in a folder that any number of processes use at once.
+
+    A damaged file is removed and made anew, a file that cannot be written is not kept: both are warnings that name
+    the file, and never end a run. Nothing is thrown out of a full cache, since every clip of an epoch is as likely to
+    be wanted again as any other.
+
+    Args:
+        folder: made when it is needed.
+        limit: bytes that all files may take together; None: no limit.
+    """
+
+    def __init__(self, folder: str | Path, limit: int | None = None) -> None:
+        self.folder, self.limit = Path(folder), limit
+        self._said: set[str] = set()
+        self._owner: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:  # a spawned worker uses the folder but does not own it
+        return {**self.__dict__, "_owner": None}
+
+    def get(self, key: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Pixels of that shape (F, H, W, 3) uint8 and times (F,) float64, or None."""
+        file = self._file(key)
+        try:
+            with file.open("rb", buffering=0) as stream:
+                data = np.empty(os.fstat(stream.fileno()).st_size, np.uint8)
+                complete = stream.readinto(data.data) == len(data)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn("cannot be read", f"{file} cannot be read, its clip is decoded instead: {error}")
+            return None
+        entry = _unpack(data, shape) if complete else None
+        if entry is None:
+            logger.warning("%s is damaged: it is removed, and its clip decoded again", file)
+            with contextlib.suppress(OSError):
+                file.unlink()
+        return entry
+
+    def put(self, key: str, pixels: np.ndarray, times: np.ndarray) -> None:
+        """Keeps pixels (F, H, W, 3) uint8 and times (F,) float64, if there is room."""
+        file = self._file(key)
+        partial = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.partial")
+        data = _pack(pixels, times)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if file.exists() or not self._reserve(len(data)):
+                return
+            try:
+                with partial.open("wb") as stream:
+                    stream.write(data)
+                partial.replace(file)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            self._warn("cannot be kept", f"{file} cannot be written, clips are decoded each time instead: {error}")
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.npy"
+
+    def _reserve(self, size: int) -> bool:
+        """Whether there is room for so many bytes more; counts them in a file that all processes add to in turn."""
+        if self.limit is None:
+            return True
+        with (self.folder / "size").open("a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            stream.seek(0)
+            total = int(stream.read() or b"0") + size
+            if total > self.limit:
+                full = f"the frame cache {self.folder} is full with {self.limit / 2**30:.3g} GiB"
+                self._warn("full", f"{full}: further clips are decoded each time. Allow more, or use a folder")
+                return False
+            stream.truncate(0)
+            stream.write(str(total).encode())
+        return True
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Once a process for each kind: one full disk concerns every clip."""
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.warning(message)
+
+
+def memory_cache(limit: int) -> FrameCache:
+    """A cache of at most `limit` bytes that ends with the process that made it, or with its last worker.
+
+    Its files lie in shared memory where that is large enough (containers often have 64 MB of it), else in the
+    temporary folder, which the system keeps in memory as far as it can.
+    """
+    shared = Path("/dev/shm")
+    roomy = os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= limit
+    place = shared if roomy else Path(tempfile.gettempdir())
+    _remove_left_over(place)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    cache = FrameCache(folder, limit)
+    lock = _locked(folder / "new")  # held, also by forked workers, as long as the folder is used
+    (folder / "new").rename(folder / "owner")
+    cache._owner = weakref.finalize(cache, _remove, folder, lock, os.getpid())
+    return cache
+
+
+def _locked(file: Path) -> io.IOBase:
+    stream = file.open("ab")
+    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return stream
+
+
+def _remove(folder: Path, lock: io.IOBase, owner: int) -> None:
+    if os.getpid() == owner:  # not a forked worker that ends earlier
+        shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
+
+
+def _remove_left_over(place: Path) -> None:
+    """Folders whose processes were killed: nobody holds their lock."""
+    for folder in place.glob(f"{PREFIX}*"):
+        if (folder / "owner").exists():
+            with contextlib.suppress(OSError):  # it is locked, or another user's
+                _locked(folder / "owner").close()
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+# A file is a plain .npy file of the pixels; behind them are the times, as float64, and a checksum: the sum of its
+# 64-bit words. It is fast enough to be checked at every read, and shows any bit that changed and any lost block.
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    description = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, description)
+    return stream.getvalue()
+
+
+def _pack(pixels: np.ndarray, times: np.ndarray) -> bytes:
+    data = b"".join([_header(pixels.shape), pixels.tobytes(), times.astype("<f8").tobytes()])
+    data += bytes(-len(data) % 8)
+    return data + _checksum(np.frombuffer(data, np.uint8))
+
+
+def _unpack(data: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    header = np.frombuffer(_header(shape), np.uint8)
+    first, count, num_frames = len(header), int(np.prod(shape)), shape[0]
+    used = first + count + 8 * num_frames
+    body, checksum = data[:-8], data[-8:]
+    if len(data) != used + -used % 8 + 8 or not np.array_equal(data[:first], header):
+        return None
+    if checksum.tobytes() != _checksum(body):
+        return None
+    times = np.frombuffer(data[first + count : used].tobytes(), "<f8").astype(np.float64)
+    return data[first : first + count].reshape(shape), times
+
+
+def _checksum(data: np.ndarray) -> bytes:
+    return np.sum(data.view("<u8"), dtype="<u8").tobytes()
