@@ -26,6 +26,8 @@ def faulty(path, **arguments):
     if "killed" in name and not os.path.exists(path + ".seen"):
         open(path + ".seen", "w").close()
         os.kill(os.getpid(), 9)
+    if "greedy" in name:
+        bytearray(1 << 30)  # whatever the header said
     if "slow" in name:
         time.sleep(0.4)
     if "noise" in name:
@@ -134,6 +136,16 @@ def test_what_is_wrong_in_an_exchange_does_not_outlive_it(tmp_path, faulty, monk
         with pytest.raises(MemoryError):
             read_frames(slow, 4, timeout=60)
     assert read_frames(other, 4, timeout=60).pixels.shape == (4, 48, 96, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process maps")
+def test_the_child_cannot_grow_beyond_the_limit(tmp_path, faulty):
+    greedy, good = write_clip(tmp_path / "greedy.mp4"), write_clip(tmp_path / "good.mp4")
+    with pytest.raises(VideoError, match=r"greedy\.mp4: it takes more than the 0\.5 GiB of memory that are allowed"):
+        read_frames(greedy, 4, timeout=60, memory_gib=0.5)
+    assert read_frames(good, 4, timeout=60, memory_gib=0.5).pixels.shape == (4, 64, 96, 3)
+    for memory in (2.0, None):  # a limit is one call's
+        assert read_frames(greedy, 4, timeout=60, memory_gib=memory).pixels.shape == (4, 64, 96, 3)
 
 
 def test_the_terminal_interrupt_does_not_end_the_child(tmp_path, faulty):

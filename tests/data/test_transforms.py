@@ -97,6 +97,15 @@ def test_each_operation_changes_the_frames_and_keeps_their_form(name):
         assert not torch.equal(changed, frames)
 
 
+@pytest.mark.parametrize("name", ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"])
+def test_what_comes_in_from_outside_is_middle_grey(name):
+    white = torch.full((2, 3, 48, 80), 255, dtype=torch.uint8)
+    for sign in (-1, 1):
+        moved = RAND_AUGMENT[name](white, 1.0, sign)
+        values, counts = moved[moved < 255].unique(return_counts=True)  # at its edge are mixtures
+        assert values[counts.argmax()] == 128 and counts.max() > 0.02 * white.numel()
+
+
 def test_rand_augment_applies_about_half_of_its_four_operations(monkeypatch):
     calls = []
     counting = {name: lambda frames, x, sign: (calls.append((x, sign)), frames)[1] for name in RAND_AUGMENT}

@@ -1,4 +1,7 @@
+import os
 import pickle
+import socket
+import tracemalloc
 
 import av
 import numpy as np
@@ -6,6 +9,8 @@ import pytest
 from clips import picture, write_clip
 
 from tempme_vl.data import video
+from tempme_vl.data.decoder import Fit
+from tempme_vl.data.transforms import Preprocess, resize
 from tempme_vl.data.video import VideoError, read_frames
 
 # Seeking into groups of pictures with B frames is where decoders go wrong.
@@ -126,6 +131,13 @@ def test_start_and_end_choose_by_timestamps(tmp_path):
         read_frames(path, 4, start=7)
 
 
+def test_a_segments_limits_are_decimals_of_times_that_are_none(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 60, fps=30)  # frame 20 is shown at 0.66666...
+    for limit, first in ((0.666666, 20), (0.666667, 20), (0.668, 21), (0.665, 20)):
+        assert read_frames(path, 2, start=limit, sampling="uniform").indices[0] == first
+        assert read_frames(path, 2, end=limit, sampling="uniform").indices[-1] == first - 1
+
+
 def test_times_are_those_of_the_frames_in_the_file(tmp_path):
     path = write_clip(tmp_path / "a.mp4", 50)  # 10 frames a second
     for segment in ({}, {"start": 1.0, "end": 2.0}):
@@ -207,6 +219,85 @@ def test_broken_files_raise_the_typed_error(tmp_path):
             assert str(path) in str(caught.value) and caught.value.cause in str(caught.value)
 
 
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_what_is_no_regular_file_says_so_and_is_not_opened(tmp_path, timeout):
+    os.mkfifo(tmp_path / "pipe.mp4")  # opening it would wait for ever
+    (tmp_path / "folder.mp4").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket.mp4"))
+        cases = {
+            tmp_path / "pipe.mp4": "it is a named pipe",
+            tmp_path / "folder.mp4": "it is a folder",
+            tmp_path / "socket.mp4": "it is a socket",
+            "/dev/zero": "it is a device",
+            tmp_path / "none.mp4": "No such file",
+            tmp_path / "nul\0.mp4": "null",
+            tmp_path / ("n" * 300): "name too long",
+            "http://127.0.0.1:9/a.mp4": "No such file or directory; download it first",
+        }
+        for path, cause in cases.items():
+            with pytest.raises(VideoError, match=cause) as caught:
+                read_frames(path, 4, timeout=timeout)
+            assert caught.value.path == type(caught.value.path)(path)
+
+
+def test_a_file_named_like_a_protocol_is_a_file(tmp_path, monkeypatch):
+    write_clip(tmp_path / "a.mp4").rename(tmp_path / "concat:a.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert read_frames("concat:a.mp4", 4).pixels.shape == (4, 64, 96, 3)
+
+
+FITS = [Fit(32, "shortest", "bicubic"), Fit(40, "squash", "bilinear"), Fit(200, "shortest", "bilinear")]
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("fit", FITS)
+def test_frames_resized_while_they_are_read_are_those_resized_afterwards(tmp_path, backend, fit):
+    path = write_clip(tmp_path / "a.mp4", 20)
+    preprocess = Preprocess(*fit[:1], resize=fit.resize, interpolation=fit.interpolation)
+    assert preprocess.fit == fit
+    for count in (4, 30):  # more than there are
+        expected = resize(read_frames(path, count, backend=backend).pixels, preprocess)
+        for timeout in (None, 60):
+            got = read_frames(path, count, backend=backend, timeout=timeout, fit=fit)
+            np.testing.assert_array_equal(got.pixels, expected)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_of_frames_that_are_resized_few_are_held_at_a_time(tmp_path, backend):
+    path = write_clip(tmp_path / "a.mp4", 24, height=512, width=512)
+    one = 512 * 512 * 3
+
+    def peak(**arguments):
+        tracemalloc.start()  # numpy's arrays, where all pictures come by
+        read_frames(path, 24, sampling="uniform", backend=backend, **arguments)
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(fit=Fit(32, "squash", "bicubic"))  # imports
+    assert peak(fit=Fit(32, "squash", "bicubic")) < 4 * one
+    assert 24 * one < peak() < 28 * one  # and of others, one copy
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyav", "decord"])
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_clip_beyond_the_memory_limit_is_an_error(tmp_path, backend, timeout):
+    path = write_clip(tmp_path / "a.mp4", 24, height=256, width=256)
+    one = 256 * 256 * 3 / 2**30
+    read = {"backend": backend, "timeout": timeout, "sampling": "uniform"}
+    with pytest.raises(VideoError, match=r"a\.mp4: its frames of 256 x 256 pixels would take .* are allowed"):
+        read_frames(path, 20, memory_gib=20 * one, **read)
+    with pytest.raises(VideoError, match=r"are allowed"):
+        read_frames(path, 1, memory_gib=one, fit=Fit(8, "squash", "bicubic"), **read)
+    with pytest.raises(VideoError, match=r"are allowed"):  # a frame many times
+        read_frames(path, 60, memory_gib=40 * one, start=1.0, end=1.1, **read)
+    assert read_frames(path, 20, memory_gib=30 * one, **read).pixels.shape == (20, 256, 256, 3)
+    assert read_frames(path, 20, memory_gib=7 * one, fit=Fit(8, "squash", "bicubic"), **read).pixels.shape[1] == 8
+    assert read_frames(path, 20, memory_gib=None, **read).pixels.shape[0] == 20
+
+
 def test_when_both_backends_fail_the_error_holds_both_causes(tmp_path, monkeypatch):
     def failing(path, backend, **arguments):
         raise video.decoder.DecodeError(f"{backend} is out of order")
@@ -230,6 +321,7 @@ def test_the_error_survives_pickling_and_a_data_loader():
         {"sampling": "all"},
         {"backend": "opencv"},
         {"timeout": 0.0},
+        {"memory_gib": 0.0},
         {"start": 3, "end": 3},
         {"start": -1},
     ],
