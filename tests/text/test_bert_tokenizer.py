@@ -100,7 +100,7 @@ def test_a_vocabulary_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB))
     asked = []
 
-    def download(repo: str, file: str) -> str:
+    def download(repo: str, file: str, local_files_only: bool) -> str:
         asked.append((repo, file))
         return str(tmp_path / file)
 
@@ -116,11 +116,16 @@ def test_no_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"expected a folder with vocab.txt, or a model .*; got 'no/such/folder/here'"):
         bert_vocabulary("no/such/folder/here")
 
-    def unreachable(*_: str) -> str:
-        raise LocalEntryNotFoundError("no connection")
+    def absent(*_: str, local_files_only: bool) -> str:
+        assert local_files_only
+        raise LocalEntryNotFoundError("not in the cache")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(ValueError, match="got 'bert-base-uncased': no connection"):
+    def unreachable() -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
+    monkeypatch.setattr(huggingface_hub, "get_session", unreachable)
+    with pytest.raises(ValueError, match=r"got 'bert-base-uncased': .* cannot be reached \(no connection\)"):
         bert_vocabulary("bert-base-uncased")
 
 
