@@ -23,7 +23,7 @@ import torch
 TESTS = Path(__file__).resolve().parents[1]
 RECIPES = TESTS.parent / "recipes"
 SERVER = multiprocessing.get_context("forkserver")
-LIMIT = 200.0  # seconds, of which a run needs some ten where nothing else runs
+LIMIT = 400.0  # seconds, of which a run needs some ten where nothing else runs
 # all that recipes import, and what deepspeed.initialize imports, seconds of torch's compiler a rank
 PRELOAD = ["recipes.runs", "deepspeed.runtime.zero.muon.original_muon"]
 _HELD: list[socket.socket] = []
