@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from tempme_vl.command import run
 from tempme_vl.data.datasets import Source, SplitNames, usual_splits
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips, TrainPairs
@@ -46,6 +47,7 @@ from tempme_vl.recipe import (
     about_run,
     announce,
     begin,
+    check_files,
     cost,
     export,
     facts,
@@ -137,9 +139,10 @@ def source(options: Options) -> Source:
 
 
 def main(options: Options) -> None:
-    device = begin(options.seed)
+    device = begin(options)
     names = SplitNames(options.train_split, options.val_split, options.test_split, options.holdout)
     train, val, test = source(options).read_all(names, options.seed)
+    check_files(options, train, val, test)
     model = build_model(options, train).to(device)
     preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])
     max_words = min(options.max_words or train.max_words, model.text.context_length)
@@ -165,7 +168,7 @@ def main(options: Options) -> None:
     def end_epoch() -> None:
         score = float(trainer.epoch)  # without a validation split the last epoch is the best
         if val is not None:
-            report = evaluate(trainer.engine, val, reader, tokenizer, device)
+            report = evaluate(trainer.engine, val, reader, tokenizer, device, options.workers)
             score = selection_score(report)
             trainer.log(**{f"val_{way}_rsum": report[way]["rsum"] for way in DIRECTIONS if way in report})
         if trainer.is_best(score):
@@ -184,7 +187,7 @@ def main(options: Options) -> None:
         say(f"stopped after {trainer.step} of {trainer.total_steps} steps; the test split was not looked at")
         return
     best = load_retrieval_model(options.output / "best").to(device)
-    report = evaluate(best, test, reader, tokenizer, device, options.rerank)
+    report = evaluate(best, test, reader, tokenizer, device, options.workers, options.rerank)
     report |= {
         "model": options.model,
         **about_run(options, trainer, None if val is None else val.name, start_step, seconds),
@@ -207,16 +210,24 @@ def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
 
 
 def evaluate(
-    encoder: Any, split: RetrievalSplit, reader: ClipReader, tokenizer: Any, device: torch.device, rerank: int = 0
+    encoder: Any,
+    split: RetrievalSplit,
+    reader: ClipReader,
+    tokenizer: Any,
+    device: torch.device,
+    workers: int,
+    rerank: int = 0,
 ) -> dict[str, Any]:
     """Metrics of a split, all ranks together; `encoder` is a model or, without re-ranking, its DeepSpeed engine."""
     encoder.eval()
     captions, rerank = EvalCaptions(split, tokenizer), rerank if isinstance(encoder, UMTRetrievalModel) else 0
     clips = EvalClips(split.clips, reader)
-    embeddings = embed(encoder, clips, captions, captions.video_of_caption, device, keep_tokens=rerank > 0)
+    embeddings = embed(
+        encoder, clips, captions, captions.video_of_caption, device, workers=workers, keep_tokens=rerank > 0
+    )
     report = {"split": split.name, **retrieval_report(embeddings)}
     return {**report, "reranked": rerank_embeddings(encoder, embeddings, device, rerank)} if rerank else report
 
 
 if __name__ == "__main__":
-    main(parse())
+    run(main, parse)

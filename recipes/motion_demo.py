@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from tempme_vl.command import run
 
 RECIPE = Path(__file__).resolve().parent / "full_ft_msrvtt.py"
 METHODS = {"none": "per-frame mean pooling", "tome": "ToMe", "tempme": "TempMe"}
@@ -42,7 +42,9 @@ def main(options: Options) -> None:
         ranks = ["--num_accelerators", str(options.ranks), "--master_port", str(free_port())]
         command = ["deepspeed", *ranks, str(RECIPE), "--method", method]
         command += ["--output", str(folder), "--seed", str(options.seed), "--data-root", "runs/motion-data"]
-        subprocess.run([*command, "--dataset", "motion"], check=True)
+        done = subprocess.run([*command, "--dataset", "motion"])
+        if done.returncode:  # the run has said why
+            raise ValueError(f"training {METHODS[method]} ended with exit code {done.returncode}")
         reports[method] = json.loads((folder / "report.json").read_text())
     print(table(reports))
     print(f"\n{time.perf_counter() - start:.0f} s in all, seed {options.seed}, {options.ranks} ranks")
@@ -73,4 +75,4 @@ def table(reports: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(main, Options)

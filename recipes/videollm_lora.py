@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from tempme_vl.command import run
 from tempme_vl.data.questions import TrainQuestions, most_options
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.retrieval import EvalClips
@@ -53,6 +54,7 @@ from tempme_vl.recipe import (
     about_run,
     announce,
     begin,
+    check_files,
     export,
     facts,
     first_look,
@@ -139,8 +141,9 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 
 def main(options: Options) -> None:
-    device = begin(options.seed)
+    device = begin(options)
     train, val, test = read_splits(options.dataset, options.data_root, options.video_root, options.annotations)
+    check_files(options, train, val, test)
     for split in (val, test):  # now, and not after an epoch
         if split is not None:
             most_options(split)
@@ -166,7 +169,9 @@ def main(options: Options) -> None:
     def end_epoch() -> None:
         score = float(trainer.epoch)  # without a validation split the last epoch is the best
         if val is not None:
-            score = evaluate(model, trainer.engine, val, reader, device, options.eval_batch_size)[0]["accuracy"]
+            score = evaluate(model, trainer.engine, val, reader, device, options.eval_batch_size, options.workers)[0][
+                "accuracy"
+            ]
             trainer.log(val_accuracy=score)
         if trainer.is_best(score):
             export(trainer, model, options.output)
@@ -184,7 +189,7 @@ def main(options: Options) -> None:
         say(f"stopped after {trainer.step} of {trainer.total_steps} steps; the test split was not looked at")
         return
     best = load_video_llm(options.output / "best", dtype=dtype).to(device)
-    report, predictions = evaluate(best, best, test, reader, device, options.eval_batch_size)
+    report, predictions = evaluate(best, best, test, reader, device, options.eval_batch_size, options.workers)
     report |= {
         "host": options.host,
         **about_run(options, trainer, None if val is None else val.name, start_step, seconds),
@@ -240,7 +245,13 @@ class NumberedClips(EvalClips):
 
 
 def evaluate(
-    model: VideoLLM, encode: Any, split: QASplit, reader: ClipReader, device: torch.device, batch_size: int
+    model: VideoLLM,
+    encode: Any,
+    split: QASplit,
+    reader: ClipReader,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Accuracy and written answers on a split, all ranks together; `encode` is the model or its DeepSpeed engine."""
     encode.eval()
@@ -251,7 +262,7 @@ def evaluate(
         return encode({"video": batch["video"], "times": batch["times"], "prompt": asked})
 
     clips = NumberedClips([question.clip for question in split.questions], reader)
-    found = encode_all(write, clips, device, ("prediction", "valid"), batch_size, label="questions")
+    found = encode_all(write, clips, device, ("prediction", "valid"), batch_size, workers, label="questions")
     rows = zip(split.questions, found["prediction"].tolist(), found["valid"].tolist(), strict=True)
     # questions about clips that could not be read, and those that nothing was written to, have no answer
     answers = {question.question_id: model.text(row) for question, row, valid in rows if valid}
@@ -285,4 +296,4 @@ def describe(model: VideoLLM, side: int) -> str:
 
 
 if __name__ == "__main__":
-    main(parse())
+    run(main, parse)

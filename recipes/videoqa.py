@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from tempme_vl.command import run
 from tempme_vl.data.questions import TrainQuestions, most_options
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.transforms import ClipTransform, Preprocess
@@ -46,6 +47,7 @@ from tempme_vl.recipe import (
     about_run,
     announce,
     begin,
+    check_files,
     cost,
     export,
     facts,
@@ -128,8 +130,9 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 
 def main(options: Options) -> None:
-    device = begin(options.seed)
+    device = begin(options)
     train, val, test = read_splits(options.dataset, options.data_root, options.video_root, options.annotations)
+    check_files(options, train, val, test)
     for asked in (split for split in (val, test) if split is not None):  # now, and not after an epoch
         if not most_options(asked) and most_options(train) and options.head == "classifier":
             raise ValueError(f"{train.name} teaches to choose among options; the questions of {asked.name} have none")
@@ -152,7 +155,7 @@ def main(options: Options) -> None:
     def end_epoch() -> None:
         score = float(trainer.epoch)  # without a validation split the last epoch is the best
         if val is not None:
-            score = evaluate(model, trainer.engine, val, reader, device)[0]["accuracy"]
+            score = evaluate(model, trainer.engine, val, reader, device, options.workers)[0]["accuracy"]
             trainer.log(val_accuracy=score)
         if trainer.is_best(score):
             export(trainer, model, options.output)
@@ -170,7 +173,7 @@ def main(options: Options) -> None:
         say(f"stopped after {trainer.step} of {trainer.total_steps} steps; the test split was not looked at")
         return
     best = load_qa_model(options.output / "best").to(device)
-    report, predictions = evaluate(best, best, test, reader, device)
+    report, predictions = evaluate(best, best, test, reader, device, options.workers)
     report |= {
         "head": options.head,
         "model": options.model,
@@ -220,11 +223,11 @@ def build_bert(options: Options, train: QASplit, answers: tuple[str, ...]) -> Vi
 
 
 def evaluate(
-    model: VideoQAModel, encode: Any, split: QASplit, reader: ClipReader, device: torch.device
+    model: VideoQAModel, encode: Any, split: QASplit, reader: ClipReader, device: torch.device, workers: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Accuracy and predictions on a split, all ranks together; `encode` is the model or its DeepSpeed engine."""
     encode.eval()
-    predictions = predict(model, encode, split, reader, device)
+    predictions = predict(model, encode, split, reader, device, workers=workers)
     return accuracy(predictions, split, model.answers or None, normalize=model.head.name == "llm"), predictions
 
 
@@ -239,4 +242,4 @@ def describe(train: QASplit, val: QASplit | None, test: QASplit, answers: tuple[
 
 
 if __name__ == "__main__":
-    main(parse())
+    run(main, parse)

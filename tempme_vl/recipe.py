@@ -8,21 +8,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from tempme_vl.command import at_least
+from tempme_vl.data.broken import MissingVideosError, check_videos
 from tempme_vl.data.motion import question_kind
 from tempme_vl.data.reader import ClipReader, broken_clips
 from tempme_vl.data.transforms import ClipTransform
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.videoqa import accuracy_by, table
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.reports import finish, provenance, write_json, write_whole
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import replace_export
 from tempme_vl.training.config import TrainConfig
@@ -33,11 +36,13 @@ from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
 # content of the annotations and of the DeepSpeed file counts instead of their paths, and what a precision stands for.
 MAY_CHANGE = {
     *("output", "resume", "max_steps", "save_every", "tensorboard", "workers", "local_rank"),
-    *("data_root", "video_root", "annotations", "frame_cache", "decode_timeout", "on_broken"),
+    *("data_root", "video_root", "annotations", "most_missing", "on_broken"),
+    *("frame_cache", "cache_memory", "decoder", "decode_timeout", "clip_memory"),
     *("deepspeed_config", "precision", "grad_checkpointing", "eval_batch_size"),
 }
 
 BROKEN_VIDEOS = "broken_videos.jsonl"
+MISSING_VIDEOS = "missing_videos.txt"
 MOTION_ROOT = Path("runs/motion-data")
 NO_VALIDATION = "no validation split: last epoch"
 
@@ -124,12 +129,20 @@ class ReadingOptions:
     """crop_flip mirrors clips: not where texts say left or right."""
     on_broken: Literal["record", "raise"] = "record"
     """Videos that cannot be read: listed in OUTPUT/broken_videos.jsonl and counted, or an error."""
+    most_missing: float = 0.1
+    """Share of the videos that may be missing; with more, OUTPUT/missing_videos.txt lists them and nothing is trained."""
     frame_cache: str = "none"
     """"memory", a folder, or "none": keeps decoded frames, the main speed-up of later epochs."""
+    cache_memory: float = 4.0
+    """GiB of --frame-cache memory, which a rank's workers share; further clips are decoded each time."""
+    decoder: Literal["auto", "pyav", "decord"] = "auto"
+    """pyav (a new FFmpeg), decord (an FFmpeg of 2018, not for files of strangers); auto tries both in that order."""
     decode_timeout: float | None = 60.0
     """Seconds after which a decoder is ended; None decodes without a guard."""
+    clip_memory: float | None = 2.0
+    """GiB that reading one clip may take; more makes it a broken one. None: no limit."""
     workers: int = 8
-    """Loader processes a rank."""
+    """Loader processes a rank, in training and evaluation; 0 reads in the rank's own process."""
 
     def reader(self, num_frames: int, transform: ClipTransform, output: Path) -> ClipReader:
         """Without augmentation; broken clips are listed in `output`."""
@@ -138,9 +151,12 @@ class ReadingOptions:
             transform,
             sampling=self.sampling,
             timeout=self.decode_timeout,
+            backend=self.decoder,
+            memory_gib=self.clip_memory,
             on_broken=self.on_broken,
             broken_log=output / BROKEN_VIDEOS,
             cache=None if self.frame_cache == "none" else self.frame_cache,
+            cache_gib=self.cache_memory,
         )
 
 
@@ -155,6 +171,7 @@ class TrainingOptions:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     epochs: int = 5
+    """0 evaluates and exports the model as it starts (zero-shot)."""
     batch_size: int = 128
     """Global: over all ranks."""
     grad_checkpointing: bool = False
@@ -260,14 +277,48 @@ def first_look(arguments: Sequence[str] | None, names: Sequence[str]) -> argpars
     return parser.parse_known_args(arguments)[0]
 
 
-def begin(seed: int) -> torch.device:
-    """Joins the ranks, seeds torch and lets the first rank print what became of a checkpoint's keys."""
+def begin(options: Any) -> torch.device:
+    """Refuses numbers that mean nothing, joins the ranks and seeds torch."""
+    check_numbers(options)
     device = distributed.initialize()
-    if distributed.is_main():
-        logging.getLogger("tempme_vl.tasks").addHandler(logging.StreamHandler())
-        logging.getLogger("tempme_vl.tasks").setLevel(logging.INFO)
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     return device
+
+
+def check_numbers(options: Any) -> None:
+    """ValueError for a number that an option of any recipe cannot have; names the option."""
+    least = {
+        0: ("epochs", "workers", "max_steps", "lr", "lr_new", "weight_decay", "clip_grad"),
+        1: ("batch_size", "eval_batch_size", "save_every", "num_frames", "max_words", "chunks"),
+    }
+    for number, names in least.items():
+        at_least(number, **{name: getattr(options, name) for name in names if hasattr(options, name)})
+    for name in ("warmup", "lr_floor", "beta2", "most_missing"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is a share, 0 to 1; got {getattr(options, name)}")
+
+
+def check_files(options: Any, *splits: Any) -> None:
+    """Looks for the videos of all splits, before anything else takes time.
+
+    Raises:
+        ValueError: more than --most-missing are not there; OUTPUT/missing_videos.txt lists them.
+    """
+    clips = [clip for split in splits if split is not None for clip in clips_of(split)]
+    file = options.output / MISSING_VIDEOS
+    try:
+        missing = check_videos(clips, options.most_missing)
+    except MissingVideosError as error:
+        if distributed.is_main():
+            write_whole(file, "".join(f"{path}\n" for path in error.paths).encode())
+        raise ValueError(f"{error}; {file} lists all, --most-missing sets the share") from None
+    if missing:
+        say(f"{len(missing)} videos are missing, among them {missing[0]}; they count as not found in evaluation")
+
+
+def clips_of(split: Any) -> list[Any]:
+    """The clips of a split of captions or questions."""
+    return [question.clip for question in split.questions] if isinstance(split, QASplit) else split.clips
 
 
 def facts(options: Any, model: Any, **splits: Any) -> dict[str, Any]:
@@ -306,9 +357,9 @@ def announce(options: Any, model: str, data: str) -> None:
     """Writes OUTPUT/options.json and prints what will be trained on what, both in words."""
     if not distributed.is_main():
         return
-    options.output.mkdir(parents=True, exist_ok=True)
     chosen = {field.name: getattr(options, field.name) for field in fields(options)}
-    (options.output / "options.json").write_text(json.dumps(chosen, indent=2, default=str) + "\n")
+    plain = json.loads(json.dumps(chosen, default=str))
+    write_json(options.output / "options.json", {**plain, **provenance()})
     if options.dataset == "motion":
         say(f"Data set motion: embedded, rendered in {options.data_root}")
     say(f"{model}\n{data}")
@@ -351,15 +402,19 @@ def about_run(options: Any, trainer: Trainer, val: str | None, start_step: int, 
     }
 
 
-def write_report(options: Any, report: dict[str, Any], shown: str) -> None:
-    """Writes OUTPUT/report.json and prints what is to be shown of it, and which videos are missing in it."""
+def write_report(options: Any, report: dict[str, Any], shown: str, *more: Callable[[], object]) -> None:
+    """Prints what is to be shown of a report, and which videos are missing in it; then writes OUTPUT/report.json.
+
+    Args:
+        more: write other files.
+    """
     if not distributed.is_main():
         return
-    (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     chosen = report["selected_on"]
-    say(f"\n{chosen if chosen == NO_VALIDATION else f'best epoch chosen on {chosen}'}\n{shown}")
+    lines = [f"\n{chosen if chosen == NO_VALIDATION else f'best epoch chosen on {chosen}'}", shown]
     if report["broken_videos"]:
-        say(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
+        lines.append(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
+    finish("\n".join(lines), report, options.output / "report.json", *more)
 
 
 def write_answers(options: Any, report: dict[str, Any], predictions: dict[str, str], test: QASplit) -> None:
@@ -368,9 +423,8 @@ def write_answers(options: Any, report: dict[str, Any], predictions: dict[str, s
     if options.dataset == "motion":
         report["by_kind"] = accuracy_by(predictions, test, question_kind)
         shown += [f"{kind:<10}{count:>10}{percent:>12.2f}" for kind, (percent, count) in report["by_kind"].items()]
-    if distributed.is_main():
-        (options.output / "predictions.json").write_text(json.dumps(predictions, indent=0) + "\n")
-    write_report(options, report, "\n".join(shown))
+    file = options.output / "predictions.json"
+    write_report(options, report, "\n".join(shown), partial(write_json, file, predictions, 0))
 
 
 def say(text: str) -> None:

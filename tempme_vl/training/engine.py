@@ -110,8 +110,8 @@ class Trainer:
             )
         if config.schedule not in SCHEDULES:
             raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}; got {config.schedule!r}")
-        factor = SCHEDULES[config.schedule]
-        schedule = LambdaLR(optimizer, lambda step: factor(step, self.total_steps, config.warmup, config.lr_floor))
+        factor, steps = SCHEDULES[config.schedule], max(1, self.total_steps)
+        schedule = LambdaLR(optimizer, lambda step: factor(step, steps, config.warmup, config.lr_floor))
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -129,7 +129,7 @@ class Trainer:
 
         Args:
             end_epoch: evaluates and exports. Called after every epoch, once its checkpoint is written; should a run end
-                before it is done, the run that is resumed does it first.
+                before it is done, the run that is resumed does it first. A run of 0 epochs calls it once.
         """
         sampler = StepSampler(*self._sampler_options, self.step, distributed.rank(), distributed.world_size())
         loader = DataLoader(
@@ -146,7 +146,7 @@ class Trainer:
             total=self.total_steps, initial=self.step, desc="train", disable=not distributed.is_main(), mininterval=2
         )
         try:
-            if self._epoch_is_open and end_epoch is not None:
+            if end_epoch is not None and (self._epoch_is_open or self.total_steps == 0):
                 self._close_epoch(end_epoch)
             for batch in loader:
                 yield {key: _to(value, self.device) for key, value in batch.items()}
