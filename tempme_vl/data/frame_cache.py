@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ class FrameCache:
                 partial.unlink(missing_ok=True)
         except OSError as error:
             self._warn("cannot be kept", f"{file} cannot be written, clips are decoded each time instead: {error}")
+
+    @contextlib.contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """While one process reads the frames of a key, others that want them wait to find them here."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # no folder to write to, or one without locks: each reads by itself
+                locks = self.folder / "locks"
+                locks.mkdir(parents=True, exist_ok=True)
+                stream = stack.enter_context((locks / key[:2]).open("ab"))  # few files; two keys seldom share one
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.npy"

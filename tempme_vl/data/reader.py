@@ -128,12 +128,16 @@ class ClipReader:
         random_frames = rng is not None and self.sampling == "segment"
         if self._kept is None or random_frames or self.transform.augment == "crop_flip":
             return self._decode(clip, rng)
-        key = self._key(clip)
-        size = self.transform.preprocess.image_size
-        kept = self._kept.get(key, (self.num_frames, size, size, 3))
-        if kept is None:
-            kept = self._decode(clip, rng)
-            self._kept.put(key, *kept)
+        key, size = self._key(clip), self.transform.preprocess.image_size
+        shape = (self.num_frames, size, size, 3)
+        kept = self._kept.get(key, shape)
+        if kept is not None:
+            return kept
+        with self._kept.alone(key):
+            kept = self._kept.get(key, shape)
+            if kept is None:
+                kept = self._decode(clip, rng)
+                self._kept.put(key, *kept)
         return kept
 
     def _decode(self, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def test_cached_pixels_are_the_same_and_decoded_once(tmp_path: Path, decoded: li
         assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_share_the_memory_and_decode_each_clip_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = [Clip(str(number), write_clip(tmp_path / f"{number}.mp4", 5)) for number in range(8)]
     counted, original = tmp_path / "decoded.txt", module.read_frames
@@ -98,13 +100,18 @@ def test_workers_share_the_memory_and_decode_each_clip_once(tmp_path: Path, monk
     def counting(path: Path, *args: Any, **named: Any) -> Any:
         with counted.open("a") as file:
             file.write(f"{path.name}\n")
+        time.sleep(0.05)
         return original(path, *args, **named)
 
     monkeypatch.setattr(module, "read_frames", counting)
     reader = make_reader(tmp_path, cache="memory")
+    often = [clip for clip in clips for _ in range(3)]  # several workers at once want the same
+    for batch in DataLoader(EvalClips(often, reader), batch_size=1, num_workers=4):
+        assert batch["valid"].all()
+    assert sorted(counted.read_text().split()) == [clip.path.name for clip in clips]
     epochs = [
         torch.cat([batch["video"] for batch in DataLoader(EvalClips(clips, read), batch_size=2, num_workers=workers)])
-        for read, workers in ((reader, 4), (reader, 3), (replace(reader), 0), (pickle.loads(pickle.dumps(reader)), 0))
+        for read, workers in ((reader, 2), (replace(reader), 0), (pickle.loads(pickle.dumps(reader)), 0))
     ]
     assert all(torch.equal(epochs[0], other) for other in epochs[1:])
     assert sorted(counted.read_text().split()) == [clip.path.name for clip in clips]
@@ -220,9 +227,9 @@ def test_the_backend_and_the_memory_are_the_readers_choice(tmp_path: Path) -> No
     assert not make_reader(tmp_path, backend="decord")(clip).valid
     for augment in ("none", "crop_flip"):
         small = make_reader(
-            tmp_path, memory_gib=1e-4, on_broken="raise", transform=replace(SMALL, augment=augment), timeout=60
+            tmp_path, memory_gib=5e-5, on_broken="raise", transform=replace(SMALL, augment=augment), timeout=60
         )
-        with pytest.raises(VideoError, match=r"a\.avi: .*96 x 64 pixels .* 0\.0001 are allowed"):
+        with pytest.raises(VideoError, match=r"a\.avi: .*96 x 64 pixels .* are allowed"):
             small(clip, np.random.default_rng(0))
 
 
