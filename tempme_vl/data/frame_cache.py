@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import io
 import logging
+import mmap
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 PREFIX = "tempme-frames-"
+MOST_MAPPED = 20_000  # Linux allows a process 65,530 mappings
 
 
 class FrameCache:
@@ -32,29 +34,40 @@ class FrameCache:
     Args:
         folder: made when it is needed.
         limit: bytes that all files may take together; None: no limit.
+        mapped: whether files stay mapped once they were checked, so that processes share the memory of what they
+            read. Not for folders that others can write to: a mapped file must not shrink.
     """
 
-    def __init__(self, folder: str | Path, limit: int | None = None) -> None:
-        self.folder, self.limit = Path(folder), limit
+    def __init__(self, folder: str | Path, limit: int | None = None, mapped: bool = False) -> None:
+        self.folder, self.limit, self.mapped = Path(folder), limit, mapped
+        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._said: set[str] = set()
         self._owner: Any = None
 
     def __getstate__(self) -> dict[str, Any]:  # a spawned worker uses the folder but does not own it
-        return {**self.__dict__, "_owner": None}
+        return {**self.__dict__, "_known": {}, "_owner": None}
 
     def get(self, key: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Pixels of that shape (F, H, W, 3) uint8 and times (F,) float64, or None."""
+        """Pixels of that shape (F, H, W, 3) uint8 and times (F,) float64, or None. They are not to be changed."""
+        if key in self._known:
+            return self._known[key]
         file = self._file(key)
         try:
             with file.open("rb", buffering=0) as stream:
-                data = np.empty(os.fstat(stream.fileno()).st_size, np.uint8)
-                complete = stream.readinto(data.data) == len(data)
+                size = os.fstat(stream.fileno()).st_size
+                if self.mapped and size:
+                    data = np.frombuffer(mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY), np.uint8)
+                else:
+                    data = np.empty(size, np.uint8)
+                    data = data[: stream.readinto(data.data)]
         except FileNotFoundError:
             return None
         except OSError as error:
             self._warn("cannot be read", f"{file} cannot be read, its clip is decoded instead: {error}")
             return None
-        entry = _unpack(data, shape) if complete else None
+        entry = _unpack(data, shape)
+        if entry is not None and self.mapped and len(self._known) < MOST_MAPPED:
+            self._known[key] = entry
         if entry is None:
             logger.warning("%s is damaged: it is removed, and its clip decoded again", file)
             with contextlib.suppress(OSError):
@@ -127,7 +140,7 @@ def memory_cache(limit: int) -> FrameCache:
     place = shared if roomy else Path(tempfile.gettempdir())
     _remove_left_over(place)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
-    cache = FrameCache(folder, limit)
+    cache = FrameCache(folder, limit, mapped=True)
     lock = _locked(folder / "new")  # held, also by forked workers, as long as the folder is used
     (folder / "new").rename(folder / "owner")
     cache._owner = weakref.finalize(cache, _remove, folder, lock, os.getpid())

@@ -53,6 +53,18 @@ def test_what_is_put_is_got_and_other_tools_can_read_it(cache: FrameCache) -> No
     assert [path.name for path in cache.folder.iterdir()] == ["a.npy"]
 
 
+def test_memory_is_checked_too_and_then_shared(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = memory_cache(10**9)
+    for data in (b"", b"short", bytes(frame_cache._pack(PIXELS, TIMES)[:-1])):
+        (cache.folder / "a.npy").write_bytes(data)
+        assert cache.get("a", SHAPE) is None
+    assert caplog.text.count("is damaged") == 3
+    cache.put("a", PIXELS, TIMES)
+    check(cache)
+    first, again = (cache.get("a", SHAPE) for _ in range(2))
+    assert first is not None and again is not None and np.shares_memory(first[0], again[0])
+
+
 def test_any_damage_is_noticed_named_and_mended(cache: FrameCache, caplog: pytest.LogCaptureFixture) -> None:
     file = cache.folder / "a.npy"
     whole = file.read_bytes()
