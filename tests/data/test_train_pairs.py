@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from clips import different, write_clip
@@ -54,9 +55,8 @@ def test_every_caption_is_a_pair_with_its_clip(split: RetrievalSplit, reader: Cl
     for item in items:
         assert (item["video"].shape, item["frame_mask"].tolist()) == ((4, 3, 16, 16), [1] * 4)
         assert item["text_ids"].shape == item["text_mask"].shape == (6,)
-    for item, clip in zip(items, [split.clips[item["video_id"]] for item in items], strict=True):
-        assert torch.equal(item["times"], reader(clip).times)
-        assert item["times"].shape == (4,) and item["times"].diff().gt(0).all()
+        of_clip = reader(split.clips[item["video_id"]], np.random.default_rng(0))
+        assert torch.equal(item["times"], of_clip.times) and item["times"].diff().gt(0).all()
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(split: RetrievalSplit, reader: ClipReader) -> None:
