@@ -57,7 +57,7 @@ class Options:
     annotations: Path | None = None
     """The JSON-lines file of --dataset jsonl."""
     split: str | None = None
-    """Default: the test split (msrvtt test_1k, activitynet val_1); jsonl without a test split: all clips."""
+    """Default: the test split (msrvtt test_1k, activitynet val_1); of jsonl without any splits all clips."""
     sampling: Literal["fps1", "uniform", "segment"] | None = None
     """Which frames. Default: as in training."""
     dual_softmax: bool = False

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
-from tempme_vl.data.splits import RetrievalSplit, check_split_name, find_annotations, make_split
+from tempme_vl.data.files import AnnotationError, as_file_id, as_seconds, as_texts, errors_at, load_json, shown
+from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
 
 FILES = {"train": "train.json", "val_1": "val_1.json"}
 
@@ -17,10 +17,35 @@ def read_split(root: str | Path, split: str, video_root: str | Path | None = Non
     The caption is all sentences joined by a space, the clip 0 to ceil(duration) seconds; 64 words, 64 frames.
     "val_1" is what papers test on. The public id lists hold a few ids without annotations, and are not needed.
     """
-    check_split_name("activitynet", split, FILES)
+    split = known_split("activitynet", split, FILES)
     (path,) = find_annotations(root, [FILES[split]], ("captions",))
-    data = json.loads(path.read_text(encoding="utf-8"))
-    captions = {i: [" ".join(sentence.strip() for sentence in video["sentences"])] for i, video in data.items()}
-    times = {i: (0.0, float(math.ceil(video["duration"]))) for i, video in data.items()}
+    data = load_json(path)
+    if not isinstance(data, dict):
+        raise AnnotationError(f'{path}: expected {{id: {{"duration", "timestamps", "sentences"}}}}; got {shown(data)}')
+    captions: dict[str, list[str]] = {}
+    times: dict[str, tuple[float, float]] = {}
+    for video_id, video in data.items():
+        with errors_at(f"{path}, entry {shown(video_id)}"):
+            captions[as_file_id(video_id)] = [_paragraph(video)]
+            times[video_id] = (0.0, float(math.ceil(_duration(video))))
     folders = ("Activity_Videos", "Videos")
-    return make_split(f"activitynet/{split}", captions, root, video_root, folders, times, max_words=64, num_frames=64)
+    return make_split(
+        f"activitynet/{split}", path, captions, root, video_root, folders, times, max_words=64, num_frames=64
+    )
+
+
+def _paragraph(video: object) -> str:
+    if not isinstance(video, dict):
+        raise ValueError(f"expected a JSON object; got {shown(video)}")
+    sentences = as_texts("sentences", video.get("sentences"))
+    timestamps = video.get("timestamps", sentences)  # not used; another number of them means that some are lost
+    if not isinstance(timestamps, list | tuple) or len(timestamps) != len(sentences):
+        raise ValueError(f"{len(sentences)} sentences need as many timestamps; got {shown(timestamps)}")
+    return " ".join(sentence.strip() for sentence in sentences)
+
+
+def _duration(video: dict[str, object]) -> float:
+    seconds = as_seconds("duration", video.get("duration"))
+    if not seconds:
+        raise ValueError("'duration' must be more than 0 seconds")
+    return seconds

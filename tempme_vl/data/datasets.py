@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tempme_vl.data import activitynet, didemo, lsmdc, motion, msrvtt, msvd
-from tempme_vl.data.jsonl import jsonl_splits, read_jsonl
-from tempme_vl.data.splits import RetrievalSplit, check_split_name, holdout_validation
+from tempme_vl.data.jsonl import jsonl_names, jsonl_splits, read_jsonl
+from tempme_vl.data.splits import RetrievalSplit, holdout_validation, known_split, noted, trained_on
 
 
 def _read_motion(root: str | Path, split: str, video_root: str | Path | None) -> RetrievalSplit:
-    check_split_name("motion", split, msrvtt.SPLITS)  # before it is rendered
+    split = known_split("motion", split, msrvtt.SPLITS)  # before it is rendered
     return msrvtt.read_split(motion.render_motion(root), split, video_root)
 
 
@@ -89,29 +89,40 @@ class Source:
         if self.dataset != "jsonl" and self.root is None:
             raise ValueError(f"--dataset {self.dataset} needs --data-root, the folder of its annotation files")
 
-    def read(self, split: str) -> RetrievalSplit:
-        """A split by name; of a JSON-lines file without that split, all lines."""
+    def read(self, split: str | None = None) -> RetrievalSplit:
+        """A split by name; None for the one that is usually tested on.
+
+        Where no line of a JSON-lines file has a split, the usual names stand for all lines; the note says so.
+        ValueError for a name that is not there; lists those that are.
+        """
         if self.dataset != "jsonl":
             assert self.root is not None
-            return load_split(self.dataset, self.root, split, self.video_root)
+            return load_split(self.dataset, self.root, split or usual_splits(self.dataset).test, self.video_root)
         assert self.annotations is not None and self.video_root is not None
-        there = split in jsonl_splits(self.annotations)
-        return read_jsonl(self.annotations, self.video_root, split if there else None)
+        if split not in (None, "train", "test") or jsonl_splits(self.annotations):
+            return read_jsonl(self.annotations, self.video_root, split or "test")
+        everything = read_jsonl(self.annotations, self.video_root)
+        return noted(everything, f"all clips of {self.annotations}, which has no splits: perhaps they were trained on")
 
     def read_all(self, names: SplitNames, seed: int) -> tuple[RetrievalSplit, RetrievalSplit | None, RetrievalSplit]:
         """Training, validation and test split; what is held out of training is drawn from `seed`.
 
-        Of a JSON-lines file without a training split all lines train, without a test split training is tested.
+        Where no line of a JSON-lines file has a split, all lines train; without its usual test split training is
+        tested. A clip that is trained on and validated or tested makes that split's note, which is logged too.
+        ValueError for other names that are not there; lists those that are.
         """
-        train, val_name = self.read(names.train), names.val
         if self.dataset != "jsonl":
-            test = self.read(names.test)
+            train, test = self.read(names.train), self.read(names.test)
+            val = None if names.val is None else self.read(names.val)
         else:
-            assert self.annotations is not None
-            there = jsonl_splits(self.annotations)
-            test = self.read(names.test) if names.test in there else train
-            val_name = "val" if "val" in there else None
-        val = None if val_name is None else self.read(val_name)
+            assert self.annotations is not None and self.video_root is not None
+            file, videos = self.annotations, self.video_root
+            lines = jsonl_names(file, names.train, names.val, names.test)
+            train = read_jsonl(file, videos, lines.train)
+            val = None if lines.val is None else read_jsonl(file, videos, lines.val)
+            test = train if lines.test is None else read_jsonl(file, videos, lines.test)
         if val is None and names.holdout:
             train, val = holdout_validation(train, names.holdout, seed)
-        return train, val, test
+        if val is not None:
+            val = noted(val, trained_on(train.clips, val.clips))
+        return train, val, noted(test, trained_on(train.clips, test.clips))

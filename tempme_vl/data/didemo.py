@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
+from typing import Any
 
-from tempme_vl.data.splits import RetrievalSplit, check_split_name, find_annotations, make_split
+from tempme_vl.data.files import as_file_id, as_text, check_distinct, csv_rows, each_object, errors_at, load_json
+from tempme_vl.data.splits import RetrievalSplit, find_either, known_split, make_split
 
 SPLITS = ("train", "val", "test")
 END_SECONDS = 31.0
@@ -19,31 +19,40 @@ def read_split(root: str | Path, split: str, video_root: str | Path | None = Non
     (1,065 and 1,004 videos in val and test), joined by a space in the file's order. Videos are known by their name
     without extension, since one video occurs with several. 64 words, 64 frames.
     """
-    check_split_name("didemo", split, SPLITS)
+    split = known_split("didemo", split, SPLITS)
     names = (f"didemo_{split}_label.tmass.csv", f"{split}_data.json")
-    try:
-        (path,) = find_annotations(root, names[:1], ("didemo_data",))
-    except ValueError as error:
-        try:
-            (path,) = find_annotations(root, names[1:], ("didemo_data",))
-        except ValueError:
-            raise ValueError(f"{error} (the original {names[1]} would do as well)") from None
-    descriptions: dict[str, list[str]] = {}
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if not {"video_path", "text"} <= set(reader.fieldnames or ()):
-                raise ValueError(f"{path}: expected the columns video_path, text; found {reader.fieldnames}")
-            for row in reader:
-                descriptions.setdefault(_video_id(row["video_path"]), []).append(row["text"])
-    else:
-        for entry in json.loads(path.read_text(encoding="utf-8")):
-            descriptions.setdefault(_video_id(entry["video"]), []).append(entry["description"])
+    path = find_either(root, names, ("didemo_data",))
+    descriptions = _paragraphs(path) if path.suffix == ".csv" else _descriptions(path)
     captions = {i: [" ".join(text.strip() for text in texts)] for i, texts in descriptions.items()}
     times = dict.fromkeys(captions, (0.0, END_SECONDS))
     folders = ("DiDeMo_Videos", "all_videos")
-    return make_split(f"didemo/{split}", captions, root, video_root, folders, times, max_words=64, num_frames=64)
+    return make_split(f"didemo/{split}", path, captions, root, video_root, folders, times, max_words=64, num_frames=64)
+
+
+def _paragraphs(path: Path) -> dict[str, list[str]]:
+    paragraphs: dict[str, list[str]] = {}
+    for place, row in csv_rows(path, ("video_path", "text")):
+        with errors_at(place):
+            video_id = _video_id(row["video_path"])
+            if video_id in paragraphs:
+                raise ValueError(f"{video_id} again; expected one paragraph per video")
+            paragraphs[video_id] = [as_text("text", row["text"])]
+    return paragraphs
+
+
+def _descriptions(path: Path) -> dict[str, list[str]]:
+    descriptions: dict[str, list[str]] = {}
+
+    def read(entry: dict[str, Any]) -> None:
+        video_id = _video_id(as_text("video", entry.get("video")))
+        descriptions.setdefault(video_id, []).append(as_text("description", entry.get("description")))
+
+    entries = load_json(path)
+    for _ in each_object(str(path), entries, read):
+        pass
+    check_distinct(str(path), "annotation_id", entries)
+    return descriptions
 
 
 def _video_id(path: str) -> str:
-    return path.rsplit("/", 1)[-1].partition(".")[0]
+    return as_file_id(path.rsplit("/", 1)[-1].partition(".")[0])

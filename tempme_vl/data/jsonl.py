@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any
 
-from tempme_vl.data.files import as_text, as_texts, errors_at, read_text
-from tempme_vl.data.splits import Clip, RetrievalSplit
+from tempme_vl.data.files import AnnotationError, as_id, as_seconds, as_text, as_texts, errors_at, json_lines, shown
+from tempme_vl.data.splits import Clip, RetrievalSplit, resolve_split
+
+_log = logging.getLogger(__name__)
 
 
 def read_jsonl(
@@ -24,62 +26,116 @@ def read_jsonl(
 
     Keys: `file` (relative to `video_root`), `caption` or `captions` (a list), and optionally `start`, `end`
     (seconds), `split`, `id`; others are ignored. Lines with the same file, start and end are one clip with several
-    captions. `split` keeps the lines of that split; None keeps all.
-    ValueError names the file and the line.
+    captions. `split` keeps the lines of that split, by its name or a usual synonym; None keeps all.
+    AnnotationError names the file and the line; for a split that no line has it lists those that there are.
     """
     path, root = Path(annotations), Path(video_root)
     clips: dict[tuple[Path, float | None, float | None], tuple[Clip, list[str]]] = {}
-    for place, entry in jsonl_entries(path, split):
+    split, entries = jsonl_entries(path, split)
+    for place, entry in entries:
         with errors_at(place):
             clip = clip_of(entry, root)
-            clip = replace(clip, video_id=str(entry.get("id", clip.video_id)))
+            if "id" in entry:
+                clip = replace(clip, video_id=as_id(entry["id"]))
             known, texts = clips.setdefault((clip.path, clip.start, clip.end), (clip, []))
             if known.video_id != clip.video_id:
                 raise ValueError(f"this clip had the id {known.video_id!r} before, and now {clip.video_id!r}")
             texts.extend(_captions(entry))
-    return RetrievalSplit(
-        name=f"{path.stem}/{split or 'all'}",
-        clips=tuple(clip for clip, _ in clips.values()),
-        captions=tuple(tuple(texts) for _, texts in clips.values()),
-        max_words=max_words,
-        num_frames=num_frames,
-    )
+    with errors_at(str(path)):
+        return RetrievalSplit(
+            name=f"{path.stem}/{split or 'all'}",
+            clips=tuple(clip for clip, _ in clips.values()),
+            captions=tuple(tuple(texts) for _, texts in clips.values()),
+            max_words=max_words,
+            num_frames=num_frames,
+        )
 
 
 def jsonl_splits(annotations: str | Path) -> set[str]:
-    """The values of "split" that occur in a JSON-lines file; ValueError as in `jsonl_entries`."""
-    return {entry["split"] for _, entry in jsonl_entries(Path(annotations)) if isinstance(entry.get("split"), str)}
+    """The splits that the lines of a file have; empty where none has any. AnnotationError as `jsonl_entries`."""
+    return {name for name in map(_split_of, json_lines(Path(annotations))) if name is not None}
 
 
-def jsonl_entries(path: Path, split: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON-lines file, each with its place to name in errors.
+def jsonl_entries(path: Path, split: str | None = None) -> tuple[str | None, list[tuple[str, dict[str, Any]]]]:
+    """The objects of a JSON-lines file, each with its place to name in errors, and the file's name of `split`.
 
-    `split` keeps the lines of that split; None keeps all. ValueError for a line that is no object, and where no line
-    is kept; it lists the splits that there are.
+    `split` keeps the lines of that split, by its name or a usual synonym; None keeps all. Lines without a split are in
+    none, which is logged.
+
+    Raises:
+        AnnotationError: a line that is no object or whose split is no text, a split that no line has (lists those that
+            there are), no lines at all.
     """
-    names, kept = set(), 0
-    # not splitlines: JSON may hold line separators of Unicode as they are
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        with errors_at(place):
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError(f"expected a JSON object; got {line[:60]!r}")
-        names.add(str(entry.get("split")))
-        if split is None or entry.get("split") == split:
-            kept += 1
-            yield place, entry
-    if not kept:
-        found = f"; splits found: {', '.join(sorted(names))}" if split is not None and names else ""
-        raise ValueError(f"{path}: no lines" + (f" with split {split!r}" if split is not None else "") + found)
+    entries = list(json_lines(path))
+    if not entries:
+        raise AnnotationError(f"{path}: no lines")
+    names = [_split_of(line) for line in entries]
+    if split is None:
+        return None, entries
+    counts = Counter(names)
+    with errors_at(str(path)):
+        chosen = resolve_split(str(path), split, sorted(name for name in counts if name is not None))
+    if chosen is None:
+        found = ", ".join(sorted(map(str, counts)))
+        raise AnnotationError(f"{path}: no lines with split {split!r}; splits found: {found}")
+    if counts[None]:
+        _log.warning("%s: %d of %d lines have no split and are left out", path, counts[None], len(entries))
+    return chosen, [line for line, name in zip(entries, names, strict=True) if name == chosen]
+
+
+@dataclass(frozen=True)
+class JsonlNames:
+    """Which lines of a JSON-lines file train, validate and test.
+
+    `train` None: all lines, since none has a split. `val` None: none validates. `test` None: no line has the usual
+    split to test on, so that only training can be tested on.
+    """
+
+    train: str | None
+    val: str | None
+    test: str | None
+
+
+def jsonl_names(
+    annotations: str | Path, train: str = "train", val: str | None = None, test: str = "test"
+) -> JsonlNames:
+    """The file's names of these splits.
+
+    Only usual names may be missing, as they need not have been given: all of them where no line has a split, and
+    "test". `val` None takes what validates if the file has it.
+
+    Raises:
+        AnnotationError: as `jsonl_entries`; lists the splits that there are where a name is none of them.
+    """
+    path = Path(annotations)
+    there = sorted(jsonl_splits(path))
+
+    def named(wanted: str) -> str | None:
+        with errors_at(str(path)):
+            return resolve_split(str(path), wanted, there)
+
+    names = JsonlNames(named(train), named(val or "val"), named(test))
+    missing = [
+        wanted
+        for wanted, name, may_miss in (
+            (train, names.train, not there and train == "train"),
+            (val, names.val, val is None),
+            (test, names.test, test == "test"),
+        )
+        if name is None and not may_miss
+    ]
+    if missing:
+        found = ", ".join(there) or "none, no line has a split"
+        raise AnnotationError(f"{path}: no lines with split {', '.join(map(repr, missing))}; splits found: {found}")
+    return names
 
 
 def clip_of(entry: dict[str, Any], root: Path) -> Clip:
     """The file and part of it that a line speaks of; its id is the file's name, with the part if there is one."""
     file = as_text("file", entry.get("file"))
-    start, end = (_seconds(key, entry.get(key)) for key in ("start", "end"))
+    if ".." in PurePath(file).parts or file != file.strip():
+        raise ValueError(f"'file' must be a path without '..' and without blanks around it; got {shown(file)}")
+    start, end = (None if entry.get(key) is None else as_seconds(key, entry[key]) for key in ("start", "end"))
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"end must be greater than start; got start={start}, end={end}")
     return Clip(file if (start, end) == (None, None) else f"{file}@{start}-{end}", root / file, start, end)
@@ -93,9 +149,9 @@ def _captions(entry: dict[str, Any]) -> list[str]:
     return [text.strip() for text in as_texts("captions", entry["captions"])]
 
 
-def _seconds(key: str, value: object) -> float | None:
-    if value is None:
+def _split_of(line: tuple[str, dict[str, Any]]) -> str | None:
+    place, entry = line
+    if entry.get("split") is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"{key!r} must be a number of seconds, 0 or more; got {value!r}")
-    return float(value)
+    with errors_at(place):
+        return as_id(entry["split"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tempme_vl.data.splits import RetrievalSplit, check_split_name, find_annotations, make_split
+from tempme_vl.data.files import AnnotationError, as_file_id, as_text, errors_at, read_lines, shown
+from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
 
 FILES = {
     "train": "LSMDC16_annos_training.csv",
@@ -16,15 +17,16 @@ FILES = {
 def read_split(root: str | Path, split: str, video_root: str | Path | None = None) -> RetrievalSplit:
     """Reads the split's file: tab-separated, without quoting: clip, four times, sentence. 32 words, 12 frames.
 
-    Only three lines of the test file were at hand when this was written; a line of another form is a ValueError
+    Only three lines of the test file were at hand when this was written; a line of another form is an AnnotationError
     that names it. Several sentences of one clip become its captions.
     """
-    check_split_name("lsmdc", split, FILES)
+    split = known_split("lsmdc", split, FILES)
     (path,) = find_annotations(root, [FILES[split]], ("lsmdc_data",))
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for place, line in read_lines(path):
         fields = line.split("\t")
         if len(fields) != 6 or not fields[0].strip() or not fields[5].strip():
-            raise ValueError(f"{path}, line {number}: expected clip, 4 times and a sentence between tabs; got {line!r}")
-        captions.setdefault(fields[0].strip(), []).append(fields[5])
-    return make_split(f"lsmdc/{split}", captions, root, video_root, ("LSMDC_Videos", "avi"))
+            raise AnnotationError(f"{place}: expected clip, 4 times and a sentence between tabs; got {shown(line)}")
+        with errors_at(place):
+            captions.setdefault(as_file_id(fields[0].strip()), []).append(as_text("sentence", fields[5]))
+    return make_split(f"lsmdc/{split}", path, captions, root, video_root, ("LSMDC_Videos", "avi"))

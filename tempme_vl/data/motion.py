@@ -24,6 +24,8 @@ from typing import Any
 import av
 import numpy as np
 
+from tempme_vl.data.files import check_regular, load_json
+
 VERSION = 3  # raise it with every change to what is rendered or written
 SIZE = 64
 FPS = 8
@@ -372,7 +374,7 @@ def _is_finished(root: Path, description: dict[str, Any]) -> bool:
     path = root / "motion.json"
     if not path.exists():
         return False
-    found = json.loads(path.read_text())
+    found = load_json(path)
     if found != description:
         raise ValueError(
             f"{root} holds the motion data set of other parameters: expected {description}, found {found}. "
@@ -384,8 +386,12 @@ def _is_finished(root: Path, description: dict[str, Any]) -> bool:
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
     """Hold the folder's lock; the system releases it when the process dies."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root}: expected a folder")
     root.mkdir(parents=True, exist_ok=True)
     lock = root / _LOCK
+    if os.path.lexists(lock):
+        check_regular(lock)
     # The lock file comes before all others and stays, so it tells a folder of ours from, say, the real MSRVTT.
     if any(root.iterdir()) and not lock.exists():
         raise ValueError(f"{root} is not empty and was not made by render_motion: choose an empty folder")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from tempme_vl.data.splits import RetrievalSplit, check_split_name, find_annotations, make_split
+from tempme_vl.data.files import (
+    AnnotationError,
+    as_file_id,
+    as_text,
+    check_distinct,
+    csv_rows,
+    each_object,
+    errors_at,
+    few,
+    load_json,
+    shown,
+)
+from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
 
 ALL_CAPTIONS = "MSRVTT_data.json"
 TRAIN_LISTS = {"train_9k": "MSRVTT_train.9k.csv", "train_7k": "MSRVTT_train.7k.csv"}
@@ -24,36 +36,66 @@ def read_split(root: str | Path, split: str, video_root: str | Path | None = Non
     per clip (995 of them unique). "test_full": the 2,990 clips marked "test" with 20 captions each. There is no
     validation split: hold one out with `splits.holdout_validation`. ValueError names what is missing.
     """
-    check_split_name("msrvtt", split, SPLITS)
+    split = known_split("msrvtt", split, SPLITS)
     if split == "test_1k":
-        (path,) = find_annotations(root, [TEST_1K], ANNOTATION_FOLDERS)
-        rows = _rows(path, ("video_id", "sentence"))
-        captions: dict[str, list[str]] = {}
-        for number, row in enumerate(rows, start=2):
-            if row["video_id"] in captions:
-                raise ValueError(f"{path}, line {number}: {row['video_id']} again; expected one caption per clip")
-            captions[row["video_id"]] = [row["sentence"]]
-        return make_split("msrvtt/test_1k", captions, root, video_root, VIDEO_FOLDERS)
-
+        (source,) = find_annotations(root, [TEST_1K], ANNOTATION_FOLDERS)
+        captions = {row["video_id"]: [row["sentence"]] for row in _rows(source, ("video_id", "sentence"))}
+        return make_split(f"msrvtt/{split}", source, captions, root, video_root, VIDEO_FOLDERS)
     lists = [TRAIN_LISTS[split]] if split in TRAIN_LISTS else []
     path, *list_paths = find_annotations(root, [ALL_CAPTIONS, *lists], ANNOTATION_FOLDERS)
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict) or not {"videos", "sentences"} <= set(data):
-        raise ValueError(f'{path}: expected {{"videos": [...], "sentences": [...]}}')
+    source, *_ = *list_paths, path
+    captions_of, marks = _all_captions(path)
     if list_paths:
-        ids = [row["video_id"] for row in _rows(list_paths[0], ("video_id",))]
+        ids = [row["video_id"] for row in _rows(source, ("video_id",))]
     else:
-        ids = [video["video_id"] for video in data["videos"] if video.get("split") == "test"]
-    captions = {video_id: [] for video_id in ids}
-    for sentence in data["sentences"]:
-        if sentence["video_id"] in captions:
-            captions[sentence["video_id"]].append(sentence["caption"])
-    return make_split(f"msrvtt/{split}", captions, root, video_root, VIDEO_FOLDERS)
+        ids = _marked_test(path, marks)
+    captions = {video_id: captions_of.get(video_id, []) for video_id in ids}
+    return make_split(f"msrvtt/{split}", source, captions, root, video_root, VIDEO_FOLDERS)
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not set(columns) <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: expected the columns {', '.join(columns)}; found {reader.fieldnames}")
-        return list(reader)
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """The rows of a csv file with these columns, each of another video."""
+    seen = set()
+    for place, row in csv_rows(path, columns):
+        with errors_at(place):
+            video_id = as_file_id(row["video_id"])
+            if video_id in seen:
+                raise ValueError(f"{video_id} again; expected one row per clip")
+            for column in columns:
+                as_text(column, row[column])
+        seen.add(video_id)
+        yield row
+
+
+def _all_captions(path: Path) -> tuple[dict[str, list[str]], dict[str, object]]:
+    """The captions of every video of ALL_CAPTIONS, and the split that it is marked with, by id."""
+    data = load_json(path)
+    if not isinstance(data, dict) or not {"videos", "sentences"} <= set(data):
+        raise AnnotationError(f'{path}: expected {{"videos": [...], "sentences": [...]}}')
+
+    def video(entry: dict[str, Any]) -> tuple[str, object]:
+        return as_file_id(entry.get("video_id")), entry.get("split")
+
+    marks = dict(each_object(f"{path}, videos", data["videos"], video))
+    check_distinct(f"{path}, videos", "video_id", data["videos"])
+    captions: dict[str, list[str]] = {video_id: [] for video_id in marks}
+
+    def sentence(entry: dict[str, Any]) -> None:
+        video_id = entry.get("video_id")
+        texts = captions.get(video_id) if isinstance(video_id, str) else None
+        if texts is None:
+            raise ValueError(f"{shown(video_id)} is none of the {len(captions)} videos")
+        texts.append(as_text("caption", entry.get("caption")))
+
+    for _ in each_object(f"{path}, sentences", data["sentences"], sentence):
+        pass
+    check_distinct(f"{path}, sentences", "sen_id", data["sentences"])
+    return captions, marks
+
+
+def _marked_test(path: Path, marks: dict[str, object]) -> list[str]:
+    if odd := [video_id for video_id, mark in marks.items() if mark not in ("train", "validate", "test")]:
+        raise AnnotationError(
+            f"{path}, videos: expected the splits train, validate and test; {len(odd)} have another or none: {few(odd)}"
+        )
+    return [video_id for video_id, mark in marks.items() if mark == "test"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from tempme_vl.data.splits import RetrievalSplit, check_split_name, find_annotations, make_split
+from tempme_vl.data.files import AnnotationError, as_file_id, as_texts, errors_at, few, load_json, read_lines, shown
+from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
 
 SPLITS = ("train", "val", "test")
 
@@ -15,11 +15,28 @@ def read_split(root: str | Path, split: str, video_root: str | Path | None = Non
 
     1,200 / 100 / 670 clips. Pickled captions of other layouts are not read: unpickling runs foreign code.
     """
-    check_split_name("msvd", split, SPLITS)
+    split = known_split("msvd", split, SPLITS)
     captions_path, list_path = find_annotations(root, ["captions_msvd.json", f"{split}_list.txt"], ("msvd_data",))
-    captions = json.loads(captions_path.read_text(encoding="utf-8"))
-    ids = list_path.read_text(encoding="utf-8").split()
-    unknown = [video_id for video_id in ids if video_id not in captions]
+    data = load_json(captions_path)
+    if not isinstance(data, dict):
+        raise AnnotationError(f"{captions_path}: expected {{id: [captions]}}; got {shown(data)}")
+    captions: dict[str, list[str]] = {}
+    for video_id, texts in data.items():
+        with errors_at(f"{captions_path}, entry {shown(video_id)}"):
+            captions[as_file_id(video_id)] = list(as_texts("captions", texts))
+    chosen: dict[str, list[str]] = {}
+    unknown = []
+    for place, line in read_lines(list_path):
+        with errors_at(place):
+            video_id = as_file_id(line.strip())
+            if video_id in chosen:
+                raise ValueError(f"{video_id} again")
+        if video_id in captions:
+            chosen[video_id] = captions[video_id]
+        else:
+            unknown.append(video_id)
     if unknown:
-        raise ValueError(f"{list_path}: {len(unknown)} ids have no captions in {captions_path}, e.g. {unknown[0]}")
-    return make_split(f"msvd/{split}", {i: captions[i] for i in ids}, root, video_root, ("MSVD_Videos", "YouTubeClips"))
+        raise AnnotationError(
+            f"{list_path}: {len(unknown)} ids have no captions in {captions_path}, e.g. {few(unknown)}"
+        )
+    return make_split(f"msvd/{split}", list_path, chosen, root, video_root, ("MSVD_Videos", "YouTubeClips"))

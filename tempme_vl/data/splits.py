@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+
+from tempme_vl.data.files import AnnotationError, check_regular, errors_at, few, repeated
+
+_log = logging.getLogger(__name__)
+_Noted = TypeVar("_Noted", bound=Any)  # RetrievalSplit or QASplit
 
 VIDEO_EXTENSIONS = (
     ".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".3gp", ".3gpp", ".3g2", ".mts",
@@ -30,7 +37,8 @@ class Clip:
 class RetrievalSplit:
     """Clips with their captions, e.g. "msrvtt/train_9k".
 
-    `captions[i]` are the captions of `clips[i]`; `max_words` and `num_frames` are the data set's usual limits.
+    `captions[i]` are the captions of `clips[i]`; `max_words` and `num_frames` are the data set's usual limits. `note`
+    is what a report must say beside scores on this split, such as that its clips were trained on; empty if nothing.
     ValueError for unequal lengths, clips without captions, empty captions or two clips with one id.
     """
 
@@ -39,6 +47,7 @@ class RetrievalSplit:
     captions: tuple[tuple[str, ...], ...]
     max_words: int = 32
     num_frames: int = 12
+    note: str = ""
 
     def __post_init__(self) -> None:
         if len(self.clips) != len(self.captions):
@@ -48,10 +57,9 @@ class RetrievalSplit:
         both = zip(self.clips, self.captions, strict=True)
         bad = [clip.video_id for clip, texts in both if not texts or not all(map(str.strip, texts))]
         if bad:
-            raise ValueError(f"{self.name}: {len(bad)} clips have no caption or an empty one: {_few(bad)}")
-        twice = [name for name, count in Counter(clip.video_id for clip in self.clips).items() if count > 1]
-        if twice:
-            raise ValueError(f"{self.name}: {len(twice)} clip ids occur more than once: {_few(twice)}")
+            raise ValueError(f"{self.name}: {len(bad)} clips have no caption or an empty one: {few(bad)}")
+        if twice := repeated([clip.video_id for clip in self.clips]):
+            raise ValueError(f"{self.name}: {len(twice)} clip ids occur more than once: {few(twice)}")
 
     @property
     def num_captions(self) -> int:
@@ -98,6 +106,52 @@ def holdout_validation(split: RetrievalSplit, num_clips: int, seed: int) -> tupl
     return train, val
 
 
+def resolve_split(where: str, wanted: str, there: Iterable[str]) -> str | None:
+    """The split of `there` that is meant by `wanted`: itself, or else its only synonym, which is logged; None for none.
+
+    train is also called training; val valid, validation, validate or dev; test testing. Case does not matter.
+    ValueError where several could be meant.
+    """
+    there = list(there)
+    if wanted in there:
+        return wanted
+    same = next((names for names in _SYNONYMS if wanted.lower() in names), (wanted.lower(),))
+    fitting = [name for name in there if name.lower() in same]
+    if len(fitting) > 1:
+        raise ValueError(f"{where}: the split {wanted!r} could be any of {', '.join(fitting)}; name one of them")
+    if not fitting:
+        return None
+    _log.warning("%s: the split %r is called %r here; taking that", where, wanted, fitting[0])
+    return fitting[0]
+
+
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "validate", "dev"), ("test", "testing"))
+
+
+def known_split(dataset: str, wanted: str, known: Iterable[str]) -> str:
+    """The name of a data set's split, as `resolve_split`. ValueError that lists the known ones."""
+    known = list(known)
+    split = resolve_split(dataset, wanted, known)
+    if split is None:
+        raise ValueError(f"{dataset} has no split {wanted!r}; known: {', '.join(known)}")
+    return split
+
+
+def trained_on(train: Iterable[Clip], clips: Iterable[Clip]) -> str:
+    """What a report must say beside scores on `clips` of which some are training clips too; empty if none is."""
+    seen, asked = ({(clip.path, clip.start, clip.end) for clip in part} for part in (train, clips))
+    shared = len(seen & asked)
+    return f"{shared} of these {len(asked)} clips were trained on: no scores on unseen clips" if shared else ""
+
+
+def noted(split: _Noted, note: str) -> _Noted:
+    """A split with this note, which is logged; the split itself for an empty one."""
+    if not note:
+        return split
+    _log.warning("%s: %s", split.name, note)
+    return replace(split, note=note)
+
+
 def missing_videos(split: RetrievalSplit) -> list[Clip]:
     """The clips whose file does not exist, in order."""
     return [clip for clip in split.clips if not clip.path.is_file()]
@@ -106,22 +160,39 @@ def missing_videos(split: RetrievalSplit) -> list[Clip]:
 def find_annotations(root: str | Path, names: Sequence[str], folders: Sequence[str] = ()) -> list[Path]:
     """The annotation files `names`, directly in `root`, in root/annotations or in one of `folders`.
 
-    ValueError that lists the files expected and those found, when any is missing.
+    ValueError that lists the files expected and those found, when any is missing; AnnotationError where one is there
+    and no regular file.
     """
     root = Path(root)
     places = [root / folder for folder in ("", "annotations", *folders)]
-    found = [next((place / name for place in places if (place / name).is_file()), None) for name in names]
+    # lexists: a link that leads nowhere, or a folder of that name, is there, and wrong
+    found = [next((place / name for place in places if os.path.lexists(place / name)), None) for name in names]
+    for path in filter(None, found):
+        check_regular(path)
     missing = [name for name, path in zip(names, found, strict=True) if path is None]
     if missing:
         content = "there is no such folder"
         if root.is_dir():
             there = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in root.iterdir())
-            content = f"found there: {_few(there, 20) or 'nothing'}"
+            content = f"found there: {few(there, 20) or 'nothing'}"
         raise ValueError(
             f"{root}: expected {', '.join(names)} in it (or in {', '.join(p.name + '/' for p in places[1:])}); "
             f"missing {', '.join(missing)}; {content}"
         )
     return [path for path in found if path is not None]
+
+
+def find_either(root: str | Path, names: Sequence[str], folders: Sequence[str] = ()) -> Path:
+    """The first of `names` that is found, as `find_annotations`; ValueError where none is."""
+    errors = []
+    for name in names:
+        try:
+            return find_annotations(root, [name], folders)[0]
+        except AnnotationError:
+            raise
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError("; or ".join(errors))
 
 
 def locate_videos(
@@ -131,23 +202,42 @@ def locate_videos(
 
     The video folder is `video_root`, or else the first that exists of root/videos, root/video and `folders`. An id
     without a file gets the path where it would be expected (see `missing_videos`): reading annotations needs no
-    videos. ValueError when `video_root` is no folder, or when two files fit one id.
+    videos. ValueError when `video_root` is no folder, or when two different files fit one id.
     """
     if video_root is not None and not Path(video_root).is_dir():
         raise ValueError(f"video_root {video_root} is not a folder")
     places = [Path(video_root)] if video_root is not None else [Path(root) / f for f in ("videos", "video", *folders)]
     place = next((place for place in places if place.is_dir()), places[0])
     files: dict[str, list[Path]] = {}
-    for folder, _, names in os.walk(place):
-        for name in names:
-            files.setdefault(video_stem(name), []).append(Path(folder) / name)
+    for file in files_below(place):
+        files.setdefault(video_stem(file.name), []).append(file)
     paths = []
     for video_id in ids:
         fitting = files.get(video_id, [place / f"{video_id}.mp4"])
-        if len(fitting) > 1:
-            raise ValueError(f"several files fit the clip {video_id}: {_few(fitting)}; keep one, or set video_root")
+        # a link to a file, or the same file below two links, is one file
+        if len(fitting) > 1 and len({os.path.realpath(path) for path in fitting}) > 1:
+            raise ValueError(f"several files fit the clip {video_id}: {few(fitting)}; keep one, or set video_root")
         paths.append(fitting[0])
     return paths
+
+
+def files_below(place: Path) -> Iterator[Path]:
+    """All files below a folder, links to folders followed, every folder once; in a fixed order."""
+    seen = set()
+    for folder, folders, names in os.walk(place, followlinks=True, onerror=_unreadable):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield from (Path(folder) / name for name in sorted(names))
+
+
+def _unreadable(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError):  # no video folder yet
+        return
+    _log.warning("%s: %s; no videos are looked for there", error.filename, error.strerror)
 
 
 def video_stem(name: str) -> str:
@@ -159,25 +249,21 @@ def video_stem(name: str) -> str:
 
 def make_split(
     name: str,
+    source: Path,
     captions: dict[str, list[str]],
     root: str | Path,
     video_root: str | Path | None,
     folders: Sequence[str] = (),
     times: dict[str, tuple[float, float]] | None = None,
-    **limits: int,
+    max_words: int = 32,
+    num_frames: int = 12,
 ) -> RetrievalSplit:
-    """A split from captions by video id, in their order; `times` are start and end by id."""
+    """A split from captions by video id, in their order; `times` are start and end by id.
+
+    AnnotationError names the file `source`; ValueError as `locate_videos`.
+    """
     paths = locate_videos(captions, root, video_root, folders)
     clips = tuple(Clip(i, path, *(times[i] if times else ())) for i, path in zip(captions, paths, strict=True))
     texts = tuple(tuple(text.strip() for text in captions[i]) for i in captions)
-    return RetrievalSplit(name, clips, texts, **limits)
-
-
-def check_split_name(dataset: str, split: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if split not in known:
-        raise ValueError(f"{dataset} has no split {split!r}; known: {', '.join(known)}")
-
-
-def _few(items: Sequence[object], limit: int = 5) -> str:
-    return ", ".join(map(str, items[:limit])) + (f", ... ({len(items)})" if len(items) > limit else "")
+    with errors_at(str(source)):
+        return RetrievalSplit(name, clips, texts, max_words, num_frames)

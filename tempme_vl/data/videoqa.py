@@ -6,15 +6,41 @@ decoder is loaded here.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tempme_vl.data.files import as_text, as_texts, csv_rows, errors_at, few, is_text, load_json, read_text
-from tempme_vl.data.jsonl import clip_of, jsonl_entries, jsonl_splits
-from tempme_vl.data.splits import Clip, check_split_name, find_annotations, locate_videos
+from tempme_vl.data.files import (
+    AnnotationError,
+    as_file_id,
+    as_id,
+    as_text,
+    as_texts,
+    csv_rows,
+    each_object,
+    errors_at,
+    few,
+    is_text,
+    load_json,
+    read_lines,
+    read_text,
+    repeated,
+    shown,
+)
+from tempme_vl.data.jsonl import clip_of, jsonl_entries, jsonl_names
+from tempme_vl.data.splits import (
+    Clip,
+    find_annotations,
+    find_either,
+    known_split,
+    locate_videos,
+    noted,
+    trained_on,
+)
 
 SPLITS = ("train", "val", "test")
 CSV_COLUMNS = ("video", "question", "answer", "qid")
@@ -35,19 +61,20 @@ class Question:
 class QASplit:
     """The questions of a split, e.g. "msrvtt_qa/test".
 
+    `note` is what a report must say beside scores on this split, such as that its clips were trained on.
     ValueError for no questions, ids that occur more than once, empty questions, a question without an answer or with
     an empty one, and options that are fewer than two, not distinct or without a right answer.
     """
 
     name: str
     questions: tuple[Question, ...]
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not self.questions:
             raise ValueError(f"{self.name}: no questions")
-        ids = Counter(question.question_id for question in self.questions)
         wrong = {
-            "question ids occur more than once": [i for i, count in ids.items() if count > 1],
+            "question ids occur more than once": repeated([q.question_id for q in self.questions]),
             "questions are empty": [q.question_id for q in self.questions if not q.question.strip()],
             "questions have no answer or an empty one": [
                 q.question_id for q in self.questions if not q.answers or not all(map(str.strip, q.answers))
@@ -82,16 +109,16 @@ def coverage(vocabulary: Collection[str], split: QASplit) -> float:
 def read_vocabulary(path: str | Path) -> tuple[str, ...]:
     """Reads an answer list, the most frequent first: a JSON list of texts, or a text file with one answer a line.
 
-    ValueError for an empty list, empty answers and answers that occur more than once.
+    AnnotationError for an empty list, empty answers and answers that occur more than once.
     """
     path = Path(path)
     answers = load_json(path) if path.suffix == ".json" else read_text(path).rstrip("\n").split("\n")
     if not isinstance(answers, list) or not answers:
-        raise ValueError(f"{path}: expected a list of answers that is not empty")
+        raise AnnotationError(f"{path}: expected a list of answers that is not empty")
     if bad := [answer for answer in answers if not is_text(answer)]:
-        raise ValueError(f"{path}: {len(bad)} answers are empty or no text: {few(bad)}")
-    if twice := [answer for answer, count in Counter(answers).items() if count > 1]:
-        raise ValueError(f"{path}: {len(twice)} answers occur more than once: {few(twice)}")
+        raise AnnotationError(f"{path}: {len(bad)} answers are empty or no text: {', '.join(map(shown, bad[:5]))}")
+    if twice := repeated(answers):
+        raise AnnotationError(f"{path}: {len(twice)} answers occur more than once: {few(twice)}")
     return tuple(answers)
 
 
@@ -103,14 +130,16 @@ def read_questions(path: str | Path, split: str | None = None) -> QASplit:
     - .json: `[{"id", "video_id", "question", "answer"}]` (MSRVTT-QA, MSVD-QA), or ActivityNet-QA's questions
       NAME_q.json, `[{"question_id", "video_name", "question"}]`, whose answers are read from NAME_a.json beside it
 
-    The name of the result is folder/file. ValueError names the file and the line or entry.
+    The name of the result is folder/file. AnnotationError names the file and the line or entry.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
         return read_jsonl(path, "", split)
     if split is not None:
         raise ValueError(f"{path} holds one split; only lines of a .jsonl file can be chosen by split={split!r}")
-    return QASplit(f"{path.resolve().parent.name}/{path.name}", tuple(_read_file(path)))
+    questions = tuple(_read_file(path))
+    with errors_at(str(path)):
+        return QASplit(f"{path.resolve().parent.name}/{path.name}", questions)
 
 
 def read_split(dataset: str, root: str | Path, split: str, video_root: str | Path | None = None) -> QASplit:
@@ -125,16 +154,18 @@ def read_split(dataset: str, root: str | Path, split: str, video_root: str | Pat
     - activitynet_qa: {split}_q.json and {split}_a.json; 32,000 / 18,000 / 8,000 on 3,200 / 1,800 / 800 videos
     - motion: rendered under `root` first
 
-    ValueError for an unknown data set or split, missing files (lists those expected and found), and bad entries.
+    ValueError for an unknown data set or split, missing files (lists those expected and found), and bad entries
+    (AnnotationError).
     """
     if dataset not in _DATASETS:
         raise ValueError(f"unknown QA data set {dataset!r}; known: {', '.join(_DATASETS)}")
-    check_split_name(dataset, split, SPLITS)
-    questions, video_id_of, video_folders = _DATASETS[dataset](root, split)
+    split = known_split(dataset, split, SPLITS)
+    source, questions, video_id_of, video_folders = _DATASETS[dataset](root, split)
     ids = {raw: video_id_of(raw) for raw in dict.fromkeys(q.clip.video_id for q in questions)}
     paths = locate_videos(ids.values(), root, video_root, video_folders)
     clips = {raw: Clip(ids[raw], path) for raw, path in zip(ids, paths, strict=True)}
-    return QASplit(f"{dataset}/{split}", tuple(replace(q, clip=clips[q.clip.video_id]) for q in questions))
+    with errors_at(str(source)):
+        return QASplit(f"{dataset}/{split}", tuple(replace(q, clip=clips[q.clip.video_id]) for q in questions))
 
 
 def read_jsonl(annotations: str | Path, video_root: str | Path, split: str | None = None) -> QASplit:
@@ -142,14 +173,17 @@ def read_jsonl(annotations: str | Path, video_root: str | Path, split: str | Non
 
     Keys: `file` (relative to `video_root`), `question`, `answer` or `answers` (a list, each of them right), and
     optionally `options` (a list to choose from), `start`, `end` (seconds), `split`, `id` (else the line's number);
-    others are ignored. `split` keeps the lines of that split; None keeps all. ValueError names the file and the line.
+    others are ignored. `split` keeps the lines of that split, by its name or a usual synonym; None keeps all.
+    AnnotationError names the file and the line; for a split that no line has it lists those that there are.
     """
     path, root = Path(annotations), Path(video_root)
+    split, entries = jsonl_entries(path, split)
     questions = []
-    for place, entry in jsonl_entries(path, split):
+    for place, entry in entries:
         with errors_at(place):
             questions.append(_jsonl_question(entry, root, place.rpartition(" ")[2]))
-    return QASplit(f"{path.stem}/{split or 'all'}", tuple(questions))
+    with errors_at(str(path)):
+        return QASplit(f"{path.stem}/{split or 'all'}", tuple(questions))
 
 
 def read_splits(
@@ -157,76 +191,81 @@ def read_splits(
 ) -> tuple[QASplit, QASplit | None, QASplit]:
     """Training, validation and test questions of a data set as in `read_split`, or of "jsonl": a file of one's own.
 
-    Of a JSON-lines file the lines with the splits "train", "val" and "test" are taken; where it has no training split
-    all lines train, and where it has no test split training is tested.
+    Of a JSON-lines file the lines with the splits "train", "val" and "test" (or a usual synonym) are taken; where no
+    line has a split all train, and where none has a test split training is tested. Clips that are trained on and
+    validated or tested make that split's note, which is logged too.
 
     ValueError as in `read_split` and `read_jsonl`, and where what a data set needs is not given.
     """
     if dataset != "jsonl":
         if root is None:
             raise ValueError(f"--dataset {dataset} needs --data-root, the folder of its annotation files")
-        train, val, test = (read_split(dataset, root, split, video_root) for split in SPLITS)
-        return train, val, test
-    if annotations is None or video_root is None:
-        raise ValueError("--dataset jsonl needs --annotations FILE and --video-root FOLDER")
-    there = jsonl_splits(annotations)
-    given = {name: read_jsonl(annotations, video_root, name) for name in SPLITS if name in there}
-    train = given["train"] if "train" in given else read_jsonl(annotations, video_root)
-    return train, given.get("val"), given.get("test", train)
-
-
-def as_id(value: object) -> str:
-    """A question's or video's id, in files a text or a whole number, as a text; else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"expected an id, a text or a whole number; got {value!r}")
-    return str(value)
+        train, test = (read_split(dataset, root, split, video_root) for split in ("train", "test"))
+        val: QASplit | None = read_split(dataset, root, "val", video_root)
+    else:
+        if annotations is None or video_root is None:
+            raise ValueError("--dataset jsonl needs --annotations FILE and --video-root FOLDER")
+        names = jsonl_names(annotations)
+        train = read_jsonl(annotations, video_root, names.train)
+        val = None if names.val is None else read_jsonl(annotations, video_root, names.val)
+        test = train if names.test is None else read_jsonl(annotations, video_root, names.test)
+    seen = [question.clip for question in train.questions]
+    if val is not None:
+        val = noted(val, trained_on(seen, (question.clip for question in val.questions)))
+    return train, val, noted(test, trained_on(seen, (question.clip for question in test.questions)))
 
 
 def _read_file(path: Path) -> list[Question]:
     if path.suffix == ".csv":
-        return [_question(place, row, CSV_COLUMNS) for place, row in csv_rows(path)]
+        questions = []
+        for place, row in csv_rows(path):
+            with errors_at(place):
+                questions.append(_question(row, CSV_COLUMNS))
+        return questions
     entries = _entries(path)
     if not any("video_name" in entry for entry in entries):
-        keys = ("video_id", "question", "answer", "id")
-        return [_question(f"{path}, entry {n}", entry, keys) for n, entry in enumerate(entries)]
+        return list(each_object(str(path), entries, lambda e: _question(e, ("video_id", "question", "answer", "id"))))
     if not path.name.endswith("_q.json"):
-        raise ValueError(f"{path}: these are questions without answers; expected NAME_q.json and NAME_a.json beside it")
+        raise AnnotationError(
+            f"{path}: these are questions without answers; expected NAME_q.json and NAME_a.json beside it"
+        )
     answers_path = path.with_name(path.name.removesuffix("_q.json") + "_a.json")
     answers = _entries(answers_path)
     if len(entries) != len(answers):
-        raise ValueError(f"{path} has {len(entries)} questions, {answers_path} {len(answers)} answers")
-    keys = ("video_name", "question", "answer", "question_id")
-    questions = []
-    for n, (entry, answer) in enumerate(zip(entries, answers, strict=True)):
+        raise AnnotationError(f"{path} has {len(entries)} questions, {answers_path} {len(answers)} answers")
+    answer_of = iter(answers)
+
+    def read(entry: dict[str, Any]) -> Question:
+        answer = next(answer_of)
         ids = entry.get("question_id"), answer.get("question_id")
         if ids[0] != ids[1]:
-            raise ValueError(f"{path}, entry {n}: question_id {ids[0]!r}, but {ids[1]!r} in {answers_path}")
-        questions.append(_question(f"{path}, entry {n}", {**entry, **answer}, keys))
-    return questions
+            raise ValueError(f"question_id {shown(ids[0])}, but {shown(ids[1])} in {answers_path}")
+        return _question({**entry, **answer}, ("video_name", "question", "answer", "question_id"))
+
+    return list(each_object(str(path), entries, read))
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    entries = load_json(path)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path}: expected a list of JSON objects")
-    return entries
+    return list(each_object(str(path), load_json(path), dict))
 
 
-def _question(place: str, entry: dict[str, Any], keys: tuple[str, str, str, str]) -> Question:
+def _question(entry: dict[str, Any], keys: tuple[str, str, str, str]) -> Question:
     """`keys` of the video, the question, the answer and the question's id."""
     video, question, answer, question_id = keys
     if not set(keys) <= set(entry):
-        raise ValueError(f"{place}: expected {', '.join(keys)}; got {few(list(entry), 9)}")
-    try:
-        video_id = as_id(entry[video])
-        return Question(
-            as_id(entry[question_id]),
-            Clip(video_id, Path(video_id)),
-            as_text(question, entry[question]).strip(),
-            (as_text(answer, entry[answer]),),
-        )
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"expected {', '.join(keys)}; got {few(list(entry), 9)}")
+    video_id = as_file_id(entry[video])
+    return Question(
+        as_id(entry[question_id]),
+        _clip(video_id),
+        as_text(question, entry[question]).strip(),
+        (as_text(answer, entry[answer]),),
+    )
+
+
+@lru_cache(maxsize=8192)  # files ask tens of questions about a clip
+def _clip(video_id: str) -> Clip:
+    return Clip(video_id, Path(video_id))
 
 
 def _jsonl_question(entry: dict[str, Any], root: Path, line: str) -> Question:
@@ -238,21 +277,14 @@ def _jsonl_question(entry: dict[str, Any], root: Path, line: str) -> Question:
     return Question(as_id(entry.get("id", line)), clip_of(entry, root), question, answers, options)
 
 
-# questions with the files' own video ids, what those become, the usual folders of the videos
-_Source = tuple[list[Question], Callable[[str], str], tuple[str, ...]]
+# the file, its questions with its own video ids, what those become, the usual folders of the videos
+_Source = tuple[Path, list[Question], Callable[[str], str], tuple[str, ...]]
 
 
 def _msrvtt(root: str | Path, split: str) -> _Source:
-    errors = []
-    for name in (f"{split}_qa.json", f"{split}.csv"):
-        try:
-            (path,) = find_annotations(root, [name], ("msrvtt_qa", "MSRVTT-QA"))
-            break
-        except ValueError as error:
-            errors.append(str(error))
-    else:
-        raise ValueError("; or ".join(errors))
-    return _read_file(path), lambda n: f"video{n}" if n.isdecimal() else n, ("MSRVTT_Videos", "all", "TrainValVideo")
+    path = find_either(root, (f"{split}_qa.json", f"{split}.csv"), ("msrvtt_qa", "MSRVTT-QA"))
+    folders = ("MSRVTT_Videos", "all", "TrainValVideo")
+    return path, _read_file(path), lambda n: f"video{n}" if n.isdecimal() else n, folders
 
 
 def _motion(root: str | Path, split: str) -> _Source:
@@ -266,21 +298,34 @@ def _msvd(root: str | Path, split: str) -> _Source:
     (path,) = find_annotations(root, [f"{split}_qa.json"], folders)
     mapping = path.with_name("youtube_mapping.txt")
     questions = _read_file(path)
-    if not mapping.is_file():
-        return questions, lambda n: f"vid{n}", video_folders
-    lines = [line.split() for line in read_text(mapping).splitlines() if line.strip()]
-    if bad := [" ".join(line) for line in lines if len(line) != 2]:
-        raise ValueError(f"{mapping}: expected lines like 'name vid7'; got {few(bad)}")
-    names = {number: name for name, number in lines}
+    if not os.path.lexists(mapping):
+        return path, questions, lambda n: f"vid{n}", video_folders
+    names = _youtube_names(mapping)
     if unknown := sorted({q.clip.video_id for q in questions if f"vid{q.clip.video_id}" not in names}):
-        raise ValueError(f"{path}: {len(unknown)} videos are not in {mapping}: {few(unknown)}")
-    return questions, lambda n: names[f"vid{n}"], video_folders
+        raise AnnotationError(f"{path}: {len(unknown)} videos are not in {mapping}: {few(unknown)}")
+    return path, questions, lambda n: names[f"vid{n}"], video_folders
+
+
+def _youtube_names(mapping: Path) -> dict[str, str]:
+    names: dict[str, str] = {}
+    taken = set()
+    for place, line in read_lines(mapping):
+        with errors_at(place):
+            fields = line.split()
+            if len(fields) != 2:
+                raise ValueError(f"expected lines like 'name vid7'; got {' '.join(fields)}")
+            name, number = map(as_file_id, fields)
+            if number in names or name in taken:
+                raise ValueError(f"{name} or {number} again")
+            names[number] = name
+            taken.add(name)
+    return names
 
 
 def _activitynet(root: str | Path, split: str) -> _Source:
     names = [f"{split}_q.json", f"{split}_a.json"]
     path, _ = find_annotations(root, names, ("activitynet_qa", "dataset"))
-    return _read_file(path), lambda name: f"v_{name}", ("Activity_Videos", "Videos")
+    return path, _read_file(path), lambda name: f"v_{name}", ("Activity_Videos", "Videos")
 
 
 _DATASETS: dict[str, Callable[[str | Path, str], _Source]] = {

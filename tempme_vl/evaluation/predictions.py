@@ -125,7 +125,7 @@ def _entries(path: Path) -> Iterator[tuple[str, object]]:
     if path.suffix.lower() in OTHER_FORMATS:
         raise ValueError(f"{path}: expected predictions as JSON, JSON lines or csv")
     if path.suffix.lower() == ".csv":
-        return csv_rows(path)
+        return csv_rows(path, line_breaks=True)  # answers are written at length
     if _is_lines(path):
         return json_lines(path)
     content = load_json(path)

@@ -125,8 +125,8 @@ def test_unknown_names_list_the_known_ones(tmp_path):
     ):
         load_split("kinetics", tmp_path, "train")
     for dataset in DATASETS:
-        with pytest.raises(ValueError, match=f"{dataset} has no split 'dev'; known: train"):
-            load_split(dataset, tmp_path, "dev")
+        with pytest.raises(ValueError, match=f"{dataset} has no split 'all'; known: train"):
+            load_split(dataset, tmp_path, "all")
 
 
 @pytest.mark.parametrize(

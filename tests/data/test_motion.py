@@ -260,6 +260,21 @@ def test_somebody_elses_folder_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["MSRVTT_data.json"]
 
 
+@pytest.mark.timeout(20)
+def test_what_is_no_folder_or_no_description_is_named(tmp_path, root):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: expected a folder"):
+        motion.render_motion(tmp_path / "file", **SMALL)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / ".motion.lock")
+    with pytest.raises(ValueError, match=r"\.motion\.lock: expected a regular file; this is a named pipe"):
+        motion.render_motion(tmp_path / "pipe", **SMALL)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "motion.json").write_text('{"name": "mot')
+    with pytest.raises(ValueError, match=r"motion\.json: Unterminated string"):
+        motion.render_motion(tmp_path / "cut", **SMALL)
+
+
 def test_killed_rendering_is_made_complete(root, tmp_path):
     many = {**SMALL, "num_train": 1000}  # some seconds, so that the kill comes in the middle
     fork = multiprocessing.get_context("fork")

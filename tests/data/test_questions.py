@@ -88,7 +88,6 @@ def lines_of(path, *splits):
         (("test", "train", "other", None), (("train", [1]), None, ("test", [0]))),
         (("val", "train", "train"), (("train", [1, 2]), ("val", [0]), ("train", [1, 2]))),
         ((None, None), (("all", [0, 1]), None, ("all", [0, 1]))),
-        ((None, "val", None), (("all", [0, 1, 2]), ("val", [1]), ("all", [0, 1, 2]))),
     ],
 )
 def test_splits_of_a_jsonl_file(tmp_path, given, expected):

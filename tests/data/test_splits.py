@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,58 @@ def test_ambiguous_and_absent_video_folders_are_errors(tmp_path):
         locate_videos("a", tmp_path, None)
     with pytest.raises(ValueError, match="elsewhere is not a folder"):
         locate_videos("a", tmp_path, tmp_path / "elsewhere")
+
+
+def test_folders_behind_links_are_searched_once(tmp_path):
+    elsewhere, videos = tmp_path / "disk", tmp_path / "videos"
+    (elsewhere / "deep").mkdir(parents=True)
+    videos.mkdir()
+    for name in ("a.mp4", "deep/b.webm"):
+        (elsewhere / name).touch()
+    (videos / "part1").symlink_to(elsewhere)
+    assert locate_videos("ab", tmp_path, None) == [videos / "part1/a.mp4", videos / "part1/deep/b.webm"]
+    # circles: to the folder itself, to one above, and to one another
+    (elsewhere / "deep" / "again").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(tmp_path)
+    (videos / "self").symlink_to(videos)
+    (videos / "lost").symlink_to(tmp_path / "nowhere")
+    assert locate_videos("ab", tmp_path, None) == [videos / "part1/a.mp4", videos / "part1/deep/b.webm"]
+    # the folder given may be a link too, and two links to one folder do not double its files
+    (tmp_path / "linked").symlink_to(elsewhere)
+    assert locate_videos("a", tmp_path, tmp_path / "linked") == [tmp_path / "linked" / "a.mp4"]
+    (videos / "part2").symlink_to(elsewhere / "deep")
+    assert locate_videos("b", tmp_path, None)[0].samefile(elsewhere / "deep/b.webm")
+
+
+def test_links_to_one_file_are_one_video(tmp_path):
+    (tmp_path / "videos" / "sub").mkdir(parents=True)
+    file = tmp_path / "videos" / "sub" / "a.mp4"
+    file.touch()
+    (tmp_path / "videos" / "a.mp4").symlink_to(file)
+    assert locate_videos("a", tmp_path, None) == [tmp_path / "videos" / "a.mp4"]
+    (tmp_path / "videos" / "other").mkdir()
+    (tmp_path / "videos" / "other" / "a.avi").touch()
+    with pytest.raises(ValueError, match=r"several files fit the clip a: .*a\.mp4, .*a\.avi"):
+        locate_videos("a", tmp_path, None)
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch, caplog):
+    for name in ("videos/a.mp4", "videos/shut/b.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def refuse(path):  # whoever runs the tests may be allowed to list everything
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert locate_videos("ab", tmp_path, None) == [tmp_path / "videos/a.mp4", tmp_path / "videos/b.mp4"]
+    assert "videos/shut: Permission denied; no videos are looked for there" in caplog.text
+    caplog.clear()
+    locate_videos("a", tmp_path / "elsewhere", None)
+    assert not caplog.text, "annotations without any videos yet"
 
 
 def test_stems_keep_dots_that_are_no_extension():
