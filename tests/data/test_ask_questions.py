@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from clips import different, write_clip
@@ -98,15 +97,15 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 
 def test_every_question_is_a_sample_with_its_clip(split: QASplit, reader: ClipReader) -> None:
-    questions = TrainQuestions(split, replace(reader, transform=ClipTransform(Preprocess(image_size=16))), tokenize)
+    plain = replace(reader, transform=ClipTransform(Preprocess(image_size=16)))
+    questions = TrainQuestions(split, plain, tokenize)
     items = [questions[0, index] for index in range(len(questions))]
     assert [item["name"] for item in items] == ["7 (a)", "3 (b)", "5 (a)", "9 (c)", "4 (b)"]
     assert [as_text(item["question_ids"]) for item in items] == [q.question for q in split.questions]
     for item, question in zip(items, split.questions, strict=True):
         assert as_text(item["answer_ids"]) in question.answers
         assert (item["video"].shape, item["frame_mask"].tolist()) == ((4, 3, 16, 16), [1] * 4)
-        of_clip = reader(question.clip, np.random.default_rng(0))
-        assert torch.equal(item["times"], of_clip.times) and item["times"].diff().gt(0).all()
+        assert torch.equal(item["times"], plain(question.clip).times) and item["times"].diff().gt(0).all()
         assert "option_valid" not in item
     assert torch.equal(items[0]["video"], items[2]["video"]) and not torch.equal(items[0]["video"], items[1]["video"])
 
@@ -133,6 +132,16 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(split: QASplit, reader: 
     assert different([first[0, index]["video"] for index in (0, 2)]) == 2, "two questions about one clip"
     by_seed = [[as_text(part[epoch, 1]["answer_ids"]) for epoch in range(20)] for part in (first, other_seed)]
     assert by_seed[0] != by_seed[1]
+
+
+def test_neighbouring_seeds_share_no_epoch(tmp_path: Path) -> None:
+    """Nor does anything else that sums up alike: every seed, epoch and question has draws of its own."""
+    long = Clip("long", write_clip(tmp_path / "long.mp4", num_frames=120))
+    split = QASplit("toy/train", tuple(Question(str(i), long, "what", ("a", "b")) for i in range(2)))
+    reader = ClipReader(6, ClipTransform(Preprocess(image_size=16)), "segment", timeout=None, on_broken="raise")
+    parts = [TrainQuestions(split, reader, tokenize, seed) for seed in range(2)]
+    videos = [part[epoch, index]["video"] for part in parts for epoch in range(2) for index in range(2)]
+    assert different(videos) == 8
 
 
 def test_each_right_answer_is_drawn_equally_often(split: QASplit, choices: QASplit, reader: ClipReader) -> None:

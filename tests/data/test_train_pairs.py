@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from clips import different, write_clip
@@ -55,8 +54,10 @@ def test_every_caption_is_a_pair_with_its_clip(split: RetrievalSplit, reader: Cl
     for item in items:
         assert (item["video"].shape, item["frame_mask"].tolist()) == ((4, 3, 16, 16), [1] * 4)
         assert item["text_ids"].shape == item["text_mask"].shape == (6,)
-        of_clip = reader(split.clips[item["video_id"]], np.random.default_rng(0))
-        assert torch.equal(item["times"], of_clip.times) and item["times"].diff().gt(0).all()
+    plain = replace(reader, transform=ClipTransform(Preprocess(image_size=16)))
+    for item, clip in zip(items, [split.clips[item["video_id"]] for item in items], strict=True):
+        assert torch.equal(item["times"], plain(clip).times)
+        assert item["times"].shape == (4,) and item["times"].diff().gt(0).all()
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(split: RetrievalSplit, reader: ClipReader) -> None:
@@ -67,6 +68,16 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(split: RetrievalSplit, r
     assert different([first[epoch, 2]["video"] for epoch in range(4)]) == 4
     assert different([part[0, 2]["video"] for part in (first, other_seed)]) == 2
     assert different([first[0, index]["video"] for index in (0, 1)]) == 2, "two captions of one clip"
+
+
+def test_neighbouring_seeds_share_no_epoch(tmp_path: Path) -> None:
+    """Nor does anything else that sums up alike: every seed, epoch and caption has draws of its own."""
+    long = Clip("long", write_clip(tmp_path / "long.mp4", num_frames=120))
+    split = RetrievalSplit("test/train", (long,), (("a", "b"),))
+    reader = ClipReader(6, ClipTransform(Preprocess(image_size=16)), "segment", timeout=None, on_broken="raise")
+    parts = [TrainPairs(split, reader, ClipTokenizer(6), seed) for seed in range(2)]
+    videos = [part[epoch, index]["video"] for part in parts for epoch in range(2) for index in range(2)]
+    assert different(videos) == 8
 
 
 def test_loader_processes_give_the_same_batches(split: RetrievalSplit, reader: ClipReader) -> None:
