@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -67,14 +66,38 @@ def hub_file(source: str | Path, name: str) -> Path:
         if not (folder / name).is_file():
             raise ValueError(f"expected {name} in {folder}; found {sorted(entry.name for entry in folder.iterdir())}")
         return folder / name
-    expected = f"expected a folder with {name}, or a model of the Hugging Face hub; got {str(source)!r}"
     try:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            return Path(huggingface_hub.hf_hub_download(str(source), name, local_files_only=True))
+        cached = huggingface_hub.try_to_load_from_cache(str(source), name)
+        if isinstance(cached, str):
+            return Path(cached)
         _reach_hub(str(source), name)
         return Path(huggingface_hub.hf_hub_download(str(source), name))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ValueError(f"{expected}: {error}") from error
+        raise ValueError(
+            f"expected a folder with {name}, or a model of the Hugging Face hub; got {str(source)!r}: {error}"
+        ) from error
+
+
+def require_hub(source: str | Path, *names: str) -> None:
+    """Says at once that there is no network, where another library is about to load from the hub.
+
+    Args:
+        source: nothing is asked for a local folder.
+        names: files of which one in the cache is enough; default: config.json.
+
+    Raises:
+        ValueError: none of them is in the cache, and the hub cannot be reached.
+    """
+    if Path(source).is_dir():
+        return
+    try:
+        cached = [huggingface_hub.try_to_load_from_cache(str(source), name) for name in names or (CONFIG_FILE,)]
+        if not any(isinstance(path, str) for path in cached):
+            _reach_hub(str(source), (names or (CONFIG_FILE,))[0])
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected a folder, or a model of the Hugging Face hub; got {str(source)!r}: {error}"
+        ) from error
 
 
 def _reach_hub(source: str, name: str) -> None:

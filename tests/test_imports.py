@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command": {"reports", "processes", "together"},
     # what a front end is made of
     "merging": {"state", "matching"},
-    "backbones": {"state"},
+    "backbones": {"state", "pretrained"},
     "frontend": {"state", "merging", "backbones", "pretrained"},
     "text": {"backbones", "pretrained"},
     "__init__": {"state", "merging", "frontend", "pipeline"},

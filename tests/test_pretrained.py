@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from towers import TINY, random_video, small_clip, tempme_schedule, tiny_frontend
 
-from tempme_vl import MergeSchedule, VisualFrontend
-from tempme_vl.pretrained import load_answers, load_model, save_answers, save_model
+from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
+from tempme_vl.pretrained import hub_file, load_answers, load_model, require_hub, save_answers, save_model
+from tempme_vl.tasks.qa.llm import load_llm, load_tokenizer
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
+from tempme_vl.tasks.videollm import load_host
 
 VIDEO = random_video(6)
 WORDS = torch.tensor([[49406, 320, 49407, 0]])
@@ -129,6 +133,55 @@ def test_answers_come_back_in_their_order(tmp_path: Path, answers: tuple[str, ..
     assert json.loads((tmp_path / "answers.json").read_text()) == list(answers), "a list for anybody's reader"
     save_answers(tmp_path, answers[1:])
     assert load_answers(tmp_path) == answers[1:]
+
+
+class NoNetwork:
+    """Counts the requests of the hub's client, all of which fail."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def head(self, url: str, timeout: float) -> None:
+        self.asked.append(url)
+        raise OSError("Name or service not known")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda: hub_file("someone/no-such-model", "vocab.txt"),
+        lambda: create_frontend("hf:someone/no-such-model", "default"),
+        lambda: create_frontend("open_clip:ViT-B-32-quickgelu", "laion400m_e31"),
+        lambda: load_host("someone/no-such-model"),
+        lambda: load_llm("someone/no-such-model"),
+        lambda: load_tokenizer("someone/no-such-model"),
+    ],
+    ids=["file", "transformers", "open_clip", "host", "llm", "tokenizer"],
+)
+def test_no_network_is_said_after_one_request(
+    load: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tried(*_: object, **__: object) -> None:
+        raise AssertionError("the client that tries again and again")
+
+    network = NoNetwork()
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: network)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", tried)
+    with pytest.raises(ValueError, match="not in the local cache, and the hub cannot be reached"):
+        load()
+    assert len(network.asked) == 1
+
+
+def test_what_is_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vocab.txt").touch()
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
+    monkeypatch.setattr(huggingface_hub, "get_session", NoNetwork)
+    assert hub_file("bert-base-uncased", "vocab.txt") == tmp_path / "vocab.txt"
+    require_hub("someone/model")
+    with pytest.raises(ValueError, match="Repo id must"):
+        monkeypatch.undo()
+        require_hub("no/such/folder")
 
 
 def test_folder_without_answers(tmp_path: Path) -> None:

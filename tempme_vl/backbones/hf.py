@@ -32,6 +32,7 @@ from tempme_vl.backbones.hf_blocks import (
     refusal,
 )
 from tempme_vl.backbones.hf_embed import ImageEmbed, PackedEmbed, SiglipPool
+from tempme_vl.pretrained import require_hub
 
 _HALF = (0.5, 0.5, 0.5)
 
@@ -210,6 +211,7 @@ def _json_config(architecture: str, config: Any, family: _Family, layer: int, sh
 def _read_config(name: str) -> tuple[str, Any]:
     """The class and the vision configuration of a hub id or folder."""
     try:
+        require_hub(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"transformers finds no configuration for {name!r}, a hub id or a folder: {error}") from error

@@ -17,6 +17,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import Backbone, BlockAdapter, QuickGELU, SelfAttention, TowerShape, square_side
+from tempme_vl.pretrained import require_hub
 
 # Small towers for the embedded data set and for tests; everything else comes from open_clip's own configurations.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -79,6 +80,8 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
     elif name in TINY_CONFIGS:
         raise ValueError(f"the built-in model {name!r} has no pretrained weights; leave pretrained out")
     else:
+        if repo := (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("hf_hub", "").rstrip("/"):
+            require_hub(repo, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
         try:
             clip = open_clip.create_model(name, pretrained=pretrained)
         except RuntimeError as error:

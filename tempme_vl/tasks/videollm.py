@@ -27,6 +27,7 @@ from tempme_vl.integrations.compressed import read_config
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.post_encoder import PostEncoderHost
 from tempme_vl.integrations.videos import without_start
+from tempme_vl.pretrained import require_hub
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import gather_rows
 from tempme_vl.tasks.pretrained_lm import exact_buffers, set_grad_checkpointing
@@ -292,6 +293,7 @@ def load_host(source: str, name: str | None = None, **options: Any) -> tuple[Any
         ValueError: nothing that can be loaded whole there.
     """
     try:
+        require_hub(source)
         options = {"dtype": torch.float32, "trust_remote_code": False, **options}
         trusted = options["trust_remote_code"]
         if name is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tempme_vl.backbones.base import TowerShape
+from tempme_vl.pretrained import require_hub
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.pretrained_lm import exact_buffers, set_grad_checkpointing
 from tempme_vl.tasks.qa.base import QAHead
@@ -306,6 +307,7 @@ def load_llm(source: str, dtype: str = "float32") -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)}; got {dtype!r}")
     with _explained(source):
+        require_hub(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -322,6 +324,7 @@ def load_tokenizer(source: str | Path) -> Any:
         ValueError: there is none.
     """
     with _explained(source):
+        require_hub(source)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
