@@ -161,3 +161,18 @@ def test_models_and_answers_that_do_not_fit(data: Path, tmp_path: Path) -> None:
     assert "has its own answers; only a retrieval model needs them given" in log.read_text()
     assert exit_codes(start(score, options_of(checkpoint=tmp_path / "none", **options), log=log)) == [1]
     assert "expected config.json and model.safetensors in" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size must be 1 or more; got 0"),
+        ({"workers": -1}, "--workers must be 0 or more; got -1"),
+        ({"decode_timeout": -1.0}, "--decode-timeout must be above 0; got -1.0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    command: ModuleType, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        command.main(command.Options(checkpoint=tmp_path / "none", dataset="motion", **options))
