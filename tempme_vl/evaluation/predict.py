@@ -54,7 +54,7 @@ def predict(
     asked = AskedQuestions(split, kept, [row - first for row in rows], model.tokenize)
     own = encode_own(encode, asked, device, ("prediction",), questions_of, batch_size, workers, "questions")
     gathered = gather_ranks(own["prediction"], device).unflatten(0, (len(shards), len(own["prediction"])))
-    found = {}
+    found: dict[int, list[int]] = {}
     for numbers, predictions in zip(questions_of, gathered.tolist(), strict=True):
         found |= dict(zip(numbers, predictions, strict=False))  # behind them, what fills a short shard
 
