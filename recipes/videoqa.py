@@ -146,7 +146,7 @@ def main(options: Options) -> None:
     trainer = Trainer(
         model,
         options.build_optimizer(model, model.is_new_parameter),
-        TrainQuestions(train, train_reader, model.tokenize, options.seed),
+        TrainQuestions(train, train_reader, model.tokenizer(), options.seed),
         options.config(),
         facts(options, model.frontend.full_config(), train=train, val=val, test=test),
     )

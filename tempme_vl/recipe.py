@@ -27,7 +27,6 @@ from tempme_vl.evaluation.videoqa import accuracy_by, table
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.reports import finish, provenance, write_json, write_whole
 from tempme_vl.training import distributed
-from tempme_vl.training.checkpoint import replace_export
 from tempme_vl.training.config import TrainConfig
 from tempme_vl.training.engine import Trainer
 from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
@@ -367,10 +366,7 @@ def announce(options: Any, model: str, data: str) -> None:
 
 def export(trainer: Trainer, model: Any, output: Path) -> None:
     """Writes OUTPUT/best by the model's `save_pretrained`; all ranks call it."""
-    state = trainer.full_state_dict()
-    if distributed.is_main():
-        replace_export(output / "best", trainer.step, lambda folder: model.save_pretrained(folder, state))
-    distributed.barrier()
+    trainer.export(output / "best", model.save_pretrained)
 
 
 def cost(frontend: VisualFrontend) -> dict[str, Any]:

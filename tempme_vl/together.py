@@ -7,9 +7,9 @@ its keep-alive probes notice a machine that is gone. Rank 0 decides what the cau
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
+import multiprocessing.util
 import os
 import secrets
 import selectors
@@ -62,7 +62,8 @@ class Ranks:
     def start(self) -> None:
         threading.Thread(target=self._watch, daemon=True).start()
         os.register_at_fork(after_in_child=self._forget)
-        atexit.register(self._leave)
+        # an interpreter's end and, unlike atexit, that of a process of multiprocessing
+        multiprocessing.util.Finalize(None, self._leave, exitpriority=0)
 
     def fail(self, cause: str, code: int) -> None:
         """Tells the others. Comes back if it is for this rank to say the cause; else the process ends."""
@@ -143,6 +144,8 @@ class Ranks:
             self.links[rank].sendall(json.dumps(message).encode() + b"\n")
 
     def _leave(self) -> None:
+        if sys.exc_info()[0] not in (None, SystemExit):
+            return  # a process of multiprocessing that fails
         with self._lock:
             for rank in self.links:
                 self._send(rank, {"done": True})

@@ -65,6 +65,7 @@ def main(options: Options) -> None:
             pass
     if kind.startswith("ranks"):
         dist.init_process_group("gloo")
+        dist.barrier()  # else the first ends before the other has come
         if kind == "ranks: all" or dist.get_rank() == 1:
             raise ValueError(f"a mistake on {kind}")
         time.sleep(command.FIRST_RANK_SECONDS + 5)

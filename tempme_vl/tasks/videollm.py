@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,11 @@ class VideoLLM(nn.Module):
 
     def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Any]:
         """The prompt, which lists the options if there are any, and the answer to learn, as texts."""
-        listed = f"{question} Options: {', '.join(options)}" if options else question
-        asked = {"prompt": self.prompt.replace("{question}", listed)}
-        return asked if answer is None else asked | {"answer": answer}
+        return _asked(self.prompt, question, answer, options)
+
+    def tokenizer(self) -> Callable[..., dict[str, Any]]:
+        """`tokenize` without the model: a loader's workers need no weights."""
+        return partial(_asked, self.prompt)
 
     def text(self, prediction: Sequence[int]) -> str:
         """A row of `prediction`, up to the end token, as text; empty if nothing was written."""
@@ -180,6 +183,10 @@ class VideoLLM(nn.Module):
         return self
 
     # ---- folders
+
+    def is_saved(self, name: str) -> bool:
+        """Whether `save_pretrained` writes a parameter: what is trained and merging's; the host is found again."""
+        return name.startswith("merging.") or self.get_parameter(name).requires_grad
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes what training made, and not the host model, which is found again by its name or folder.
@@ -209,6 +216,12 @@ class VideoLLM(nn.Module):
         names = ("source", "prompt", "answer_tokens", "input")
         config = {name: getattr(self, name) for name in names} | {"feed": self.compressed.feed}
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _asked(prompt: str, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Any]:
+    listed = f"{question} Options: {', '.join(options)}" if options else question
+    asked = {"prompt": prompt.replace("{question}", listed)}
+    return asked if answer is None else asked | {"answer": answer}
 
 
 def create_video_llm(

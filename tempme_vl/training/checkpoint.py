@@ -96,21 +96,31 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> None:
     _restore_random_states(torch.load(checkpoint / f"random_{distributed.rank()}.pt", weights_only=True))
 
 
-def full_state_dict(engine: Any) -> dict[str, Tensor]:
+def full_state_dict(
+    engine: Any, wanted: Callable[[str], bool] = lambda name: True, everywhere: bool = True
+) -> dict[str, Tensor]:
     """All parameters whole, in the optimizer's float32 where it holds them so; all ranks call it.
 
     A parameter with two names (tied) is there once, under its first.
+
+    Args:
+        wanted: tells by its name whether a parameter is; others are not gathered.
+        everywhere: False for the first rank alone; others get nothing, and hold one parameter at a time.
     """
     module: nn.Module = engine.module
-    parameters = dict(module.named_parameters())
+    kept = everywhere or distributed.is_main()
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    state = {name: value for name, value in module.state_dict().items() if name not in names}  # buffers
-    for name, parameter in parameters.items():
+    buffers = {name: value for name, value in module.state_dict().items() if name not in names}
+    state = buffers if kept else {}
+    for name, parameter in module.named_parameters():
+        if not wanted(name):
+            continue
         full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
         if full is None:
             with deepspeed.zero.GatheredParameters([parameter]):
-                full = parameter.detach().clone()
-        state[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
+                full = parameter.detach().clone() if kept else None
+        if kept:
+            state[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
     return state
 
 

@@ -29,6 +29,7 @@ from tempme_vl.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     read_state,
+    replace_export,
     replace_state,
     save_checkpoint,
 )
@@ -73,7 +74,6 @@ class Trainer:
         facts: Mapping[str, Any] | None = None,
     ):
         self.config, self.dataset = config, dataset
-        self._lock = claim(config.output)
         # once a loss is nearly 0, gradients below 1e-38 appear, on which a CPU is ten times as slow (docs/LOG.md)
         torch.set_flush_denormal(True)
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
@@ -112,14 +112,11 @@ class Trainer:
             raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}; got {config.schedule!r}")
         factor, steps = SCHEDULES[config.schedule], max(1, self.total_steps)
         schedule = LambdaLR(optimizer, lambda step: factor(step, steps, config.warmup, config.lr_floor))
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            config=settings,
-        )
+        self._lock = claim(config.output)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
         self._resume()
-        self._log = RunLog(config.output, self.step, config.tensorboard) if distributed.is_main() else None
+        log_options = (config.output, self.step, config.tensorboard, self._epoch_is_open)
+        self._log = RunLog(*log_options) if distributed.is_main() else None
 
     def batches(self, end_epoch: Callable[[], None] | None = None) -> Iterator[Batch]:
         """Batches on the device, from the step after the last checkpoint to the end.
@@ -257,8 +254,21 @@ class Trainer:
         return True
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Whole float32 weights at any ZeRO stage; all ranks call it."""
+        """Whole float32 weights at any ZeRO stage, on every rank; all ranks call it."""
         return full_state_dict(self.engine)
+
+    def export(self, target: Path, write: Callable[[Path, dict[str, Tensor]], None]) -> None:
+        """Replaces the folder `target` in one step; all ranks call it.
+
+        Args:
+            write: the model's `save_pretrained`, called on the first rank with a folder and whole float32 weights:
+                those that the model's `is_saved` tells by their names, where it has it.
+        """
+        wanted = getattr(self.engine.module, "is_saved", lambda name: True)
+        state = full_state_dict(self.engine, wanted, everywhere=False)
+        if distributed.is_main():
+            replace_export(target, self.step, lambda folder: write(folder, state))
+        distributed.barrier()
 
     def save(self) -> Path:
         """Writes a checkpoint, unless this step has one, and gives its folder; all ranks call it."""

@@ -10,14 +10,24 @@ from tempme_vl.training.writing import naming
 
 
 class RunLog:
-    """metrics.jsonl, one JSON object a line, and TensorBoard if asked; lines after a resumed step are dropped."""
+    """metrics.jsonl, one JSON object a line, and TensorBoard if asked.
 
-    def __init__(self, output: Path, step: int, tensorboard: bool):
+    Lines after a resumed step are dropped, and with `open_epoch` what its evaluation, which is repeated, has written.
+    """
+
+    def __init__(self, output: Path, step: int, tensorboard: bool, open_epoch: bool = False):
         output.mkdir(parents=True, exist_ok=True)
         self.path = output / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step]
+        entries = [(line, json.loads(line)) for line in _lines(self.path)]
+        kept = [
+            line
+            for line, entry in entries
+            if entry["step"] < step or (entry["step"] == step and ("loss" in entry or not open_epoch))
+        ]
+        partial = output / ".metrics.jsonl.partial"
         with naming(self.path):
-            self.path.write_text("".join(line + "\n" for line in kept))
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self.path)
         self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -154,6 +154,7 @@ def epochs(output: Path, seen: Path, die_in: int = -1, resume: str = "auto") -> 
         with seen.open("a") as file:
             latest = checkpoint.latest_checkpoint(output / "checkpoints")
             file.write(f"{trainer.epoch} {None if latest is None else latest.name}\n")
+        trainer.log(score=trainer.epoch)
         if trainer.epoch == die_in:
             os.kill(os.getpid(), signal.SIGKILL)
         trainer.is_best({1: 5.0, 2: 7.0, 3: 7.0}[trainer.epoch])
@@ -208,3 +209,17 @@ def full_disk(output: Path) -> str:
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return "saved"
+
+
+def exported(output: Path, stage: str) -> tuple[list[str], list[str]]:
+    """Names that a run gathers for an export of a line that saves its slope alone, and what is written."""
+    trainer = line_trainer(output, stage, batch_size=4)
+    gathered = sorted(checkpoint.full_state_dict(trainer.engine, everywhere=False))
+    trainer.engine.module.is_saved = lambda name: name == "w"
+
+    def write(directory: Path, state: dict[str, torch.Tensor]) -> None:
+        directory.mkdir()
+        (directory / "names").write_text(" ".join(sorted(state)))
+
+    trainer.export(output / "best", write)
+    return gathered, (output / "best" / "names").read_text().split()

@@ -15,6 +15,7 @@ from training.fault_runs import (
     damaged_worker,
     epochs,
     export_and_die,
+    exported,
     full_disk,
     hold,
     interrupted,
@@ -155,6 +156,9 @@ def test_a_checkpoint_comes_before_the_end_of_an_epoch_which_a_resumed_run_makes
     assert seen.read_text().splitlines()[2:] == rest
     state = json.loads((output / "checkpoints" / "step-00000009" / "run.json").read_text())
     assert (state["epoch_is_open"], state["best_step"]) == (False, 6)
+    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["score"]) for entry in entries if "score" in entry] == [(3, 1), (6, 2), (9, 3)]
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 10))
 
 
 @pytest.mark.parametrize("step", [5, 6])
@@ -174,3 +178,10 @@ def test_a_checkpoint_that_does_not_fit_says_where_and_why(tmp_path: Path) -> No
     partial = output / "checkpoints" / "step-00000004.partial"
     assert said.startswith(f"WriteError: could not write {partial}: File too large")
     assert f"{output / 'checkpoints' / 'step-00000002'} is whole" in said
+
+
+@pytest.mark.parametrize("stage", ["zero0", "partitioned"])
+def test_an_export_gathers_on_the_first_rank_what_the_model_saves(tmp_path: Path, stage: str) -> None:
+    first, second = run(exported, tmp_path / "run", stage, world=2)
+    assert first == (["b", "w"], ["w"])
+    assert second == ([], ["w"])

@@ -36,11 +36,11 @@ def test_what_decays_is_ours_clip4clips_or_tempmes() -> None:
     assert decaying("all")[1] == set()
 
 
-def rates(output: Path, schedule: str) -> list[float]:
+def rates(output: Path, schedule: str, floor: float = 0.0) -> list[float]:
     distributed.initialize()
     model = Line()
     rule = torch.optim.SGD(model.parameters(), lr=2.0)
-    config = train_config(output, batch_size=4, schedule=schedule, warmup=1 / 3, epochs=2)
+    config = train_config(output, batch_size=4, schedule=schedule, warmup=1 / 3, epochs=2, lr_floor=floor)
     trainer = Trainer(model, rule, Numbers(), config)
     found = []
     for batch in trainer.batches():
@@ -79,3 +79,21 @@ def test_a_rule_that_looks_at_single_tensors_needs_them_whole(tmp_path: Path) ->
         assert "BertAdam clips every tensor by itself" in said and "zero0.json" in said
     (said,) = run(_refused, tmp_path, "zero0", "fp32", "linear")
     assert "cosine_whole; got 'linear'" in said
+
+
+def test_bertadam_clips_every_tensor_to_norm_1_by_itself() -> None:
+    moved = []
+    for size in (1.0, 40.0):
+        small, large = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
+        rule = BertAdam([small, large], lr=0.1)
+        small.grad, large.grad = torch.full((4,), 0.01), torch.tensor([0.0, 0.6, 0.8, 0.0]) * size
+        rule.step()
+        moved.append(torch.cat([small.detach(), large.detach(), rule.state[large]["exp_avg"]]))
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-5, atol=0)
+    assert float(rule.state[large]["exp_avg"].norm()) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_the_curve_ends_at_its_floor(tmp_path: Path) -> None:
+    (found,) = run(rates, tmp_path, "cosine", 0.4)
+    assert found[2] == 2.0 and min(found) == found[-1]
+    assert found[-1] == pytest.approx(0.4 * 2.0 + 0.6 * 0.2929, abs=1e-4)

@@ -6,11 +6,13 @@ in `tempme_vl.state`.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
@@ -62,6 +64,15 @@ class QAHead(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recomputes the head's blocks in the backward pass, where it has any."""
+
+    def without_weights(self) -> QAHead:
+        """A copy that can only `tokenize`."""
+        empty = nn.Parameter(torch.empty(0))
+        return copy.deepcopy(self, {id(tensor): empty for tensor in (*self.parameters(), *self.buffers())})
+
+    def is_saved(self, name: str) -> bool:
+        """Whether `save` needs a parameter of the head; the weights of others are found again."""
+        return True
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Writes files of its own and gives JSON data and weights that `load` and the model's weights file hold.
@@ -134,6 +145,10 @@ class VideoQAModel(nn.Module):
         """See `QAHead.tokenize`."""
         return self.head.tokenize(question, answer, options)
 
+    def tokenizer(self) -> Callable[..., dict[str, Tensor]]:
+        """`tokenize` without the model: a loader's workers need no weights."""
+        return self.head.without_weights().tokenize
+
     def text(self, prediction: Sequence[int]) -> str:
         """See `QAHead.text`."""
         return self.head.text(prediction)
@@ -168,6 +183,10 @@ class VideoQAModel(nn.Module):
         """Recomputes the blocks of all parts in the backward pass."""
         self.frontend.set_grad_checkpointing(enable)
         self.head.set_grad_checkpointing(enable)
+
+    def is_saved(self, name: str) -> bool:
+        """Whether `save_pretrained` writes a parameter; others are found again."""
+        return not name.startswith("head.") or self.head.is_saved(name.removeprefix("head."))
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes config.json, model.safetensors and the head's own files; `load_qa_model` reads them.

@@ -5,6 +5,7 @@ Letters as in `tempme_vl.tasks.qa.base`; H is the language model's width, P the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,6 +232,14 @@ class LLMHead(QAHead):
         return self
 
     # ---- folders
+
+    def without_weights(self) -> QAHead:
+        empty = nn.Module()
+        return copy.deepcopy(self, {id(part): empty for part in (self.llm, self.projector)})
+
+    def is_saved(self, name: str) -> bool:
+        """With LoRA, nothing of the language model but LoRA."""
+        return not (self.has_lora and name.startswith("llm.")) or "lora_" in name
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Writes tokenizer/ and, without LoRA, llm/config.json; with LoRA adapter/, as peft has it.
