@@ -53,7 +53,8 @@ def test_other_options_are_refused_and_what_may_change_goes_on(data: Path, tmp_p
 def test_an_option_is_compared_unless_it_is_listed(recipe: str) -> None:
     options = MODULES[recipe].parse([])
     names = set(type(options).__dataclass_fields__)
-    engine = {"chunks", "epochs", "batch_size", "warmup", "lr_floor", "clip_grad", "seed"}  # the engine compares these
+    # what the engine compares itself
+    engine = {"chunks", "epochs", "batch_size", "warmup", "lr_floor", "schedule", "clip_grad", "seed"}
     compared = set(facts(options, {})) - {"model_config", "annotations"}
     assert compared | MAY_CHANGE | engine >= names
     assert not compared & MAY_CHANGE
