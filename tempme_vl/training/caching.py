@@ -36,7 +36,6 @@ def cached_update(
         for part in parts:
             random_states.append(_random_state())
             outputs.append(engine(part))
-    after = _random_state()
 
     features = {
         name: (value if value.ndim == 0 else torch.cat([output[name] for output in outputs])).requires_grad_()
@@ -62,7 +61,6 @@ def cached_update(
         # DeepSpeed averages over accumulation steps; these chunks are to be summed
         engine.backward(surrogate * chunks)
         engine.step()
-    _set_random_state(after)
     return loss.detach()
 
 
