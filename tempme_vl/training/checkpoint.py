@@ -119,7 +119,7 @@ def full_state_dict(
         if full is None:
             with deepspeed.zero.GatheredParameters([parameter]):
                 full = parameter.detach().clone() if kept else None
-        if kept:
+        if kept and full is not None:
             state[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
     return state
 
