@@ -167,6 +167,9 @@ class Compressed:
         target = self.model if self.host.target is self.host.model else self.host.target
         prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         self.host.remember(inputs)
+        if "inputs_embeds" in inputs and next(target.parameters()).is_meta:  # offloaded
+            # else transformers 4 makes ids of its own, where the weights are
+            inputs["input_ids"] = inputs["attention_mask"][:, :0]
         output = target.generate(**inputs)
         if isinstance(output, Tensor):
             return output[:, prompt:]

@@ -152,14 +152,15 @@ def test_tokens_and_costs_are_logged(caplog: pytest.LogCaptureFixture, capsys: p
     with caplog.at_level("INFO", "tempme_vl"):
         fewer = compress(model, processor, num_frames=tiny.FRAMES, **tiny.schedule("tempme", 4))
         compress(model, processor, "tome", tiny.FRAMES, r=1)
-    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
-    assert caplog.records[0].getMessage() == fewer.describe() and "Beware" not in fewer.describe()
+    own = [record for record in caplog.records if record.name.startswith("tempme_vl.")]
+    assert [record.levelname for record in own] == ["INFO", "WARNING"]
+    assert own[0].getMessage() == fewer.describe() and "Beware" not in fewer.describe()
     assert "4 frames of 32 x 32 pixels" in fewer.describe() and "a multiply-add is 1 FLOP" in fewer.describe()
-    assert "Beware: 49 tokens are more than the 17 of the host's own way" in caplog.records[1].getMessage()
+    assert "Beware: 49 tokens are more than the 17 of the host's own way" in own[1].getMessage()
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["VideoLlava", "InternVL", "Qwen2.5-VL"])
+@pytest.mark.parametrize("name", ["VideoLlava", "InternVL", "SmolVLM"])
 def test_costs_count_a_multiply_add_once(name: str) -> None:
     """Against torch's own counter, which has 2 for it. It may leave attention out, which is a small part here."""
     kit: Any = tiny if name in tiny.MODELS else tiny_post
