@@ -129,6 +129,9 @@ def test_at_full_depth_everything_but_the_last_module_is_repeated(
     assert rows[0]["seconds"]["at_depth"] == 0.5 + 2.0 + (1 + 4 * 2) + 2 * (1 + 2 * 2)
 
 
-def test_one_new_token_has_no_decoding_to_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="2 or more, got 1"):
+def test_one_new_token_has_no_decoding_to_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
         run(monkeypatch, tmp_path / "rows.json", "--new-tokens 1")
+    assert ended.value.code == 2 and "2 or more, got 1" in capsys.readouterr().err
