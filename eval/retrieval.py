@@ -138,6 +138,7 @@ def evaluate(options: Options, split: RetrievalSplit, device: torch.device) -> t
     report = {
         "checkpoint": str(options.checkpoint),
         "split": split.name,
+        "note": split.note,
         "num_frames": reader.num_frames,
         "sampling": sampling,
         "ranks": distributed.world_size(),
@@ -178,6 +179,7 @@ def describe(report: dict[str, Any]) -> str:
             }
         ),
     ]
+    lines[1:1] = [report["note"]] if report["note"] else []
     lines += [f"could not read {name}: {cause}" for name, cause in report["broken_videos"].items()]
     return "\n".join(lines)
 

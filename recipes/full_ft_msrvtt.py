@@ -194,7 +194,8 @@ def main(options: Options) -> None:
         **cost(model.frontend),
     }
     rows = {options.method: report, f"re-ranked {options.rerank}": report.get("reranked", {})}
-    write_report(options, report, f"{report['split']}\n{table(rows)}")
+    heading = f"{test.name}: {test.note}" if test.note else test.name
+    write_report(options, report, f"{heading}\n{table(rows)}")
 
 
 def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
@@ -225,7 +226,7 @@ def evaluate(
     embeddings = embed(
         encoder, clips, captions, captions.video_of_caption, device, workers=workers, keep_tokens=rerank > 0
     )
-    report = {"split": split.name, **retrieval_report(embeddings)}
+    report = {"split": split.name, "note": split.note, **retrieval_report(embeddings)}
     return {**report, "reranked": rerank_embeddings(encoder, embeddings, device, rerank)} if rerank else report
 
 

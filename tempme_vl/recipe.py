@@ -129,7 +129,7 @@ class ReadingOptions:
     on_broken: Literal["record", "raise"] = "record"
     """Videos that cannot be read: listed in OUTPUT/broken_videos.jsonl and counted, or an error."""
     most_missing: float = 0.1
-    """Share of the videos that may be missing; with more, OUTPUT/missing_videos.txt lists them and nothing is trained."""
+    """Share of the videos that may be missing; if more are, OUTPUT/missing_videos.txt lists them and nothing starts."""
     frame_cache: str = "none"
     """"memory", a folder, or "none": keeps decoded frames, the main speed-up of later epochs."""
     cache_memory: float = 4.0

@@ -66,6 +66,7 @@ def accuracy(
             correct[kind] += _same(prediction, question.answers, normalize)
     return {
         "split": split.name,
+        "note": split.note,
         "match": "normalized" if normalize else "exact",
         "total": total.total(),
         "correct": correct.total(),
@@ -114,8 +115,7 @@ def table(report: Mapping[str, Any]) -> str:
     rows = [(kind, report["total_by_type"][kind], report["by_type"][kind]) for kind in QUESTION_TYPES]
     for kind, total, percent in [*rows, ("all", report["total"], report["accuracy"])]:
         lines.append(f"{kind:<10}{total:>10}" + (f"{'-':>12}" if percent is None else f"{percent:>12.2f}"))
-    if "predictions_read" in report:
-        lines.insert(1, report["predictions_read"])
+    lines[1:1] = [text for text in (report["note"], report.get("predictions_read")) if text]
     if report["ceiling"] is not None:
         lines.append(f"ceiling of a vocabulary of {report['vocabulary_size']} answers: {report['ceiling']:.2f} %")
     if report["ambiguous"]:
