@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempme_vl.backbones import FAMILIES, split_name, umt
-from tempme_vl.backbones import open_clip as openai
+from tempme_vl.backbones import find_family, split_name, umt
 from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
 from tempme_vl.merging import LayerMerge, MergeSchedule, find_method, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
@@ -79,7 +79,7 @@ class VisualFrontend(nn.Module):
             trace_source: also say which input tokens every output token holds.
 
         Raises:
-            ValueError: a video or mask of another shape.
+            ValueError: a video or mask of another shape, or pixels as whole numbers, which nothing has normalised.
         """
         self._check(video, frame_mask)
         x = self.embed(video.flatten(0, 1))
@@ -89,7 +89,7 @@ class VisualFrontend(nn.Module):
         return self._output(state, frame_mask)
 
     def _output(self, state: TokenState, frame_mask: Tensor | None) -> FrontendOutput:
-        tokens, size = (t.unflatten(0, (-1, state.num_clips)).flatten(1, 2) for t in (state.x, state.size))
+        tokens, size = (rearrange(t, "(b c) n d -> b (c n) d", c=state.num_clips) for t in (state.x, state.size))
         frames = self._embed_frames(state)
         pooled = masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask)
         source = state.source
@@ -108,12 +108,12 @@ class VisualFrontend(nn.Module):
         clips, prefix = state.num_clips, state.num_prefix
         if self.shape.pooling == "cls":
             cls = state.x[:, : prefix : self.shape.num_prefix]  # registers stand behind their frame's CLS token
-            return self.head(self.norm(cls).unflatten(0, (-1, clips)).flatten(1, 2))
+            return self.head(rearrange(self.norm(cls), "(b c) f d -> b (c f) d", c=clips))
         x, size = self.norm(state.x[:, prefix:]), state.size[:, prefix:]
         parts = clips
         if not state.merged:  # every frame still has its own tokens, whether or not it attended to others
             parts = self.schedule.frames
-            x, size = (t.unflatten(1, (parts // clips, -1)).flatten(0, 1) for t in (x, size))
+            x, size = (rearrange(t, "r (f n) d -> (r f) n d", f=parts // clips) for t in (x, size))
         if self.shape.pooling == "attention":
             return self.head(x, size if state.merged else None).unflatten(0, (-1, parts))
         size = size.to(x.dtype)
@@ -126,7 +126,8 @@ class VisualFrontend(nn.Module):
             values: (B, M, ...), in the order of `FrontendOutput.tokens`.
         """
         last = self.schedule.layer_counts[-1]
-        return values.unflatten(1, (last.clips, last.mlp))[:, :, last.prefix :].flatten(1, 2)
+        by_clip = rearrange(values, "b (c n) ... -> b c n ...", c=last.clips)
+        return rearrange(by_clip[:, :, last.prefix :], "b c n ... -> b (c n) ...")
 
     def _check(self, video: Tensor, frame_mask: Tensor | None) -> None:
         side = self.shape.image_size
@@ -135,6 +136,11 @@ class VisualFrontend(nn.Module):
             raise ValueError(
                 f"expected video (B, F, 3, H, W) with (F, 3, H, W) = {expected}; got {tuple(video.shape)}. Sample "
                 f"{expected[0]} frames and resize them to {side} px, or create the front end with other num_frames"
+            )
+        if not video.is_floating_point():
+            raise ValueError(
+                f"expected normalised frames of a floating dtype; got {video.dtype}. Resize and normalise raw frames "
+                "first: tempme_vl.data.transforms.ClipTransform(Preprocess.from_dict(frontend.config['preprocess']))"
             )
         if frame_mask is not None and frame_mask.shape != video.shape[:2]:
             raise ValueError(f"expected frame_mask {tuple(video.shape[:2])}; got {tuple(frame_mask.shape)}")
@@ -182,6 +188,8 @@ class VisualFrontend(nn.Module):
         Raises:
             ValueError: weights of another architecture, or a schedule for another one.
         """
+        from tempme_vl.backbones import open_clip as openai
+
         visual, config = openai.visual_from_openai(state, heads, quick_gelu)
         return cls(openai.visual_backbone(visual), schedule, config)
 
@@ -216,6 +224,8 @@ class VisualFrontend(nn.Module):
 
     def openai_state_dict(self) -> dict[str, Tensor]:
         """The tower's weights under open_clip's names, bit for bit; merging parameters are left out."""
+        from tempme_vl.backbones import open_clip as openai
+
         own = {key: value for key, value in self.state_dict().items() if ".before_attention." not in key}
         return openai.to_openai_names(own)
 
@@ -238,7 +248,7 @@ class VisualFrontend(nn.Module):
         """A front end with random weights from what `full_config` gave."""
         rest = dict(config)
         schedule = MergeSchedule.from_dict(rest.pop("schedule"))
-        return cls(FAMILIES[rest["family"]].build_tower(rest), schedule, rest)
+        return cls(find_family(rest["family"]).build_tower(rest), schedule, rest)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> VisualFrontend:
@@ -360,9 +370,10 @@ def create_frontend(
     Raises:
         ValueError: see `split_name`, the family's loader and `make_schedule`.
     """
-    family, model = split_name(name)
-    tower_options = {key: options.pop(key) for key in FAMILIES[family].TOWER_OPTIONS if key in options}
-    backbone, config = FAMILIES[family].load_tower(model, pretrained, num_frames, **tower_options)
+    family_name, model = split_name(name)
+    family = find_family(family_name)
+    tower_options = {key: options.pop(key) for key in family.TOWER_OPTIONS if key in options}
+    backbone, config = family.load_tower(model, pretrained, num_frames, **tower_options)
     shape, layers = backbone.shape, len(backbone.blocks)
     schedule = make_schedule(method, layers, num_frames, shape.tokens, shape.num_prefix, shape.joint, **options)
     frontend = VisualFrontend(backbone, schedule, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import tempme_vl
 
 ROOT = Path(__file__).parent.parent
-CORE = {"state", "matching", "merging", "backbones", "frontend", "text", "pretrained"}
+CORE = {"state", "matching", "merging", "backbones", "frontend", "text", "pretrained", "libraries"}
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
     "state": set(),
@@ -24,11 +25,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     # how commands start and fail, and what they leave behind
     "reports": {"__init__"},
     "command": {"reports", "processes", "together"},
+    "libraries": set(),
     # what a front end is made of
     "merging": {"state", "matching"},
-    "backbones": {"state", "pretrained"},
+    "backbones": {"state", "pretrained", "libraries"},
     "frontend": {"state", "merging", "backbones", "pretrained"},
-    "text": {"backbones", "pretrained"},
+    "text": {"backbones", "pretrained", "libraries"},
     "__init__": {"state", "merging", "frontend", "pipeline"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
@@ -37,19 +39,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
     "recipe": CORE | {"tasks", "evaluation", "data", "training", "reports", "command"},
-    "lmms_eval": {"integrations", "data"},
+    "lmms_eval": {"integrations", "data", "libraries"},
     # side shelves, which know no model and not each other
     "data": set(),
-    "training": {"processes", "together"},
+    "training": {"processes", "together", "libraries"},
 }
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed
+HEAVY = {"deepspeed", "peft", "timm", "decord"}  # and not always needed
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports anywhere, `from a import b` as a.b."""
+def imports(path: Path, everywhere: bool = True) -> set[str]:
+    """Dotted names that a file imports anywhere, or outside of functions, `from a import b` as a.b."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    inside = {id(node) for part in ast.walk(tree) if isinstance(part, ast.FunctionDef) for node in ast.walk(part)}
+    for node in ast.walk(tree):
+        if not everywhere and id(node) in inside:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -100,6 +107,42 @@ def test_the_package_offers_its_names_on_first_use() -> None:
     assert all(getattr(tempme_vl, name).__name__ == name for name in tempme_vl.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Frontend'"):
         _ = tempme_vl.Frontend
+
+
+def test_heavy_libraries_are_imported_where_they_are_used() -> None:
+    """Inside functions; timm also by the file that is about its towers."""
+    for path in PACKAGE:
+        tops = {name.split(".")[0] for name in imports(path, everywhere=False)}
+        allowed = {"timm"} if path.parts[-2:] == ("backbones", "timm.py") else set()
+        assert not tops & HEAVY - allowed, path
+
+
+FRESH = """
+import sys
+def heavy(*allowed):
+    found = {"deepspeed", "peft", "timm", "decord"} & set(sys.modules) - set(allowed)
+    assert not found, found
+
+import tempme_vl
+assert not {"torch", "numpy", "transformers"} & set(sys.modules)
+import tempme_vl.evaluation.videoqa
+assert "torch" not in sys.modules
+tempme_vl.create_frontend("umt:tiny", method="none")
+heavy()
+assert not {"open_clip", "transformers"} & set(sys.modules)
+import tempme_vl.evaluation.encode, tempme_vl.evaluation.retrieval, tempme_vl.data.reader, tempme_vl.training.engine
+heavy()
+import tempme_vl.integrations
+heavy()
+tempme_vl.create_frontend("open_clip:tiny", method="none")
+import tempme_vl.recipe, tempme_vl.pipeline, tempme_vl.tasks.videollm, tempme_vl.evaluation.measure
+heavy("timm")  # which open_clip itself imports
+"""
+
+
+def test_a_fresh_process_imports_no_library_before_it_needs_it() -> None:
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_table_itself_has_no_circle() -> None:

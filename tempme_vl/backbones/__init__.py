@@ -1,13 +1,16 @@
-"""Encoders by family. A new one is a file with what `Family` asks for, and a line in `FAMILIES`."""
+"""Encoders by family. A new one is a file with what `Family` asks for, and its name in `FAMILIES`."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Protocol, cast
 
-from tempme_vl.backbones import hf, open_clip, timm, umt
 from tempme_vl.backbones.base import Backbone
 
-__all__ = ["FAMILIES", "Family", "split_name"]
+__all__ = ["FAMILIES", "Family", "find_family", "split_name"]
+
+# modules here, each imported when a tower of it is wanted, with the library that it takes them from
+FAMILIES = ("open_clip", "umt", "hf", "timm")
 
 
 class Family(Protocol):
@@ -25,12 +28,15 @@ class Family(Protocol):
     def build_tower(self, config: dict[str, Any]) -> Backbone: ...
 
 
-FAMILIES: dict[str, Family] = {
-    "open_clip": cast(Family, open_clip),
-    "umt": cast(Family, umt),
-    "hf": cast(Family, hf),
-    "timm": cast(Family, timm),
-}
+def find_family(name: str) -> Family:
+    """The module of a family.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"unknown family {name!r}; known families: {', '.join(FAMILIES)}")
+    return cast(Family, import_module(f"tempme_vl.backbones.{name}"))
 
 
 def split_name(name: str) -> tuple[str, str]:

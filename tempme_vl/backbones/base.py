@@ -17,6 +17,10 @@ from tempme_vl.backbones.attention import attend
 
 Pool = Literal["cls", "mean", "attention"]
 
+# of red, green and blue: what OpenAI's CLIP and models of ImageNet were trained on
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class TowerShape:
@@ -100,6 +104,21 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = (1.702 * x).sigmoid_()
         return gate * x if torch.is_grad_enabled() else gate.mul_(x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (ECCV 2016): in training, leaves out the branch of a row with some probability, and makes up for
+    it in the other rows: (R, ...) -> (R, ...)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate)
 
 
 class BlockAdapter(nn.Module):

@@ -16,12 +16,20 @@ from typing import Any, cast
 
 import torch
 import transformers
-from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor
 
-from tempme_vl.backbones import timm as timm_towers
-from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, count_blocks
+from tempme_vl.backbones.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    BlockAdapter,
+    Pool,
+    TowerShape,
+    count_blocks,
+)
 from tempme_vl.backbones.hf_blocks import (
     VERSION,
     ClipLayer,
@@ -32,6 +40,7 @@ from tempme_vl.backbones.hf_blocks import (
     refusal,
 )
 from tempme_vl.backbones.hf_embed import ImageEmbed, PackedEmbed, SiglipPool
+from tempme_vl.libraries import undocumented
 from tempme_vl.pretrained import require_hub
 
 _HALF = (0.5, 0.5, 0.5)
@@ -56,8 +65,8 @@ class _Family:
         return "layers" if self.layer is ClipLayer else "layer"
 
 
-_OPENAI = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
-_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+_OPENAI: dict[str, Any] = {"mean": CLIP_MEAN, "std": CLIP_STD}
+_IMAGENET: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _CLIP = _Family(ClipLayer, "post_layernorm", **_OPENAI, resize="shortest", norm_pre="pre_layrnorm")
 _BLIP = _Family(ClipLayer, "post_layernorm", **_OPENAI, resize="squash")
 _SIGLIP = _Family(ClipLayer, "post_layernorm", mean=_HALF, std=_HALF, resize="squash", siglip=True)
@@ -92,6 +101,7 @@ _MODELS = {
 }
 
 
+@undocumented("transformers")
 def backbone_of(tower: nn.Module, layer: int = -1, image_size: int | None = None) -> tuple[Backbone, dict[str, Any]]:
     """A backbone over the modules of an existing vision tower, which stays as it is.
 
@@ -114,6 +124,8 @@ def backbone_of(tower: nn.Module, layer: int = -1, image_size: int | None = None
     if hasattr(tower, "timm_model"):
         if image_size is not None:
             raise ValueError("a timm tower's image size is fixed when it is built; leave image_size out")
+        from tempme_vl.backbones import timm as timm_towers
+
         return timm_towers.backbone_of(cast(nn.Module, tower.timm_model), layer)
     if type(tower).__name__ not in _TOWERS:
         raise ValueError(refusal(tower, _TOWERS))

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import transformers
 from torch import Tensor, nn
 
 from tempme_vl.backbones.attention import attend
 from tempme_vl.backbones.base import BlockAdapter
+from tempme_vl.libraries import describe
 
-VERSION = f"transformers {transformers.__version__}"
+VERSION = describe("transformers")
 
 
 def check_children(module: nn.Module, children: set[str], parameters: Collection[str] = ()) -> None:

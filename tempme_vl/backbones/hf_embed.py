@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tempme_vl.backbones.hf_blocks import check_children
@@ -37,11 +38,9 @@ class PackedEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         p = self.patch_size
-        patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (R, 3, rows, p, columns, p)
-        rows, columns = patches.shape[2], patches.shape[4]
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        patches = rearrange(images, "r c (rows h) (columns w) -> r (rows columns) (h w c)", h=p, w=p)
         # all images have one shape, so their positions are resized once and broadcast
-        return self.embeddings(patches, torch.tensor([[rows, columns]]))
+        return self.embeddings(patches, torch.tensor([[images.shape[2] // p, images.shape[3] // p]]))
 
 
 class SiglipPool(nn.Module):

@@ -11,13 +11,25 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transformer import QuickGELU as OpenClipQuickGELU
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from tempme_vl.backbones.base import Backbone, BlockAdapter, QuickGELU, SelfAttention, TowerShape, square_side
+from tempme_vl.backbones.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Backbone,
+    BlockAdapter,
+    QuickGELU,
+    SelfAttention,
+    TowerShape,
+    square_side,
+)
+from tempme_vl.libraries import describe, undocumented
 from tempme_vl.pretrained import require_hub
+
+_PACKAGE = "open_clip_torch"
+with undocumented(_PACKAGE):
+    from open_clip.transformer import QuickGELU as OpenClipQuickGELU
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
 # Small towers for the embedded data set and for tests; everything else comes from open_clip's own configurations.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -62,6 +74,7 @@ def model_config(name: str) -> dict[str, Any]:
     return config
 
 
+@undocumented(_PACKAGE)
 def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP, dict[str, Any]]:
     """A CLIP model and the JSON configuration that builds it again.
 
@@ -101,6 +114,7 @@ def build_clip(config: Mapping[str, Any]) -> open_clip.CLIP:
     return open_clip.CLIP(**{key: config[key] for key in names if key in config})
 
 
+@undocumented(_PACKAGE)
 def build_visual(config: Mapping[str, Any]) -> VisionTransformer:
     """The randomly initialised visual tower of a configuration; it needs no text_cfg."""
     no_text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
@@ -113,8 +127,8 @@ def _preprocess(visual: VisionTransformer) -> dict[str, Any]:
     return {
         "preprocess": {
             "image_size": visual.image_size[0],
-            "mean": list(given.get("mean", OPENAI_DATASET_MEAN)),
-            "std": list(given.get("std", OPENAI_DATASET_STD)),
+            "mean": list(given.get("mean", CLIP_MEAN)),
+            "std": list(given.get("std", CLIP_STD)),
             "resize": given.get("resize_mode", "shortest"),
             "interpolation": given.get("interpolation", "bicubic"),
         }
@@ -134,7 +148,7 @@ class OpenClipBlock(BlockAdapter):
         if not isinstance(block, ResidualAttentionBlock) or children != _BLOCK_CHILDREN:
             raise ValueError(
                 f"expected open_clip's ResidualAttentionBlock with {sorted(_BLOCK_CHILDREN)}; got "
-                f"{type(block).__name__} with {sorted(children)} (open_clip {open_clip.__version__})"
+                f"{type(block).__name__} with {sorted(children)} ({describe(_PACKAGE)})"
             )
         self.ln_1, self.ls_1 = block.ln_1, block.ls_1
         self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
@@ -178,6 +192,7 @@ class ClipHead(nn.Module):
         return x @ self.proj
 
 
+@undocumented(_PACKAGE)
 def visual_backbone(visual: nn.Module) -> Backbone:
     """Takes an open_clip VisionTransformer over as a backbone; the given module must not be used afterwards.
 
@@ -197,6 +212,7 @@ def visual_backbone(visual: nn.Module) -> Backbone:
     return Backbone(ClipEmbed(visual), blocks, visual.ln_post, ClipHead(visual), shape)
 
 
+@undocumented(_PACKAGE)
 def tower_shape(visual: VisionTransformer) -> TowerShape:
     """The numbers of an open_clip tower."""
     first, width = visual.transformer.resblocks[0], visual.conv1.out_channels

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from open_clip.timm_model import TimmModel
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models import VisionTransformer
 from torch import Tensor, cat, nn
 
 from tempme_vl.backbones.attention import attend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, count_blocks
+from tempme_vl.libraries import describe, undocumented
+
+with undocumented("timm"):
+    from timm.models.vision_transformer import Attention, Block
 
 _BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
@@ -44,7 +47,7 @@ class TimmBlock(BlockAdapter):
             if type(module) is not known or found != children:
                 raise ValueError(
                     f"expected timm's {known.__name__} of {sorted(children)}; got {type(module).__name__} of "
-                    f"{sorted(found)} (timm {timm.__version__}). {_INSTEAD}"
+                    f"{sorted(found)} ({describe('timm')}). {_INSTEAD}"
                 )
         self.block = block
 
@@ -104,6 +107,7 @@ _INSTEAD = (
 )
 
 
+@undocumented("timm")
 def backbone_of(tower: nn.Module, layer: int = -1) -> tuple[Backbone, dict[str, Any]]:
     """A backbone over the modules of an existing timm model, which stays as it is.
 
@@ -122,8 +126,9 @@ def backbone_of(tower: nn.Module, layer: int = -1) -> tuple[Backbone, dict[str, 
             pooling other than by CLS token, mean or attention.
     """
     projection: Any = nn.Identity()
-    if isinstance(tower, TimmModel):
-        tower, projection = tower.trunk, tower.head
+    if type(tower).__name__ == "TimmModel":  # open_clip's, which is not imported for its sake
+        wrapper: Any = tower
+        tower, projection = wrapper.trunk, wrapper.head
         if hasattr(projection, "pool"):
             raise ValueError(f"open_clip's {type(projection.pool).__name__} pools a whole grid, which merging breaks")
     _check(tower)
@@ -167,7 +172,7 @@ def _check(tower: Any) -> None:
     """
     name = type(tower).__name__
     if type(tower) is not VisionTransformer:
-        raise ValueError(f"expected timm's VisionTransformer; got {name} (timm {timm.__version__}). {_INSTEAD}")
+        raise ValueError(f"expected timm's VisionTransformer; got {name} ({describe('timm')}). {_INSTEAD}")
     if type(tower.patch_embed) is not PatchEmbed or tower.patch_embed.img_size is None:
         raise ValueError(f"expected timm's PatchEmbed of a fixed image size; got {type(tower.patch_embed).__name__}")
     if len({*tower.patch_embed.img_size}) != 1 or len({*tower.patch_embed.patch_size}) != 1:
@@ -179,7 +184,7 @@ def _check(tower: Any) -> None:
         raise ValueError("patch dropout changes token counts; build the tower with patch_drop_rate=0")
     if tower.global_pool not in ("", "token", "avg", "map"):
         raise ValueError(
-            f"a tower that pools by {tower.global_pool!r} is not known (timm {timm.__version__}); expected 'token', "
+            f"a tower that pools by {tower.global_pool!r} is not known ({describe('timm')}); expected 'token', "
             "'avg', 'map' or ''"
         )
     if tower.pool_include_prefix and tower.global_pool in ("avg", "map"):

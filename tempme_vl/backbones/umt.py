@@ -14,17 +14,23 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
-from tempme_vl.backbones.base import Backbone, BlockAdapter, SelfAttention, TowerShape
+from tempme_vl.backbones.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    BlockAdapter,
+    DropPath,
+    SelfAttention,
+    TowerShape,
+)
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
 
 _log = logging.getLogger(__name__)
 
 Mode = Literal["joint", "clip"]
 Positions = Literal["image", "joint"]
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @dataclass(frozen=True)
@@ -328,8 +334,8 @@ def json_config(config: UMTConfig) -> dict[str, Any]:
     """JSON data that builds the tower again (`build_tower`), with UMT's preprocessing: squashed to the square."""
     preprocess = {
         "image_size": config.image_size,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
         "resize": "squash",
         "interpolation": "bicubic",
     }

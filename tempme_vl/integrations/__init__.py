@@ -24,6 +24,7 @@ from tempme_vl.integrations.qwen3_vl import Qwen3VLHost
 from tempme_vl.integrations.smolvlm import SmolVLMHost
 from tempme_vl.integrations.video_llava import VideoLlavaHost
 from tempme_vl.integrations.videos import SampledVideo
+from tempme_vl.libraries import undocumented
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def _check_processor(processor: Any) -> None:
         )
 
 
+@undocumented("transformers")
 def compress(
     model: Any,
     processor: Any,
@@ -125,6 +127,7 @@ def compress(
     return compressed
 
 
+@undocumented("transformers")
 def load_compressed(
     directory: str | Path, model: Any = None, processor: Any = None, feed: Feed | None = None, **options: Any
 ) -> Compressed:

@@ -16,6 +16,7 @@ from transformers import BatchFeature
 
 from tempme_vl.integrations.base import Feed, Host, VisualTokens, describe, input_device
 from tempme_vl.integrations.videos import FPS, SampledVideo, pair_up, tell_times
+from tempme_vl.libraries import undocumented
 
 CONFIG_FILE, WEIGHTS_FILE = "tempme.json", "tempme.safetensors"
 _IGNORED = -100
@@ -54,6 +55,7 @@ class Compressed:
         """Tokens and costs of one video: the host's own and ours."""
         return describe(self.host, self.host.config()["method"])
 
+    @undocumented("transformers")
     def prepare(
         self,
         text: str | Sequence[str],

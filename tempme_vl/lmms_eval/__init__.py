@@ -11,6 +11,9 @@ from typing import Any
 
 def manifest() -> Any:
     """What lmms-eval has to know of the model: a `ModelManifest`."""
-    from lmms_eval.models.registry_v2 import ModelManifest
+    from tempme_vl.libraries import undocumented
+
+    with undocumented("lmms-eval"):
+        from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="tempme_vl", simple_class_path="tempme_vl.lmms_eval.model.TempMe")

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import GenerationResult
-from lmms_eval.api.model import lmms
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import BatchFeature
@@ -21,7 +19,12 @@ from transformers import BatchFeature
 from tempme_vl.data.video import read_frames
 from tempme_vl.integrations import SampledVideo
 from tempme_vl.integrations.videos import without_start
+from tempme_vl.libraries import undocumented
 from tempme_vl.lmms_eval.arguments import cut, generation_options, load, video_of
+
+with undocumented("lmms-eval"):
+    from lmms_eval.api.instance import GenerationResult
+    from lmms_eval.api.model import lmms
 
 _IGNORED = -100
 _read = lru_cache(maxsize=4)(read_frames)  # the choices of a question ask for the same video one after the other

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -31,7 +30,7 @@ from tempme_vl.integrations.videos import without_start
 from tempme_vl.pretrained import require_hub
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import gather_rows
-from tempme_vl.tasks.pretrained_lm import exact_buffers, set_grad_checkpointing
+from tempme_vl.tasks.pretrained_lm import exact_buffers, has_adapter, set_grad_checkpointing
 
 PROMPT = "USER: {video}\n{question} ASSISTANT:"  # LLaVA's, for hosts without a chat template
 ADAPTER_FOLDER, ADAPTER_FILE = "adapter", "adapter_model.safetensors"  # the file as peft calls it
@@ -206,7 +205,9 @@ class VideoLLM(nn.Module):
         merging = {key.removeprefix("merging."): value for key, value in state.items() if key.startswith("merging.")}
         self.compressed.save_merging(directory, merging)
         own = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-        if isinstance(self.model, PeftModel):
+        if has_adapter(self.model):
+            from peft import get_peft_model_state_dict
+
             self.model.peft_config["default"].save_pretrained(str(directory / ADAPTER_FOLDER))
             adapter = get_peft_model_state_dict(self.model, own, save_embedding_layers=False)
             _save(adapter, directory / ADAPTER_FOLDER, ADAPTER_FILE)
@@ -255,6 +256,8 @@ def create_video_llm(
     model.requires_grad_(False)
     compressed.merging.requires_grad_(train_frontend)
     if lora_rank:
+        from peft import LoraConfig, get_peft_model
+
         targets = linear_layers(compressed.host)
         lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets)
         compressed = Compressed(compressed.host, get_peft_model(model, lora), compressed.feed)
@@ -289,6 +292,8 @@ def load_video_llm(directory: str | Path, source: str | Path | None = None, **op
         raise ValueError(f"{directory / TRAINED_FILE} does not fit {config['source']}: {sorted(wrong)[:4]} ...")
     model.load_state_dict(trained, strict=False)
     if (directory / ADAPTER_FOLDER).is_dir():
+        from peft import PeftModel
+
         model = PeftModel.from_pretrained(model, str(directory / ADAPTER_FOLDER))
     return VideoLLM(load_compressed(directory, model, processor, feed), **config).eval()
 

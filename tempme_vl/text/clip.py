@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tempme_vl.backbones.open_clip import OpenClipBlock
+from tempme_vl.libraries import undocumented
 
 
 class ClipTextEmbed(nn.Module):
@@ -48,6 +49,7 @@ class ClipTextEncoder(nn.Module):
         ValueError: a text tower that is not pooled at its end token ("argmax").
     """
 
+    @undocumented("open_clip_torch")
     def __init__(self, clip: open_clip.CLIP):
         super().__init__()
         if clip.text_pool_type != "argmax" or not isinstance(clip.text_projection, nn.Parameter):

@@ -13,9 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from tempme_vl.training import distributed
@@ -107,6 +105,9 @@ def full_state_dict(
         wanted: tells by its name whether a parameter is; others are not gathered.
         everywhere: False for the first rank alone; others get nothing, and hold one parameter at a time.
     """
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
     module: nn.Module = engine.module
     kept = everywhere or distributed.is_main()
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}

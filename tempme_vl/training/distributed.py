@@ -6,12 +6,11 @@ import os
 import socket
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from tempme_vl import together
+from tempme_vl.libraries import undocumented
 
 
 def initialize() -> torch.device:
@@ -22,6 +21,9 @@ def initialize() -> torch.device:
     Returns:
         this rank's device.
     """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -37,7 +39,8 @@ def initialize() -> torch.device:
     device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
     if device.type == "cpu":
         # else DeepSpeed compiles an all-reduce for inference at start: half a minute and a compiler, for nothing here
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with undocumented("deepspeed"):
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     else:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -73,6 +72,8 @@ class Trainer:
         config: TrainConfig,
         facts: Mapping[str, Any] | None = None,
     ):
+        import deepspeed
+
         self.config, self.dataset = config, dataset
         # once a loss is nearly 0, gradients below 1e-38 appear, on which a CPU is ten times as slow (docs/LOG.md)
         torch.set_flush_denormal(True)

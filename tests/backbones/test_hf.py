@@ -14,6 +14,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights
 from towers import random_video
 from transformers import (
     CLIPConfig,
@@ -224,6 +225,27 @@ def test_the_video_tower_of_a_video_language_model() -> None:
 
 
 # ---- the host stays a host
+
+
+@pytest.mark.parametrize(
+    ("name", "processor"),
+    [
+        ("clip", "CLIPImageProcessor"),
+        ("siglip", "SiglipImageProcessor"),
+        ("siglip2", "Siglip2ImageProcessor"),
+        ("dinov2 registers", None),
+        ("instructblip", "BlipImageProcessor"),
+    ],
+)
+def test_pixels_are_prepared_as_published_where_no_folder_says(name: str, processor: str | None) -> None:
+    """As the family's image processor does by default; DINOv2 has none of its own, and the numbers of ImageNet."""
+    published: Any = getattr(transformers, processor)() if processor else None
+    image_net = ResNet18_Weights.DEFAULT.transforms()
+    mean, std = (published.image_mean, published.image_std) if processor else (image_net.mean, image_net.std)
+    preprocess = hf.backbone_of(host(name))[1]["preprocess"]
+    assert (preprocess["mean"], preprocess["std"]) == (list(mean), list(std))
+    crops = published.to_dict().get("do_center_crop") if processor else True
+    assert preprocess["resize"] == ("shortest" if crops else "squash")
 
 
 @few_towers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 import open_clip
@@ -65,6 +66,7 @@ def test_real_towers_equal_open_clip_and_export_back(original: open_clip.CLIP) -
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_loading_openai_names_and_exporting_them(quick_gelu: bool) -> None:
     original = small_clip(quick_gelu)
+    nn.init.constant_(original.logit_scale, math.log(100))  # as OpenAI's, and not as CLIP's training starts
     state, schedule = original.state_dict(), MergeSchedule.identity(4, 3, 17)
     video = random_video(3)
     frontends = [
@@ -78,8 +80,18 @@ def test_loading_openai_names_and_exporting_them(quick_gelu: bool) -> None:
         torch.testing.assert_close(frontend(video).frames, expected, rtol=0, atol=1e-6)
         assert frontend.shape.quick_gelu == frontend.config["quick_gelu"] == quick_gelu
     assert_same_state(model.openai_state_dict(), state)
+    assert model.logit_scale().item() == pytest.approx(100)
     wrong = VisualFrontend.from_openai_state_dict(state, 2, schedule, not quick_gelu)(video).frames
     assert (wrong - expected).abs().max() > 1e-5, "the activation matters"
+
+
+def test_pixels_are_normalised_as_open_clip_does() -> None:
+    for name in ("tiny", "ViT-B-32-quickgelu"):
+        with torch.device("meta"):
+            preprocess = load_clip(name)[1]["preprocess"]
+        assert tuple(preprocess["mean"]) == open_clip.OPENAI_DATASET_MEAN
+        assert tuple(preprocess["std"]) == open_clip.OPENAI_DATASET_STD
+        assert (preprocess["resize"], preprocess["interpolation"]) == ("shortest", "bicubic")
 
 
 def test_merging_parameters_are_not_exported() -> None:
@@ -147,7 +159,7 @@ def test_unknown_modules_are_refused() -> None:
         visual_backbone(nn.Linear(2, 2))
     block = small_clip().visual.transformer.resblocks[0]
     block.adapter = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"got ResidualAttentionBlock with \['adapter', .*open_clip \d"):
+    with pytest.raises(ValueError, match=r"got ResidualAttentionBlock with \['adapter', .*open_clip_torch \d"):
         OpenClipBlock(block)
 
 

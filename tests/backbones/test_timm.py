@@ -444,6 +444,20 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 # ---- refusals
 
 
+@pytest.mark.parametrize(("crop", "resize"), [("squash", "squash"), ("center", "shortest"), ("border", "shortest")])
+def test_pixels_are_prepared_as_timm_says(crop: str, resize: str) -> None:
+    told = {"crop_mode": crop, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"}
+    tower = timm.create_model(NAME, **SIZE, pretrained_cfg_overlay=told)
+    preprocess = backbone_of(tower)[1]["preprocess"]
+    assert preprocess == {
+        "image_size": 32,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "resize": resize,
+        "interpolation": "bilinear",
+    }
+
+
 def small(name: str, **options: Any) -> nn.Module:
     with torch.device("meta"):
         return timm.create_model(name, pretrained=False, **options)

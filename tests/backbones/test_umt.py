@@ -9,17 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.models import ResNet18_Weights
 from towers import random_video
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones import umt
 from tempme_vl.backbones.umt import UMTConfig, from_umt_names, model_config, position_table, sinusoid_table
+from tempme_vl.data.transforms import ClipTransform, Preprocess
 
 TINY = "umt:tiny"  # 6 layers, 16 tokens of width 64 a frame
 F, N, D = 6, 16, 64
@@ -295,7 +298,7 @@ def test_checkpointing_is_exact(name: str, drop_path: float) -> None:
 
 def test_drop_path_rises_and_drops_in_training_only() -> None:
     dropping, plain, video = tiny("joint none", drop_path=0.5), tiny("joint none"), random_video(F)
-    rates = [block.block.drop_path.drop_prob for block in dropping.blocks]
+    rates = [block.block.drop_path.rate for block in dropping.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     assert torch.equal(dropping.eval()(video).tokens, plain.eval()(video).tokens)
     dropping.train()
@@ -448,7 +451,7 @@ def test_saved_front_end_comes_back(name: str, positions: str, tmp_path: Path) -
     loaded = VisualFrontend.from_pretrained(tmp_path)
     assert (loaded.shape, loaded.schedule) == (saved.shape, saved.schedule)
     assert loaded.full_config() == saved.full_config() and loaded.config["positions"] == positions
-    assert loaded.blocks[5].block.drop_path.drop_prob == pytest.approx(0.3)
+    assert loaded.blocks[5].block.drop_path.rate == pytest.approx(0.3)
     assert_equal(loaded.eval()(video, trace_source=True), saved.eval()(video, trace_source=True))
 
 
@@ -519,6 +522,21 @@ def test_wrong_options(name: str, options: dict, message: str) -> None:
 def test_sizes_that_do_not_divide(change: dict) -> None:
     with pytest.raises(ValueError, match=r"the patch size must divide the image size and the heads the width"):
         config(**change)
+
+
+def test_pixels_are_normalised_as_image_net_and_squashed() -> None:
+    """UMT's transforms: torchvision's published numbers, and both sides scaled, so that no border is lost."""
+    config = create_frontend(TINY, method="none", num_frames=2).config["preprocess"]
+    published = ResNet18_Weights.DEFAULT.transforms()
+    assert (config["mean"], config["std"]) == (published.mean, published.std)
+    size = config["image_size"]
+    wide = np.full((1, size, 2 * size, 3), 255, dtype=np.uint8)
+    wide[:, :, : size // 4] = 0
+    pixels = ClipTransform(Preprocess.from_dict(config))(wide)
+    white = (1 - torch.tensor(published.mean)) / torch.tensor(published.std)
+    black = -torch.tensor(published.mean) / torch.tensor(published.std)
+    torch.testing.assert_close(pixels[0, :, size // 2, -1], white)
+    torch.testing.assert_close(pixels[0, :, size // 2, 0], black)
 
 
 def test_named_models() -> None:

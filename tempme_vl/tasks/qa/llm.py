@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -21,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.pretrained import require_hub
 from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.pretrained_lm import exact_buffers, set_grad_checkpointing
+from tempme_vl.tasks.pretrained_lm import exact_buffers, has_adapter, set_grad_checkpointing
 from tempme_vl.tasks.qa.base import QAHead
 
 TEMPLATE = "Question: {question} Short answer:"  # BLIP-2's, which models without a chat format understand, too
@@ -69,7 +68,7 @@ class LLMHead(QAHead):
         source: str | None = None,
     ):
         super().__init__()
-        self.has_lora = isinstance(llm, PeftModel)
+        self.has_lora = has_adapter(llm)
         plain = llm.get_base_model() if self.has_lora else llm
         shape = plain.config.get_text_config()
         _check_sizes(shape, tokenizer, num_visual, max_words, answer_words)
@@ -272,6 +271,8 @@ class LLMHead(QAHead):
         options, dtype = dict(config), config["dtype"]
         del options["dtype"], options["lora"]
         if config["lora"]:
+            from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
             llm = load_llm(config["source"], dtype)
             with _explained(directory / ADAPTER_FOLDER):
                 llm = get_peft_model(llm, LoraConfig.from_pretrained(str(directory / ADAPTER_FOLDER)))
@@ -293,6 +294,8 @@ class LLMHead(QAHead):
 
     def _adapter(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """LoRA's weights under peft's names; of the model's state by default."""
+        from peft import get_peft_model_state_dict
+
         return get_peft_model_state_dict(self.llm, state, save_embedding_layers=False)
 
     @property
@@ -337,12 +340,14 @@ def load_tokenizer(source: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-def add_lora(llm: Any, rank: int, alpha: int = 16, dropout: float = 0.0) -> PeftModel:
-    """LoRA on all linear layers but the last; the model's own weights are frozen.
+def add_lora(llm: Any, rank: int, alpha: int = 16, dropout: float = 0.0) -> Any:
+    """The model in peft's wrapper: LoRA on all linear layers but the last; the model's own weights are frozen.
 
     Args:
         alpha: the update is scaled by alpha / rank.
     """
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
