@@ -99,7 +99,7 @@ def bipartite_match(
         unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
         similarity_RAB = unit[:, a_pos] @ unit[:, b_pos].transpose(1, 2)
         best, partner = similarity_RAB.max(dim=-1)
-        ranked = best.argsort(dim=-1, descending=True, stable=True)
+        ranked = _descending(best)
         merged, kept = ranked[:, :r], ranked[:, r:]
         if order == "position":
             kept = kept.sort(dim=-1).values
@@ -108,6 +108,22 @@ def bipartite_match(
         base = torch.cat([prefix, a_pos[kept], b_pos.expand(rows, -1)], dim=1)
         dst = num_prefix + kept.shape[1] + partner.gather(1, merged)
     return MergeMap(base, a_pos[merged], dst)
+
+
+def _descending(values: Tensor) -> Tensor:
+    """(R, A) -> (R, A) int64: places of the values, largest first (NaN above all), equal ones in ascending order."""
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort
+        return _descending_by_counting(values)
+    return values.argsort(dim=-1, descending=True, stable=True)
+
+
+def _descending_by_counting(values: Tensor) -> Tensor:
+    """The same: a value's place in the order is the number of those in front of it."""
+    values = values.nan_to_num(nan=torch.inf)
+    place = torch.arange(values.shape[1], device=values.device)
+    one, other = values.unsqueeze(2), values.unsqueeze(1)
+    in_front = (other > one) | ((other == one) & (place < place.unsqueeze(1)))
+    return torch.zeros_like(in_front[:, 0], dtype=torch.int64).scatter(1, in_front.sum(2), place.expand(values.shape))
 
 
 def _wide(index: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.export import register_dataclass
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -90,9 +92,8 @@ class TokenState:
 
 def _join(x: Tensor, f: int, num_prefix: int) -> Tensor:
     """(R*f, N, D) -> (R, f*N, D): the f clips' CLS tokens, then their patches."""
-    x = x.unflatten(0, (-1, f))
-    cls, patches = x[:, :, :num_prefix], x[:, :, num_prefix:]
-    return torch.cat([cls.flatten(1, 2), patches.flatten(1, 2)], dim=1)
+    cls, patches = x[:, :num_prefix], x[:, num_prefix:]
+    return torch.cat([rearrange(part, "(r f) n d -> r (f n) d", f=f) for part in (cls, patches)], dim=1)
 
 
 def _joined_source(source: Tensor, f: int, num_tokens: int, num_prefix: int) -> Tensor:
@@ -124,3 +125,7 @@ class FrontendOutput:
     size: Tensor
     frames: Tensor
     source: Tensor | None = None
+
+
+# so that what takes modules apart knows the tensors inside: torch.export, and whatever maps a function over outputs
+register_dataclass(FrontendOutput, serialized_type_name="tempme_vl.FrontendOutput")

@@ -6,15 +6,19 @@ import pickle
 from copy import deepcopy
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from towers import TINY, random_video, tempme_schedule, tiny_frontend
+from towers import TINY, random_video, small_clip, tempme_schedule, tiny_frontend
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
-from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape
+from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, QueryValueBias, QuickGELU, TowerShape
 from tempme_vl.backbones.open_clip import load_clip, visual_backbone
+from tempme_vl.backbones.timm import backbone_of as timm_backbone
 from tempme_vl.frontend import masked_mean
+from tempme_vl.matching import MergeMap, bipartite_match
+from tempme_vl.merging import tempme, tome
 
 SCHEDULES = [
     MergeSchedule.identity(6, 6, 17),
@@ -151,6 +155,34 @@ def test_compiles_into_one_graph(backend: str) -> None:
     assert counter.frame_count == 1, "one graph, and no second one for other pixels"
 
 
+@pytest.mark.parametrize("for_onnx", [False, True])
+def test_exports_with_its_output(for_onnx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exported program gives a `FrontendOutput`; without a sort that ONNX lacks where it is exported for that."""
+    schedule = MergeSchedule.tempme(2, 4, 17, 2, (1,), (2,), 40, 20)
+    frontend, video = VisualFrontend(visual_backbone(small_clip(layers=2).visual), schedule).eval(), random_video(4)
+    expected = frontend(video)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: for_onnx)
+    with torch.no_grad():
+        program = torch.export.export(frontend, (video,))
+        output = program.module()(video)
+    assert isinstance(output, FrontendOutput) and output.source is None
+    for field in FIELDS[:-1]:
+        torch.testing.assert_close(getattr(output, field), getattr(expected, field), rtol=0, atol=1e-6)
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    names = {str(node.target) for graph in graphs for node in graph.nodes}
+    assert any("sort.stable" in name for name in names) != for_onnx
+
+
+def test_an_output_is_a_tree_of_tensors() -> None:
+    frontend, video = tiny_frontend(tempme_schedule()), random_video(6)
+    for trace in (False, True):
+        output = frontend(video, trace_source=trace)
+        leaves, spec = torch.utils._pytree.tree_flatten(output)
+        assert_equal(torch.utils._pytree.tree_unflatten(leaves, spec), output)
+        doubled = torch.utils._pytree.tree_map(lambda x: 2 * x if isinstance(x, Tensor) else x, output)
+        assert torch.equal(doubled.size, 2 * output.size)
+
+
 @pytest.mark.parametrize("copy", [deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_are_equal_and_independent(copy) -> None:
     frontend, video = tiny_frontend(tempme_schedule()), random_video(6)
@@ -183,6 +215,71 @@ def test_masked_mean_passes_no_gradient_to_padding() -> None:
     frames = torch.randn(2, 3, 4, requires_grad=True)
     masked_mean(frames, torch.tensor([[1, 1, 0], [0, 0, 0]])).sum().backward()
     assert frames.grad[0, :2].ne(0).all() and not frames.grad[0, 2].any() and not frames.grad[1].any()
+
+
+class _Counter:
+    """The paper's counting (`MergeSchedule.gflops`), summed over what really runs in the modules of a front end."""
+
+    def __init__(self, frontend: VisualFrontend, monkeypatch: pytest.MonkeyPatch):
+        self.total = 0
+        in_head = {id(m) for m in frontend.head.modules() if frontend.shape.pool != "attention"}
+        for module in frontend.modules():
+            if id(module) not in in_head:
+                module.register_forward_hook(self.count)
+        for merging in (tempme, tome):
+            monkeypatch.setattr(merging, "bipartite_match", self.match)
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", self.attend)
+
+    def count(self, module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            self.total += output.numel() * module.weight[0].numel() + (output.numel() if module.bias is not None else 0)
+        elif isinstance(module, QueryValueBias):
+            self.total += output.numel()
+        elif isinstance(module, nn.LayerNorm):
+            self.total += 2 * output.numel()
+        elif "GELU" in type(module).__name__:
+            self.total += output.numel() * (2 if isinstance(module, QuickGELU) else 1)
+
+    def match(self, metric: Tensor, r: int, prefix: int, *order: str) -> MergeMap:
+        even = len(range(prefix + prefix % 2, metric.shape[1], 2))
+        odd = metric.shape[1] - prefix - even
+        self.total += metric.shape[0] * even * odd * metric.shape[2] if r else 0
+        return bipartite_match(metric, r, prefix, *order)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
+        rows, heads, queries, head_width = q.shape
+        self.total += rows * heads * queries * k.shape[2] * (2 * head_width + 1)
+        return _ATTENTION(q, k, v, *args, **kwargs)
+
+
+_ATTENTION = nn.functional.scaled_dot_product_attention
+
+
+def counted_frontends() -> dict[str, VisualFrontend]:
+    torch.manual_seed(0)
+    quick = small_clip(quick_gelu=True, mlp_ratio=3.0, head_width=8).visual
+    siglip = timm.create_model(
+        "vit_base_patch16_siglip_224", num_classes=0, img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2
+    )
+    pooled, _ = timm_backbone(siglip)
+    made = {schedule.method: tiny_frontend(schedule) for schedule in SCHEDULES}
+    made["quick"] = VisualFrontend(visual_backbone(quick), MergeSchedule.tempme(4, 6, 17, 2, (1, 2), (2, 3), 40, 20))
+    made["joint"] = create_frontend("umt:tiny", method="tome", num_frames=6, r=9, mode="joint")
+    made["apart"] = create_frontend("umt:tiny", num_frames=6, r=2, merge_layers=(2, 4), merge_frames=(2, 3), **PERCENT)
+    made["attention"] = VisualFrontend(pooled, MergeSchedule.identity(3, 6, 16, 0))
+    made["attention, merged"] = VisualFrontend(pooled, MergeSchedule.tempme(3, 6, 16, 2, (1,), (3,), 40, 20, prefix=0))
+    return made
+
+
+def test_gflops_are_those_of_the_modules_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every term by itself: the paper's numbers alone would let an error in a small one pass."""
+    for name, frontend in counted_frontends().items():
+        with monkeypatch.context() as patch, torch.no_grad():
+            counter = _Counter(frontend, patch)
+            frontend(random_video(6, videos=1))
+        projection = 6 * frontend.shape.width * frontend.shape.embed_dim  # by convention, there or not
+        counted = (counter.total + projection) / 1e9
+        assert frontend.gflops() == pytest.approx(counted, rel=1e-12), name
 
 
 def test_clip_positions_by_layer() -> None:
@@ -260,6 +357,14 @@ def test_a_front_end_of_unknown_origin_cannot_be_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"to save a front end, give VisualFrontend the `config`"):
         frontend.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_raw_pixels_are_refused(dtype: torch.dtype) -> None:
+    frontend = tiny_frontend(tempme_schedule())
+    message = rf"expected normalised frames of a floating dtype; got {dtype}. Resize and normalise raw frames first: "
+    with pytest.raises(ValueError, match=message + r"tempme_vl.data.transforms.ClipTransform\(Preprocess"):
+        frontend(torch.ones(2, 6, 3, 32, 32, dtype=dtype))
 
 
 class _RegisterEmbed(nn.Module):

@@ -147,6 +147,36 @@ def test_similarities_are_compared_in_float32_under_autocast() -> None:
     assert torch.equal(inside.assignment, bipartite_match(metric, 9).assignment)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compared_in_float32(dtype: torch.dtype) -> None:
+    """Similarities of half-precision keys near 1 differ by less than half precision can tell."""
+    metric = (1 + 0.1 * random(2, 40, 16)).to(dtype)
+    merge = bipartite_match(metric, 9)
+    for row in range(2):
+        assert members(merge, row) == expected_match(metric[row].double(), 9, 1)
+
+
+def test_nan_comes_first_and_still_every_token_goes_to_exactly_one() -> None:
+    metric = random(1, 12, 4)
+    metric[0, [2, 6]] = torch.nan
+    merge = bipartite_match(metric, 3, 0)
+    groups = members(merge, 0)
+    assert sorted(i for group in groups for i in group) == list(range(12))
+    assert {2, 6} < set(merge.src[0].tolist())
+
+
+@pytest.mark.parametrize("order", ["position", "similarity"])
+def test_the_selection_for_onnx_is_the_same_ties_and_nan_included(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = [random(2, 41, 4), torch.ones(2, 41, 3), random(2, 41, 1).sign(), random(3, 2, 4), random(2, 11, 2)]
+    metrics[-1][0, [3, 4, 6]] = torch.nan
+    cases = [(m, r) for m in metrics for r in limits(m.shape[1], 1)]
+    expected = [bipartite_match(metric, r, 1, order) for metric, r in cases]
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    for (metric, r), merge in zip(cases, expected, strict=True):
+        again = bipartite_match(metric, r, 1, order)
+        assert all(torch.equal(getattr(merge, n), getattr(again, n)) for n in ("base", "src", "dst"))
+
+
 def test_order_by_similarity_lists_the_same_groups() -> None:
     metric = random(1, 12, 4)
     by_position, by_similarity = bipartite_match(metric, 2, 0), bipartite_match(metric, 2, 0, "similarity")

@@ -7,6 +7,7 @@ import torch
 
 from tempme_vl.merging import METHODS, LayerPlan, MergeSchedule, TokenMerger, merge_layers
 from tempme_vl.merging.tempme import ClipPosition, CrossClipMerge
+from tempme_vl.merging.tome import ToMeMerge
 from tempme_vl.state import TokenState
 
 
@@ -42,6 +43,16 @@ def test_positions_are_added_where_nothing_merges() -> None:
     after = merge(before, before.x)
     assert torch.equal(after.x, before.join_clips(2).x + 1)
     assert not after.merged and after.attention_bias is None
+
+
+def test_tome_leaves_unmerged_tokens_by_similarity_without_cls_and_by_position_with() -> None:
+    """As ToMe's own code does: it sorts them back only to keep a class token in front."""
+    keys = torch.tensor([[1.0, 0.0], [1, 0.1], [1, 0.9], [0, 1], [1, 0.3], [-1, 0], [1, 0.6], [-1, -1]])
+    # cosines of tokens 0, 2, 4, 6 with their best odd one: 0.995, 0.81, 0.98, 0.91; the first pair merges
+    for prefix, kept in ((0, [4, 6, 2]), (1, [2, 6])):
+        before = TokenState.start(torch.eye(8).unsqueeze(0), 1, prefix, trace_source=True)
+        after = ToMeMerge(1)(before, keys.expand(1, 2, 8, 2))
+        assert after.source[0, kept].tolist() == list(range(prefix, prefix + len(kept)))
 
 
 def test_modules_follow_the_plan() -> None:

@@ -45,6 +45,11 @@ def test_every_percentage_is_exact_integer_arithmetic() -> None:
     for percent in range(101):
         schedule = MergeSchedule.tempme(1, 2, 50, 0, (0,), (2,), percent, 0)
         assert schedule.output_tokens == 100 - min(49, 100 * percent // 100)
+        # inside a clip it is of the tokens that merging across left, and 29% of 100 is 29, not int(100 * (1 - 0.71))
+        inside = MergeSchedule.tempme(1, 2, 50, 0, (0,), (2,), 0, percent)
+        assert inside.output_tokens == 100 - min(49, percent)
+        both = MergeSchedule.tempme(1, 2, 50, 0, (0,), (2,), 20, percent)
+        assert both.output_tokens == 80 - min(39, 8 * percent // 10)
 
 
 def test_defaults_are_the_papers_b32() -> None:
