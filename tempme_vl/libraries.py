@@ -46,15 +46,15 @@ class Library:
 # by the name that pip knows
 LIBRARIES: dict[str, Library] = {
     "torch": Library(
-        "2.6.0",
-        "2.14.1",
+        "2.8.0",
+        "2.15.0",
         (
             Use("tasks/qa/llm.py", ("_apply",), "Module.to: rounded buffers of a language model displace its words"),
             Use("tasks/videollm.py", ("_apply",), "as in tasks/qa/llm.py"),
         ),
     ),
     "transformers": Library(
-        "4.57.0",
+        "4.57.6",
         "5.24.0",
         (
             Use(
@@ -183,7 +183,7 @@ LIBRARIES: dict[str, Library] = {
         ),
     ),
     "timm": Library(
-        "1.0.17",
+        "1.0.31",
         "1.0.31",
         (
             Use(

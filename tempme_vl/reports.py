@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tempme_vl import __version__
+
 # as a report names them -> the distributions that hold them
 PACKAGES = {
     "torch": "torch",
@@ -33,6 +35,7 @@ def provenance() -> dict[str, Any]:
     "date" (UTC, ISO 8601) and "command" (as a shell would read it)."""
     return {
         "versions": {
+            "tempme_vl": __version__,
             **{name: _version(package) for name, package in PACKAGES.items()},
             "python": platform.python_version(),
         },

@@ -101,8 +101,8 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(tmp_path, faulty, del
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, delay)
         with pytest.raises(Interruption):
+            signal.setitimer(signal.ITIMER_REAL, delay)
             read_frames(slow, 4, timeout=60)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -100,8 +100,10 @@ def test_the_command_measures_and_writes_json(tmp_path, monkeypatch, capsys):
         assert word in shown
 
 
-def test_rows_of_another_family_are_refused(monkeypatch):
+def test_rows_of_another_family_are_refused(monkeypatch, capsys):
     command = f"{COMMAND} --measure --model umt:tiny --rows open_clip"
     monkeypatch.setattr(sys, "argv", command.split())
-    with pytest.raises(ValueError, match=r"expected some of joint, clip, clip\+tempme"):
+    with pytest.raises(SystemExit) as end:
         runpy.run_path(str(COMMAND), run_name="__main__")
+    assert end.value.code == 2
+    assert "expected some of joint, clip, clip+tempme" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import torch
 from recipes.runs import CASES, MODULES, assert_same_checkpoint, latest, losses, train_on_nan
 from training.processes import LIMIT, RECIPES, exit_codes, free_port, start
 
-TIMES = ("train_seconds", "train_steps")
+TIMES = ("train_seconds", "train_steps", "date")
 
 
 def slow(*values: Any) -> Any:

@@ -113,9 +113,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def hold(output: Path, go: Path) -> None:
     """Uses a run folder until `go` is there."""
-    line_trainer(output)
+    trainer = line_trainer(output)  # has the lock as long as it lives
     (output / "held").touch()
     wait_for(go.exists)
+    assert trainer.step == 0
 
 
 def claimed(output: Path, apart: bool) -> str:
