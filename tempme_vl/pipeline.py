@@ -90,7 +90,7 @@ class VideoQA:
             ValueError: a model that needs options, or other ones.
         """
         asked = self.model.tokenize(question, None, options)
-        asked["video"], _ = self.reader(Clip(str(video), Path(video), start, end))
+        asked["video"] = self.reader(Clip(str(video), Path(video), start, end)).video
         asked["frame_mask"] = torch.ones(len(asked["video"]))
         prediction = self.model({name: value[None].to(self.device) for name, value in asked.items()})["prediction"]
         (row,) = prediction.tolist()

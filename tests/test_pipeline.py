@@ -57,7 +57,7 @@ def test_a_question_about_a_file_is_answered(kind: str, folders: dict[str, Path]
     answer = qa.answer(video, QUESTION)
     assert isinstance(answer, str) and (not qa.answers or answer in qa.answers)
     # by the model itself, on frames read with the rule that it was trained with
-    frames, valid = qa.reader(Clip("v", video))
+    frames, valid, _ = qa.reader(Clip("v", video))
     assert valid and frames.shape == (FRAMES, 3, 32, 32) and qa.reader.sampling == qa.model.input["sampling"]
     asked = {"video": frames, "frame_mask": torch.ones(FRAMES), **qa.model.tokenize(QUESTION)}
     with torch.no_grad():

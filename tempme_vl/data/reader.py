@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from tempme_vl.data.video import BACKENDS, VideoError, read_frames
 __all__ = ["ClipReader", "VideoInput", "broken_clips"]
 
 
-class VideoInput(tuple[Tensor, bool]):
-    """What a reader gives: a pair (video, valid) that also knows when its frames are shown.
+class VideoInput(NamedTuple):
+    """What a reader gives.
 
     Attributes:
         video: (F, 3, S, S) float32.
@@ -30,23 +30,9 @@ class VideoInput(tuple[Tensor, bool]):
             A frame that began before the start and is still shown there has time 0. Invalid frames are 1 s apart.
     """
 
+    video: Tensor
+    valid: bool
     times: Tensor
-
-    def __new__(cls, video: Tensor, valid: bool, times: Tensor) -> VideoInput:
-        self = super().__new__(cls, (video, valid))
-        self.times = times
-        return self
-
-    def __getnewargs__(self) -> tuple[Any, ...]:  # to be pickled
-        return (*self, self.times)
-
-    @property
-    def video(self) -> Tensor:
-        return self[0]
-
-    @property
-    def valid(self) -> bool:
-        return self[1]
 
 
 @dataclass

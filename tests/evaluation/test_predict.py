@@ -79,7 +79,7 @@ def one_at_a_time(model: Any, split: QASplit, reader: ClipReader) -> dict[str, s
     """By calls of the model alone, a video and a question each."""
     answers = {}
     for question in split.questions:
-        video, _ = reader(question.clip)
+        video, *_ = reader(question.clip)
         asked = {"video": video, "frame_mask": torch.ones(FRAMES)}
         asked |= model.tokenize(question.question, None, question.options)
         (row,) = model({name: value[None] for name, value in asked.items()})["prediction"].tolist()
