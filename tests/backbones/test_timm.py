@@ -243,7 +243,8 @@ def test_lora_on_the_host_is_seen(name: str) -> None:
     frontend = front(tower)
     expected = frontend(video).frames
     model = get_peft_model(tower, LoraConfig(r=2, target_modules=["attn.qkv", "fc1"]))
-    assert torch.equal(frontend(video).frames, expected), "LoRA starts at zero"
+    # LoRA starts at zero; torch 2.8 rounds the attention pooling of two equal calls apart
+    torch.testing.assert_close(frontend(video).frames, expected, rtol=0, atol=1e-6)
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
         for parameter in trained:

@@ -93,7 +93,7 @@ def test_of_two_streams_the_default_one_is_read(tmp_path, default):
         for number, (height, width) in enumerate(sizes):
             stream = container.add_stream("libx264", rate=10)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.disposition = av.stream.Disposition.default if number == default else av.stream.Disposition(0)
+            stream.disposition = av.stream.Disposition.default.value if number == default else 0
             streams.append(stream)
         for number in range(20):
             for stream in streams:

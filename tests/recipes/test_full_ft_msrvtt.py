@@ -14,7 +14,7 @@ from recipes.runs import CASES, assert_same_checkpoint, latest
 from tempme_vl.data.datasets import USUAL_SPLITS, SplitNames
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 
-TIMES = ("train_seconds", "train_steps")
+TIMES = ("train_seconds", "train_steps", "date")
 
 
 @pytest.mark.slow

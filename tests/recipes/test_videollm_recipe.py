@@ -19,7 +19,7 @@ from tempme_vl.integrations.tiny import TINY
 from tempme_vl.tasks.videollm import load_video_llm
 
 CASE = CASES["videollm"]
-TIMES = ("train_seconds", "train_steps")
+TIMES = ("train_seconds", "train_steps", "date")
 
 
 def test_defaults_follow_the_data_set_and_the_host() -> None:
