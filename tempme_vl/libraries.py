@@ -47,7 +47,7 @@ class Library:
 LIBRARIES: dict[str, Library] = {
     "torch": Library(
         "2.8.0",
-        "2.15.0",
+        "2.14.1",
         (
             Use("tasks/qa/llm.py", ("_apply",), "Module.to: rounded buffers of a language model displace its words"),
             Use("tasks/videollm.py", ("_apply",), "as in tasks/qa/llm.py"),
