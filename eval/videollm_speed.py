@@ -12,6 +12,7 @@ Weights, frames and words are random: only times and counts mean something.
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -192,6 +193,14 @@ def main(options: Options) -> None:
         torch.set_num_threads(options.threads)
     if options.new_tokens < 2:
         raise ValueError(f"the first token is prefill's; to time decoding takes 2 or more, got {options.new_tokens}")
+    if (
+        "mm_encoder_outputs"
+        not in inspect.signature(transformers.VideoLlavaForConditionalGeneration.forward).parameters
+    ):
+        raise ValueError(
+            "the host's tower and its language model are timed apart, for which its generate has to take features: "
+            f"install transformers 5.18 or newer; this is {transformers.__version__}"
+        )
     torch.manual_seed(options.seed)
     model, processor = build(options)
     ways = all_ways(model, processor, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import runpy
 import sys
@@ -11,16 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 COMMAND = Path(__file__).parents[2] / "eval" / "videollm_speed.py"
 SCRIPT = runpy.run_path(str(COMMAND))
 MERGING = {"r": 1, "merge_layers": (2, 3, 4)}
+TAKES_FEATURES = (
+    "mm_encoder_outputs" in inspect.signature(transformers.VideoLlavaForConditionalGeneration.forward).parameters
+)
 NAMES = ["host", "tempme", "tome", "post-encoder"]
 
 
 @pytest.fixture(scope="module")
 def built() -> tuple[Any, Any, dict[str, Any]]:
     """A tiny model that answers by what it sees, its processor, and the ways by name."""
+    if not TAKES_FEATURES:
+        pytest.skip("this transformers takes no features in generate, which the command refuses")
     torch.manual_seed(0)
     options = SCRIPT["Options"](model="tiny", **MERGING)
     model, processor = SCRIPT["build"](options)
@@ -97,6 +104,16 @@ def test_nearest(choices: range, chosen: int) -> None:
     assert SCRIPT["nearest"](lambda choice: 100 - 10 * choice, choices, 58) == chosen
 
 
+@pytest.mark.skipif(TAKES_FEATURES, reason="this transformers can")
+def test_a_transformers_that_takes_no_features_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path / "rows.json", "")
+    assert "install transformers 5.18 or newer" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers takes no features in generate")
 @pytest.mark.parametrize("layers", [2, 4])
 def test_the_command_prints_a_table(
     layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
