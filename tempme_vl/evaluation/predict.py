@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Answering(Protocol):
 
     kept: tuple[str, ...]
 
-    def tokenize(self, question: str, answer: str | None = None, options: Any = ()) -> dict[str, Tensor]: ...
+    def tokenizer(self) -> Callable[..., dict[str, Tensor]]: ...
 
     def text(self, prediction: list[int]) -> str: ...
 
@@ -51,7 +52,7 @@ def predict(
     # a rank asks about the clips that it encoded, so that no other needs their tokens
     questions_of = [[i for i, row in enumerate(rows) if row in shard] for shard in map(set, shards)]
     first = shards[rank_and_world()[0]][0]
-    asked = AskedQuestions(split, kept, [row - first for row in rows], model.tokenize)
+    asked = AskedQuestions(split, kept, [row - first for row in rows], model.tokenizer())
     own = encode_own(encode, asked, device, ("prediction",), questions_of, batch_size, workers, "questions")
     gathered = gather_ranks(own["prediction"], device).unflatten(0, (len(shards), len(own["prediction"])))
     found: dict[int, list[int]] = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from evaluation.predict_runs import (
 from torch import Tensor, nn
 from training.processes import run
 
+from tempme_vl.data.questions import AskedQuestions
 from tempme_vl.data.reader import ClipReader, broken_clips
 from tempme_vl.data.transforms import ClipTransform, Preprocess
 from tempme_vl.data.videoqa import QASplit, answer_vocabulary
@@ -112,6 +114,25 @@ def test_options_are_chosen_by_what_they_say(kind: str, data: Path, reader: Clip
     assert ask(model, replace(split, questions=tuple(shuffled)), reader) == answers
 
 
+@pytest.mark.parametrize("kind", ["decoder", *ZERO_SHOT])
+def test_loader_workers_get_no_weights(
+    kind: str, data: Path, reader: ClipReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is spawned gets its data set by pickle."""
+    model, held = model_of(kind, read(data, "train")), list[bytes]()
+
+    class Seen(AskedQuestions):
+        def __init__(self, split: QASplit, kept: Any, rows: Sequence[int], tokenize: Any):
+            held.append(pickle.dumps(tokenize))
+            super().__init__(split, kept, rows, pickle.loads(held[0]))
+
+    whole = ask(model, read(data), reader)
+    monkeypatch.setattr("tempme_vl.evaluation.predict.AskedQuestions", Seen)
+    assert ask(model, read(data), reader) == whole
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    assert len(held[0]) < weights / 4
+
+
 class Written(nn.Module):
     """Keeps a clip's mean, counts what it is shown, and says what it is told for each question."""
 
@@ -124,9 +145,12 @@ class Written(nn.Module):
         self.videos: list[Tensor] = []
         self.asked: list[int] = []
 
-    def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
-        assert answer is None
-        return {"question_ids": torch.tensor([self.numbers[question]])}
+    def tokenizer(self) -> Callable[..., dict[str, Tensor]]:
+        def tokenize(question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
+            assert answer is None
+            return {"question_ids": torch.tensor([self.numbers[question]])}
+
+        return tokenize
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert "valid" not in batch

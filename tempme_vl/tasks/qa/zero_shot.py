@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +50,11 @@ class ZeroShotQA(nn.Module):
         Raises:
             ValueError: neither options nor answers; or an answer to train on.
         """
-        if answer is not None:
-            raise ValueError("a zero-shot model is not trained; expected a question without its answer")
-        if not (options or self.answers):
-            raise ValueError(f"expected options, or a model with a list of answers, for the question {question!r}")
-        texts = [self.template.format(question=question, answer=text) for text in options or self.answers]
-        ids, masks = zip(*map(self._tokenizer, texts), strict=True)
-        return {"option_ids": torch.stack(ids), "option_mask": torch.stack(masks)}
+        return self.tokenizer()(question, answer, options)
+
+    def tokenizer(self) -> Callable[..., dict[str, Tensor]]:
+        """`tokenize` without the model: a loader's workers need no weights."""
+        return partial(_tokenize, self._tokenizer, self.template, self.answers)
 
     def text(self, prediction: Sequence[int]) -> str:
         """The answer with a number."""
@@ -110,3 +109,20 @@ class ZeroShotQA(nn.Module):
             return similarity, similarity
         keys = self.retrieval.keys_values(features["tokens"]).select(rows)
         return similarity, self.retrieval.match_logits(encoded["states"], mask, keys)
+
+
+def _tokenize(
+    tokenizer: Callable[[str], tuple[Tensor, Tensor]],
+    template: str,
+    answers: Sequence[str],
+    question: str,
+    answer: str | None = None,
+    options: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    if answer is not None:
+        raise ValueError("a zero-shot model is not trained; expected a question without its answer")
+    if not (options or answers):
+        raise ValueError(f"expected options, or a model with a list of answers, for the question {question!r}")
+    texts = [template.format(question=question, answer=text) for text in options or answers]
+    ids, masks = zip(*map(tokenizer, texts), strict=True)
+    return {"option_ids": torch.stack(ids), "option_mask": torch.stack(masks)}
