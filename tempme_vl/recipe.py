@@ -29,6 +29,7 @@ from tempme_vl.reports import finish, provenance, write_json, write_whole
 from tempme_vl.training import distributed
 from tempme_vl.training.config import TrainConfig
 from tempme_vl.training.engine import Trainer
+from tempme_vl.training.folder import claim
 from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
 
 # Options that may be others when a run is continued: where things lie, how they are read and stored, what is shown. The
@@ -277,9 +278,10 @@ def first_look(arguments: Sequence[str] | None, names: Sequence[str]) -> argpars
 
 
 def begin(options: Any) -> torch.device:
-    """Refuses numbers that mean nothing, joins the ranks and seeds torch."""
+    """Refuses numbers that mean nothing, joins the ranks, locks OUTPUT before anything is written to it, and seeds."""
     check_numbers(options)
     device = distributed.initialize()
+    claim(options.output)
     torch.manual_seed(options.seed)
     return device
 

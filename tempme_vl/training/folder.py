@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import secrets
 import socket
@@ -17,11 +18,13 @@ LOCK = ".lock"
 SEEING = 10.0  # seconds after which a shared file system shows what another machine wrote
 
 
+@functools.cache
 def claim(output: Path) -> TextIO | None:
-    """Makes the run folder, checks it and locks it until this process ends; all ranks call it.
+    """Makes the run folder, checks it and locks it until this process ends; all ranks call it. A second call of a
+    process for the same folder does nothing.
 
     Returns:
-        the lock on rank 0, to be kept; None elsewhere, and on file systems that know no locks.
+        the lock on rank 0; None elsewhere, and on file systems that know no locks.
 
     Raises:
         ValueError: on every rank: a folder that a rank cannot write to, that is not the same one on all ranks, or that

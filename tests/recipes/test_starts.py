@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -43,10 +44,20 @@ def test_many_missing_videos_are_listed_before_anything_is_trained(data: Path, t
     assert "videos are missing, more than the share of 0.1" in log.read_text() and "--most-missing" in log.read_text()
     listed = (output / "missing_videos.txt").read_text().splitlines()
     assert {Path(path).name for path in listed} == gone and len(listed) == 20
-    assert [path.name for path in output.iterdir()] == ["missing_videos.txt"]
+    assert {path.name for path in output.iterdir()} == {".lock", "missing_videos.txt"}
 
     assert case.run(log, case.arguments(data, output, **options, most_missing=0.5)) == [0], log.read_text()
     assert "20 videos are missing" in log.read_text()
+
+
+def test_nothing_is_written_to_a_folder_in_use(data: Path, tmp_path: Path) -> None:
+    case, log, output = CASES["videollm"], tmp_path / "log", tmp_path / "run"
+    output.mkdir()
+    with (output / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        assert case.run(log, case.arguments(data, output)) == [1]
+    assert "in use by another process" in log.read_text()
+    assert [path.name for path in output.iterdir()] == [".lock"]
 
 
 def test_no_epochs_evaluate_the_model_as_it_starts(data: Path, tmp_path: Path) -> None:
