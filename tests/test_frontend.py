@@ -141,7 +141,9 @@ def test_float64_agrees_with_float32(schedule: MergeSchedule) -> None:
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_compiles_into_one_graph(backend: str) -> None:
     torch._dynamo.reset()
-    frontend, video = tiny_frontend(tempme_schedule()), random_video(6)
+    schedule = MergeSchedule.tempme(3, 6, 17, 2, (1,), (3,), 40, 20)  # each of its steps once
+    frontend, video = VisualFrontend(visual_backbone(small_clip(layers=3).visual), schedule), random_video(6)
+    frontend.init_clip_positions(0.1)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(frontend, backend=counter, fullgraph=True)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])

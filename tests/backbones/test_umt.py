@@ -339,10 +339,17 @@ def test_bfloat16_autocast(name: str, checkpointing: bool) -> None:
     assert all(g.isfinite().all() and g.any() for g in grads.values())
 
 
-@pytest.mark.parametrize("name", ["tempme", "joint tome"])
-def test_compiles_into_one_graph(name: str) -> None:
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        MergeSchedule.tempme(3, F, N, 2, (1,), (3,), 40, 20, prefix=0),
+        MergeSchedule.tome(2, F, N, 9, prefix=0, joint=True),
+    ],
+    ids=["tempme", "joint tome"],
+)
+def test_compiles_into_one_graph(schedule: MergeSchedule) -> None:
     torch._dynamo.reset()
-    frontend, video = tiny(name), random_video(F)
+    frontend, video = build(schedule, layers=len(schedule.plan)), random_video(F)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(frontend, backend=counter, fullgraph=True)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * F])

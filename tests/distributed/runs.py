@@ -13,11 +13,11 @@ from training.models import small_trainer
 from tempme_vl.tasks.losses import contrastive_loss, gather_rows
 from tempme_vl.training import distributed
 
-STEPS = 5
+STEPS = 3  # two make an epoch
 
 
 def train_cases(cases: dict[str, dict[str, Any]], output: Path) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    """Name -> (losses, full weights) after five steps of each case, one trainer after another."""
+    """Name -> (losses, full weights) after STEPS steps of each case, one trainer after another."""
     return {name: train(output / name, **case) for name, case in cases.items()}
 
 

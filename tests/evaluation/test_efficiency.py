@@ -79,16 +79,27 @@ def test_predicted_tokens_are_those_of_a_forward(model, method, options):
     assert out.tokens.shape[1] == frontend.schedule.output_tokens
 
 
-@pytest.mark.parametrize("mode, backbone", [("joint", "UMT B/16"), ("clip", "UMT4Clip B/16")])
-def test_umt_rows_are_those_of_the_real_tower(mode, backbone):
-    frontend = create_frontend("umt:b16", None, "none", mode=mode)
-    row = cost_row(backbone, 12, "none")
+@pytest.mark.parametrize(
+    "mode, backbone, method, tokens",
+    [
+        ("joint", "UMT B/16", "none", 2352),
+        ("clip", "UMT4Clip B/16", "none", 2352),
+        ("clip", "UMT4Clip B/16", "tempme", 185),
+    ],
+)
+def test_umt_rows_are_those_of_the_real_tower(mode, backbone, method, tokens):
+    frontend = create_frontend("umt:b16", None, method, mode=mode)
+    row = cost_row(backbone, 12, method)
     assert frontend.gflops() == row.gflops
-    assert frontend.schedule.output_tokens == row.input_tokens == row.output_tokens == 2352
+    assert row.input_tokens == 2352 and frontend.schedule.output_tokens == row.output_tokens == tokens
 
 
 @pytest.mark.parametrize(
-    "backbone, model, tokens", [("B/32", "open_clip:ViT-B-32-quickgelu", 97), ("UMT4Clip B/16", "umt:b16", 185)]
+    "backbone, model, tokens",
+    [
+        ("B/32", "open_clip:ViT-B-32-quickgelu", 97),
+        pytest.param("UMT4Clip B/16", "umt:b16", 185, marks=pytest.mark.slow),
+    ],
 )
 def test_predicted_tokens_of_tempme_are_those_of_a_real_tower(backbone, model, tokens):
     row = cost_row(backbone, 12, "tempme")

@@ -205,14 +205,12 @@ def _tensors(value: Any, name: str) -> dict[str, Tensor]:
     return {k: v for key, part in items for k, v in _tensors(part, f"{name}/{key}").items()}
 
 
-def train(
-    recipe: str, arguments: list[str], die_at: int | None = None, number: int = signal.SIGKILL, only_rank: int = 0
-) -> None:
-    """A recipe's command line; a rank sends itself a signal in the update after step `die_at`."""
+def train(recipe: str, arguments: list[str], die_at: int | None = None, number: int = signal.SIGKILL) -> None:
+    """A recipe's command line; the first rank sends itself a signal in the update after step `die_at`."""
     update = Trainer.update
 
     def deadly(self: Trainer, *args: Any) -> float:
-        if self.step == die_at and int(os.environ["RANK"]) == only_rank:
+        if self.step == die_at and int(os.environ["RANK"]) == 0:
             os.kill(os.getpid(), number)
         return update(self, *args)
 

@@ -71,24 +71,15 @@ def test_one_rank_killed_twice_and_stopped_ends_like_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize("name", ["decoder", slow("retrieval")])
-def test_two_ranks_stopped_through_the_launcher_and_killed_resume_bit_for_bit(
-    name: str, data: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_stopped_through_the_launcher_resume_bit_for_bit(name: str, data: Path, tmp_path: Path) -> None:
     case = CASES[name]
     whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
     options = {**case.two_ranks, "epochs": 100, "workers": 1, "save_every": 4, "resume": "auto"}
     resumed = case.arguments(data, parts, select=False, **options)
     stopped_at = stop_through_launcher(case.recipe, parts, resumed, log)
     assert latest(parts) == f"step-{stopped_at:08d}"
-    codes = case.run(log, resumed, stopped_at + 6, signal.SIGKILL, 1, world=2)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
-    done = int(latest(parts)[5:])
-    assert stopped_at < done <= stopped_at + 6
-    codes = case.run(log, resumed, stopped_at + 7, signal.SIGTERM, 1, world=2)
-    assert codes == [143, 143]
-    assert latest(parts) == f"step-{stopped_at + 8:08d}"
-    stop = ["--max-steps", str(stopped_at + 10)]
-    assert case.run(log, [*resumed, *stop], world=2) == [0, 0]
+    stop = ["--max-steps", str(stopped_at + 3)]
+    assert case.run(log, [*resumed, *stop], world=2) == [0, 0], log.read_text()
     assert case.run(log, [*case.arguments(data, whole, select=False, **options), *stop], world=2) == [0, 0]
     assert_same_checkpoint(whole, parts)
     assert losses(whole) == losses(parts)
@@ -151,11 +142,11 @@ def test_a_loss_that_is_nan_ends_the_recipe(name: str, data: Path, tmp_path: Pat
     [
         (
             "retrieval",
-            {"method": "tome", "r": 1},
+            {"method": "tome", "r": 1, "batch_size": 48, "epochs": 1},
             {"videos": 8, "unreadable_videos": 1, "selected_on": "no validation split: last epoch"},
         ),
         # all three questions about a clip that cannot be read are missing
-        (
+        slow(
             "classifier",
             {"dataset": "msrvtt_qa", "data_root": "ROOT", "batch_size": 48, "epochs": 1},
             {"total": 24, "missing": 3, "selected_on": "msrvtt_qa/val", "split": "msrvtt_qa/test"},

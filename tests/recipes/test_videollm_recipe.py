@@ -103,7 +103,7 @@ def test_a_killed_run_ends_like_one_that_was_not(whole: Path, data: Path, tmp_pa
 )
 def test_two_ranks_learn_as_one(host: str, stage: str, data: Path, tmp_path: Path) -> None:
     """By plain SGD; answers have one to three words, and a clip on one of the ranks cannot be read."""
-    lines = questions_of(data / "motion", "train")[:24]
+    lines = questions_of(data / "motion", "train")[:16]
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     lines = [{**line, "answer": " ".join([line["answer"]] * (1 + i % 3))} for i, line in enumerate(lines)]
     lines[5]["file"] = str(tmp_path / "broken.mp4")
@@ -119,7 +119,7 @@ def test_two_ranks_learn_as_one(host: str, stage: str, data: Path, tmp_path: Pat
         curves.append([loss for _, loss in losses(output)])
         reports.append(json.loads((output / "report.json").read_text()))
         assert "1 videos could not be read" in log.read_text()
-    assert curves[0] == pytest.approx(curves[1], abs=1e-4) and len(curves[0]) == 3
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4) and len(curves[0]) == 2
     assert [report["ranks"] for report in reports] == [1, 2]
     assert [list(report["broken_videos"]) for report in reports] == [[str(tmp_path / "broken.mp4")]] * 2
     models = [load_video_llm(tmp_path / str(world) / "best").state_dict() for world in (1, 2)]
@@ -129,6 +129,6 @@ def test_two_ranks_learn_as_one(host: str, stage: str, data: Path, tmp_path: Pat
     adapters = [weight for name, weight in started.named_parameters() if "lora_B" in name]
     assert adapters and all(weight.any() for weight in adapters)
     # the question about the clip that cannot be read has no answer
-    assert all(report["total"] == 24 and report["missing"] >= 1 for report in reports)
+    assert all(report["total"] == 16 and report["missing"] >= 1 for report in reports)
     said = json.loads((tmp_path / "2" / "predictions.json").read_text())
     assert lines[5]["id"] not in said

@@ -169,12 +169,12 @@ def run_recipe(data: Path, output: Path, world: int = 1, head: str = "classifier
 def test_choosing_among_options(head: str, world: int, stage: str, data: Path, tmp_path: Path) -> None:
     """Two to four options a question, different ones; the answers need not be a list for that."""
     lines = []
-    for split, count in (("train", 48), ("val", 5), ("test", 8)):
+    for split, count in (("train", 32), ("val", 5), ("test", 8)):
         for number, line in enumerate(questions_of(data / "motion", split)[:count]):
             others = [way for way in ("left", "right", "up", "down") if way != line["answer"]]
             lines.append({**line, "options": [*others[: 1 + number % 3], line["answer"]]})
     file = write_lines(tmp_path / "choices.jsonl", lines)
-    options = {"annotations": file, "epochs": 2, "deepspeed_config": RECIPES / "ds" / f"{stage}.json"}
+    options = {"annotations": file, "epochs": 1, "deepspeed_config": RECIPES / "ds" / f"{stage}.json"}
     report = run_recipe(data, tmp_path / "run", world, head, **options)
     assert (report["split"], report["selected_on"]) == ("choices/test", "choices/val")
     assert (report["total"], report["missing"], report["ranks"], report["head"]) == (8, 0, world, head)

@@ -26,8 +26,8 @@ ANSWERS = ("word7", "word20 word5", "word30")
 
 SMALL_CLIP = {
     "embed_dim": 16,
-    "vision_cfg": {"image_size": SIZE, "layers": 4, "width": 32, "head_width": 16, "patch_size": 4},
-    "text_cfg": {"context_length": WORDS, "vocab_size": VOCABULARY, "width": 32, "heads": 2, "layers": 2},
+    "vision_cfg": {"image_size": SIZE, "layers": 3, "width": 32, "head_width": 16, "patch_size": 4},
+    "text_cfg": {"context_length": WORDS, "vocab_size": VOCABULARY, "width": 32, "heads": 2, "layers": 1},
 }
 
 
@@ -37,7 +37,7 @@ def small_model(task: str = "retrieval") -> RetrievalModel | VideoQAModel:
     clip = clip_family.build_clip(SMALL_CLIP)
     options = {"r": 1, "merge_layers": (1, 2), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
     frontend = VisualFrontend(
-        clip_family.visual_backbone(clip.visual), make_schedule("tempme", 4, FRAMES, 17, **options), {"family": "x"}
+        clip_family.visual_backbone(clip.visual), make_schedule("tempme", 3, FRAMES, 17, **options), {"family": "x"}
     )
     frontend.init_clip_positions(0.5)
     if task == "retrieval":

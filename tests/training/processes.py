@@ -24,8 +24,7 @@ TESTS = Path(__file__).resolve().parents[1]
 RECIPES = TESTS.parent / "recipes"
 SERVER = multiprocessing.get_context("forkserver")
 LIMIT = 400.0  # seconds, of which a run needs some ten where nothing else runs
-# all that recipes import, and what deepspeed.initialize imports, seconds of torch's compiler a rank
-PRELOAD = ["recipes.runs", "deepspeed.runtime.zero.muon.original_muon"]
+PRELOAD = ["training.preload"]
 _HELD: list[socket.socket] = []
 
 
@@ -112,10 +111,11 @@ def _become_rank(env: dict[str, str]) -> None:
     os.environ.update(env)
     multiprocessing.set_start_method("fork", force=True)  # data loaders start as they do in a plain process
     cores = sorted(os.sched_getaffinity(0))
-    # one core, hence one thread: threads that wait for each other are slow where other work goes on; another first core
+    # one core and one thread: threads that wait for each other are slow where other work goes on; another first core
     # for each of the processes that share out the tests
     first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     os.sched_setaffinity(0, {cores[(first + int(env["RANK"])) % len(cores)]})
+    torch.set_num_threads(1)
 
 
 def _received(receiver: Any) -> tuple[bool, Any]:

@@ -133,11 +133,11 @@ def saved_states(root: Path) -> list[str]:
 
 
 def terminate(output: Path, workers: int) -> None:
-    """Gets SIGTERM during step 4, as do its loader processes, from a process that is none of them."""
+    """The last rank gets SIGTERM during step 4, as do its loader processes, from a process that is none of them."""
     trainer = line_trainer(output, batch_size=4, workers=workers)
     for batch in trainer.batches():
         trainer.update(batch, mean)
-        if trainer.step == 4:
+        if trainer.step == 4 and distributed.rank() == distributed.world_size() - 1:
             everyone = [psutil.Process(), *psutil.Process().children(recursive=True)]
             assert len(everyone) == 1 + workers
             subprocess.run(["kill", "-TERM", *(str(process.pid) for process in everyone)], check=True)

@@ -59,14 +59,16 @@ def test_kill_while_saving_leaves_the_last_checkpoint(tmp_path: Path, place: str
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_to_the_whole_process_tree_saves(tmp_path: Path, workers: int) -> None:
-    assert exit_codes(start(terminate, tmp_path / "run", workers, log=tmp_path / "log")) == [143]
+@pytest.mark.parametrize(("workers", "world"), [(0, 1), (2, 1), (0, 2)])
+def test_sigterm_to_a_rank_and_its_workers_saves_on_all_ranks(tmp_path: Path, workers: int, world: int) -> None:
+    codes = exit_codes(start(terminate, tmp_path / "run", workers, log=tmp_path / "log", world=world))
+    assert codes == [143] * world
     assert "SIGTERM: saved step 4; continue with --resume auto" in (tmp_path / "log").read_text()
     assert latest(tmp_path / "run") == "step-00000004"
-    ((_, whole),) = run(finish, tmp_path / "whole")
-    ((_, resumed),) = run(_finish_resumed, tmp_path / "run", "zero0", {"resume": "auto"})
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    whole = run(finish, tmp_path / "whole", world=world)
+    resumed = run(_finish_resumed, tmp_path / "run", "zero0", {"resume": "auto"}, world=world)
+    for (_, weights), (_, others) in zip(whole, resumed, strict=True):
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 @pytest.mark.parametrize(
