@@ -64,7 +64,7 @@ from tempme_vl.tasks.retrieval import (
     load_retrieval_model,
 )
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
-from tempme_vl.text.tokenizers import bert_vocabulary, caption_tokenizer, word_vocabulary
+from tempme_vl.text.tokenizers import caption_tokenizer
 from tempme_vl.training.engine import Trainer
 
 RECIPES = Path(__file__).resolve().parent
@@ -202,7 +202,7 @@ def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
     vocabulary = None
     if options.is_umt:
         words = [caption for captions in train.captions for caption in captions]
-        vocabulary = word_vocabulary(words) if options.vocabulary is None else bert_vocabulary(options.vocabulary)
+        vocabulary = options.words(words, options.vocabulary)
     model = create_retrieval_model(options.model, vocabulary=vocabulary, **options.tower(train.num_frames))
     if options.freeze == "clip4clip":
         freeze_as_clip4clip(model)

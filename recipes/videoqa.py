@@ -58,7 +58,6 @@ from tempme_vl.recipe import (
 )
 from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.create import create_llm_qa_model, create_qa_model
-from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
 from tempme_vl.training.engine import Trainer
 
 RECIPES = Path(__file__).resolve().parent
@@ -209,7 +208,7 @@ def build_bert(options: Options, train: QASplit, answers: tuple[str, ...]) -> Vi
     assert options.head != "llm"
     return create_qa_model(
         options.model,
-        word_vocabulary(texts) if options.vocabulary is None else bert_vocabulary(options.vocabulary),
+        options.words(texts, options.vocabulary),
         options.head,
         answers,
         text=options.text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from tempme_vl.merging import LayerMerge, MergeSchedule, find_method, merge_laye
 from tempme_vl.merging.tempme import CrossClipMerge
 from tempme_vl.pretrained import load_model, load_weights, save_model
 from tempme_vl.state import FrontendOutput, TokenState, at_least_float32
+
+_log = logging.getLogger(__name__)
 
 
 class MergedBlock(nn.Module):
@@ -166,6 +169,29 @@ class VisualFrontend(nn.Module):
         for position in self.clip_positions.values():
             nn.init.normal_(position, std=std)
 
+    def take_clip_positions(self, given: Mapping[str, Tensor]) -> None:
+        """Copies the clip positions that came with weights where this front end has the same, and says what it did.
+
+        Args:
+            given: by layer, (clips before the join, D).
+        """
+        own = self.clip_positions
+        taken = [layer for layer in given if layer in own and own[layer].shape == given[layer].shape]
+        for layer in taken:
+            own[layer].data.copy_(given[layer])
+        unused = [f"{layer} {tuple(given[layer].shape)}" for layer in given if layer not in taken]
+        if unused:
+            there = ", ".join(f"{layer} {tuple(own[layer].shape)}" for layer in own) or "none"
+            _log.warning(
+                "clip positions of the weights' layers %s stay unused; this front end (%s, %d frames) has %s",
+                ", ".join(unused),
+                self.schedule.method,
+                self.schedule.frames,
+                there,
+            )
+        if taken and (start := sorted(own.keys() - {*taken}, key=int)):
+            _log.warning("clip positions of the layers %s are not among the weights and start anew", ", ".join(start))
+
     def gflops(self) -> float:
         """Cost of one video in the paper's counting (`MergeSchedule.gflops`)."""
         return tower_gflops(self.schedule, self.shape)
@@ -178,11 +204,12 @@ class VisualFrontend(nn.Module):
         schedule: MergeSchedule,
         quick_gelu: bool = True,
     ) -> VisualFrontend:
-        """A front end on OpenAI-named CLIP ViT weights (float32; cast it with `.to(dtype)`).
+        """A front end on the weights of a CLIP ViT (float32; cast it with `.to(dtype)`).
 
         Args:
-            state: visual weights, with or without the "visual." prefix; other keys of a whole model are ignored
-                when the prefix is there.
+            state: in OpenAI's names, of the whole model or the visual tower with or without its prefix "visual."; or in
+                any other layout of `tempme_vl.backbones.clip_checkpoint`. What is not of the tower is left alone;
+                TempMe's clip positions are taken where the schedule has the same (`take_clip_positions`).
             heads: attention heads of the tower (width // 64 for OpenAI's models).
 
         Raises:
@@ -191,7 +218,9 @@ class VisualFrontend(nn.Module):
         from tempme_vl.backbones import open_clip as openai
 
         visual, config = openai.visual_from_openai(state, heads, quick_gelu)
-        return cls(openai.visual_backbone(visual), schedule, config)
+        frontend = cls(openai.visual_backbone(visual), schedule, config)
+        frontend.take_clip_positions(openai.name_clip(state).clip_positions)
+        return frontend
 
     @classmethod
     def from_umt_state_dict(
@@ -224,10 +253,10 @@ class VisualFrontend(nn.Module):
 
     def openai_state_dict(self) -> dict[str, Tensor]:
         """The tower's weights under open_clip's names, bit for bit; merging parameters are left out."""
-        from tempme_vl.backbones import open_clip as openai
+        from tempme_vl.backbones.clip_checkpoint import to_openai_names
 
         own = {key: value for key, value in self.state_dict().items() if ".before_attention." not in key}
-        return openai.to_openai_names(own)
+        return to_openai_names(own)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json, which hold everything `from_pretrained` needs."""
@@ -357,8 +386,9 @@ def create_frontend(
     Args:
         name: "family:model", for example "open_clip:ViT-B-16-quickgelu", "umt:b16", "timm:vit_base_patch16_224", or
             "hf:" and a hub id or folder of a vision tower of transformers.
-        pretrained: a tag of the family ("openai"; for hf and timm "default"), a file's path, or None for random
-            weights.
+        pretrained: a tag of the family ("openai"; for hf and timm "default"); the path of weights, in any layout that
+            the family knows, or of a folder that this package wrote; or None for random weights. Clip positions among
+            them are taken where this front end has the same ones.
         method: "tempme", "tome" or "none".
         num_frames: F.
         clip_position_std: TempMe's clip positions start as N(0, std^2). 0 starts at the pretrained function; a
@@ -378,4 +408,5 @@ def create_frontend(
     schedule = make_schedule(method, layers, num_frames, shape.tokens, shape.num_prefix, shape.joint, **options)
     frontend = VisualFrontend(backbone, schedule, config)
     frontend.init_clip_positions(clip_position_std)
+    frontend.take_clip_positions(backbone.clip_positions)
     return frontend

@@ -153,6 +153,11 @@ LIBRARIES: dict[str, Library] = {
         (
             Use(
                 "backbones/open_clip.py",
+                ("open_clip.transformer.VisionTransformer", "preprocess_cfg", "visual"),
+                "the visual tower of a model, and how it wants its pixels",
+            ),
+            Use(
+                "backbones/open_clip_blocks.py",
                 (
                     "open_clip.transformer.QuickGELU",
                     "open_clip.transformer.ResidualAttentionBlock",
@@ -166,10 +171,8 @@ LIBRARIES: dict[str, Library] = {
                     "output_dim",
                     "patch_dropout",
                     "pool_type",
-                    "preprocess_cfg",
                     "resblocks",
                     "transformer",
-                    "visual",
                 ),
                 "a tower is taken apart once, when it is loaded; a block's children are checked by name",
             ),

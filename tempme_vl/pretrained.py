@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,12 @@ def require_hub(source: str | Path, *names: str) -> None:
 
 def _reach_hub(source: str, name: str) -> None:
     """One request without a second try; ConnectionError where there is no network."""
+    session, url = huggingface_hub.get_session(), huggingface_hub.hf_hub_url(source, name)
+    # The client sends by httpx, whose errors are no OSErrors, or in older versions by requests, whose errors are.
+    failed = (OSError, getattr(sys.modules.get("httpx"), "TransportError", OSError))
     try:
-        huggingface_hub.get_session().head(huggingface_hub.hf_hub_url(source, name), timeout=HUB_SECONDS)
-    except Exception as error:  # of httpx, or of requests in older versions of the client
+        session.head(url, timeout=HUB_SECONDS)
+    except failed as error:
         raise ConnectionError(f"it is not in the local cache, and the hub cannot be reached ({error})") from error
 
 

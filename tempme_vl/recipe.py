@@ -25,7 +25,9 @@ from tempme_vl.data.transforms import ClipTransform
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.videoqa import accuracy_by, table
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.pretrained import VOCABULARY_FILE, load_vocabulary
 from tempme_vl.reports import finish, provenance, write_json, write_whole
+from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
 from tempme_vl.training import distributed
 from tempme_vl.training.config import TrainConfig
 from tempme_vl.training.engine import Trainer
@@ -90,7 +92,8 @@ class VisualOptions(MergeOptions):
     model: str = "open_clip:ViT-B-32-quickgelu"
     """open_clip:NAME, umt:b16 or umt:l16; open_clip:tiny and umt:tiny train from scratch in minutes."""
     pretrained: str = "openai"
-    """open_clip's tag ("openai"), a weights file (UMT: any of its public forms), or "none" for random weights."""
+    """open_clip's tag ("openai"); a file of OpenAI, open_clip, transformers, CLIP4Clip, TempMe or (any form) UMT; the
+    OUTPUT/best of another run; or "none" for random weights."""
     mode: Literal["clip", "joint"] = "clip"
     """UMT's frames: apart (UMT4Clip, which TempMe needs), or attending together as in UMT itself."""
 
@@ -105,6 +108,14 @@ class VisualOptions(MergeOptions):
             "pretrained": None if self.pretrained == "none" else self.pretrained,
             **({"mode": self.mode} if self.is_umt else {}),
         }
+
+    def words(self, texts: Sequence[str], vocabulary: str | None) -> tuple[str, ...]:
+        """The words of a BERT text side: those of `vocabulary`, of the folder to go on from, or else of the texts."""
+        if vocabulary is not None:
+            return bert_vocabulary(vocabulary)
+        if (Path(self.pretrained) / VOCABULARY_FILE).is_file():
+            return load_vocabulary(self.pretrained)
+        return word_vocabulary(texts)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import pytest
 import tempme_vl
 
 ROOT = Path(__file__).parent.parent
-CORE = {"state", "matching", "merging", "backbones", "frontend", "text", "pretrained", "libraries"}
+CORE = {"state", "matching", "merging", "backbones", "frontend", "text", "pretrained", "weights", "libraries"}
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
     "state": set(),
     "matching": set(),
     "pretrained": set(),
+    "weights": {"pretrained"},
     # processes that end together
     "processes": set(),
     "together": {"processes"},
@@ -28,9 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "libraries": set(),
     # what a front end is made of
     "merging": {"state", "matching"},
-    "backbones": {"state", "pretrained", "libraries"},
+    "backbones": {"state", "pretrained", "weights", "libraries"},
     "frontend": {"state", "merging", "backbones", "pretrained"},
-    "text": {"backbones", "pretrained", "libraries"},
+    "text": {"backbones", "pretrained", "weights", "libraries"},
     "__init__": {"state", "merging", "frontend", "pipeline"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},

@@ -52,7 +52,7 @@ _DOCUMENTED = """
     pre_tokenizer pretrained_cfg process_index projection_dim temporal_patch_size to_json_string training
     execution_device image_token post_forward pre_forward sequences
     use_mean_pooling video_token window_size zero_optimization_stage
-    info warning PeftModel
+    info warning PeftModel match fullmatch hf_hub_id hf_hub_filename
 """
 KNOWN = set(_DOCUMENTED.split()).union(
     *(dir(kind) for kind in (Tensor, nn.Module, nn.Parameter, np.ndarray, str, dict, list, set, Path, OSError, type))

@@ -152,11 +152,12 @@ class NoNetwork:
         lambda: hub_file("someone/no-such-model", "vocab.txt"),
         lambda: create_frontend("hf:someone/no-such-model", "default"),
         lambda: create_frontend("open_clip:ViT-B-32-quickgelu", "laion400m_e31"),
+        lambda: create_frontend("timm:vit_tiny_patch16_224", "default"),
         lambda: load_host("someone/no-such-model"),
         lambda: load_llm("someone/no-such-model"),
         lambda: load_tokenizer("someone/no-such-model"),
     ],
-    ids=["file", "transformers", "open_clip", "host", "llm", "tokenizer"],
+    ids=["file", "transformers", "open_clip", "timm", "host", "llm", "tokenizer"],
 )
 def test_no_network_is_said_after_one_request(
     load: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

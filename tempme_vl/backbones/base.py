@@ -147,6 +147,7 @@ class Backbone(nn.Module):
             shape.pool "attention": (R, n, D) normed tokens and their sizes (R, n, 1), or None where all are 1
             -> (R, E).
         shape: its `TowerShape`.
+        clip_positions: TempMe's, where they came with the weights, by layer: (clips before the join, D).
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed, self.blocks, self.norm, self.head = embed, nn.ModuleList(blocks), norm, head
         self.shape = shape
+        self.clip_positions: dict[str, Tensor] = {}
 
 
 def count_blocks(layer: int, layers: int) -> int:

@@ -42,6 +42,7 @@ from tempme_vl.backbones.hf_blocks import (
 from tempme_vl.backbones.hf_embed import ImageEmbed, PackedEmbed, SiglipPool
 from tempme_vl.libraries import undocumented
 from tempme_vl.pretrained import require_hub
+from tempme_vl.weights.exports import find_export, load_exported_tower
 
 _HALF = (0.5, 0.5, 0.5)
 
@@ -288,19 +289,23 @@ def load_tower(
     Args:
         name: a hub id or a local folder with config.json, of the vision tower or of the whole CLIP or SigLIP.
         pretrained: None for random weights on that configuration; "default" for the weights of the same name; or
-            another hub id or folder. Only safetensors are read.
+            another hub id or folder, also one that this package wrote. Only safetensors are read.
         layer, image_size: see `backbone_of`.
 
     Raises:
         ValueError: another family, weights that are missing or not safetensors, or see `backbone_of`.
     """
     architecture, config = _read_config(name)
-    if pretrained is None:
+    export = None if pretrained in (None, "default") else find_export(str(pretrained))
+    if pretrained is None or export:
         tower = getattr(transformers, architecture)(config)
     else:
         tower = _load(architecture, config, name if pretrained == "default" else pretrained)
     backbone, data = backbone_of(tower, layer, image_size)
-    return backbone, {**data, "preprocess": _preprocess(name, data["preprocess"])}
+    data = {**data, "preprocess": _preprocess(name, data["preprocess"])}
+    if export:
+        backbone.clip_positions = load_exported_tower(backbone, data, export)
+    return backbone, data
 
 
 def build_tower(config: Mapping[str, Any]) -> Backbone:

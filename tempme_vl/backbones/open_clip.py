@@ -1,35 +1,31 @@
-"""CLIP towers of open_clip and OpenAI: loading, conversion to Linear attention, export back.
+"""CLIP models of open_clip and OpenAI: by name, with weights from a tag or a file in any layout, or from a state dict.
 
-A block's `nn.MultiheadAttention` becomes a `SelfAttention` on the same parameters once, at load; every other child
-of the block is used as it is. Exporting renames the parameters back, bit for bit.
+The towers are taken apart in `open_clip_blocks`; layouts stand in `clip_checkpoint`, which also gives weights their
+public names back, bit for bit.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import open_clip
-import torch
 from torch import Tensor, nn
 
-from tempme_vl.backbones.base import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Backbone,
-    BlockAdapter,
-    QuickGELU,
-    SelfAttention,
-    TowerShape,
-    square_side,
-)
-from tempme_vl.libraries import describe, undocumented
+from tempme_vl.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, square_side
+from tempme_vl.backbones.clip_checkpoint import VISUAL, ClipWeights, name_clip, read_clip
+from tempme_vl.backbones.open_clip_blocks import tower_shape, visual_backbone
+from tempme_vl.libraries import undocumented
 from tempme_vl.pretrained import require_hub
+from tempme_vl.weights.exports import misfits
+from tempme_vl.weights.files import some
 
 _PACKAGE = "open_clip_torch"
 with undocumented(_PACKAGE):
-    from open_clip.transformer import QuickGELU as OpenClipQuickGELU
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+    from open_clip.transformer import VisionTransformer
 
 # Small towers for the embedded data set and for tests; everything else comes from open_clip's own configurations.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -39,13 +35,9 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
     },
 }
-_BLOCK_CHILDREN = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
-_RENAMED = {
-    "attn.in_proj_weight": "attn.qkv.weight",
-    "attn.in_proj_bias": "attn.qkv.bias",
-    "attn.out_proj.weight": "attn.proj.weight",
-    "attn.out_proj.bias": "attn.proj.bias",
-}
+
+
+_log = logging.getLogger(__name__)
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -74,38 +66,134 @@ def model_config(name: str) -> dict[str, Any]:
     return config
 
 
-@undocumented(_PACKAGE)
-def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP, dict[str, Any]]:
-    """A CLIP model and the JSON configuration that builds it again.
+class LoadedClip(NamedTuple):
+    """A CLIP model, the JSON configuration that builds it again, and the clip positions that came with its weights."""
+
+    clip: open_clip.CLIP
+    config: dict[str, Any]
+    clip_positions: dict[str, Tensor]
+
+
+def load_clip(name: str, pretrained: str | None = None) -> LoadedClip:
+    """A CLIP model, both towers.
 
     Args:
         name: an open_clip model such as "ViT-B-16-quickgelu", or "tiny".
-        pretrained: None for random weights, a tag such as "openai" or "laion2b_s34b_b79k", or a file's path.
+        pretrained: None for random weights; a tag such as "openai" or "laion2b_s34b_b79k"; or a file or folder in any
+            layout of `clip_checkpoint.read_clip`, from which all of the model's weights are taken, as float32.
 
     Raises:
-        ValueError: see `model_config`; or weights that open_clip does not know or that do not fit.
+        ValueError: see `model_config` and `read_clip`; or weights that do not fit the model.
     """
+    if pretrained is None or _is_tag(name, pretrained):
+        return _load_named(name, pretrained)
+    weights = read_clip(pretrained)
+    if not weights.text:
+        raise ValueError(f"{weights.source}, {weights.layout}, holds no text tower, which {name!r} has")
+    config = _as_trained(name, weights)
+    clip = build_clip(config)
+    _load_fitting(clip, _whole(weights), weights, name)
+    return LoadedClip(clip, _json_config(name, config, clip.visual, weights), weights.clip_positions)
+
+
+@undocumented(_PACKAGE)
+def _load_named(name: str, tag: str | None) -> LoadedClip:
     config = model_config(name)
-    if pretrained is None:
+    if tag is None:
         clip = build_clip(config)
         if name in TINY_CONFIGS:  # from scratch within minutes: places must stand out from the start (docs/LOG.md)
             nn.init.normal_(clip.visual.positional_embedding, std=0.5)
-    elif name in TINY_CONFIGS:
-        raise ValueError(f"the built-in model {name!r} has no pretrained weights; leave pretrained out")
-    else:
-        if repo := (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("hf_hub", "").rstrip("/"):
-            require_hub(repo, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        return LoadedClip(clip, _json_config(name, config, clip.visual), {})
+    published: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
+    if repo := published.get("hf_hub", "").rstrip("/"):
+        require_hub(repo, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    quick_gelu = bool(published.get("quick_gelu"))
+    try:
+        # the activation is that of the weights: open_clip itself would only warn of another one
+        clip = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick_gelu)
+    except RuntimeError as error:
+        raise ValueError(f"open_clip cannot load pretrained={tag!r} for {name!r}: {error}") from error
+    if quick_gelu != bool(config.get("quick_gelu")):
+        _log.info("%s of %s was trained with %s, which is used", tag, name, _activation(quick_gelu))
+    return LoadedClip(clip, _json_config(name, config, clip.visual), {})
+
+
+def _is_tag(name: str, pretrained: str) -> bool:
+    """Whether it is one of the model's tags in open_clip, and not a path.
+
+    Raises:
+        ValueError: neither; the message lists the tags.
+    """
+    model_config(name)
+    if open_clip.get_pretrained_cfg(name, pretrained):
+        return True
+    if Path(pretrained).exists():
+        return False
+    if name in TINY_CONFIGS:
+        raise ValueError(
+            f"the built-in model {name!r} has no pretrained weights, and {pretrained!r} is no file or folder; leave "
+            "pretrained out"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    raise ValueError(
+        f"open_clip cannot load pretrained={pretrained!r} for {name!r}: expected one of its tags "
+        f"({', '.join(tags) or 'it has none'}) or the path of weights, and there is no such file or folder"
+    )
+
+
+def _as_trained(name: str, weights: ClipWeights) -> dict[str, Any]:
+    """The model's configuration with the activation that the weights were trained with."""
+    config = model_config(name)
+    own = bool(config.get("quick_gelu"))
+    quick_gelu = own if weights.quick_gelu is None else weights.quick_gelu
+    _log.info("%s", weights.describe())
+    if weights.quick_gelu is None:
+        _log.info("the file does not tell its activation; %s is taken, as in %s", _activation(own), name)
+    elif quick_gelu != own:
+        _log.info("these weights were trained with %s, which is used; %s has another", _activation(quick_gelu), name)
+    return {**config, "quick_gelu": quick_gelu}
+
+
+def _activation(quick_gelu: bool) -> str:
+    return "QuickGELU" if quick_gelu else "GELU"
+
+
+def _load_fitting(module: nn.Module, state: dict[str, Tensor], weights: ClipWeights, name: str) -> None:
+    """Raises:
+    ValueError: weights that are missing, unknown, of other shapes or no finite numbers; it says whose they may be.
+    """
+    if trouble := misfits(module.state_dict(), state):
+        alike = _models_like(weights.tower)
+        looks = f"it looks like {some(alike)}" if alike else "no ViT of open_clip has its sizes"
+        raise ValueError(f"{weights.source}, {weights.layout}, does not fit {name!r}: {trouble}; {looks}")
+    module.load_state_dict(state)
+
+
+def _models_like(visual: Mapping[str, Tensor]) -> list[str]:
+    """Names of open_clip's models with visual towers of the same sizes."""
+    try:
+        found = _sizes(visual)
+    except ValueError:  # not even a ViT
+        return []
+    names = []
+    for name in [*TINY_CONFIGS, *(n for n in open_clip.list_models() if n.startswith("ViT-"))]:
         try:
-            clip = open_clip.create_model(name, pretrained=pretrained)
-        except RuntimeError as error:
-            raise ValueError(
-                f"open_clip cannot load pretrained={pretrained!r} for {name!r}, expected a tag of this model or the "
-                f"path of its weights: {error}"
-            ) from error
-    # what was built counts, not the name: OpenAI weights make open_clip switch to QuickGELU by itself
-    quick_gelu = isinstance(clip.visual.transformer.resblocks[0].mlp.gelu, OpenClipQuickGELU)
+            vision = model_config(name)["vision_cfg"]
+        except ValueError:  # no plain CLIP ViT
+            continue
+        if all(vision.get(key, found[key]) == found[key] for key in ("image_size", "patch_size", "width", "layers")):
+            names.append(name)
+    return names
+
+
+def _json_config(
+    name: str, config: Mapping[str, Any], visual: VisionTransformer, weights: ClipWeights | None = None
+) -> dict[str, Any]:
+    # what was built counts, not the name
+    quick_gelu = tower_shape(visual).quick_gelu
     built = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
-    return clip, {"family": "open_clip", "name": name, **built, "quick_gelu": quick_gelu, **_preprocess(clip.visual)}
+    preprocess = {"preprocess": weights.preprocess} if weights and weights.preprocess else _preprocess(visual)
+    return {"family": "open_clip", "name": name, **built, "quick_gelu": quick_gelu, **preprocess}
 
 
 def build_clip(config: Mapping[str, Any]) -> open_clip.CLIP:
@@ -135,163 +223,73 @@ def _preprocess(visual: VisionTransformer) -> dict[str, Any]:
     }
 
 
-class OpenClipBlock(BlockAdapter):
-    """open_clip's ResidualAttentionBlock, its attention converted, its other children kept.
-
-    Raises:
-        ValueError: a block that is not built of the known children.
-    """
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        children = {name for name, _ in block.named_children()}
-        if not isinstance(block, ResidualAttentionBlock) or children != _BLOCK_CHILDREN:
-            raise ValueError(
-                f"expected open_clip's ResidualAttentionBlock with {sorted(_BLOCK_CHILDREN)}; got "
-                f"{type(block).__name__} with {sorted(children)} ({describe(_PACKAGE)})"
-            )
-        self.ln_1, self.ls_1 = block.ln_1, block.ls_1
-        self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
-        if isinstance(self.mlp.gelu, OpenClipQuickGELU):
-            self.mlp.gelu = QuickGELU()
-        self.attn = SelfAttention(block.attn.embed_dim, block.attn.num_heads)
-        self.attn.qkv.weight, self.attn.qkv.bias = block.attn.in_proj_weight, block.attn.in_proj_bias
-        self.attn.proj.weight, self.attn.proj.bias = block.attn.out_proj.weight, block.attn.out_proj.bias
-
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        attended, keys = self.attn(self.ln_1(x), bias)
-        return self.ls_1(attended), keys
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.ls_2(self.mlp(self.ln_2(x)))
-
-
-class ClipEmbed(nn.Module):
-    """Patches, CLS token, spatial positions and ln_pre of a CLIP ViT: (R, 3, H, W) -> (R, N, D)."""
-
-    def __init__(self, visual: VisionTransformer):
-        super().__init__()
-        self.conv1, self.ln_pre = visual.conv1, visual.ln_pre
-        self.class_embedding, self.positional_embedding = visual.class_embedding, visual.positional_embedding
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        cls = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        x = torch.cat([cls, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        return self.ln_pre(x)
-
-
-class ClipHead(nn.Module):
-    """The projection of normed CLS tokens: (..., D) -> (..., E)."""
-
-    def __init__(self, visual: VisionTransformer):
-        super().__init__()
-        self.proj = visual.proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.proj
-
-
-@undocumented(_PACKAGE)
-def visual_backbone(visual: nn.Module) -> Backbone:
-    """Takes an open_clip VisionTransformer over as a backbone; the given module must not be used afterwards.
-
-    Raises:
-        ValueError: a tower with other pooling than the CLS token, patch dropout, or unknown blocks.
-    """
-    if not isinstance(visual, VisionTransformer):
-        raise ValueError(f"expected open_clip's VisionTransformer; got {type(visual).__name__}")
-    if visual.attn_pool is not None or visual.pool_type != "tok":
-        raise ValueError(f"expected CLS pooling ('tok'); this tower pools by {visual.pool_type!r} or attention")
-    if not isinstance(visual.patch_dropout, nn.Identity):
-        raise ValueError("patch dropout changes token counts; build the tower with patch_dropout=0")
-    if visual.image_size[0] != visual.image_size[1]:
-        raise ValueError(f"expected a tower for square images; this one takes {visual.image_size} px")
-    shape = tower_shape(visual)
-    blocks: list[BlockAdapter] = [OpenClipBlock(block) for block in visual.transformer.resblocks]
-    return Backbone(ClipEmbed(visual), blocks, visual.ln_post, ClipHead(visual), shape)
-
-
-@undocumented(_PACKAGE)
-def tower_shape(visual: VisionTransformer) -> TowerShape:
-    """The numbers of an open_clip tower."""
-    first, width = visual.transformer.resblocks[0], visual.conv1.out_channels
-    return TowerShape(
-        image_size=visual.image_size[0],
-        patch_size=visual.patch_size[0],
-        width=width,
-        heads=first.attn.num_heads,
-        embed_dim=visual.output_dim,
-        mlp_ratio=first.mlp.c_fc.out_features / width,
-        quick_gelu=isinstance(first.mlp.gelu, OpenClipQuickGELU),
-        norm_pre=not isinstance(visual.ln_pre, nn.Identity),
-    )
-
-
 def visual_from_openai(
     state: Mapping[str, Tensor], heads: int, quick_gelu: bool
 ) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The tower of OpenAI-named visual weights and the configuration that builds it again.
+    """The tower of CLIP's visual weights and the configuration that builds it again.
 
     Args:
-        state: with or without the "visual." prefix; with it, keys of other parts are left alone.
+        state: in any layout of `clip_checkpoint.LAYOUTS`, such as OpenAI's names with or without "visual.".
 
     Raises:
         ValueError: keys missing or unknown for a CLIP ViT, or heads that do not divide the width.
     """
-    prefix = "visual." if any(key.startswith("visual.") for key in state) else ""
-    state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    needed = ("conv1.weight", "positional_embedding", "proj", "transformer.resblocks.0.mlp.c_fc.weight")
-    missing = [key for key in needed if key not in state]
-    if missing:
-        raise ValueError(f"not the visual tower of an OpenAI CLIP ViT: keys {missing} are missing")
-    width, _, patch_size, _ = state["conv1.weight"].shape
-    _check_heads(width, heads)
-    vision_cfg = {
-        "image_size": patch_size * square_side(state["positional_embedding"].shape[0] - 1),
-        "patch_size": patch_size,
-        "width": width,
-        "head_width": width // heads,
-        "layers": _count_blocks(state),
-        "mlp_ratio": state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
-    }
-    config = {"embed_dim": state["proj"].shape[1], "vision_cfg": vision_cfg, "quick_gelu": quick_gelu}
+    weights = name_clip(state)
+    vision_cfg = _sizes(weights.tower)
+    _check_heads(vision_cfg["width"], heads)
+    vision_cfg["head_width"] = vision_cfg["width"] // heads
+    config = {"embed_dim": weights.tower["proj"].shape[1], "vision_cfg": vision_cfg, "quick_gelu": quick_gelu}
     visual = build_visual(config)
-    _load_all(visual, state)
+    _load_all(visual, weights.tower)
     return visual, {"family": "open_clip", **config, **_preprocess(visual)}
 
 
 def clip_from_openai(
     state: Mapping[str, Tensor], heads: int, text_heads: int | None = None, quick_gelu: bool = True
 ) -> tuple[open_clip.CLIP, dict[str, Any]]:
-    """A whole OpenAI-named CLIP ViT, both towers, and the configuration that builds it again.
+    """A whole CLIP ViT, both towers, and the configuration that builds it again.
 
     Args:
+        state: as in `visual_from_openai`.
         heads, text_heads: of the visual and the text tower; text default: width // 64, as in OpenAI's models.
 
     Raises:
         ValueError: see `visual_from_openai`.
     """
     _, config = visual_from_openai(state, heads, quick_gelu)
+    weights = name_clip(state)
     needed = ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.ln_1.weight", "logit_scale")
-    missing = [key for key in needed if key not in state]
+    missing = [key for key in needed if key not in weights.text]
     if missing:
         raise ValueError(f"not a whole OpenAI CLIP: keys {missing} of the text tower are missing")
-    vocab_size, text_width = state["token_embedding.weight"].shape
+    vocab_size, text_width = weights.text["token_embedding.weight"].shape
     text_heads = text_width // 64 if text_heads is None else text_heads
     _check_heads(text_width, text_heads)
     config["text_cfg"] = {
-        "context_length": state["positional_embedding"].shape[0],
+        "context_length": weights.text["positional_embedding"].shape[0],
         "vocab_size": vocab_size,
         "width": text_width,
         "heads": text_heads,
-        "layers": _count_blocks(state),
+        "layers": _count_blocks(weights.text),
     }
     clip = build_clip(config)
-    sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's files hold beside weights
-    weights = {key: value for key, value in state.items() if key not in sizes}
-    _load_all(clip, {**weights, "logit_scale": state["logit_scale"].reshape(())})
+    _load_all(clip, _whole(weights))
     return clip, config
+
+
+def _sizes(visual: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What of a vision_cfg the weights tell: all but the heads."""
+    needed = ("conv1.weight", "positional_embedding", "proj", "transformer.resblocks.0.mlp.c_fc.weight")
+    if missing := [key for key in needed if key not in visual]:
+        raise ValueError(f"not the visual tower of an OpenAI CLIP ViT: keys {missing} are missing")
+    width, _, patch_size, _ = visual["conv1.weight"].shape
+    return {
+        "image_size": patch_size * square_side(visual["positional_embedding"].shape[0] - 1),
+        "patch_size": patch_size,
+        "width": width,
+        "layers": _count_blocks(visual),
+        "mlp_ratio": visual["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+    }
 
 
 def _check_heads(width: int, heads: int) -> None:
@@ -303,36 +301,39 @@ def _count_blocks(state: Mapping[str, Tensor]) -> int:
     return 1 + max(int(key.split(".")[2]) for key in state if key.startswith("transformer.resblocks."))
 
 
+def _whole(weights: ClipWeights) -> dict[str, Tensor]:
+    """Both towers' weights by the names of open_clip's model, whose scale is a scalar."""
+    scale = {key: value.reshape(()) for key, value in weights.text.items() if key == "logit_scale"}
+    return {**{f"{VISUAL}{key}": value for key, value in weights.tower.items()}, **weights.text, **scale}
+
+
 def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"not the weights of an OpenAI CLIP ViT: {error}") from error
-
-
-def to_openai_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A converted tower's parameters (`embed`, `blocks.N[.block]`, `norm`, `head`, ...) under open_clip's names."""
-    parts = {"embed.": "", "norm.": "ln_post.", "head.": "", "blocks.": "transformer.resblocks."}
-    exported = {}
-    for key, value in state.items():
-        for part, theirs in parts.items():
-            if key.startswith(part):
-                key = theirs + key[len(part) :].replace(".block.", ".", 1)
-                break
-        for theirs, ours in _RENAMED.items():
-            if key.endswith(ours):
-                key = key[: -len(ours)] + theirs
-        exported[key] = value
-    return exported
+    if trouble := misfits(module.state_dict(), state):
+        raise ValueError(f"not the weights of an OpenAI CLIP ViT: {trouble}")
+    module.load_state_dict(state)
 
 
 TOWER_OPTIONS = ()
 
 
 def load_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Backbone, dict[str, Any]]:
-    """The visual part of `load_clip` as a backbone, with its configuration; it takes any number of frames."""
-    clip, config = load_clip(name, pretrained)
-    return visual_backbone(clip.visual), config
+    """A visual tower as a backbone, with its configuration; it takes any number of frames.
+
+    Args:
+        name, pretrained: as in `load_clip`, with its errors; a file without a text tower will do.
+    """
+    if pretrained is None or _is_tag(name, pretrained):
+        loaded = _load_named(name, pretrained)
+        return visual_backbone(loaded.clip.visual), loaded.config
+    weights = read_clip(pretrained)
+    weights = replace(weights, text={}, unused=(*weights.unused, *weights.text))
+    config = _as_trained(name, weights)
+    visual = build_visual(config)
+    _load_fitting(visual, weights.tower, weights, name)
+    config = _json_config(name, config, visual, weights)
+    backbone = visual_backbone(visual)
+    backbone.clip_positions = weights.clip_positions
+    return backbone, config
 
 
 def build_tower(config: Mapping[str, Any]) -> Backbone:

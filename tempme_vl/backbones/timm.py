@@ -8,12 +8,12 @@ timm's model itself; the embed module holds the same ones.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
@@ -22,9 +22,14 @@ from torch import Tensor, cat, nn
 from tempme_vl.backbones.attention import attend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, count_blocks
 from tempme_vl.libraries import describe, undocumented
+from tempme_vl.pretrained import require_hub
+from tempme_vl.weights.exports import find_export, load_exported_tower, load_strictly
+from tempme_vl.weights.files import read_weights, some
 
 with undocumented("timm"):
     from timm.models.vision_transformer import Attention, Block
+
+_log = logging.getLogger(__name__)
 
 _BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
@@ -231,8 +236,8 @@ def load_tower(
 
     Args:
         name: "vit_base_patch16_224", "vit_base_patch16_siglip_224.webli", ...
-        pretrained: None for random weights, "default" for timm's own of that name, or the path of a safetensors file
-            in timm's names.
+        pretrained: None for random weights, "default" for timm's own of that name, or the path of weights in timm's
+            names (`tempme_vl.weights.files.read_weights`) or of a folder that this package wrote.
         layer: see `backbone_of`.
         image_size: pixels, where they are not the model's own; timm resizes the positions when it loads weights.
         num_classes: width of the model's own head, such as 512 for the projection of a CLIP; 0 goes without it.
@@ -246,28 +251,45 @@ def load_tower(
     options: dict[str, Any] = {"num_classes": num_classes}
     if image_size is not None:
         options["img_size"] = image_size
+    if pretrained == "default":
+        _require_published(name)
     tower = timm.create_model(name, pretrained=pretrained == "default", **options)
     backbone, config = backbone_of(tower, layer)
-    if pretrained not in (None, "default"):
-        _load_file(tower, str(pretrained))
-    return backbone, config or {"family": "timm", "name": name, "options": options, "layer": layer} | {
+    config = config or {"family": "timm", "name": name, "options": options, "layer": layer} | {
         "preprocess": _preprocess(tower)
     }
+    if pretrained not in (None, "default"):
+        if export := find_export(str(pretrained)):
+            backbone.clip_positions = load_exported_tower(backbone, config, export)
+        else:
+            _load_file(tower, str(pretrained))
+    return backbone, config
+
+
+def _require_published(name: str) -> None:
+    """Says at once where timm would try for a minute to reach the hub.
+
+    Raises:
+        ValueError: its weights are not in the cache and the hub cannot be reached.
+    """
+    published: Any = timm.get_pretrained_cfg(name)
+    repo = getattr(published, "hf_hub_id", None) or ""
+    if repo and "@" not in repo:  # a revision, which would have to be looked for by its own name
+        own = [file for file in (published.hf_hub_filename,) if file]
+        require_hub(repo, *own, "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
 
 def _load_file(tower: nn.Module, path: str) -> None:
     """Raises:
-    ValueError: no safetensors file, or other weights than the tower's; a classifier that it does not have may be there.
+    ValueError: see `read_weights`; or other weights than the tower's; a classifier that it does not have may be there.
     """
-    if not Path(path).is_file() or Path(path).suffix != ".safetensors":
-        raise ValueError(f"expected pretrained=None, 'default' or the path of a safetensors file; got {path!r}")
-    state = load_file(path)
-    if isinstance(tower.head, nn.Identity):
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    try:
-        tower.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of this timm model: {error}") from error
+    if not Path(path).exists():
+        raise ValueError(f"expected pretrained=None, 'default' or the path of weights in timm's names; got {path!r}")
+    file = read_weights(path)
+    unused = [key for key in file.state if key.startswith("head.")] if isinstance(tower.head, nn.Identity) else []
+    state = {key: value for key, value in file.state.items() if key not in unused}
+    load_strictly(tower, state, f"{path} ({file.kind})")
+    _log.info("%s: %s, %d weights in timm's names; unused: %s", path, file.kind, len(state), some(unused) or "nothing")
 
 
 def build_tower(config: Mapping[str, Any]) -> Backbone:

@@ -26,6 +26,7 @@ from tempme_vl.backbones.base import (
     TowerShape,
 )
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
+from tempme_vl.weights.exports import find_export, load_exported_tower
 
 _log = logging.getLogger(__name__)
 
@@ -352,14 +353,21 @@ def load_tower(
 
     Args:
         name: "tiny", "b16" or "l16".
-        pretrained: a public checkpoint's path (any form), or None for random weights.
+        pretrained: the path of a public checkpoint (any form) or of a folder that this package wrote; None for random
+            weights.
 
     Raises:
-        ValueError: see `model_config`, `umt_checkpoint.read_checkpoint`, `tower_state` and `load`.
+        ValueError: see `model_config`, `umt_checkpoint.read_checkpoint`, `tower_state`, `load` and
+            `tempme_vl.weights.exports.load_exported_tower`.
     """
     config = model_config(name, num_frames, mode, positions)
     backbone = build(config)
-    if pretrained is not None:
+    if pretrained is None:
+        return backbone, json_config(config)
+    if export := find_export(pretrained):
+        free = ("num_frames", "mode", "positions", "pretrained_frames")
+        backbone.clip_positions = load_exported_tower(backbone, json_config(config), export, free)
+    else:
         weights, report = tower_state(read_checkpoint(pretrained))
         kept = load(backbone, weights, pretrained)
         _log.info("%s\nrandom: %s", report, ", ".join(kept) or "nothing")

@@ -7,22 +7,18 @@ distillation parts, retrieval and question answering are the forms that fine-tun
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from tempme_vl.weights.files import read_weights, some
 
 Form = Literal["stage1", "pretraining", "retrieval", "qa"]
 Target = Literal["retrieval", "qa", "vision"]
-
-_WRAPPERS = ("model", "module")
 
 # What only this form has beside the vision encoder; the first that fits names the form.
 _FORM_MARKS: tuple[tuple[Form, str], ...] = (
@@ -110,54 +106,8 @@ class Converted:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a file on the CPU, mapped from disk where the file allows it.
-
-    Args:
-        path: .safetensors, or what torch.save wrote (.pth, .pt, .bin): a state dict, or one under "model" or "module".
-
-    Raises:
-        ValueError: no such file; damaged; a pickle of more than tensors and plain values, which is never run; or no
-            state dict inside.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"expected a checkpoint file; {path} {'is a folder' if path.is_dir() else 'does not exist'}")
-    try:
-        loaded: Any
-        if path.suffix == ".safetensors":
-            loaded = load_file(path)
-        else:
-            # The format before PyTorch 1.6 is no zip file and cannot be mapped.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        # The message begins with advice to load the file unsafely, and ends with what it met.
-        met = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-        raise ValueError(
-            f"{path} is not a pickle of only tensors and plain values, and loading anything else could run code of its "
-            "author. If you trust the file, load it yourself with torch.load(..., weights_only=False) and save only "
-            f"its weights, best as .safetensors. The loader said: {met}"
-        ) from error
-    except Exception as error:  # damaged files fail in many ways (KeyError, EOFError, RuntimeError, ...)
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint; is it damaged, or only partly downloaded? The loader said: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    state = loaded
-    if isinstance(loaded, Mapping):
-        state = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), loaded)
-    if not isinstance(state, Mapping):
-        raise ValueError(f"expected a state dict in {path}; got {type(state).__name__}")
-    others = [
-        f"{key!r} ({type(value).__name__})"
-        for key, value in state.items()
-        if not (isinstance(key, str) and isinstance(value, Tensor))
-    ]
-    if others or not state:
-        raise ValueError(
-            f'expected a state dict of tensors in {path}, by name, bare or under "model" or "module"; '
-            f"got {'an empty one' if not state else 'also ' + _some(others)}"
-        )
-    return dict(state)
+    """The state dict of a file on the CPU; see `tempme_vl.weights.files.read_weights`, with its errors."""
+    return read_weights(path).state
 
 
 def detect_form(state: Mapping[str, Any]) -> Form:
@@ -181,7 +131,7 @@ def detect_form(state: Mapping[str, Any]) -> Form:
         found = "these keys belong to no family known here"
     raise ValueError(
         "expected a UMT checkpoint, with keys such as vision_encoder.encoder.blocks.0.attn.qkv.weight (or "
-        f"encoder.blocks.0.... in stage 1); {found}: {_some(list(state))}"
+        f"encoder.blocks.0.... in stage 1); {found}: {some(list(state))}"
     )
 
 
@@ -321,10 +271,6 @@ def _language_head_keys(prefix: str) -> list[str]:
 
 def _reason(key: str, target: Target) -> str | None:
     return next((reason for pattern, reason, targets in _REASONS if target in targets and re.match(pattern, key)), None)
-
-
-def _some(names: Sequence[str], count: int = 4) -> str:
-    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
 
 
 def _folded(keys: Sequence[str]) -> list[str]:

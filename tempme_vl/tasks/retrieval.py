@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones import open_clip as clip_family
 from tempme_vl.backbones import split_name
+from tempme_vl.backbones.clip_checkpoint import name_clip, to_openai_names
+from tempme_vl.backbones.open_clip_blocks import tower_shape
 from tempme_vl.frontend import VisualFrontend, make_schedule
 from tempme_vl.merging import MergeSchedule
 from tempme_vl.pretrained import load_model, load_weights, save_model
@@ -93,13 +95,16 @@ class RetrievalModel(nn.Module):
         text_heads: int | None = None,
         quick_gelu: bool = True,
     ) -> RetrievalModel:
-        """A dual encoder on a whole OpenAI-named CLIP ViT; arguments and errors as in `VisualFrontend`'s."""
-        return _assemble(*clip_family.clip_from_openai(state, heads, text_heads, quick_gelu), schedule)
+        """A dual encoder on the weights of a whole CLIP ViT; arguments and errors as in `VisualFrontend`'s."""
+        clip, config = clip_family.clip_from_openai(state, heads, text_heads, quick_gelu)
+        model = _assemble(clip, config, schedule)
+        model.frontend.take_clip_positions(name_clip(state).clip_positions)
+        return model
 
     def openai_state_dict(self) -> dict[str, Tensor]:
         """Both towers' weights and the logit scale under open_clip's names, bit for bit; merging is left out."""
         visual = {f"visual.{key}": value for key, value in self.frontend.openai_state_dict().items()}
-        text = clip_family.to_openai_names(self.text.state_dict())
+        text = to_openai_names(self.text.state_dict())
         return {**visual, **text, "logit_scale": self.logit_scale.log_scale.detach().squeeze(0)}
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -155,11 +160,13 @@ def create_retrieval_model(
         )
     if family != "open_clip":
         raise ValueError(f"retrieval needs a text tower, which only open_clip and umt models have; got {name!r}")
-    clip, config = clip_family.load_clip(model, pretrained)
-    shape = clip_family.tower_shape(clip.visual)
+    clip, config, clip_positions = clip_family.load_clip(model, pretrained)
+    shape = tower_shape(clip.visual)
     layers = len(clip.visual.transformer.resblocks)
     schedule = make_schedule(method, layers, num_frames, shape.tokens, **options)
-    return _assemble(clip, config, schedule, clip_position_std)
+    made = _assemble(clip, config, schedule, clip_position_std)
+    made.frontend.take_clip_positions(clip_positions)
+    return made
 
 
 def load_retrieval_model(directory: str | Path) -> AnyRetrievalModel:

@@ -32,6 +32,7 @@ from tempme_vl.tasks.losses import (
 )
 from tempme_vl.tasks.umt_text import TEXT_OF, load_bert_side, part_of
 from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt
+from tempme_vl.weights.exports import find_export, load_exported_rest, require_vocabulary
 
 _log = logging.getLogger(__name__)
 
@@ -214,7 +215,8 @@ def create_umt_retrieval_model(
 
     Args:
         vocabulary: words in the order of their ids (`tempme_vl.text.tokenizers.bert_vocabulary` for public weights).
-        pretrained: a public UMT checkpoint in any form, or None for random weights; what it lacks starts at random.
+        pretrained: a public UMT checkpoint in any form, or a folder that this package wrote, whose vocabulary it must
+            be; what it lacks starts at random. None for random weights.
         others: see `tempme_vl.create_frontend`.
 
     Raises:
@@ -226,8 +228,16 @@ def create_umt_retrieval_model(
     frontend = create_frontend(name, pretrained, method, num_frames, clip_position_std, **options)
     shape = BertShape.named(TEXT_OF[model_name], cross_width=frontend.shape.width, vocab_size=len(vocabulary))
     model = UMTRetrievalModel(frontend, BertTextEncoder(shape), BertFusion(shape), vocabulary)
-    if pretrained is not None:
+    if pretrained is None:
+        return model
+    export = find_export(pretrained)
+    if export is None:
         _log.info("%s", load_umt_text(model, read_checkpoint(pretrained)))
+    elif export.kind == "umt_retrieval":
+        require_vocabulary(export, vocabulary)
+        load_exported_rest(model, export)
+    else:
+        _log.warning("%s: a %s model has no text side for retrieval, which starts at random", pretrained, export.kind)
     return model
 
 

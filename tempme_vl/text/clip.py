@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempme_vl.backbones.open_clip import OpenClipBlock
+from tempme_vl.backbones.open_clip_blocks import OpenClipBlock
 from tempme_vl.libraries import undocumented
 
 

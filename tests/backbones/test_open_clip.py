@@ -15,13 +15,12 @@ from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones import split_name
 from tempme_vl.backbones.base import QuickGELU, SelfAttention, square_side
 from tempme_vl.backbones.open_clip import (
-    OpenClipBlock,
     clip_from_openai,
     load_clip,
     model_config,
-    visual_backbone,
     visual_from_openai,
 )
+from tempme_vl.backbones.open_clip_blocks import OpenClipBlock, visual_backbone
 from tempme_vl.tasks.retrieval import RetrievalModel
 from tempme_vl.text import ClipTextEncoder
 
@@ -88,7 +87,7 @@ def test_loading_openai_names_and_exporting_them(quick_gelu: bool) -> None:
 def test_pixels_are_normalised_as_open_clip_does() -> None:
     for name in ("tiny", "ViT-B-32-quickgelu"):
         with torch.device("meta"):
-            preprocess = load_clip(name)[1]["preprocess"]
+            preprocess = load_clip(name).config["preprocess"]
         assert tuple(preprocess["mean"]) == open_clip.OPENAI_DATASET_MEAN
         assert tuple(preprocess["std"]) == open_clip.OPENAI_DATASET_STD
         assert (preprocess["resize"], preprocess["interpolation"]) == ("shortest", "bicubic")
@@ -207,7 +206,7 @@ def altered(change: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("resnet", r"keys \['conv1.weight', .*are missing"),
+        ("resnet", r"holds no CLIP ViT in a layout that is known .*names are like visual.layer1"),
         ("missing", r"not the weights of an OpenAI CLIP ViT: .*ln_post.weight"),
         ("unknown", r"not the weights of an OpenAI CLIP ViT: .*extra"),
         ("shape", r"not the weights of an OpenAI CLIP ViT: .*resblocks.1.mlp.c_proj.weight"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tempme_vl import MergeSchedule, VisualFrontend
 from tempme_vl.backbones.base import Backbone, TowerShape
-from tempme_vl.backbones.open_clip import OpenClipBlock
+from tempme_vl.backbones.open_clip_blocks import OpenClipBlock
 from tempme_vl.matching import bipartite_match
 
 MERGES = [(case, part) for case in find("compressors", "tome_merge*") for part in case.config["cases"]]

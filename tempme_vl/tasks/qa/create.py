@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tempme_vl.backbones import split_name
 from tempme_vl.backbones.umt_checkpoint import read_checkpoint
 from tempme_vl.frontend import create_frontend
+from tempme_vl.pretrained import load_answers
 from tempme_vl.tasks.qa.base import QAHead, VideoQAModel
 from tempme_vl.tasks.qa.classifier import ClassifierHead
 from tempme_vl.tasks.qa.decoder import DecoderHead, Rule
@@ -19,6 +20,7 @@ from tempme_vl.tasks.qa.umt import load_umt_questions
 from tempme_vl.tasks.umt_text import TEXT_OF
 from tempme_vl.text import BertDecoder, BertShape
 from tempme_vl.text.bert_weights import load_bert, load_bert_decoder, read_bert
+from tempme_vl.weights.exports import Export, find_export, load_exported_rest, require_vocabulary
 
 _log = logging.getLogger("tempme_vl.tasks")
 
@@ -50,7 +52,8 @@ def create_qa_model(
         answers: the most frequent one first, from the training split only
             (`tempme_vl.data.videoqa.answer_vocabulary`).
         pretrained: weights of the front end; of a UMT checkpoint in any form also the text side and the decoder, as
-            far as it has them. What it lacks starts at random.
+            far as it has them; of a question answering model's folder that this package wrote also the same head, with
+            that folder's vocabulary. What it lacks starts at random.
         text: a `BertShape` by name; default: UMT's own, "tiny" for tiny towers and "bert-base" for others.
         text_pretrained: a BERT (`tempme_vl.text.bert_weights.read_bert`) that question encoder and decoder start from,
             before what a UMT checkpoint has of them; None for random weights.
@@ -77,7 +80,8 @@ def create_qa_model(
         load_bert(questions.text, questions.fusion, bert)
         if decoder is not None:
             load_bert_decoder(decoder, bert)
-    if family == "umt" and pretrained is not None:
+    export = None if pretrained is None else find_export(pretrained)
+    if family == "umt" and pretrained is not None and export is None:
         _log.info("%s", load_umt_questions(questions, decoder, read_checkpoint(pretrained)))
     made: QAHead
     if decoder is None:
@@ -87,7 +91,25 @@ def create_qa_model(
         made = DecoderHead(questions, decoder, answers, rule, candidates, answer_words)
     if family != "umt":  # UMT's has seen videos
         made.new_parameters = (*made.new_parameters, "" if text_pretrained is None else r"\.fusion\..*crossattention")
-    return VideoQAModel(frontend, made, {"sampling": "segment" if family == "umt" else "uniform"})
+    qa_model = VideoQAModel(frontend, made, {"sampling": "segment" if family == "umt" else "uniform"})
+    if export:
+        _load_head(qa_model, vocabulary, export)
+    return qa_model
+
+
+def _load_head(model: VideoQAModel, vocabulary: tuple[str, ...], export: Export) -> None:
+    """Starts the head from a folder of the package, where that has the same; classes of other answers start anew.
+
+    Raises:
+        ValueError: other words, or weights that do not fit.
+    """
+    if export.config.get("head") != model.head.name:
+        theirs = export.config.get("head", "none")
+        _log.warning("%s: its head is %s, so the %s starts anew", export.folder, theirs, model.head.name)
+        return
+    require_vocabulary(export, vocabulary)
+    other_answers = model.head.name == "classifier" and load_answers(export.folder) != model.head.answers
+    load_exported_rest(model, export, anew=("head.classifier.2.",) if other_answers else ())
 
 
 def create_llm_qa_model(
@@ -112,7 +134,7 @@ def create_llm_qa_model(
     Args:
         name: "family:model", as in `tempme_vl.create_frontend`.
         llm: a folder, or a name on the hub, with safetensors weights and a tokenizer of any kind.
-        pretrained: weights of the front end.
+        pretrained: weights of the front end, and of it alone, whatever else a folder of this package holds.
         template, max_words, answer_words: see `LLMHead`.
         train_llm: train all of the language model; without it and without LoRA it stays as it is.
         lora_rank, lora_alpha, lora_dropout: of LoRA on the language model (`add_lora`); rank 0 for none.

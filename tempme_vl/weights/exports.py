@@ -1,0 +1,199 @@
+"""Folders that the package wrote (`tempme_vl.pretrained`), as weights for another model: a second stage of training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tempme_vl.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_model, load_vocabulary
+from tempme_vl.weights.files import some
+
+_log = logging.getLogger(__name__)
+
+_POSITION = ".before_attention.clip_position.weight"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder's configuration and weights."""
+
+    folder: Path
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+
+    @property
+    def kind(self) -> str:
+        """Which model was saved: frontend, retrieval, umt_retrieval or video_qa."""
+        return self.config["kind"]
+
+    @property
+    def frontend(self) -> dict[str, Tensor]:
+        """Weights of the front end, by its own names."""
+        return self.state if self.kind == "frontend" else part_of(self.state, "frontend.")
+
+    def tower(self) -> dict[str, Tensor]:
+        """Weights of the encoder alone, under the names of `tempme_vl.backbones.base.Backbone`."""
+        own = {key: value for key, value in self.frontend.items() if ".before_attention." not in key}
+        return {key.replace(".block.", ".", 1): value for key, value in own.items()}
+
+    def clip_positions(self) -> dict[str, Tensor]:
+        """TempMe's, by layer: (clips before the join, D)."""
+        return {key.split(".")[1]: value for key, value in self.frontend.items() if key.endswith(_POSITION)}
+
+    def require_family(self, family: str) -> None:
+        """Raises:
+        ValueError: the front end has a tower of another family.
+        """
+        if self.config["frontend"].get("family") != family:
+            raise ValueError(
+                f"{self.folder} holds a tower of the family {self.config['frontend'].get('family')!r}; expected one of "
+                f"{family!r}, as the model's name says"
+            )
+
+
+def find_export(path: str | Path) -> Export | None:
+    """What a folder of the package holds, or None for whatever else the path names.
+
+    Args:
+        path: the folder, or model.safetensors in it.
+
+    Raises:
+        ValueError: see `tempme_vl.pretrained.load_model`.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent if path.name == WEIGHTS_FILE else None
+    config = None if folder is None else read_config(folder)
+    if folder is None or config is None or not isinstance(config.get("frontend"), dict) or "kind" not in config:
+        return None
+    return Export(folder, *load_model(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json, of whatever library, or None if there is none.
+
+    Raises:
+        ValueError: it is not JSON, or no JSON object.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON; is it damaged? {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"expected a JSON object in {file}; got {type(config).__name__}")
+    return config
+
+
+def load_exported_tower(
+    tower: nn.Module, config: Mapping[str, Any], export: Export, may_differ: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Loads an encoder's weights from a folder of the package, and says so.
+
+    Args:
+        tower: a `tempme_vl.backbones.base.Backbone`.
+        config: the tower's JSON configuration, which the folder's must equal.
+        may_differ: but for these keys, and those that say what is done with the tower.
+
+    Returns:
+        the clip positions of the folder's front end.
+
+    Raises:
+        ValueError: another family, other numbers or other weights.
+    """
+    export.require_family(config["family"])
+    theirs = export.config["frontend"]
+    free = {"schedule", "preprocess", *may_differ}
+    differ = [
+        f"{key} {theirs.get(key)!r} instead of {config.get(key)!r}"
+        for key in sorted({*theirs, *config} - free)
+        if theirs.get(key) != config.get(key)
+    ]
+    if differ:
+        raise ValueError(f"{export.folder} holds another tower: {some(differ)}")
+    weights = export.tower()
+    load_strictly(tower, weights, str(export.folder))
+    _log.info("%s: this package's %s model, %d weights of the visual tower", export.folder, export.kind, len(weights))
+    return export.clip_positions()
+
+
+def load_exported_rest(model: nn.Module, export: Export, anew: Sequence[str] = ()) -> None:
+    """Loads what stands beside the front end in a folder of the same kind of model, and says so.
+
+    Args:
+        anew: beginnings of names that keep their start, since they mean something else in this model.
+
+    Raises:
+        ValueError: missing, unknown or other weights.
+    """
+    left_out = ("frontend.", *anew)
+    wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(left_out)}
+    given = {key: value for key, value in export.state.items() if not key.startswith(left_out)}
+    if trouble := misfits(wanted, given):
+        raise ValueError(f"{export.folder} does not hold the weights of this model: {trouble}")
+    model.load_state_dict(given, strict=False)
+    _log.info("%s: %d weights of the text side; new: %s", export.folder, len(given), some(list(anew)) or "nothing")
+
+
+def require_vocabulary(export: Export, vocabulary: Sequence[str]) -> None:
+    """Raises:
+    ValueError: the folder's word embeddings belong to other words.
+    """
+    words = load_vocabulary(export.folder)
+    if tuple(vocabulary) != words:
+        raise ValueError(
+            f"the model has {len(vocabulary)} words, and {export.folder} was trained with {len(words)} others: take "
+            "those, tempme_vl.pretrained.load_vocabulary reads them"
+        )
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """`load_state_dict` of all weights, once it is certain that they fit.
+
+    Raises:
+        ValueError: see `misfits`.
+    """
+    if trouble := misfits(module.state_dict(), state):
+        raise ValueError(f"{source} does not hold the weights of this model: {trouble}")
+    module.load_state_dict(state)
+
+
+def misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What is missing, unknown, of another shape or no usable numbers, in one line; empty where all is well."""
+    both = sorted(expected.keys() & state.keys())
+    groups = {
+        "of other shapes": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in both
+            if state[key].shape != expected[key].shape
+        ],
+        "missing": sorted(expected.keys() - state.keys()),
+        "unknown": sorted(state.keys() - expected.keys()),
+        "of a dtype that needs a scale, as quantised weights do": [
+            f"{key} {state[key].dtype}"
+            for key in both
+            if expected[key].dtype.is_floating_point and not _plain(state[key].dtype)
+        ],
+    }
+    found = [f"{len(keys)} {what}: {some(keys)}" for what, keys in groups.items() if keys]
+    if not found:
+        endless = [key for key in both if not state[key].isfinite().all()]
+        found = [f"{len(endless)} are not finite: {some(endless)}"] if endless else []
+    return "; ".join(found)
+
+
+def _plain(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
