@@ -104,8 +104,9 @@ def require_hub(source: str | Path, *names: str) -> None:
 def _reach_hub(source: str, name: str) -> None:
     """One request without a second try; ConnectionError where there is no network."""
     session, url = huggingface_hub.get_session(), huggingface_hub.hf_hub_url(source, name)
-    # The client sends by httpx, whose errors are no OSErrors, or in older versions by requests, whose errors are.
-    failed = (OSError, getattr(sys.modules.get("httpx"), "TransportError", OSError))
+    # Which library sends depends on the client's version: httpx, httpx2, whose errors are no OSErrors, or requests.
+    library = sys.modules[type(session).__module__.partition(".")[0]]
+    failed = (OSError, getattr(library, "TransportError", OSError))
     try:
         session.head(url, timeout=HUB_SECONDS)
     except failed as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,6 +173,31 @@ def test_no_network_is_said_after_one_request(
     with pytest.raises(ValueError, match="not in the local cache, and the hub cannot be reached"):
         load()
     assert len(network.asked) == 1
+
+
+def test_only_a_failing_network_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of the client's library, whatever they derive from; an error of the program stays what it is."""
+    library = sys.modules[type(huggingface_hub.get_session()).__module__.partition(".")[0]]
+
+    class Session:
+        __module__ = library.__name__
+
+        def __init__(self, error: Exception):
+            self.error = error
+
+        def head(self, url: str, timeout: float) -> None:
+            raise self.error
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    names = [name for name in ("ConnectError", "ReadTimeout", "ConnectTimeout") if hasattr(library, name)]
+    assert names
+    for error in (*(getattr(library, name)("refused") for name in names), ConnectionError("offline mode")):
+        monkeypatch.setattr(huggingface_hub, "get_session", lambda error=error: Session(error))
+        with pytest.raises(ValueError, match=rf"the hub cannot be reached \({error}\)"):
+            require_hub("someone/model")
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: Session(TypeError("a wrong argument")))
+    with pytest.raises(TypeError, match="a wrong argument"):
+        require_hub("someone/model")
 
 
 def test_what_is_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from tempme_vl.backbones.base import (
     TowerShape,
 )
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
-from tempme_vl.weights.exports import find_export, load_exported_tower
+from tempme_vl.weights.exports import find_export, load_exported_tower, misfits
 
 _log = logging.getLogger(__name__)
 
@@ -324,11 +324,21 @@ def load(backbone: Backbone, weights: Mapping[str, Tensor], source: str) -> list
     """
     start = {key: value for key, value in backbone.state_dict().items() if key.startswith("head.")}
     kept = sorted(set(start) - set(weights))
-    try:
-        backbone.load_state_dict({**{key: start[key] for key in kept}, **weights})
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not hold the weights of this UMT tower: {error}") from error
+    state = {**{key: start[key] for key in kept}, **weights}
+    if trouble := misfits(backbone.state_dict(), state):
+        alike = _model_like(weights)
+        looks = f"it looks like {alike}" if alike else "no model of UMT has its sizes"
+        raise ValueError(f"{source} does not hold the weights of this UMT tower: {trouble}; {looks}")
+    backbone.load_state_dict(state)
     return kept
+
+
+def _model_like(weights: Mapping[str, Tensor]) -> str | None:
+    """The model that weights under our names may be of."""
+    layers = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    widths = {len(value) for key, value in weights.items() if key == "norm.weight"}
+    sizes = ({"width": width, "layers": layers} for width in widths)
+    return next((name for own in sizes for name, sized in _MODELS.items() if own.items() <= sized.items()), None)
 
 
 def json_config(config: UMTConfig) -> dict[str, Any]:

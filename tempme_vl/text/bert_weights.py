@@ -9,12 +9,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tempme_vl.pretrained import WEIGHTS_FILE, hub_file
 from tempme_vl.text.bert import BertFusion, BertTextEncoder, bert_to_umt
 from tempme_vl.text.decoder import BertDecoder, decoder_to_umt
+from tempme_vl.weights.files import read_weights
 
 
 def read_bert(source: str | Path) -> dict[str, Tensor]:
@@ -24,11 +24,11 @@ def read_bert(source: str | Path) -> dict[str, Tensor]:
         source: a folder with model.safetensors, or the name of a model on the hub ("bert-base-uncased").
 
     Raises:
-        ValueError: see `hub_file`; or a file that is not a BERT's.
+        ValueError: see `hub_file` and `read_weights`; or a file that is not a BERT's.
     """
     file = hub_file(source, WEIGHTS_FILE)
     state = {}
-    for key, value in load_file(file).items():
+    for key, value in read_weights(file).state.items():
         key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
         state[key.removeprefix("bert.")] = value
     if "embeddings.word_embeddings.weight" not in state:

@@ -104,6 +104,9 @@ def test_a_model_by_name_starts_from_it(tmp_path: Path) -> None:
 def test_berts_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected model.safetensors in .*; found \[\]"):
         read_bert(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read as a checkpoint"):
+        read_bert(tmp_path)
     with pytest.raises(ValueError, match=r"expected the weights of a BERT in .*; got names like \['x'\]"):
         read_bert(write(tmp_path, {"x": torch.zeros(1)}))
     state = masked_lm().state_dict()
