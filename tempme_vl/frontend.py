@@ -174,8 +174,13 @@ class VisualFrontend(nn.Module):
 
         Args:
             given: by layer, (clips before the join, D).
+
+        Raises:
+            ValueError: numbers that are not finite.
         """
         own = self.clip_positions
+        if damaged := [layer for layer, position in given.items() if not position.isfinite().all()]:
+            raise ValueError(f"the clip positions of the layers {', '.join(damaged)} are not finite")
         taken = [layer for layer in given if layer in own and own[layer].shape == given[layer].shape]
         for layer in taken:
             own[layer].data.copy_(given[layer])

@@ -49,6 +49,7 @@ class ClipWeights:
         unused: names of the file that are no part of a CLIP.
         quick_gelu: which activation the weights were trained with; None where the file does not tell.
         preprocess: how pixels became input; None where the file does not tell.
+        heads: attention heads of the visual tower and of the text tower, as far as the file tells; no shape does.
     """
 
     source: str
@@ -59,6 +60,7 @@ class ClipWeights:
     unused: tuple[str, ...] = ()
     quick_gelu: bool | None = None
     preprocess: dict[str, Any] | None = None
+    heads: tuple[int | None, int | None] = (None, None)
 
     def describe(self) -> str:
         """What was recognised and what stays unused, in one line."""
@@ -131,9 +133,10 @@ def _tempme(state: State) -> _Named:
             named[key] = value
     for attention in dict.fromkeys(attention for attention, _ in factors):
         name = f"{attention}in_proj_weight"
-        a, b, weight = factors.get((attention, "a")), factors.get((attention, "b")), named.get(name)
-        if a is None or b is None or weight is None or (*b.shape[:1], *a.shape[1:]) != weight.shape:
-            shapes = [None if t is None else tuple(t.shape) for t in (weight, a, b)]
+        parts = [named.get(name), factors.get((attention, "a")), factors.get((attention, "b"))]
+        shapes = [None if part is None else tuple(part.shape) for part in parts]
+        weight, a, b = (torch.empty(0, 0) if part is None else part for part in parts)
+        if None in shapes or (b.shape[0], a.shape[1]) != weight.shape or b.shape[1] != a.shape[0]:
             raise ValueError(f"expected {name} (3 D, D) with LoRA's factors (r, D) and (3 D, r); got {shapes}")
         named[name] = (weight.double() + b.double() @ a.double()).to(torch.float32)
     return _Named(named, positions, below.foreign)
@@ -202,11 +205,12 @@ def read_clip(path: str | Path) -> ClipWeights:
     weights = name_clip(file.state, f"{path} ({file.kind})")
     if weights.layout != TRANSFORMERS or (config := read_config(file.path.parent)) is None:
         return weights
-    tower = config.get("vision_config", config)
-    activation = tower.get("hidden_act", "quick_gelu") if isinstance(tower, dict) else "none"
+    vision, text = (config.get(f"{tower}_config") or {} for tower in ("vision", "text"))
+    activation = (vision or config).get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         raise ValueError(f"a CLIP ViT has the activation quick_gelu or gelu; {path} says {activation!r}")
-    return replace(weights, quick_gelu=activation == "quick_gelu")
+    heads = (vision or config).get("num_attention_heads"), text.get("num_attention_heads")
+    return replace(weights, quick_gelu=activation == "quick_gelu", heads=heads)
 
 
 def name_clip(state: State, source: str = "the state") -> ClipWeights:
@@ -227,7 +231,7 @@ def name_clip(state: State, source: str = "the state") -> ClipWeights:
         )
     try:
         named = layout.rename(state)
-    except ValueError as error:
+    except (ValueError, RuntimeError, IndexError) as error:  # of torch, where shapes are no matrices
         raise ValueError(f"{source}, {layout.name}, is damaged: {error}") from error
     weights = {key: value for key, value in named.state.items() if not _CONSTANT.fullmatch(key)}
     return ClipWeights(
@@ -247,6 +251,9 @@ def _of_export(export: Export) -> ClipWeights:
     text = text if export.kind == "retrieval" else {}
     if "log_scale" in text:
         text["logit_scale"] = text.pop("log_scale")
+    config = export.config["frontend"]
+    vision_cfg, text_cfg = config["vision_cfg"], export.config.get("text_cfg", {})
+    heads = vision_cfg["width"] // vision_cfg.get("head_width", 64), text_cfg.get("heads")
     kept = () if export.kind in ("frontend", "retrieval") else ("frontend.",)
     return ClipWeights(
         str(export.folder),
@@ -255,8 +262,9 @@ def _of_export(export: Export) -> ClipWeights:
         to_openai_names(text),
         export.clip_positions(),
         tuple(key for key in export.state if kept and not key.startswith(kept)),
-        export.config["frontend"].get("quick_gelu", False),
-        export.config["frontend"].get("preprocess"),
+        config.get("quick_gelu", False),
+        config.get("preprocess"),
+        heads,
     )
 
 

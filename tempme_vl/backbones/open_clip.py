@@ -20,8 +20,8 @@ from tempme_vl.backbones.clip_checkpoint import VISUAL, ClipWeights, name_clip, 
 from tempme_vl.backbones.open_clip_blocks import tower_shape, visual_backbone
 from tempme_vl.libraries import undocumented
 from tempme_vl.pretrained import require_hub
-from tempme_vl.weights.exports import misfits
 from tempme_vl.weights.files import some
+from tempme_vl.weights.fit import misfits
 
 _PACKAGE = "open_clip_torch"
 with undocumented(_PACKAGE):
@@ -35,7 +35,6 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
     },
 }
-
 
 _log = logging.getLogger(__name__)
 
@@ -142,8 +141,20 @@ def _is_tag(name: str, pretrained: str) -> bool:
 
 
 def _as_trained(name: str, weights: ClipWeights) -> dict[str, Any]:
-    """The model's configuration with the activation that the weights were trained with."""
+    """The model's configuration with the activation that the weights were trained with.
+
+    Raises:
+        ValueError: weights of towers with another number of heads.
+    """
     config = model_config(name)
+    vision_cfg, text_cfg = config["vision_cfg"], config["text_cfg"]
+    heads = vision_cfg["width"] // vision_cfg.get("head_width", 64), text_cfg.get("heads", 8)
+    for tower, theirs, ours in zip(("visual", "text"), weights.heads, heads, strict=True):
+        if theirs not in (None, ours):
+            raise ValueError(
+                f"{weights.source}, {weights.layout}, does not fit {name!r}: its {tower} tower has {theirs} heads "
+                f"instead of {ours}"
+            )
     own = bool(config.get("quick_gelu"))
     quick_gelu = own if weights.quick_gelu is None else weights.quick_gelu
     _log.info("%s", weights.describe())
@@ -173,7 +184,7 @@ def _models_like(visual: Mapping[str, Tensor]) -> list[str]:
     """Names of open_clip's models with visual towers of the same sizes."""
     try:
         found = _sizes(visual)
-    except ValueError:  # not even a ViT
+    except (ValueError, IndexError):  # not even a ViT
         return []
     names = []
     for name in [*TINY_CONFIGS, *(n for n in open_clip.list_models() if n.startswith("ViT-"))]:
@@ -326,7 +337,8 @@ def load_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Back
         loaded = _load_named(name, pretrained)
         return visual_backbone(loaded.clip.visual), loaded.config
     weights = read_clip(pretrained)
-    weights = replace(weights, text={}, unused=(*weights.unused, *weights.text))
+    unused = (*weights.unused, *weights.text)
+    weights = replace(weights, text={}, unused=unused, heads=(weights.heads[0], None))
     config = _as_trained(name, weights)
     visual = build_visual(config)
     _load_fitting(visual, weights.tower, weights, name)

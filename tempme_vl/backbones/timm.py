@@ -23,8 +23,9 @@ from tempme_vl.backbones.attention import attend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, count_blocks
 from tempme_vl.libraries import describe, undocumented
 from tempme_vl.pretrained import require_hub
-from tempme_vl.weights.exports import find_export, load_exported_tower, load_strictly
+from tempme_vl.weights.exports import find_export, load_exported_tower
 from tempme_vl.weights.files import read_weights, some
+from tempme_vl.weights.fit import load_strictly
 
 with undocumented("timm"):
     from timm.models.vision_transformer import Attention, Block

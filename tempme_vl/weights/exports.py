@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tempme_vl.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_model, load_vocabulary
 from tempme_vl.weights.files import some
+from tempme_vl.weights.fit import load_strictly, misfits
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +122,13 @@ def load_exported_tower(
         raise ValueError(f"{export.folder} holds another tower: {some(differ)}")
     weights = export.tower()
     load_strictly(tower, weights, str(export.folder))
-    _log.info("%s: this package's %s model, %d weights of the visual tower", export.folder, export.kind, len(weights))
+    rest = Counter(key.split(".")[0] for key in export.state if export.kind != "frontend")
+    del rest["frontend"]
+    _log.info(
+        "%s: this package's %s model, %d weights of the visual tower; unused by it: %s",
+        *(export.folder, export.kind, len(weights)),
+        ", ".join(f"{part} ({count})" for part, count in rest.items()) or "nothing",
+    )
     return export.clip_positions()
 
 
@@ -153,45 +160,6 @@ def require_vocabulary(export: Export, vocabulary: Sequence[str]) -> None:
             f"the model has {len(vocabulary)} words, and {export.folder} was trained with {len(words)} others: take "
             "those, tempme_vl.pretrained.load_vocabulary reads them"
         )
-
-
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """`load_state_dict` of all weights, once it is certain that they fit.
-
-    Raises:
-        ValueError: see `misfits`.
-    """
-    if trouble := misfits(module.state_dict(), state):
-        raise ValueError(f"{source} does not hold the weights of this model: {trouble}")
-    module.load_state_dict(state)
-
-
-def misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What is missing, unknown, of another shape or no usable numbers, in one line; empty where all is well."""
-    both = sorted(expected.keys() & state.keys())
-    groups = {
-        "of other shapes": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-            for key in both
-            if state[key].shape != expected[key].shape
-        ],
-        "missing": sorted(expected.keys() - state.keys()),
-        "unknown": sorted(state.keys() - expected.keys()),
-        "of a dtype that needs a scale, as quantised weights do": [
-            f"{key} {state[key].dtype}"
-            for key in both
-            if expected[key].dtype.is_floating_point and not _plain(state[key].dtype)
-        ],
-    }
-    found = [f"{len(keys)} {what}: {some(keys)}" for what, keys in groups.items() if keys]
-    if not found:
-        endless = [key for key in both if not state[key].isfinite().all()]
-        found = [f"{len(endless)} are not finite: {some(endless)}"] if endless else []
-    return "; ".join(found)
-
-
-def _plain(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -297,6 +297,13 @@ def broken(change: str) -> dict[str, Tensor]:
         return {"encoder.layer.0.attention.query.weight": torch.zeros(3)}
     elif change == "half LoRA":
         return {key: value for key, value in tempme(state).items() if not key.endswith("resblocks.1.attn.TVPt_LoRA_b")}
+    elif change == "LoRA of two ranks":
+        return {**tempme(state), "clip.transformer.resblocks.1.attn.TVPt_LoRA_b": torch.zeros(96, 7)}
+    elif change == "thirds":
+        return {**transformers_names(state), "vision_model.encoder.layers.1.self_attn.k_proj.weight": torch.zeros(7)}
+    elif change == "endless position":
+        name = "clip.visual.transformer.resblocks.1.TVPt_Video_Positional_embedding"
+        return {**tempme(state), name: torch.full((1, 4, 1, 32), math.inf)}
     elif change == "position":
         return {**tempme(state), "clip.visual.transformer.resblocks.1.TVPt_Video_Positional_embedding": torch.zeros(3)}
     return state
@@ -315,6 +322,8 @@ def broken(change: str) -> dict[str, Tensor]:
             "half LoRA",
             r"TempMe's checkpoint, LoRA folded in, is damaged: expected transformer.resblocks.1.*in_proj_weight",
         ),
+        ("LoRA of two ranks", r"is damaged: expected transformer.*got \[\(96, 32\), \(8, 32\), \(96, 7\)\]"),
+        ("thirds", r"transformers' CLIP, is damaged: "),
         ("position", r"is damaged: expected visual.*of shape \(1, clips, 1, width\); got \(3,\)"),
     ],
 )
@@ -323,6 +332,23 @@ def test_weights_that_do_not_fit_say_why_in_one_line(change: str, message: str, 
     with pytest.raises(ValueError, match=message) as caught:
         create_retrieval_model(NAME, str(tmp_path / "weights.safetensors"), **OPTIONS)
     assert "weights.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_endless_clip_positions_are_refused(tmp_path: Path) -> None:
+    save_file(broken("endless position"), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"clip positions of the layers 1 are not finite"):
+        create_frontend(NAME, str(tmp_path / "weights.safetensors"), **TEMPME)
+
+
+def test_other_heads_are_noticed(tmp_path: Path) -> None:
+    """They are in no shape: the features would be others without an error."""
+    create_retrieval_model(NAME, **OPTIONS).save_pretrained(tmp_path / "own")
+    transformers_model().save_pretrained(tmp_path / "public")
+    for tower, cfg, key, value in (("visual", "vision_cfg", "head_width", 8), ("text", "text_cfg", "heads", 4)):
+        TINY_CONFIGS["small"] = {**SMALL, cfg: {**SMALL[cfg], key: value}}
+        for folder in ("own", "public"):
+            with pytest.raises(ValueError, match=rf"its {tower} tower has 2 heads instead of 4"):
+                create_retrieval_model(NAME, str(tmp_path / folder), **OPTIONS)
 
 
 def test_a_file_of_another_size_is_named(tmp_path: Path) -> None:
