@@ -184,7 +184,7 @@ class VisualFrontend(nn.Module):
         taken = [layer for layer in given if layer in own and own[layer].shape == given[layer].shape]
         for layer in taken:
             own[layer].data.copy_(given[layer])
-        unused = [f"{layer} {tuple(given[layer].shape)}" for layer in given if layer not in taken]
+        unused = [f"{layer} {tuple(given[layer].shape)}" for layer in sorted(given, key=int) if layer not in taken]
         if unused:
             there = ", ".join(f"{layer} {tuple(own[layer].shape)}" for layer in own) or "none"
             _log.warning(

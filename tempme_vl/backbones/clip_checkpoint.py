@@ -62,13 +62,18 @@ class ClipWeights:
     preprocess: dict[str, Any] | None = None
     heads: tuple[int | None, int | None] = (None, None)
 
-    def describe(self) -> str:
-        """What was recognised and what stays unused, in one line."""
+    def describe(self, with_text: bool = True) -> str:
+        """What was recognised and what stays unused, in one line.
+
+        Args:
+            with_text: the text side is used too.
+        """
+        text = {"the text side": len(self.text)} if self.text else {}
         parts = [f"{len(self.tower)} weights of the visual tower"]
-        parts += [f"{len(self.text)} of the text side"] if self.text else []
+        parts += [f"{count} of {side}" for side, count in text.items() if with_text]
         if self.clip_positions:
-            parts.append(f"clip positions of the layers {', '.join(self.clip_positions)}")
-        heads = Counter(name.split(".")[0] for name in self.unused)
+            parts.append(f"clip positions of the layers {', '.join(sorted(self.clip_positions, key=int))}")
+        heads = Counter(name.split(".")[0] for name in self.unused) + Counter({} if with_text else text)
         unused = ", ".join(f"{head} ({count})" for head, count in heads.items()) or "nothing"
         return f"{self.source}: {self.layout}, {', '.join(parts)}; unused: {unused}"
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor
 
@@ -270,7 +271,7 @@ def _load(architecture: str, config: Any, source: str) -> nn.Module:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"no safetensors of a {architecture} can be loaded from {source!r}: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:

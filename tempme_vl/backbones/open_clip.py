@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, square_side
@@ -89,7 +89,7 @@ def load_clip(name: str, pretrained: str | None = None) -> LoadedClip:
     weights = read_clip(pretrained)
     if not weights.text:
         raise ValueError(f"{weights.source}, {weights.layout}, holds no text tower, which {name!r} has")
-    config = _as_trained(name, weights)
+    config = _as_trained(name, weights, with_text=True)
     clip = build_clip(config)
     _load_fitting(clip, _whole(weights), weights, name)
     return LoadedClip(clip, _json_config(name, config, clip.visual, weights), weights.clip_positions)
@@ -110,7 +110,7 @@ def _load_named(name: str, tag: str | None) -> LoadedClip:
     try:
         # the activation is that of the weights: open_clip itself would only warn of another one
         clip = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick_gelu)
-    except RuntimeError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"open_clip cannot load pretrained={tag!r} for {name!r}: {error}") from error
     if quick_gelu != bool(config.get("quick_gelu")):
         _log.info("%s of %s was trained with %s, which is used", tag, name, _activation(quick_gelu))
@@ -140,7 +140,7 @@ def _is_tag(name: str, pretrained: str) -> bool:
     )
 
 
-def _as_trained(name: str, weights: ClipWeights) -> dict[str, Any]:
+def _as_trained(name: str, weights: ClipWeights, with_text: bool) -> dict[str, Any]:
     """The model's configuration with the activation that the weights were trained with.
 
     Raises:
@@ -149,7 +149,8 @@ def _as_trained(name: str, weights: ClipWeights) -> dict[str, Any]:
     config = model_config(name)
     vision_cfg, text_cfg = config["vision_cfg"], config["text_cfg"]
     heads = vision_cfg["width"] // vision_cfg.get("head_width", 64), text_cfg.get("heads", 8)
-    for tower, theirs, ours in zip(("visual", "text"), weights.heads, heads, strict=True):
+    towers = list(zip(("visual", "text"), weights.heads, heads, strict=True))
+    for tower, theirs, ours in towers if with_text else towers[:1]:
         if theirs not in (None, ours):
             raise ValueError(
                 f"{weights.source}, {weights.layout}, does not fit {name!r}: its {tower} tower has {theirs} heads "
@@ -157,7 +158,7 @@ def _as_trained(name: str, weights: ClipWeights) -> dict[str, Any]:
             )
     own = bool(config.get("quick_gelu"))
     quick_gelu = own if weights.quick_gelu is None else weights.quick_gelu
-    _log.info("%s", weights.describe())
+    _log.info("%s", weights.describe(with_text))
     if weights.quick_gelu is None:
         _log.info("the file does not tell its activation; %s is taken, as in %s", _activation(own), name)
     elif quick_gelu != own:
@@ -337,9 +338,7 @@ def load_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Back
         loaded = _load_named(name, pretrained)
         return visual_backbone(loaded.clip.visual), loaded.config
     weights = read_clip(pretrained)
-    unused = (*weights.unused, *weights.text)
-    weights = replace(weights, text={}, unused=unused, heads=(weights.heads[0], None))
-    config = _as_trained(name, weights)
+    config = _as_trained(name, weights, with_text=False)
     visual = build_visual(config)
     _load_fitting(visual, weights.tower, weights, name)
     config = _json_config(name, config, visual, weights)

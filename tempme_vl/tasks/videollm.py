@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -320,7 +321,7 @@ def load_host(source: str, name: str | None = None, **options: Any) -> tuple[Any
             source, **options, use_safetensors=True, output_loading_info=True
         )
         processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=trusted)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(
             f"could not load {source!r}: {error}\nExpected a video-language model of transformers with its processor "
             "and safetensors weights, in a folder or by its name on the hub"

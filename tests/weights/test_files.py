@@ -8,13 +8,17 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from tempme_vl import create_frontend
+from tempme_vl.tasks.qa.llm import load_llm
 from tempme_vl.weights.files import read_weights
 
 STATE = {
@@ -151,6 +155,25 @@ def test_whatever_is_damaged_is_a_typed_error(kind: str, tmp_path: Path) -> None
                 assert all(torch.equal(value, STATE[key]) for key, value in state.items())
         file.write_bytes(whole)
     assert refused > 20
+
+
+@pytest.mark.parametrize("what", ["tower", "language model"])
+def test_a_cut_file_in_a_folder_of_transformers(what: str, tmp_path: Path) -> None:
+    """Which that library reads itself."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model: Any = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8))
+    if what == "language model":
+        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for kept in (0, 100, len(whole) // 2):
+        file.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=r"(can be loaded from|could not load) .*header"):
+            if what == "tower":
+                create_frontend(f"hf:{tmp_path}", "default", method="none")
+            else:
+                load_llm(str(tmp_path))
 
 
 @OLD

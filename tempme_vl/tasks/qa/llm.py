@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -380,7 +381,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _explained(source: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"could not load {str(source)!r}: {error}\nExpected a causal language model of transformers with its "
             "tokenizer and safetensors weights, in a folder or by its name on the hub"
