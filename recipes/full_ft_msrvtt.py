@@ -14,6 +14,10 @@ UMT B/16 with its frames apart (UMT4Clip) and TempMe, from a public UMT checkpoi
     deepspeed --num_gpus 8 recipes/full_ft_msrvtt.py --data-root /data/msrvtt --model umt:b16 --mode clip \
         --pretrained b16_25m.pth --lr 1e-5 --warmup 0.1 --deepspeed-config recipes/ds/zero2.json
 
+TempMe's own weights, or CLIP4Clip's, evaluated as they are; and a second stage on another data set:
+    deepspeed recipes/full_ft_msrvtt.py --data-root /data/msrvtt --pretrained best.pth --epochs 0
+    deepspeed recipes/full_ft_msrvtt.py --dataset didemo --data-root /data/didemo --pretrained runs/msrvtt-tempme/best
+
 Your own clips (one JSON object a line: file, caption or captions, optional start, end, split):
     deepspeed recipes/full_ft_msrvtt.py --dataset jsonl --annotations clips.jsonl --video-root clips/
 """

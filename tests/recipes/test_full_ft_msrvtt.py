@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from full_ft_msrvtt import Options, parse, source
+import torch
+from full_ft_msrvtt import Options, build_model, parse, source
 from recipes.runs import CASES, assert_same_checkpoint, latest
 
 from tempme_vl.data.datasets import USUAL_SPLITS, SplitNames
+from tempme_vl.data.splits import Clip, RetrievalSplit
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 
 TIMES = ("train_seconds", "train_steps", "date")
@@ -50,6 +52,19 @@ def test_defaults_follow_the_data_set_and_the_model() -> None:
         options = parse(["--dataset", dataset, "--data-root", "x", "--annotations", "a", "--video-root", "v"])
         assert (options.dataset, options.output) == (dataset, Path(f"runs/{dataset}-tempme"))
         assert (options.config().batch_size, options.config().output) == (128, options.output)
+
+
+def test_a_second_stage_keeps_the_words_of_the_first(tmp_path: Path) -> None:
+    """On other captions: an id would stand for another word."""
+    clips = tuple(Clip(f"v{number}", Path(f"v{number}.mp4")) for number in range(2))
+    first = RetrievalSplit("first", clips, (("a red ball moves left",), ("a green cube",)), num_frames=4)
+    second = RetrievalSplit("second", clips, (("someone plays the guitar",), ("a dog",)), num_frames=4)
+    arguments = ["--model", "umt:tiny", "--method", "none"]
+    model = build_model(parse(arguments), first)
+    model.save_pretrained(tmp_path)
+    again = build_model(parse([*arguments, "--pretrained", str(tmp_path)]), second)
+    assert again.vocabulary == model.vocabulary != build_model(parse(arguments), second).vocabulary
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
 
 
 def test_missing_options_are_named() -> None:
