@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from tempme_vl.frontend import VisualFrontend, create_frontend, make_schedule
-    from tempme_vl.merging import MergeSchedule
+    from tempme_vl.frontend import VisualFrontend, create_frontend
+    from tempme_vl.merging import MergeSchedule, make_schedule
     from tempme_vl.pipeline import VideoQA
     from tempme_vl.state import FrontendOutput, TokenState
 
@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "tempme_vl.frontend": ("VisualFrontend", "create_frontend", "make_schedule"),
-    "tempme_vl.merging": ("MergeSchedule",),
+    "tempme_vl.frontend": ("VisualFrontend", "create_frontend"),
+    "tempme_vl.merging": ("MergeSchedule", "make_schedule"),
     "tempme_vl.pipeline": ("VideoQA",),
     "tempme_vl.state": ("FrontendOutput", "TokenState"),
 }

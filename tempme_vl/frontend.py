@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from tempme_vl.backbones import find_family, split_name, umt
 from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
-from tempme_vl.merging import LayerMerge, MergeSchedule, find_method, merge_layers
+from tempme_vl.merging import (
+    Encoder,
+    LayerMerge,
+    Limit,
+    MergeSchedule,
+    has_setting,
+    make_schedule,
+    merge_layers,
+)
 from tempme_vl.merging.tempme import CrossClipMerge
 from tempme_vl.pretrained import load_model, load_weights, save_model
 from tempme_vl.state import FrontendOutput, TokenState, at_least_float32
@@ -325,57 +332,69 @@ def masked_mean(frames: Tensor, frame_mask: Tensor | None) -> Tensor:
     return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
-# Settings of the paper's Table 1 by the tokens of a frame (CLIP B/32, B/16), and its joins by the frames of a video.
-# UMT B/16 (196) is a fit: the paper gives 111.5 GFLOPs without the setting; this one has 111.48.
-_TEMPME_BY_TOKENS: dict[int, dict[str, Any]] = {
-    50: {"r": 2, "merge_layers": (8, 9, 10), "cross_percent": 30, "intra_percent": 10},
-    197: {"r": 10, "merge_layers": (8, 9, 10), "cross_percent": 40, "intra_percent": 20},
-    196: {"r": 11, "merge_layers": (7, 8, 9), "cross_percent": 40, "intra_percent": 10},
-}
-_TEMPME_JOINS = {12: (2, 2, 3), 64: (4, 4, 4)}
-_TOME_R = {50: 2, 197: 10}
+# Of the GFLOPs without merging, where nothing says how much to merge; the paper's towers have 0.66 and 0.58.
+BUDGET = 0.6
 
 
-def make_schedule(
-    method: str, layers: int, frames: int, tokens: int, prefix: int = 1, joint: bool = False, **options: Any
+def schedule_for(
+    method: str,
+    layers: int,
+    shape: TowerShape,
+    frames: int,
+    budget: float | None = None,
+    tokens: int | None = None,
+    **options: Any,
 ) -> MergeSchedule:
-    """The schedule of a method for an encoder shape, the paper's settings filled in where it gives any.
+    """A method's schedule for a tower: the paper's setting, the one of the given options, or one below a limit.
 
     Args:
-        method: a name in `tempme_vl.merging.METHODS`.
-        options: the method's own, as in `MergeSchedule.tempme` and `MergeSchedule.tome`.
+        budget: the share of the GFLOPs without merging (`tower_gflops`) to stay below, 0 to 1. Options that are not
+            given are solved for: the nearest below it of the paper's shape (`shaped` and `knobs` of the method).
+        tokens: the number of tokens that leave the encoder, CLS included, to stay below in the same way.
+        options: the method's own (`tempme_vl.merging.make_schedule`). Without a limit, where the paper has no setting
+            and some are not given, the budget is `BUDGET`.
 
     Raises:
-        ValueError: an unknown method or option, one that cannot join the clips of a joint encoder, or a shape that
-            the paper has no setting for and no options.
+        ValueError: both limits, one that cannot be reached, or what `make_schedule` refuses.
     """
-    build = find_method(method).schedule
-    shape: dict[str, Any] = {"layers": layers, "frames": frames, "tokens": tokens, "prefix": prefix, "joint": joint}
-    known = [name for name in inspect.signature(build).parameters if name not in shape]
-    if "joint" not in inspect.signature(build).parameters:
-        if joint:
-            raise ValueError(f"method {method!r} joins frames step by step, but a joint encoder's are one clip already")
-        del shape["joint"]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"method {method!r} does not know the options {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
-        )
-    published: dict[str, Any] = {}
-    if method == "tempme":
-        published = dict(_TEMPME_BY_TOKENS.get(tokens, {})) if layers == 12 else {}
-        if frames in _TEMPME_JOINS:
-            published["merge_frames"] = _TEMPME_JOINS[frames]
-    elif method == "tome" and tokens in _TOME_R:
-        published = {"r": _TOME_R[tokens]}
-    chosen = {**published, **options}
-    missing = [name for name in known if name not in chosen]
-    if missing:
-        raise ValueError(
-            f"the paper has no {method} setting for {layers} layers, {frames} frames of {tokens} tokens: "
-            f"give {', '.join(missing)} (as in MergeSchedule.{method})"
-        )
-    return build(**shape, **chosen)
+    encoder = Encoder(layers, frames, shape.tokens, shape.num_prefix, shape.joint)
+    limit = _limit(encoder, shape, budget, tokens)
+    if limit is None and not has_setting(method, encoder, options):
+        limit = _limit(encoder, shape, BUDGET, None)
+    schedule = make_schedule(method, layers, frames, shape.tokens, shape.num_prefix, shape.joint, limit, **options)
+    if limit is not None:
+        _log.info("%s", schedule_in_words(schedule, shape))
+    return schedule
+
+
+def _limit(encoder: Encoder, shape: TowerShape, budget: float | None, tokens: int | None) -> Limit | None:
+    if budget is not None and tokens is not None:
+        raise ValueError(f"give a budget or a number of tokens; got budget={budget}, tokens={tokens}")
+    if budget is not None:
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget is a share of the GFLOPs without merging, 0 to 1; got {budget}")
+        whole = tower_gflops(MergeSchedule.identity(*astuple(encoder)), shape)
+        return Limit("budget", budget, lambda schedule: tower_gflops(schedule, shape) / whole)
+    if tokens is not None:
+        if tokens < 1:
+            raise ValueError(f"tokens counts what leaves the encoder, 1 or more; got {tokens}")
+        return Limit("tokens", tokens, lambda schedule: schedule.output_tokens)
+    return None
+
+
+def schedule_in_words(schedule: MergeSchedule, shape: TowerShape) -> str:
+    """What becomes of a video's tokens, by which merging, and its cost beside that without merging."""
+    clips, tokens = schedule.token_counts[-1]
+    layers = len(schedule.plan)
+    whole = MergeSchedule.identity(layers, schedule.frames, schedule.tokens, schedule.prefix, schedule.joint)
+    gflops, of = tower_gflops(schedule, shape), tower_gflops(whole, shape)
+    joins = [f"{plan.join} at block {layer}" for layer, plan in enumerate(schedule.plan) if plan.join is not None]
+    return (
+        f"{schedule.method}: {schedule.frames} x {schedule.tokens} tokens -> {clips} x {tokens}, {gflops:.4g} of "
+        f"{of:.4g} GFLOPs a video ({gflops / of:.3f}); pairs merged in each of {layers} blocks before attention "
+        f"{[plan.before for plan in schedule.plan]}, after it {[plan.after for plan in schedule.plan]}"
+        f"{'; clips joined: ' + ', '.join(joins) if joins else ''}"
+    )
 
 
 def create_frontend(
@@ -384,6 +403,8 @@ def create_frontend(
     method: str = "tempme",
     num_frames: int = 12,
     clip_position_std: float = 0.0,
+    budget: float | None = None,
+    tokens: int | None = None,
     **options: Any,
 ) -> VisualFrontend:
     """A front end by name, as `open_clip.create_model` and `timm.create_model` make theirs.
@@ -398,19 +419,20 @@ def create_frontend(
         num_frames: F.
         clip_position_std: TempMe's clip positions start as N(0, std^2). 0 starts at the pretrained function; a
             tower trained from scratch needs about 0.5.
+        budget, tokens: what a video may cost at most, as a share of the GFLOPs without merging, or in tokens that leave
+            the encoder; options of the method that are not given are chosen for it (`schedule_for`).
         options: those of the method (`make_schedule`) and of the family: for UMT, mode="clip" (frames apart, the
             default) or "joint" and positions="image" or "joint" (`tempme_vl.backbones.umt.UMTConfig`); for hf and
             timm, layer and image_size (`load_tower` in `tempme_vl.backbones.hf` and `.timm`).
 
     Raises:
-        ValueError: see `split_name`, the family's loader and `make_schedule`.
+        ValueError: see `split_name`, the family's loader and `schedule_for`.
     """
     family_name, model = split_name(name)
     family = find_family(family_name)
     tower_options = {key: options.pop(key) for key in family.TOWER_OPTIONS if key in options}
     backbone, config = family.load_tower(model, pretrained, num_frames, **tower_options)
-    shape, layers = backbone.shape, len(backbone.blocks)
-    schedule = make_schedule(method, layers, num_frames, shape.tokens, shape.num_prefix, shape.joint, **options)
+    schedule = schedule_for(method, len(backbone.blocks), backbone.shape, num_frames, budget, tokens, **options)
     frontend = VisualFrontend(backbone, schedule, config)
     frontend.init_clip_positions(clip_position_std)
     frontend.take_clip_positions(backbone.clip_positions)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tempme_vl.backbones import split_name
 from tempme_vl.backbones.open_clip import build_visual, model_config, visual_backbone
 from tempme_vl.evaluation.efficiency import columns
-from tempme_vl.frontend import VisualFrontend, create_frontend, make_schedule
+from tempme_vl.frontend import VisualFrontend, create_frontend, schedule_for
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model, freeze_as_clip4clip
 
 # how UMT's rows are measured: the method and the options of its tower
@@ -106,7 +106,7 @@ def _visual_tower(work: Workload, row: str) -> tuple[nn.Module, int]:
     if row == "open_clip":
         return visual, side
     backbone = visual_backbone(visual)
-    schedule = make_schedule(method, len(backbone.blocks), work.frames, backbone.shape.tokens, **options)
+    schedule = schedule_for(method, len(backbone.blocks), backbone.shape, work.frames, **options)
     return VisualFrontend(backbone, schedule), side
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones import hf
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.frontend import VisualFrontend, make_schedule, tower_gflops
+from tempme_vl.frontend import VisualFrontend, schedule_for, tower_gflops
 from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, input_device, input_dtype
 from tempme_vl.merging import MergeSchedule
 
@@ -115,10 +115,8 @@ class InEncoderHost(Host):
     @classmethod
     def create(cls, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]) -> Host:
         backbone, _ = hf.backbone_of(cls.running_tower(model), cls.layer(model))
-        shape, layers = backbone.shape, len(backbone.blocks)
-        return cls(
-            model, processor, make_schedule(method, layers, num_frames, shape.tokens, shape.num_prefix, **options)
-        )
+        schedule = schedule_for(method, len(backbone.blocks), backbone.shape, num_frames, **options)
+        return cls(model, processor, schedule)
 
     @classmethod
     def restore(cls, model: Any, processor: Any, config: Mapping[str, Any]) -> Host:

@@ -1,46 +1,35 @@
-"""Merging methods. A new one is a file with `schedule` and `layer_merge`, and a line in `METHODS`."""
+"""Merging methods. A new one is a file with a `Method`, and a line in `METHODS`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Collection
+from typing import Any
 
-from tempme_vl.merging import tempme, tome
-from tempme_vl.merging.base import LayerMerge, TokenMerger, no_clip_step
+from tempme_vl.merging import none, tempme, tome
+from tempme_vl.merging.base import LayerMerge, TokenMerger
+from tempme_vl.merging.budget import Limit, fit
+from tempme_vl.merging.method import Encoder, Method
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 
 __all__ = [
     "METHODS",
+    "Encoder",
     "LayerMerge",
     "LayerPlan",
+    "Limit",
     "MergeSchedule",
     "Method",
     "TokenMerger",
     "find_method",
+    "has_setting",
+    "make_schedule",
     "merge_layers",
 ]
 
+# The first of the ways to stay below a limit that reaches this share of it is taken, the paper's setting before others.
+NEAR = 0.99
 
-@dataclass(frozen=True)
-class Method:
-    """How a method makes its schedule (keywords layers, frames, tokens, prefix and its own) and a block's modules."""
-
-    schedule: Callable[..., MergeSchedule]
-    layer_merge: Callable[[LayerPlan, int, int], LayerMerge]
-
-
-def _no_merging(plan: LayerPlan, clips: int, width: int) -> LayerMerge:
-    no_clip_step(plan, "none")
-    if plan.after:
-        raise ValueError(f"method 'none' merges nothing; its schedule has {plan}")
-    return LayerMerge(TokenMerger(), TokenMerger())
-
-
-METHODS = {
-    "none": Method(MergeSchedule.identity, _no_merging),
-    "tome": Method(MergeSchedule.tome, tome.layer_merge),
-    "tempme": Method(MergeSchedule.tempme, tempme.layer_merge),
-}
+METHODS = {"none": none.METHOD, "tome": tome.METHOD, "tempme": tempme.METHOD}
 
 
 def find_method(name: str) -> Method:
@@ -52,6 +41,77 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def make_schedule(
+    method: str,
+    layers: int,
+    frames: int,
+    tokens: int,
+    prefix: int = 1,
+    joint: bool = False,
+    limit: Limit | None = None,
+    **options: Any,
+) -> MergeSchedule:
+    """The schedule of a method for an encoder shape, the paper's settings filled in where it gives any.
+
+    Args:
+        method: a name in `METHODS`.
+        tokens: N, of a frame, CLS and registers included; prefix of them never merge.
+        limit: what the schedule may cost: options that are not given are solved for, so that it is the nearest below.
+        options: the method's own, as in `MergeSchedule.tempme` and `MergeSchedule.tome`.
+
+    Raises:
+        ValueError: an unknown method or option, one that cannot join the clips of a joint encoder, a limit that
+            cannot be reached, or a shape that the paper has no setting for, with neither options nor limit.
+    """
+    record, encoder = find_method(method), Encoder(layers, frames, tokens, prefix, joint)
+    if joint and not record.joint:
+        raise ValueError(f"method {method!r} joins frames step by step, but a joint encoder's are one clip already")
+    unknown = sorted(set(options) - set(record.option_names))
+    if unknown:
+        names = ", ".join(record.option_names) or "none"
+        raise ValueError(f"method {method!r} does not know the options {', '.join(unknown)}; it has {names}")
+    known: dict[str, Any] = {**record.shaped(encoder), **record.published(encoder), **options}
+    if limit is not None:
+        known |= _solve(method, encoder, limit, known, set(options))
+    missing = [name for name in record.option_names if name not in known]
+    if missing:
+        raise ValueError(
+            f"the paper has no {method} setting for {layers} layers, {frames} frames of {tokens} tokens: "
+            f"give {', '.join(missing)} (as in MergeSchedule.{method})"
+        )
+    return record.schedule(encoder, record.options(**known))
+
+
+def has_setting(method: str, encoder: Encoder, options: Collection[str]) -> bool:
+    """Whether a method's paper and the given options leave none open for an encoder."""
+    record = find_method(method)
+    return {*record.shaped(encoder), *record.published(encoder), *options} >= set(record.option_names)
+
+
+def _solve(method: str, encoder: Encoder, limit: Limit, known: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """Values of the knobs that are not given, for a limit."""
+    record = find_method(method)
+
+    def make(**values: Any) -> MergeSchedule:
+        return record.schedule(encoder, record.options(**{**known, **values}))
+
+    candidates: list[dict[str, Any]] = [{}] if has_setting(method, encoder, given) else []  # the paper's own
+    for knobs in record.knobs(encoder, limit.kind):
+        candidates.append(fit(make, [knob for knob in knobs if knob.name not in given], limit))
+    if not candidates:
+        return {}
+    reached = [limit.measure(make(**values)) for values in candidates]
+    near = [i for i, measure in enumerate(reached) if NEAR * limit.most <= measure <= limit.most]
+    below = [(measure, i) for i, measure in enumerate(reached) if measure <= limit.most]
+    if below:
+        return candidates[near[0] if near else max(below)[1]]
+    fixed = f" with {', '.join(sorted(given))} as given" if given else ""
+    raise ValueError(
+        f"{limit.kind}={limit.most:g} cannot be reached by {method} on {encoder.layers} layers, {encoder.frames} "
+        f"frames of {encoder.tokens} tokens{fixed}: the lowest is {min(reached):.4g}"
+    )
 
 
 def merge_layers(schedule: MergeSchedule, width: int) -> list[LayerMerge]:

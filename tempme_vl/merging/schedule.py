@@ -100,9 +100,9 @@ class MergeSchedule:
         cls, layers: int = 12, frames: int = 12, tokens: int = 50, r: int = 2, prefix: int = 1, joint: bool = False
     ) -> MergeSchedule:
         """ToMe in every block of every frame; see `tempme_vl.merging.tome.schedule`."""
-        from tempme_vl.merging import tome
+        from tempme_vl.merging import Encoder, tome
 
-        return tome.schedule(layers, frames, tokens, r, prefix, joint)
+        return tome.schedule(Encoder(layers, frames, tokens, prefix, joint), tome.Options(r))
 
     @classmethod
     def tempme(
@@ -118,11 +118,10 @@ class MergeSchedule:
         prefix: int = 1,
     ) -> MergeSchedule:
         """TempMe's ImgMe and ClipMe; see `tempme_vl.merging.tempme.schedule`."""
-        from tempme_vl.merging import tempme
+        from tempme_vl.merging import Encoder, tempme
 
-        return tempme.schedule(
-            layers, frames, tokens, r, merge_layers, merge_frames, cross_percent, intra_percent, prefix
-        )
+        options = tempme.Options(r, merge_layers, merge_frames, cross_percent, intra_percent)
+        return tempme.schedule(Encoder(layers, frames, tokens, prefix), options)
 
     @property
     def clips(self) -> int:

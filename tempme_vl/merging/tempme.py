@@ -7,41 +7,98 @@ blocks go on merging inside the clip.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tempme_vl.matching import bipartite_match
 from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge
+from tempme_vl.merging.budget import Knob, LimitKind
+from tempme_vl.merging.method import Encoder, Method
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 from tempme_vl.state import TokenState
 
 
-def schedule(
-    layers: int,
-    frames: int,
-    tokens: int,
-    r: int,
-    merge_layers: tuple[int, ...],
-    merge_frames: tuple[int, ...],
-    cross_percent: int,
-    intra_percent: int,
-    prefix: int = 1,
-) -> MergeSchedule:
-    """TempMe's token counts. Percentages are *merged* proportions (the paper's 1 - R_C and 1 - R_I), whole numbers
-    because int(N * 0.1) and int(N * (1 - 0.9)) differ; they count CLS tokens, and every number is clamped to the
-    pairs that can be formed.
+@dataclass(frozen=True)
+class Options:
+    """Percentages are *merged* proportions (the paper's 1 - R_C and 1 - R_I), whole numbers because int(N * 0.1) and
+    int(N * (1 - 0.9)) differ; they count CLS tokens, and every number is clamped to the pairs that can be formed.
 
-    Args:
-        r: pairs merged a frame in each block before the first merge layer (ImgMe).
-        merge_layers: ascending block numbers that join clips.
-        merge_frames: clips joined in each of them; 1 keeps the clips apart but still places and merges.
+    r: pairs merged a frame in each block before the first merge layer (ImgMe).
+    merge_layers: ascending block numbers that join clips.
+    merge_frames: clips joined in each of them; 1 keeps the clips apart but still places and merges.
+    cross_percent: merged across clips where they are joined.
+    intra_percent: merged inside clips from there on.
+    """
+
+    r: int
+    merge_layers: tuple[int, ...]
+    merge_frames: tuple[int, ...]
+    cross_percent: int
+    intra_percent: int
+
+
+# Settings of the paper's Table 1 by the tokens of a frame (CLIP B/32, B/16). UMT B/16 (196) is a fit: the paper gives
+# 111.5 GFLOPs without the setting; this one has 111.48.
+_PUBLISHED: dict[int, dict[str, Any]] = {
+    50: {"r": 2, "merge_layers": (8, 9, 10), "cross_percent": 30, "intra_percent": 10},
+    197: {"r": 10, "merge_layers": (8, 9, 10), "cross_percent": 40, "intra_percent": 20},
+    196: {"r": 11, "merge_layers": (7, 8, 9), "cross_percent": 40, "intra_percent": 10},
+}
+_LAYERS = 12
+_JOINS = 3
+
+
+def published(encoder: Encoder) -> dict[str, Any]:
+    """The paper's for a tower; with fewer joins than its three, for few frames, in the first of its layers."""
+    options = _PUBLISHED.get(encoder.tokens) if encoder.layers == _LAYERS else None
+    joins = len(_even_joins(encoder.frames, _JOINS))
+    return {} if options is None else {**options, "merge_layers": options["merge_layers"][:joins]}
+
+
+def shaped(encoder: Encoder) -> dict[str, Any]:
+    """Clips are joined to one in three steps as even as the frames allow, the smaller ones first, in the last third of
+    the blocks and not in the very last: 2-2-3 for 12 frames and 4-4-4 for 64, at layers 8, 9, 10 of 12.
+    """
+    spacing = max(1, round(encoder.layers / _LAYERS))
+    first = max(0, encoder.layers - 4 * spacing)
+    joins = _even_joins(encoder.frames, min(_JOINS, max(1, encoder.layers - 1)))
+    return {"merge_layers": tuple(range(first, encoder.layers, spacing))[: len(joins)], "merge_frames": joins}
+
+
+def _even_joins(frames: int, steps: int) -> tuple[int, ...]:
+    """At most so many factors of a number, ascending, the largest as small as it can be; () for 1."""
+    if steps == 1:
+        return (frames,) if frames > 1 else ()
+    ways = ((first, *_even_joins(frames // first, steps - 1)) for first in range(1, frames + 1) if frames % first == 0)
+    best = min((tuple(sorted(way)) for way in ways), key=lambda way: (max(way, default=1), way[::-1]))
+    return tuple(join for join in best if join > 1)
+
+
+def knobs(encoder: Encoder, kind: LimitKind) -> list[list[Knob]]:
+    """GFLOPs go down by r, with the percentages of B/16, and come back to the limit by lower percentages. Tokens go
+    down by the percentages, with the paper's r or 5 percent of a frame's tokens; if that is too much or not enough, r
+    changes, too.
+    """
+    patches = encoder.tokens - encoder.prefix
+    most, cross = patches // 2, Knob("cross_percent", 0, 40)
+    if kind == "budget":
+        return [[Knob("r", 0, most), cross, Knob("intra_percent", 0, 20)]]
+    r, intra = published(encoder).get("r", round(patches / 20)), Knob("intra_percent", 0, 50)
+    return [[Knob("r", r, r), intra, cross], [Knob("r", 0, r), intra, cross], [Knob("r", r, most), intra, cross]]
+
+
+def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
+    """TempMe's token counts.
 
     Raises:
         ValueError: unknown or unordered layers, lists of different length, percentages outside 0..100, or frames
             that the joins do not divide.
     """
+    layers, prefix = encoder.layers, encoder.prefix
+    merge_layers, merge_frames = options.merge_layers, options.merge_frames
     if len(merge_layers) != len(merge_frames):
         raise ValueError(
             f"one number of joined clips a merge layer: merge_layers={tuple(merge_layers)} has "
@@ -51,24 +108,27 @@ def schedule(
         raise ValueError(
             f"merge_layers must ascend within 0..{layers - 1} for a tower of {layers} layers; got {tuple(merge_layers)}"
         )
-    for name, percent in (("cross_percent", cross_percent), ("intra_percent", intra_percent)):
+    for name in ("cross_percent", "intra_percent"):
+        percent = getattr(options, name)
         if not isinstance(percent, int) or not 0 <= percent <= 100:
             raise ValueError(f"{name} is a whole number of percent merged, 0..100; got {percent!r}")
-    if not isinstance(r, int) or r < 0:
-        raise ValueError(f"r counts the pairs merged a frame in each early block, a whole number >= 0; got {r!r}")
+    if not isinstance(options.r, int) or options.r < 0:
+        raise ValueError(
+            f"r counts the pairs merged a frame in each early block, a whole number >= 0; got {options.r!r}"
+        )
 
     joins = dict(zip(merge_layers, merge_frames, strict=True))
     first_merge = merge_layers[0] if merge_layers else layers
-    plan, n, num_prefix = [], tokens, prefix
+    plan, n, num_prefix = [], encoder.tokens, prefix
     for layer in range(layers):
         join = joins.get(layer)
         n, num_prefix = n * (join or 1), num_prefix * (join or 1)
-        cross = 0 if join is None else min((n - num_prefix) // 2, n * cross_percent // 100)
-        wanted = r if layer < first_merge else (n - cross) * intra_percent // 100
+        cross = 0 if join is None else min((n - num_prefix) // 2, n * options.cross_percent // 100)
+        wanted = options.r if layer < first_merge else (n - cross) * options.intra_percent // 100
         intra = min((n - cross - num_prefix) // 2, wanted)
         n -= cross + intra
         plan.append(LayerPlan(join, cross, intra))
-    return MergeSchedule("tempme", frames, tokens, tuple(plan), prefix)
+    return MergeSchedule("tempme", encoder.frames, encoder.tokens, tuple(plan), prefix)
 
 
 class IntraClipMerge(TokenMerger):
@@ -125,3 +185,6 @@ def layer_merge(plan: LayerPlan, clips: int, width: int) -> LayerMerge:
     before = TokenMerger() if plan.join is None else CrossClipMerge(clips, plan.join, plan.before, width)
     after = IntraClipMerge(plan.after) if plan.after else TokenMerger()
     return LayerMerge(before, after)
+
+
+METHOD = Method(Options, schedule, layer_merge, published, shaped, knobs, joint=False)

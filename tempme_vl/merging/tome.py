@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
 from tempme_vl.matching import bipartite_match
 from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge, no_clip_step
+from tempme_vl.merging.budget import Knob, LimitKind
+from tempme_vl.merging.method import Encoder, Method
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 from tempme_vl.state import TokenState
 
 
-def schedule(
-    layers: int, frames: int, tokens: int, r: int | Sequence[int], prefix: int = 1, joint: bool = False
-) -> MergeSchedule:
-    """r pairs a block, clamped to what the remaining tokens can form.
+@dataclass(frozen=True)
+class Options:
+    """r: pairs merged a frame, in every block or one number a block."""
 
-    Args:
-        r: for all blocks, or one number a block.
+    r: int | Sequence[int]
+
+
+_PUBLISHED = {50: 2, 197: 10}  # r of CLIP B/32 and B/16 in TempMe's Table 1
+
+
+def published(encoder: Encoder) -> dict[str, Any]:
+    return {"r": _PUBLISHED[encoder.tokens]} if encoder.tokens in _PUBLISHED else {}
+
+
+def knobs(encoder: Encoder, kind: LimitKind) -> list[list[Knob]]:
+    """All pairs, spread evenly over the blocks; the first blocks get one more where they do not divide."""
+    layers = encoder.layers
+
+    def spread(pairs: int) -> int | list[int]:
+        each, more = divmod(pairs, layers)
+        return [each + 1] * more + [each] * (layers - more) if more else each
+
+    tokens = encoder.tokens * (encoder.frames if encoder.joint else 1)
+    return [[Knob("r", 0, layers * ((tokens - encoder.prefix) // 2), spread)]]
+
+
+def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
+    """r pairs a block, clamped to what the remaining tokens can form.
 
     Raises:
         ValueError: a negative or broken r, or not one number a block.
     """
+    r, layers = options.r, encoder.layers
     wanted = list(r) if isinstance(r, Sequence) else [r] * layers
     if len(wanted) != layers or not all(isinstance(pairs, int) and pairs >= 0 for pairs in wanted):
         raise ValueError(f"r counts the pairs merged in each of {layers} blocks, whole and not negative; got {r!r}")
-    plan, n = [], tokens * (frames if joint else 1)
+    plan, n = [], encoder.tokens * (encoder.frames if encoder.joint else 1)
     for pairs in wanted:
-        pairs = min(pairs, (n - prefix) // 2)
+        pairs = min(pairs, (n - encoder.prefix) // 2)
         n -= pairs
         plan.append(LayerPlan(after=pairs))
-    return MergeSchedule("tome", frames, tokens, tuple(plan), prefix, joint)
+    return MergeSchedule("tome", encoder.frames, encoder.tokens, tuple(plan), encoder.prefix, encoder.joint)
 
 
 class ToMeMerge(TokenMerger):
@@ -50,3 +75,6 @@ class ToMeMerge(TokenMerger):
 def layer_merge(plan: LayerPlan, clips: int, width: int) -> LayerMerge:
     no_clip_step(plan, "tome")
     return LayerMerge(TokenMerger(), ToMeMerge(plan.after) if plan.after else TokenMerger())
+
+
+METHOD = Method(Options, schedule, layer_merge, published, knobs=knobs)

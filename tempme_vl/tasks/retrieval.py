@@ -15,7 +15,7 @@ from tempme_vl.backbones import open_clip as clip_family
 from tempme_vl.backbones import split_name
 from tempme_vl.backbones.clip_checkpoint import name_clip, to_openai_names
 from tempme_vl.backbones.open_clip_blocks import tower_shape
-from tempme_vl.frontend import VisualFrontend, make_schedule
+from tempme_vl.frontend import VisualFrontend, schedule_for
 from tempme_vl.merging import MergeSchedule
 from tempme_vl.pretrained import load_model, load_weights, save_model
 from tempme_vl.state import at_least_float32
@@ -161,9 +161,8 @@ def create_retrieval_model(
     if family != "open_clip":
         raise ValueError(f"retrieval needs a text tower, which only open_clip and umt models have; got {name!r}")
     clip, config, clip_positions = clip_family.load_clip(model, pretrained)
-    shape = tower_shape(clip.visual)
-    layers = len(clip.visual.transformer.resblocks)
-    schedule = make_schedule(method, layers, num_frames, shape.tokens, **options)
+    shape, layers = tower_shape(clip.visual), len(clip.visual.transformer.resblocks)
+    schedule = schedule_for(method, layers, shape, num_frames, **options)
     made = _assemble(clip, config, schedule, clip_position_std)
     made.frontend.take_clip_positions(clip_positions)
     return made

@@ -115,7 +115,7 @@ def test_more_pairs_than_tokens_form() -> None:
         ("none", {"r": 3}, r"'none' does not know the options r; it has none"),
         ("tempme", {"merge_layer": 6}, r"does not know the options merge_layer; it has r, merge_layers"),
         ("tome", {}, r"no tome setting for 6 layers, 6 frames of 17 tokens: give r "),
-        ("tempme", {"r": 1}, r"give merge_layers, merge_frames, cross_percent, intra_percent "),
+        ("tempme", {"r": 1}, r"give cross_percent, intra_percent "),
     ],
 )
 def test_make_schedule_refuses(method: str, options: dict, message: str) -> None:

@@ -12,7 +12,7 @@ from towers import random_video
 
 from tempme_vl import VisualFrontend
 from tempme_vl.backbones import umt
-from tempme_vl.frontend import make_schedule
+from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, QAHead, VideoQAModel
 from tempme_vl.tasks.qa.question import QuestionEncoder
 from tempme_vl.text import BertDecoder, BertShape

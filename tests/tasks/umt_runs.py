@@ -12,7 +12,7 @@ from towers import random_video
 
 from tempme_vl import VisualFrontend
 from tempme_vl.backbones import umt
-from tempme_vl.frontend import make_schedule
+from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.losses import matching_loss
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.text import BertFusion, BertShape, BertTextEncoder

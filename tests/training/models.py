@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tempme_vl.backbones import open_clip as clip_family
-from tempme_vl.frontend import VisualFrontend, make_schedule
+from tempme_vl.frontend import VisualFrontend
+from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, VideoQAModel
 from tempme_vl.tasks.qa.question import QuestionEncoder
 from tempme_vl.tasks.retrieval import RetrievalModel, is_new_parameter
