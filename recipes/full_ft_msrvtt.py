@@ -42,6 +42,7 @@ from tempme_vl.evaluation.rerank import rerank_embeddings
 from tempme_vl.evaluation.retrieval import DIRECTIONS, embed, retrieval_report, selection_score, table
 from tempme_vl.recipe import (
     FROM_SCRATCH,
+    LIMITS,
     MOTION,
     UMT,
     DataOptions,
@@ -57,6 +58,7 @@ from tempme_vl.recipe import (
     facts,
     first_look,
     in_words,
+    merged_by,
     say,
     write_report,
 )
@@ -117,7 +119,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def parse(arguments: list[str] | None = None) -> Options:
     """Options from the command line, on top of the defaults of their data set and model."""
-    given = first_look(arguments, ("dataset", "data-root", "model", "method"))
+    given = first_look(arguments, ("dataset", "data-root", "model", "method", *LIMITS))
     dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt")
     splits = usual_splits(dataset)
     preset: dict[str, Any] = {
@@ -131,7 +133,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         "output": Path("runs") / f"{dataset}-{given.method or 'tempme'}",
         "deepspeed_config": RECIPES / "ds" / "zero1.json",
     }
-    options = tyro.cli(Options, args=arguments, default=Options(**preset))
+    options = tyro.cli(Options, args=arguments, default=Options(**merged_by(preset, given)))
     source(options)  # says what is missing before anything starts
     if options.is_umt and options.chunks > 1:
         raise ValueError("--chunks caches gradients of a contrastive loss alone; UMT also matches pairs: leave it 1")

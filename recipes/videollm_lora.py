@@ -46,6 +46,7 @@ from tempme_vl.integrations.post_encoder import PostEncoderHost
 from tempme_vl.integrations.tiny import tiny_host
 from tempme_vl.recipe import (
     FROM_SCRATCH,
+    LIMITS,
     MOTION,
     DataOptions,
     MergeOptions,
@@ -58,6 +59,7 @@ from tempme_vl.recipe import (
     export,
     facts,
     first_look,
+    merged_by,
     say,
     write_answers,
 )
@@ -127,7 +129,7 @@ HOSTS: dict[str, dict[str, Any]] = {
 
 def parse(arguments: list[str] | None = None) -> Options:
     """Options from the command line, on top of the defaults of their data set and host."""
-    given = first_look(arguments, ("dataset", "data-root", "host", "method"))
+    given = first_look(arguments, ("dataset", "data-root", "host", "method", *LIMITS))
     dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
     host = given.host or ("tiny:VideoLlava" if dataset == "motion" else Options.host)
     preset = {**HOSTS.get(host, TUNING), "host": host}
@@ -137,7 +139,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         preset["dataset"] = dataset
     preset["output"] = Path("runs") / f"{dataset}-videollm-{given.method or 'tempme'}"
     preset["deepspeed_config"] = RECIPES / "ds" / "zero1.json"
-    return tyro.cli(Options, args=arguments, default=Options(**preset))
+    return tyro.cli(Options, args=arguments, default=Options(**merged_by(preset, given)))
 
 
 def main(options: Options) -> None:

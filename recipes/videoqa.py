@@ -38,6 +38,7 @@ from tempme_vl.evaluation.predict import predict
 from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.recipe import (
     FROM_SCRATCH,
+    LIMITS,
     MOTION,
     UMT,
     DataOptions,
@@ -53,6 +54,7 @@ from tempme_vl.recipe import (
     facts,
     first_look,
     in_words,
+    merged_by,
     say,
     write_answers,
 )
@@ -115,7 +117,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def parse(arguments: list[str] | None = None) -> Options:
     """Options from the command line, on top of the defaults of their data set and model."""
-    given = first_look(arguments, ("dataset", "data-root", "model", "method", "head"))
+    given = first_look(arguments, ("dataset", "data-root", "model", "method", "head", *LIMITS))
     dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
     model = given.model or ("open_clip:tiny" if dataset == "motion" else "")
     preset = {**MODELS.get(model, CLIP), **(MOTION if dataset == "motion" else {})}
@@ -125,7 +127,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     preset |= LLM if head == "llm" else {}
     preset["output"] = Path("runs") / f"{dataset}-{head}-{given.method or 'tempme'}"
     preset["deepspeed_config"] = RECIPES / "ds" / "zero1.json"
-    return tyro.cli(Options, args=arguments, default=Options(**preset))
+    return tyro.cli(Options, args=arguments, default=Options(**merged_by(preset, given)))
 
 
 def main(options: Options) -> None:

@@ -25,6 +25,7 @@ from tempme_vl.data.transforms import ClipTransform
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.videoqa import accuracy_by, table
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.merging import METHODS, find_method
 from tempme_vl.pretrained import VOCABULARY_FILE, load_vocabulary
 from tempme_vl.reports import finish, provenance, write_json, write_whole
 from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
@@ -43,6 +44,7 @@ MAY_CHANGE = {
     *("deepspeed_config", "precision", "grad_checkpointing", "eval_batch_size"),
 }
 
+LIMITS = ("budget", "tokens")  # options that choose the merging
 BROKEN_VIDEOS = "broken_videos.jsonl"
 MISSING_VIDEOS = "missing_videos.txt"
 MOTION_ROOT = Path("runs/motion-data")
@@ -57,6 +59,11 @@ class MergeOptions:
     """none encodes every frame by itself with all its tokens."""
     num_frames: int | None = None
     """Frames sampled from each clip; default: the data set's usual number."""
+    budget: float | None = None
+    """Share of the GFLOPs without merging to stay below: chooses what is not given of the five options of merging.
+    Default, where neither the paper nor a preset has a setting: 0.6."""
+    tokens: int | None = None
+    """Tokens of a video to stay below, instead of a budget."""
     r: int | None = None
     """Pairs merged a frame in each early block (ImgMe, ToMe). These five default to the paper's for B/32, B/16."""
     merge_layers: tuple[int, ...] | None = None
@@ -72,11 +79,7 @@ class MergeOptions:
 
     def merging(self, usual_frames: int) -> dict[str, Any]:
         """Keywords that `tempme_vl.create_frontend` and `tempme_vl.integrations.compress` share."""
-        names = {
-            "none": (),
-            "tome": ("r",),
-            "tempme": ("r", "merge_layers", "merge_frames", "cross_percent", "intra_percent"),
-        }[self.method]
+        names = ("budget", "tokens", *find_method(self.method).option_names)
         return {
             "method": self.method,
             "num_frames": self.num_frames or usual_frames,
@@ -286,6 +289,18 @@ def first_look(arguments: Sequence[str] | None, names: Sequence[str]) -> argpars
     for name in names:
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     return parser.parse_known_args(arguments)[0]
+
+
+def merged_by(preset: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """A preset without its own merging where the command line has a budget or a number of tokens.
+
+    Args:
+        given: what `first_look` found of LIMITS.
+    """
+    if given.budget is None and given.tokens is None:
+        return preset
+    merging = {name for method in METHODS.values() for name in method.option_names}
+    return {name: value for name, value in preset.items() if name not in merging}
 
 
 def begin(options: Any) -> torch.device:

@@ -33,6 +33,16 @@ def test_numbers_that_mean_nothing_are_refused(recipe: str) -> None:
             check_numbers(replace(options, **{name: value}))
 
 
+@pytest.mark.parametrize("recipe", MODULES)
+def test_a_budget_takes_the_place_of_a_presets_merging(recipe: str) -> None:
+    parse = MODULES[recipe].parse
+    preset = parse([]).merging(8)
+    assert {"r", "merge_layers", "cross_percent"} < preset.keys()
+    common = {key: preset[key] for key in ("method", "num_frames", "clip_position_std")}
+    assert parse(["--budget", "0.5"]).merging(8) == {**common, "budget": 0.5}
+    assert parse(["--tokens", "30", "--r", "2"]).merging(8) == {**common, "tokens": 30, "r": 2}
+
+
 @pytest.mark.parametrize("case", [CASES["retrieval"], CASES["classifier"]], ids=lambda case: case.recipe)
 def test_many_missing_videos_are_listed_before_anything_is_trained(data: Path, tmp_path: Path, case: Any) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
