@@ -231,7 +231,11 @@ LIBRARIES: dict[str, Library] = {
                 ("__compatible_ops__",),
                 "CPU: else an all-reduce for inference is compiled at start, for which there is no use",
             ),
-            Use("training/checkpoint.py", ("ds_shape",), "the whole shape of a partitioned parameter (ZeRO-3)"),
+            Use(
+                "training/whole.py",
+                ("ds_shape", "fp32_partitioned_groups_flat"),
+                "the whole shape of a partitioned parameter, and a rank's parts as the optimizer has them (ZeRO-3)",
+            ),
             Use("tasks/qa/llm.py", ("ds_id",), "whether parameters are partitioned, so that ranks generate in step"),
             Use("tasks/videollm.py", ("ds_id",), "as in tasks/qa/llm.py"),
         ),

@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill at any moment, and exports of full weights.
 
 A checkpoint is written beside its final name and renamed when it is complete; `latest` names the last complete one
-and is replaced in one step. DeepSpeed's files are pickles: resume only from run folders of your own.
+and is replaced in one step. Its tensors are whole and lie in safetensors files, each in that of one rank: any number of
+ranks reads them.
 """
 
 from __future__ import annotations
@@ -9,25 +10,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from tempme_vl.training import distributed
+from tempme_vl.training.whole import buffers, whole_weight
 from tempme_vl.training.writing import naming
 
 LATEST, STATE = "latest", "run.json"
+FILE = 1 << 28  # bytes: what a rank holds beside the model while it writes
 
 
-def save_checkpoint(engine: Any, root: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Writes model, optimizer, schedule, `state` and every rank's random states; all ranks call it.
+def save_checkpoint(
+    tensors: Iterable[tuple[str, Tensor]], root: Path, step: int, state: dict[str, Any], keep: int = 2
+) -> Path:
+    """Writes `tensors`, `state` and every rank's random states; all ranks call it.
 
     A checkpoint that `latest` names already is not written again (`replace_state` changes its state).
 
     Args:
+        tensors: by name, whole, in the same order on all ranks (`WholeState`).
         root: folder of all checkpoints of a run.
         state: JSON data for `read_state`.
         keep: how many of the newest checkpoints stay.
@@ -46,8 +54,7 @@ def save_checkpoint(engine: Any, root: Path, step: int, state: dict[str, Any], k
                 shutil.rmtree(unfinished)
             partial.mkdir(parents=True)
         distributed.barrier()
-        engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
-        torch.save(_random_states(), partial / f"random_{distributed.rank()}.pt")
+        _write_share(partial, tensors)
         distributed.barrier()
         if distributed.is_main():
             (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
@@ -86,12 +93,42 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> None:
-    """Restores engine and random states of the same number of ranks and ZeRO stage; all ranks call it."""
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if path is None:
-        raise ValueError(f"DeepSpeed found nothing to load in {checkpoint}; is it complete?")
-    _restore_random_states(torch.load(checkpoint / f"random_{distributed.rank()}.pt", weights_only=True))
+class Tensors:
+    """The tensors of a checkpoint by name, read when they are asked for.
+
+    Raises:
+        ValueError: a file that cannot be read, or a tensor that is not there; names it.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        self._files: dict[str, Any] = {}
+        for path in sorted(checkpoint.glob("rank-*.safetensors")):
+            try:
+                file = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path} cannot be read ({error}); {self._advice()}") from error
+            self._files |= dict.fromkeys(file.keys(), file)
+        self.names = self._files.keys()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise ValueError(f"expected {name} in a file rank-*.safetensors of {self.checkpoint}; {self._advice()}")
+        return self._files[name].get_tensor(name)
+
+    def _advice(self) -> str:
+        return f"write the name of an older checkpoint into {self.checkpoint.parent / LATEST}"
+
+
+def restore_random_states(tensors: Tensors) -> None:
+    """This rank's random states; another's where fewer ranks wrote them.
+
+    What a step draws does not follow from them, but from its number (`Trainer`).
+    """
+    rank = distributed.rank() % sum(name.startswith("random/cpu/") for name in tensors.names)
+    torch.set_rng_state(tensors[f"random/cpu/{rank}"])
+    if torch.cuda.is_available() and f"random/cuda/{rank}" in tensors.names:
+        torch.cuda.set_rng_state(tensors[f"random/cuda/{rank}"])
 
 
 def full_state_dict(
@@ -105,23 +142,15 @@ def full_state_dict(
         wanted: tells by its name whether a parameter is; others are not gathered.
         everywhere: False for the first rank alone; others get nothing, and hold one parameter at a time.
     """
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
-
     module: nn.Module = engine.module
     kept = everywhere or distributed.is_main()
-    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    buffers = {name: value for name, value in module.state_dict().items() if name not in names}
-    state = buffers if kept else {}
+    state = buffers(module) if kept else {}
     for name, parameter in module.named_parameters():
         if not wanted(name):
             continue
-        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if full is None:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                full = parameter.detach().clone() if kept else None
-        if kept and full is not None:
-            state[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
+        with whole_weight(parameter) as weight:
+            if kept:
+                state[name] = weight.to("cpu", copy=True)
     return state
 
 
@@ -155,14 +184,25 @@ def _replace(path: Path, make: Callable[[Path], Any]) -> None:
     os.replace(partial, path)
 
 
+def _write_share(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """What falls to this rank, each tensor to the one that has least, in files of some `FILE` bytes."""
+    rank, loads = distributed.rank(), [0] * distributed.world_size()
+    share, files, size = _random_states(), 0, 0
+    for name, tensor in tensors:
+        owner = loads.index(min(loads))
+        loads[owner] += tensor.nbytes
+        if owner != rank:
+            continue
+        share[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += tensor.nbytes
+        if size >= FILE:
+            (folder / f"rank-{rank:04d}-{files:04d}.safetensors").write_bytes(save(share))
+            share, files, size = {}, files + 1, 0
+    (folder / f"rank-{rank:04d}-{files:04d}.safetensors").write_bytes(save(share))
+
+
 def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+    states = {f"random/cpu/{distributed.rank()}": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+        states[f"random/cuda/{distributed.rank()}"] = torch.cuda.get_rng_state()
     return states
-
-
-def _restore_random_states(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])

@@ -44,7 +44,8 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, device: torch.device
     """A DeepSpeed JSON file with its "auto" values filled in.
 
     Raises:
-        ValueError: a file that is missing or that sets one of these values to something else.
+        ValueError: a file that is missing, that sets one of these values to something else, or that asks for what
+            checkpoints do not hold.
     """
     if not config.deepspeed.is_file():
         raise ValueError(f"no DeepSpeed configuration at {config.deepspeed}; see recipes/ds/")
@@ -57,4 +58,8 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, device: torch.device
         if filled.get(key, "auto") not in ("auto", {"enabled": "auto"}):
             raise ValueError(f'{config.deepspeed} sets {key}; leave it "auto": the recipe\'s options decide')
         filled[key] = value
+    if filled.get("fp16", {}).get("enabled"):
+        raise ValueError(f"{config.deepspeed} enables fp16, whose scale of the loss is not kept: use --precision bf16")
+    if filled.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
+        raise ValueError(f"{config.deepspeed} keeps the optimizer on NVMe, where checkpoints do not reach: use cpu")
     return filled

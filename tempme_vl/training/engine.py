@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from tempme_vl.together import advise
 from tempme_vl.training import distributed, fingerprint
 from tempme_vl.training.caching import cached_update
 from tempme_vl.training.checkpoint import (
+    Tensors,
     full_state_dict,
     latest_checkpoint,
-    load_checkpoint,
     read_state,
     replace_export,
     replace_state,
+    restore_random_states,
     save_checkpoint,
 )
 from tempme_vl.training.config import OURS, TrainConfig, deepspeed_config
@@ -37,6 +39,7 @@ from tempme_vl.training.folder import claim
 from tempme_vl.training.log import RunLog
 from tempme_vl.training.optim import SCHEDULES
 from tempme_vl.training.sampler import StepSampler
+from tempme_vl.training.whole import WholeState
 
 Batch = Mapping[str, Any]
 
@@ -88,13 +91,15 @@ class Trainer:
 
         local_batch = config.batch_size // distributed.world_size()
         if local_batch % config.chunks:
-            raise ValueError(f"a batch of {local_batch} a rank does not divide into {config.chunks} chunks")
+            raise ValueError(
+                f"a batch of {local_batch} a rank does not divide into {config.chunks} chunks; change --chunks, "
+                "--batch-size or the number of ranks"
+            )
         settings = deepspeed_config(config, local_batch // config.chunks, self.device)
         self.fingerprint = fingerprint.flat(
             {
                 **config.fingerprint(),
                 "num_samples": num_samples,
-                "ranks": distributed.world_size(),
                 "zero_stage": settings.get("zero_optimization", {}).get("stage", 0),
                 "bf16": settings["bf16"]["enabled"],
                 "parameters": fingerprint.of_model(model),
@@ -112,10 +117,17 @@ class Trainer:
         if config.schedule not in SCHEDULES:
             raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}; got {config.schedule!r}")
         factor, steps = SCHEDULES[config.schedule], max(1, self.total_steps)
-        schedule = LambdaLR(optimizer, lambda step: factor(step, steps, config.warmup, config.lr_floor))
         self._lock = claim(config.output)
+        checkpoint = self._resumed()
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # which torch wants of a schedule that does not begin at its start
+        schedule = LambdaLR(
+            optimizer, lambda step: factor(step, steps, config.warmup, config.lr_floor), last_epoch=self.step - 1
+        )
+        self._whole = WholeState(optimizer)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
-        self._resume()
+        if checkpoint is not None:
+            self._load(checkpoint)
         log_options = (config.output, self.step, config.tensorboard, self._epoch_is_open)
         self._log = RunLog(*log_options) if distributed.is_main() else None
 
@@ -273,7 +285,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint, unless this step has one, and gives its folder; all ranks call it."""
-        checkpoint = save_checkpoint(self.engine, self.config.output / "checkpoints", self.step, self._state())
+        with closing(self._whole.read(self.engine)) as tensors:
+            checkpoint = save_checkpoint(tensors, self.config.output / "checkpoints", self.step, self._state())
         advise(f"the last checkpoint is {checkpoint}; continue with --resume auto")
         return checkpoint
 
@@ -284,32 +297,51 @@ class Trainer:
             "epoch_is_open": self._epoch_is_open,
             "best_score": self.best_score,
             "best_step": self.best_step,
+            "ranks": distributed.world_size(),
             "fingerprint": self.fingerprint,
         }
 
-    def _resume(self) -> None:
+    def _resumed(self) -> Path | None:
+        """The checkpoint from which this run goes on, if there is one; takes over its step and scores."""
         if self.config.resume not in ("never", "auto"):
             raise ValueError(f"--resume is 'never' or 'auto'; got {self.config.resume!r}")
         checkpoint = latest_checkpoint(self.config.output / "checkpoints")
         if checkpoint is None:
             advise("no checkpoint was written yet")
-            return
+            return None
         if self.config.resume == "never":
             raise ValueError(
                 f"{self.config.output} holds checkpoints of an earlier run (last: {checkpoint.name}); "
                 "continue it with --resume auto, or give another --output"
             )
         state = read_state(checkpoint)
-        differing = fingerprint.differences(state["fingerprint"], self.fingerprint)
+        if "ranks" not in state:
+            raise ValueError(f"{checkpoint} is of an older version of tempme_vl; continue it with that one")
+        ranks, there, here = state["ranks"], state["fingerprint"], self.fingerprint
+        if ranks != distributed.world_size():
+            # chunks change memory alone, like ranks
+            there, here = {**there, "chunks": self.config.chunks}, {**here, "chunks": self.config.chunks}
+        differing = fingerprint.differences(there, here)
         if differing:
             raise ValueError(
-                f"{checkpoint} belongs to a run with {'; '.join(differing)}. Continue it with the same options on the "
-                "same number of ranks; for others start anew in another --output, from the weights that this run "
-                "exported if you like"
+                f"{checkpoint} belongs to a run with {'; '.join(differing)}. Continue it with the same options; for "
+                "others start anew in another --output, from the weights that this run exported if you like"
             )
-        load_checkpoint(self.engine, checkpoint)
+        if ranks != distributed.world_size() and distributed.is_main():
+            total, now = self.config.batch_size, distributed.world_size()
+            print(
+                f"a checkpoint of {ranks} rank{'s' * (ranks > 1)} continues on {now}: the batch stays {total}, now "
+                f"{total // now} a rank instead of {total // ranks}",
+                flush=True,
+            )
         self.step, self.best_score, self.best_step = state["step"], state["best_score"], state["best_step"]
         self._epoch_is_open = state["epoch_is_open"]
+        return checkpoint
+
+    def _load(self, checkpoint: Path) -> None:
+        tensors = Tensors(checkpoint)
+        self._whole.write(self.engine, tensors.names, tensors.__getitem__)
+        restore_random_states(tensors)
         advise(f"the last checkpoint is {checkpoint}; continue with --resume auto")
 
     def _require_finite(self, value: Tensor, what: str, batch: Batch) -> None:

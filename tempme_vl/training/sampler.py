@@ -30,7 +30,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         world: int = 1,
     ):
         if batch_size % world:
-            raise ValueError(f"a global batch of {batch_size} does not divide over {world} ranks; change --batch-size")
+            raise ValueError(
+                f"a global batch of {batch_size} does not divide over {world} ranks; change --batch-size or the number "
+                "of ranks"
+            )
         if num_samples < batch_size:
             raise ValueError(
                 f"a batch of {batch_size} needs as many samples; the training split has {num_samples}; "

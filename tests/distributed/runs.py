@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,36 @@ def train(output: Path, stage: str, **case: Any) -> tuple[list[float], dict[str,
     weights = {name: weight.clone() for name, weight in trainer.full_state_dict().items()}
     trainer.engine.destroy()
     return losses, weights
+
+
+def save_and_go_on(cases: dict[str, dict[str, Any]], output: Path) -> dict[str, list[tuple[list[str], float]]]:
+    """Name -> (names of the whole batch, loss) of steps 4 to 6 of each case, after a checkpoint of step 3."""
+    return {name: _last_steps(output / name, 3, **case) for name, case in cases.items()}
+
+
+def go_on(
+    cases: dict[str, dict[str, Any]], output: Path, chunks: int
+) -> tuple[dict[str, list[tuple[list[str], float]]], str]:
+    """The same from that checkpoint, and what is printed."""
+    with redirect_stdout(io.StringIO()) as said:
+        changes = {"resume": "auto", "chunks": chunks}
+        steps = {name: _last_steps(output / name, 0, **{**case, **changes}) for name, case in cases.items()}
+    return steps, said.getvalue()
+
+
+def _last_steps(output: Path, save_at: int, stage: str, **case: Any) -> list[tuple[list[str], float]]:
+    trainer = small_trainer(output, stage, save_every=100, **case)
+    seen = []
+    for batch in trainer.batches():
+        loss = trainer.update(batch, trainer.engine.module.loss)
+        if trainer.step == save_at:
+            trainer.save()
+        if trainer.step > 3:
+            seen.append((list(chain.from_iterable(distributed.gather_objects(list(batch["name"])))), loss))
+        if trainer.step == 6:
+            break
+    trainer.engine.destroy()
+    return seen
 
 
 def contrastive_gradient(shared: bool) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import full_ft_msrvtt
 import torch
 import videollm_lora
 import videoqa
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from training.processes import RECIPES, exit_codes, start
 
@@ -182,27 +183,16 @@ def assert_same_checkpoint(left: Path, right: Path) -> None:
     """Weights, optimizer and random states of all ranks, bit for bit."""
     assert latest(left) == latest(right)
     folders = [output / "checkpoints" / latest(output) for output in (left, right)]
-    names = [sorted(path.name for path in folder.glob("*.pt")) for folder in folders]
+    names = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in folders]
     assert names[0] == names[1]
     compared = 0
     for name in names[0]:
-        first, second = (_tensors(torch.load(folder / name, weights_only=False), name) for folder in folders)
+        first, second = (load_file(folder / name) for folder in folders)
         assert first.keys() == second.keys()
         for key in first:
             assert torch.equal(first[key], second[key]), key
         compared += len(first)
     assert compared > 100
-
-
-def _tensors(value: Any, name: str) -> dict[str, Tensor]:
-    """All tensors in nested data, by their place."""
-    if isinstance(value, Tensor):
-        return {name: value}
-    if isinstance(value, dict):
-        items = list(value.items())
-    else:
-        items = list(enumerate(value)) if isinstance(value, list | tuple) else []
-    return {k: v for key, part in items for k, v in _tensors(part, f"{name}/{key}").items()}
 
 
 def train(recipe: str, arguments: list[str], die_at: int | None = None, number: int = signal.SIGKILL) -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,22 +112,22 @@ def die_while_saving(output: Path, place: str) -> None:
 def saved_states(root: Path) -> list[str]:
     """Saves five fake checkpoints beside stale newer ones, and one twice; gives the folders left."""
 
-    class Engine:
-        saved = 0
+    saved = 0
 
-        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-            self.saved += 1
-            (Path(folder) / tag / "weights").write_text(tag)
+    def tensors(step: int) -> Iterator[tuple[str, Tensor]]:
+        nonlocal saved
+        saved += 1
+        yield "weight/w", torch.full((3,), float(step))
 
     distributed.initialize()
-    engine = Engine()
     for stale in ("step-00000030", "step-00000040", "step-00000003.partial"):
         (root / stale).mkdir(parents=True)
     for step in (1, 2, 3, 4, 5, 5):
-        folder = checkpoint.save_checkpoint(engine, root, step, {"step": step})
+        folder = checkpoint.save_checkpoint(tensors(step), root, step, {"step": step})
         assert checkpoint.latest_checkpoint(root) == folder
         assert checkpoint.read_state(folder) == {"step": step}
-    assert engine.saved == 5
+        assert float(checkpoint.Tensors(folder)["weight/w"].sum()) == 3 * step
+    assert saved == 5
     shutil.rmtree(root / "step-00000030")
     return sorted(path.name for path in root.iterdir())
 

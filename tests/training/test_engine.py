@@ -115,8 +115,10 @@ def test_a_folder_with_checkpoints_is_continued_only_by_the_same_run(tmp_path: P
         (message,) = run(_refused, output, changes)
         assert difference in message
         assert "same options" in message and "another --output" in message
-    for message in run(_refused, output, {}, world=2):
-        assert "ranks 1, now 2" in message and "same number of ranks" in message
+    for message in run(_refused, output, {"chunks": 2, "seed": 1}, world=2):
+        assert "seed 0, now 1" in message and "chunks" not in message
+    for message in run(_refused, output, {}, world=3):
+        assert "batch of 4 does not divide over 3 ranks" in message and "the number of ranks" in message
     assert contents(output) == before
     assert "'never' or 'auto'" in run(_refused, output, {"resume": "always"})[0]
 
@@ -135,6 +137,22 @@ def test_an_incomplete_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "latest").write_text(folder.name)
     (message,) = run(_refused, tmp_path, {})
     assert "run.json" in message and str(folder) in message
+
+
+def test_a_checkpoint_that_is_damaged_or_older_is_named(tmp_path: Path) -> None:
+    run(finish, tmp_path / "run", "zero0", 4)
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (file,) = folder.glob("*.safetensors")
+    whole = file.read_bytes()
+    for content, said in ((whole[:-1], f"{file} cannot be read"), (None, "expected weight/w in a file")):
+        file.unlink() if content is None else file.write_bytes(content)
+        (message,) = run(_refused, tmp_path / "run", {})
+        assert said in message and f"an older checkpoint into {folder.parent / 'latest'}" in message
+    state = json.loads((folder / "run.json").read_text())
+    del state["ranks"]
+    (folder / "run.json").write_text(json.dumps(state))
+    (message,) = run(_refused, tmp_path / "run", {})
+    assert f"{folder} is of an older version" in message
 
 
 def test_log_drops_what_comes_after_the_resumed_step(tmp_path: Path) -> None:
@@ -177,4 +195,11 @@ def test_deepspeed_configuration_errors(tmp_path: Path) -> None:
     for key, value in (("train_micro_batch_size_per_gpu", 3), ("gradient_clipping", 5.0), ("bf16", {"enabled": True})):
         own.write_text(json.dumps({"zero_optimization": {"stage": 1}, key: value}))
         with pytest.raises(ValueError, match=f'own.json sets {key}; leave it "auto"'):
+            deepspeed_config(replace(config, deepspeed=own), 4, CPU)
+    for settings, said in (
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),
+    ):
+        own.write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=f"own.json .*{said}"):
             deepspeed_config(replace(config, deepspeed=own), 4, CPU)
