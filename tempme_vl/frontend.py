@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempme_vl.backbones import find_family, split_name, umt
+from tempme_vl.backbones import FAMILIES, find_family, split_name, umt
 from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
 from tempme_vl.merging import (
     Encoder,
@@ -26,7 +26,8 @@ from tempme_vl.merging import (
     merge_layers,
 )
 from tempme_vl.merging.tempme import CrossClipMerge
-from tempme_vl.pretrained import load_model, load_weights, save_model
+from tempme_vl.pretrained import CONFIG_FILE, build, load_model, save_model
+from tempme_vl.schema import ConfigError, read, shown
 from tempme_vl.state import FrontendOutput, TokenState, at_least_float32
 
 _log = logging.getLogger(__name__)
@@ -285,11 +286,33 @@ class VisualFrontend(nn.Module):
         return {**self.config, "schedule": self.schedule.to_dict()}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> VisualFrontend:
-        """A front end with random weights from what `full_config` gave."""
-        rest = dict(config)
-        schedule = MergeSchedule.from_dict(rest.pop("schedule"))
-        return cls(find_family(rest["family"]).build_tower(rest), schedule, rest)
+    def from_config(cls, config: object, place: str = "the front end's configuration") -> VisualFrontend:
+        """A front end with random weights from what `full_config` gave.
+
+        Args:
+            place: to name in errors, such as the file.
+
+        Raises:
+            ConfigError: unknown or missing keys, values of another type or out of bounds, or what no tower is made of.
+        """
+        if not isinstance(config, Mapping) or not {"family", "schedule"} <= config.keys():
+            raise ConfigError(f"{place}: expected an object with 'family' and 'schedule'; got {shown(config)}")
+        rest = {key: value for key, value in config.items() if key != "schedule"}
+        if rest["family"] not in FAMILIES:
+            raise ConfigError(f"{place}, 'family': expected one of {', '.join(FAMILIES)}; got {shown(rest['family'])}")
+        schedule = MergeSchedule.from_dict(config["schedule"], f"{place}, 'schedule'")
+        family = find_family(rest["family"])
+        side = read(family.Config, rest, place).preprocess.image_size
+        try:
+            frontend = cls(family.build_tower(rest), schedule, rest)
+        except ValueError as error:
+            raise ConfigError(f"{place}: {error}") from error
+        if side != frontend.shape.image_size:
+            raise ConfigError(
+                f"{place}, 'preprocess', 'image_size': expected {frontend.shape.image_size}, as the tower takes; "
+                f"got {side}"
+            )
+        return frontend
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> VisualFrontend:
@@ -299,11 +322,14 @@ class VisualFrontend(nn.Module):
             ValueError: a folder without config.json and model.safetensors, or weights that do not fit.
         """
         config, state = load_model(directory)
+        file = Path(directory) / CONFIG_FILE
+        if "frontend" not in config:
+            raise ConfigError(f"{file}: expected a model with a 'frontend'; got {', '.join(config)}")
         if config["kind"] != "frontend":
             state = {k.removeprefix("frontend."): v for k, v in state.items() if k.startswith("frontend.")}
-        frontend = cls.from_config(config["frontend"])
-        load_weights(frontend, state, directory)
-        return frontend
+        elif further := config.keys() - {"kind", "frontend"}:
+            raise ConfigError(f"{file}: unknown keys {sorted(further)[:5]}; expected kind, frontend")
+        return build(lambda: cls.from_config(config["frontend"], f"{file}, 'frontend'"), state, directory)
 
 
 def tower_gflops(schedule: MergeSchedule, shape: TowerShape) -> float:

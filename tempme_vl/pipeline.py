@@ -10,10 +10,11 @@ import torch
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.splits import Clip
 from tempme_vl.data.transforms import ClipTransform, Preprocess
-from tempme_vl.pretrained import load_model
+from tempme_vl.pretrained import load_kind
 from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.zero_shot import ZeroShotQA
-from tempme_vl.tasks.retrieval import load_retrieval_model
+from tempme_vl.tasks.retrieval import RETRIEVAL, load_retrieval_model
+from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL
 
 
 class VideoQA:
@@ -58,8 +59,7 @@ class VideoQA:
         Raises:
             ValueError: a folder of another kind of model; answers for a model that has its own.
         """
-        config, _ = load_model(directory)
-        if config["kind"] in ("retrieval", "umt_retrieval"):
+        if load_kind(directory) in RETRIEVAL | UMT_RETRIEVAL:
             return cls(ZeroShotQA(load_retrieval_model(directory), answers), device, timeout)
         if answers:
             raise ValueError(f"the model in {directory} has its own answers; only a retrieval model needs them given")

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
+import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from tempme_vl.data.files import is_text
+from tempme_vl.manifest import MANIFEST_FILE, FolderError, check_manifest, write_manifest
+from tempme_vl.schema import ConfigError, read_json, shown
+
+M = TypeVar("M", bound=nn.Module)
 
 CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "config.json", "model.safetensors", "vocab.txt"
 ANSWERS_FILE = "answers.json"
@@ -19,7 +26,10 @@ HUB_SECONDS = 10.0
 
 
 def save_model(directory: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes the two files; the configuration names its "kind" of model.
+    """Writes the two files, and a manifest of all that the folder holds by now: save what else belongs to it first.
+
+    Args:
+        config: names its "kind" of model.
 
     Raises:
         ValueError: weights of unmerged adapters, which a plain model could not load.
@@ -35,20 +45,73 @@ def save_model(directory: str | Path, config: Mapping[str, Any], state: Mapping[
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    write_manifest(directory)
 
 
-def load_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the weights of a folder.
+def load_model(
+    directory: str | Path, kinds: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the weights of a folder that is as its manifest says.
+
+    Args:
+        kinds: those that the configuration's "kind" may be, with what they are in words; any without.
 
     Raises:
-        ValueError: a file is missing; the message lists what is there.
+        ValueError: a file is missing, the message lists what is there; FolderError, ConfigError: see `check_manifest`,
+            `load_kind` and `read_safetensors`.
     """
     directory = Path(directory)
+    _require_files(directory)
+    check_manifest(directory)
+    return _read_config(directory, kinds), read_safetensors(directory / WEIGHTS_FILE)
+
+
+def load_kind(directory: str | Path) -> str:
+    """What kind of model lies in a folder.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    directory = Path(directory)
+    _require_files(directory)
+    check_manifest(directory, only=(CONFIG_FILE,))
+    return str(_read_config(directory)["kind"])
+
+
+def _require_files(directory: Path) -> None:
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / name).is_file()]
     if missing:
-        found = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else "no such folder"
-        raise ValueError(f"expected {' and '.join(missing)} in {directory}; found {found}")
-    return json.loads((directory / CONFIG_FILE).read_text()), load_file(directory / WEIGHTS_FILE)
+        there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else None
+        found = "no such folder" if there is None else [name for name in there if name != MANIFEST_FILE]
+        raise FolderError(f"expected {' and '.join(missing)} in {directory}; found {found}")
+
+
+def _read_config(directory: Path, kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
+    file = directory / CONFIG_FILE
+    config = read_json(file)
+    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
+        raise ConfigError(f"{file}: expected the settings of a model, with its 'kind'; is this another library's?")
+    if kinds and config["kind"] not in kinds:
+        expected = " or ".join(kinds.values())
+        raise ConfigError(
+            f"expected {expected} in {directory}; got one of kind {config['kind']!r} by its {CONFIG_FILE}"
+        )
+    return config
+
+
+def read_safetensors(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FolderError: it cannot be read; names the file.
+    """
+    try:
+        return load_file(file)
+    except Exception as error:  # damaged files fail in many ways
+        raise FolderError(
+            f"{file} cannot be read as safetensors; is it damaged, or only partly copied? The loader said: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def hub_file(source: str | Path, name: str) -> Path:
@@ -118,17 +181,31 @@ def save_vocabulary(directory: str | Path, words: Sequence[str]) -> None:
     (Path(directory) / VOCABULARY_FILE).write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
 
 
-def load_vocabulary(directory: str | Path) -> tuple[str, ...]:
+def load_vocabulary(directory: str | Path, size: int | None = None) -> tuple[str, ...]:
     """What `save_vocabulary` wrote.
 
+    Args:
+        size: words of the model; a model that was saved without any has none.
+
     Raises:
-        ValueError: there is no such file.
+        ConfigError: there is no such file, it is no UTF-8, it ends within a word, or has another number of words.
     """
     file = Path(directory) / VOCABULARY_FILE
     if not file.is_file():
-        raise ValueError(f"expected the words of the model in {file}, one a line; there is no such file")
+        raise ConfigError(f"expected the words of the model in {file}, one a line; there is no such file")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: expected words in UTF-8, one a line; {error}") from error
     # not splitlines: some words of BERT are line separators of Unicode
-    return tuple(file.read_text(encoding="utf-8").split("\n")[:-1])
+    words = text.split("\n")
+    if words.pop():
+        raise ConfigError(f"{file}: expected a line end behind every word; the last one is cut off")
+    if len(set(words)) != len(words):
+        raise ConfigError(f"{file}: expected distinct words; {len(words) - len(set(words))} are there again")
+    if size is not None and words and len(words) != size:
+        raise ConfigError(f"{file}: expected {size} words, as {CONFIG_FILE} says; got {len(words)}")
+    return tuple(words)
 
 
 def save_answers(directory: str | Path, answers: Sequence[str]) -> None:
@@ -140,24 +217,99 @@ def load_answers(directory: str | Path) -> tuple[str, ...]:
     """What `save_answers` wrote.
 
     Raises:
-        ValueError: there is no such file.
+        ConfigError: there is no such file, or it is no list of distinct texts.
     """
     file = Path(directory) / ANSWERS_FILE
     if not file.is_file():
-        raise ValueError(f"expected the answers of the model in {file}; there is no such file")
-    return tuple(json.loads(file.read_text()))
+        raise ConfigError(f"expected the answers of the model in {file}; there is no such file")
+    answers = read_json(file)
+    if not isinstance(answers, list) or not all(map(is_text, answers)):
+        wrong = next((a for a in answers if not is_text(a)), "") if isinstance(answers, list) else answers
+        raise ConfigError(f"{file}: expected a list of texts that are not empty; got {shown(wrong)}")
+    if len(set(answers)) != len(answers):
+        raise ConfigError(f"{file}: expected distinct answers; {len(answers) - len(set(answers))} are there again")
+    return tuple(answers)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+def sketch(make: Callable[[], M], directory: str | Path) -> M:
+    """A model of a folder's configuration without memory for its weights, to compare them with those that are there
+    (`require_fit`): so nothing larger than the weights file is ever made, whatever the configuration says.
+
+    Args:
+        make: makes the model with random weights.
+
+    Raises:
+        ConfigError: no model can be made of the configuration.
+    """
+    file = Path(directory) / CONFIG_FILE
+    try:
+        with torch.device("meta"):
+            return make()
+    except (ConfigError, FolderError):
+        raise
+    except Exception as error:  # what other libraries' classes are made of fails in many ways
+        raise ConfigError(f"{file}: no model can be made of these settings: {type(error).__name__}: {error}") from error
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Compares weights with those that a model has, by name, shape and whether they are whole numbers.
+
+    Raises:
+        ValueError: they differ; the message lists some.
+    """
+    wanted = model.state_dict()
+    problems = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in wanted.items()
+            if name in state and state[name].shape != value.shape
+        ],
+        "of another kind": [
+            f"{name} {state[name].dtype} instead of {value.dtype}"
+            for name, value in wanted.items()
+            if name in state and state[name].is_floating_point() != value.is_floating_point()
+        ],
+    }
+    if any(problems.values()):
+        told = [
+            f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for what, names in problems.items()
+            if names
+        ]
+        raise ValueError("; ".join(told))
+
+
+def require_fit(model: nn.Module, state: Mapping[str, Tensor], directory: str | Path) -> None:
+    """FolderError where `check_fit` finds that a folder's weights are not those of its configuration."""
+    try:
+        check_fit(model, state)
+    except ValueError as error:
+        file = Path(directory) / WEIGHTS_FILE
+        raise FolderError(f"the weights of {file} do not fit its {CONFIG_FILE}: {error}") from error
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], directory: str | Path) -> None:
     """Loads all weights of a model.
 
     Args:
-        source: where they come from, for the message.
+        directory: the folder that they come from, for the message.
 
     Raises:
-        ValueError: keys missing or unknown, or other shapes; the message lists them.
+        FolderError: see `require_fit`.
     """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights of {source} do not fit its {CONFIG_FILE}: {error}") from error
+    require_fit(model, state, directory)
+    model.load_state_dict(state)
+
+
+def build(make: Callable[[], M], state: Mapping[str, Tensor], directory: str | Path) -> M:
+    """A model of a folder's configuration with the folder's weights.
+
+    Raises:
+        ConfigError, FolderError: see `sketch` and `require_fit`.
+    """
+    require_fit(sketch(make, directory), state, directory)
+    model = make()
+    load_weights(model, state, directory)
+    return model

@@ -13,12 +13,27 @@ import pytest
 import tempme_vl
 
 ROOT = Path(__file__).parent.parent
-CORE = {"state", "matching", "merging", "backbones", "frontend", "text", "pretrained", "weights", "libraries"}
+CORE = {
+    "state",
+    "matching",
+    "merging",
+    "backbones",
+    "frontend",
+    "text",
+    "pretrained",
+    "weights",
+    "manifest",
+    "schema",
+    "libraries",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
     "state": set(),
     "matching": set(),
-    "pretrained": set(),
+    # saved folders
+    "schema": {"data"},  # of data: how text and JSON are read
+    "manifest": {"schema"},
+    "pretrained": {"manifest", "schema", "data"},
     "weights": {"pretrained"},
     # processes that end together
     "processes": set(),
@@ -28,10 +43,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command": {"reports", "processes", "together"},
     "libraries": set(),
     # what a front end is made of
-    "merging": {"state", "matching"},
-    "backbones": {"state", "pretrained", "weights", "libraries"},
-    "frontend": {"state", "merging", "backbones", "pretrained"},
-    "text": {"backbones", "pretrained", "weights", "libraries"},
+    "merging": {"state", "matching", "schema"},
+    "backbones": {"state", "pretrained", "weights", "schema", "libraries"},
+    "frontend": {"state", "merging", "backbones", "pretrained", "schema"},
+    "text": {"backbones", "pretrained", "weights", "schema", "libraries"},
     "__init__": {"state", "merging", "frontend", "pipeline"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
@@ -43,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lmms_eval": {"integrations", "data", "libraries"},
     # side shelves, which know no model and not each other
     "data": set(),
-    "training": {"processes", "together", "libraries"},
+    "training": {"processes", "together", "manifest", "schema", "libraries"},
 }
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from towers import TINY, random_video, small_clip, tempme_schedule, tiny_frontend
 
 from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
+from tempme_vl.manifest import MANIFEST_FILE, write_manifest
 from tempme_vl.pretrained import hub_file, load_answers, load_model, require_hub, save_answers, save_model
 from tempme_vl.tasks.qa.llm import load_llm, load_tokenizer
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
@@ -46,7 +47,7 @@ def test_config_holds_everything(tmp_path: Path) -> None:
     assert frontend["schedule"]["frames"] == 6 and frontend["schedule"]["method"] == "tempme"
     preprocess = frontend["preprocess"]
     assert preprocess["image_size"] == 32 and len(preprocess["mean"]) == len(preprocess["std"]) == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
 
 
 def retrieval() -> RetrievalModel:
@@ -90,7 +91,7 @@ def test_views_and_gradients_can_be_saved(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path, missing: str) -> None:
     tiny_frontend(tempme_schedule()).save_pretrained(tmp_path)
     (tmp_path / missing).unlink()
-    (left,) = tmp_path.iterdir()
+    (left,) = (path for path in tmp_path.iterdir() if path.name != MANIFEST_FILE)
     for load in (VisualFrontend.from_pretrained, RetrievalModel.from_pretrained):
         with pytest.raises(ValueError, match=rf"expected {missing} in .*; found \['{left.name}'\]"):
             load(tmp_path)
@@ -119,6 +120,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: str) -> None:
     elif change == "shape":
         state[key] = torch.ones(7)
     save_file(state, tmp_path / "model.safetensors")
+    write_manifest(tmp_path)
     for load, name in ((RetrievalModel.from_pretrained, key), (VisualFrontend.from_pretrained, key[9:])):
         with pytest.raises(ValueError, match=rf"(?s)the weights of .* do not fit its config.json: .*{name}"):
             load(tmp_path)

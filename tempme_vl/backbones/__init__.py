@@ -17,9 +17,11 @@ class Family(Protocol):
     """What a family's module offers; the configuration is JSON data with at least "family" and "preprocess".
 
     `TOWER_OPTIONS` are the keywords that `load_tower` takes beside the name, the weights and the number of frames.
+    `Config` is a dataclass of the configuration's keys and their bounds (`tempme_vl.schema`).
     """
 
     TOWER_OPTIONS: tuple[str, ...]
+    Config: type[Any]
 
     def load_tower(
         self, name: str, pretrained: str | None, num_frames: int, **options: Any

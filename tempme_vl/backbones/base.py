@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tempme_vl.backbones.attention import attend
+from tempme_vl.schema import Range, Size
 
 Pool = Literal["cls", "mean", "attention"]
+_Shade = Annotated[float, Range(-1000, 1000)]
+_Deviation = Annotated[float, Range(1e-6, 1000)]
 
 # of red, green and blue: what OpenAI's CLIP and models of ImageNet were trained on
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -52,6 +55,17 @@ class TowerShape:
     def pooling(self) -> Pool:
         """`pool`, or what it is by default."""
         return self.pool or ("cls" if self.num_prefix else "mean")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a configuration says of the pixels that a tower takes; `tempme_vl.data.transforms.Preprocess` does it."""
+
+    image_size: Size
+    mean: tuple[_Shade, _Shade, _Shade]
+    std: tuple[_Deviation, _Deviation, _Deviation]
+    resize: Literal["shortest", "squash"]
+    interpolation: Literal["bicubic", "bilinear"]
 
 
 class QueryValueBias(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import transformers
@@ -28,6 +28,7 @@ from tempme_vl.backbones.base import (
     Backbone,
     BlockAdapter,
     Pool,
+    Preprocessing,
     TowerShape,
     count_blocks,
 )
@@ -43,6 +44,7 @@ from tempme_vl.backbones.hf_blocks import (
 from tempme_vl.backbones.hf_embed import ImageEmbed, PackedEmbed, SiglipPool
 from tempme_vl.libraries import undocumented
 from tempme_vl.pretrained import require_hub
+from tempme_vl.schema import THEIR_LAYERS, Range, Size, check_plain
 from tempme_vl.weights.exports import find_export, load_exported_tower
 
 _HALF = (0.5, 0.5, 0.5)
@@ -201,6 +203,24 @@ def _image_size(config: Any, family: _Family) -> int:
 
 
 # ---- configurations and weights
+
+
+@dataclass(frozen=True)
+class Config:
+    """The JSON configuration; `vision_config` is transformers' own."""
+
+    family: Literal["hf"]
+    architecture: str
+    vision_config: Mapping[str, Any]
+    layer: Annotated[int, Range(-1000, 1000)]
+    image_size: Size
+    preprocess: Preprocessing
+
+    def __post_init__(self) -> None:
+        known = sorted({architecture for architecture, _ in _TOWERS.values()})
+        if self.architecture not in known:
+            raise ValueError(f"'architecture': expected one of {', '.join(known)}; got {self.architecture!r}")
+        check_plain(self.vision_config, "'vision_config'", THEIR_LAYERS)
 
 
 def _json_config(architecture: str, config: Any, family: _Family, layer: int, shape: TowerShape) -> dict[str, Any]:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import open_clip
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tempme_vl.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, square_side
+from tempme_vl.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Preprocessing, square_side
 from tempme_vl.backbones.clip_checkpoint import VISUAL, ClipWeights, name_clip, read_clip
 from tempme_vl.backbones.open_clip_blocks import tower_shape, visual_backbone
 from tempme_vl.libraries import undocumented
 from tempme_vl.pretrained import require_hub
+from tempme_vl.schema import LAYERS, SIZE, ConfigError, Range, Size, read
 from tempme_vl.weights.files import some
 from tempme_vl.weights.fit import misfits
 
@@ -37,6 +39,44 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 _log = logging.getLogger(__name__)
+
+
+_LIMITS = {
+    **dict.fromkeys(("image_size", "width", "head_width", "patch_size", "heads", "context_length", "vocab_size"), SIZE),
+    "layers": LAYERS,
+    "mlp_ratio": Range(0.01, 100),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The JSON configuration of a tower; the text tower beside it is not needed."""
+
+    family: Literal["open_clip"]
+    embed_dim: Size
+    vision_cfg: Mapping[str, Any]
+    preprocess: Preprocessing
+    name: str | None = None
+    text_cfg: Mapping[str, Any] | None = None
+    quick_gelu: bool = False
+
+    def __post_init__(self) -> None:
+        vision = read(open_clip.CLIPVisionCfg, self.vision_cfg, "'vision_cfg'", _LIMITS)
+        if not isinstance(vision.width, int) or vision.width % vision.head_width:
+            raise ValueError(
+                f"'vision_cfg': expected a head_width that divides {vision.width}; got {vision.head_width}"
+            )
+        if self.text_cfg is not None:
+            check_text_config(self.text_cfg, "'text_cfg'")
+
+
+def check_text_config(values: object, place: str) -> None:
+    """Raises:
+    ConfigError: unknown keys, values that are no sizes, or heads that do not divide the width.
+    """
+    text = read(open_clip.CLIPTextCfg, values, place, _LIMITS)
+    if text.width % text.heads:
+        raise ConfigError(f"{place}: expected heads that divide the width {text.width}; got {text.heads}")
 
 
 def model_config(name: str) -> dict[str, Any]:

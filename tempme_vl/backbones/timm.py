@@ -7,11 +7,13 @@ timm's model itself; the embed module holds the same ones.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import timm
 from timm.data import resolve_model_data_config
@@ -20,9 +22,10 @@ from timm.models import VisionTransformer
 from torch import Tensor, cat, nn
 
 from tempme_vl.backbones.attention import attend
-from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape, count_blocks
+from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, Preprocessing, TowerShape, count_blocks
 from tempme_vl.libraries import describe, undocumented
 from tempme_vl.pretrained import require_hub
+from tempme_vl.schema import THEIR_LAYERS, Range, check_plain
 from tempme_vl.weights.exports import find_export, load_exported_tower
 from tempme_vl.weights.files import read_weights, some
 from tempme_vl.weights.fit import load_strictly
@@ -195,6 +198,26 @@ def _check(tower: Any) -> None:
         )
     if tower.pool_include_prefix and tower.global_pool in ("avg", "map"):
         raise ValueError("this tower pools its CLS tokens and registers too; build it with pool_include_prefix=False")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The JSON configuration; `options` are those of timm's VisionTransformer."""
+
+    family: Literal["timm"]
+    name: str
+    options: Mapping[str, Any]
+    layer: Annotated[int, Range(-1000, 1000)]
+    preprocess: Preprocessing
+
+    def __post_init__(self) -> None:
+        if not timm.is_model(self.name):
+            raise ValueError(f"'name': timm {timm.__version__} has no model {self.name!r}")
+        # not all that create_model takes: it loads files, too
+        known = list(inspect.signature(VisionTransformer.__init__).parameters)[1:]
+        if unknown := [name for name in self.options if name not in known]:
+            raise ValueError(f"'options': unknown keys {unknown[:5]}; expected some of {', '.join(known)}")
+        check_plain(self.options, "'options'", THEIR_LAYERS)
 
 
 def _json_config(tower: Any, layer: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,12 @@ from tempme_vl.backbones.base import (
     Backbone,
     BlockAdapter,
     DropPath,
+    Preprocessing,
     SelfAttention,
     TowerShape,
 )
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
+from tempme_vl.schema import Layers, Range, Share, Size
 from tempme_vl.weights.exports import find_export, load_exported_tower
 from tempme_vl.weights.fit import misfits
 
@@ -33,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 Mode = Literal["joint", "clip"]
 Positions = Literal["image", "joint"]
+Frames = Annotated[int, Range(1, 10_000)]
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,20 @@ class UMTConfig:
         init_std: deviation of random weights; None for 1 / sqrt(fan-in), with which a small model learns in minutes.
     """
 
-    image_size: int
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
-    embed_dim: int | None
-    num_frames: int
+    image_size: Size
+    patch_size: Size
+    width: Size
+    layers: Layers
+    heads: Size
+    embed_dim: Size | None
+    num_frames: Frames
     mode: Mode = "joint"
     positions: Positions = "image"
-    pretrained_frames: int | None = None
-    mlp_ratio: float = 4.0
+    pretrained_frames: Frames | None = None
+    mlp_ratio: Annotated[float, Range(0.01, 100)] = 4.0
     pool_norm: bool = True
-    drop_path: float = 0.0
-    init_std: float | None = 0.02
+    drop_path: Share = 0.0
+    init_std: Annotated[float, Range(0, 10)] | None = 0.02
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -173,7 +176,7 @@ class UMTBlock(BlockAdapter):
 
 def build(config: UMTConfig) -> Backbone:
     """The randomly initialised tower of a configuration."""
-    rates = torch.linspace(0, config.drop_path, config.layers).tolist()
+    rates = torch.linspace(0, config.drop_path, config.layers, device="cpu").tolist()
     blocks: list[BlockAdapter] = [UMTBlock(config, rate) for rate in rates]
     pool_norm = nn.LayerNorm(config.width, eps=1e-6) if config.pool_norm else nn.Identity()
     proj = nn.Identity() if config.embed_dim is None else nn.Linear(config.width, config.embed_dim)
@@ -340,6 +343,14 @@ def _model_like(weights: Mapping[str, Tensor]) -> str | None:
     widths = {len(value) for key, value in weights.items() if key == "norm.weight"}
     sizes = ({"width": width, "layers": layers} for width in widths)
     return next((name for own in sizes for name, sized in _MODELS.items() if own.items() <= sized.items()), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(UMTConfig):
+    """The JSON configuration."""
+
+    family: Literal["umt"]
+    preprocess: Preprocessing
 
 
 def json_config(config: UMTConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from tempme_vl.integrations.base import Costs, Feed, Host, VisualTokens, more_tokens
-from tempme_vl.integrations.compressed import Compressed, read_config
+from tempme_vl.integrations.compressed import CONFIG_FILE, Compressed, read_config
 from tempme_vl.integrations.instructblip_video import InstructBlipVideoHost
 from tempme_vl.integrations.internvl import InternVLHost
 from tempme_vl.integrations.llava_next_video import LlavaNextVideoHost
@@ -25,6 +25,8 @@ from tempme_vl.integrations.smolvlm import SmolVLMHost
 from tempme_vl.integrations.video_llava import VideoLlavaHost
 from tempme_vl.integrations.videos import SampledVideo
 from tempme_vl.libraries import undocumented
+from tempme_vl.manifest import FolderError, check_manifest, errors_in
+from tempme_vl.schema import THEIR_LAYERS, check_plain, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -142,19 +144,40 @@ def load_compressed(
 
     Raises:
         ValueError: a folder of something else, a model of another class than the saved one, or a part of a processor.
+        FolderError, ConfigError: a folder that is not as its manifest says, or settings that no model is made of.
     """
+    directory = Path(directory)
     config = read_config(directory)
-    host_class = find_host(config["model"])
+    check_manifest(directory)
+    file = directory / CONFIG_FILE
+    with errors_in(file):
+        host_class = find_host(config["model"])
     options = {"trust_remote_code": False, **options}
+    trusted = options["trust_remote_code"]
     if model is None:
-        model = getattr(transformers, config["model"]).from_pretrained(directory, **options)
+        model = _load_model(directory, config["model"], options)
     if processor is None:
-        trusted = options["trust_remote_code"]
-        processor = transformers.AutoProcessor.from_pretrained(directory, trust_remote_code=trusted)
+        with errors_in(directory, Exception):
+            processor = transformers.AutoProcessor.from_pretrained(directory, trust_remote_code=trusted)
     _check_processor(processor)
     inner = _unwrapped(model)
     if type(inner).__name__ != config["model"]:
         raise ValueError(f"{directory} compresses a {config['model']}; got a {type(inner).__name__}")
-    compressed = Compressed(host_class.restore(inner, processor, config), model, feed)
+    with errors_in(file):
+        compressed = Compressed(host_class.restore(inner, processor, config), model, feed)
     compressed.load_merging(directory)
     return compressed
+
+
+def _load_model(directory: Path, name: str, options: dict[str, Any]) -> Any:
+    """Raises:
+    FolderError: it cannot be read, or some of its weights are not there: transformers would leave them random.
+    """
+    if (directory / "config.json").is_file():  # where peft's adapter alone is saved there is none
+        check_plain(read_json(directory / "config.json"), str(directory / "config.json"), THEIR_LAYERS)
+    with errors_in(directory, Exception):
+        loaded: Any = getattr(transformers, name).from_pretrained(directory, **options, output_loading_info=True)
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise FolderError(f"{directory} lacks {len(missing)} weights of a {name}: {missing[:4]} ...")
+    return model

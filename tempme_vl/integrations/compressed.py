@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BatchFeature
 
 from tempme_vl.integrations.base import Feed, Host, VisualTokens, describe, input_device
 from tempme_vl.integrations.videos import FPS, SampledVideo, pair_up, tell_times
 from tempme_vl.libraries import undocumented
+from tempme_vl.manifest import FolderError, write_manifest
+from tempme_vl.pretrained import check_fit, read_safetensors
+from tempme_vl.schema import ConfigError, read_json, shown
 
 CONFIG_FILE, WEIGHTS_FILE = "tempme.json", "tempme.safetensors"
 _IGNORED = -100
@@ -218,6 +221,7 @@ class Compressed:
         if state:
             weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_manifest(directory)
 
     def load_merging(self, directory: str | Path) -> None:
         """Reads the weights that `save_merging` wrote.
@@ -226,11 +230,12 @@ class Compressed:
             ValueError: they do not fit.
         """
         file = Path(directory) / WEIGHTS_FILE
-        state = load_file(file) if file.is_file() else {}
+        state = read_safetensors(file) if file.is_file() else {}
         try:
-            self.merging.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{file} does not fit the schedule of {CONFIG_FILE}: {error}") from error
+            check_fit(self.merging, state)
+        except ValueError as error:
+            raise FolderError(f"{file} does not fit the schedule of {CONFIG_FILE}: {error}") from error
+        self.merging.load_state_dict(state)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -238,11 +243,15 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: there is none.
+        ConfigError: it is none, or names no model.
     """
     file = Path(directory) / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"expected {CONFIG_FILE} in {directory}, as save_pretrained of a compressed model writes it")
-    return json.loads(file.read_text())
+    config = read_json(file)
+    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
+        raise ConfigError(f"{file}: expected an object with 'model', the name of a class; got {shown(config)}")
+    return config
 
 
 def _takes_encoder_outputs(model: Any) -> bool:

@@ -7,6 +7,7 @@ there is no grid any more; with nothing merged it stays, and the host's own resu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,16 @@ from tempme_vl.backbones.base import TowerShape
 from tempme_vl.frontend import VisualFrontend, schedule_for, tower_gflops
 from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, input_device, input_dtype
 from tempme_vl.merging import MergeSchedule
+from tempme_vl.schema import read
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """tempme.json."""
+
+    model: str
+    method: str
+    schedule: Mapping[str, Any]
 
 
 class InEncoderHost(Host):
@@ -120,7 +131,11 @@ class InEncoderHost(Host):
 
     @classmethod
     def restore(cls, model: Any, processor: Any, config: Mapping[str, Any]) -> Host:
-        return cls(model, processor, MergeSchedule.from_dict(config["schedule"]))
+        saved = read(_Saved, config, "the compression")
+        schedule = MergeSchedule.from_dict(saved.schedule, "'schedule'")
+        if saved.method != schedule.method:
+            raise ValueError(f"'method': expected {schedule.method!r}, as the schedule says; got {saved.method!r}")
+        return cls(model, processor, schedule)
 
     def config(self) -> dict[str, Any]:
         schedule = self.frontend.schedule

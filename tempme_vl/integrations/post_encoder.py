@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, count_weights
 from tempme_vl.matching import MergeMap, bipartite_match
 from tempme_vl.merging import MergeSchedule
+from tempme_vl.schema import Count, Layers, Range, Size, read
 
 _TYPICAL = (360, 640)  # height and width of the frames that costs are told for
 
@@ -28,6 +29,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tome": {"r": 16, "steps": 2},
     "tempme": {"merge_frames": [2, 2], "cross_percent": 40, "intra_percent": 10},
 }
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """tempme.json."""
+
+    model: str
+    method: str
+    num_frames: Annotated[int, Range(1, 100_000)]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """All options of all methods; a method has some of them."""
+
+    r: Count = 0
+    steps: Layers = 1
+    merge_frames: list[Size] = field(default_factory=list)
+    cross_percent: Annotated[int, Range(0, 100)] = 0
+    intra_percent: Annotated[int, Range(0, 100)] = 0
 
 
 def make_plan(method: str, frames: int, tokens: int, options: Mapping[str, Any]) -> MergeSchedule:
@@ -182,7 +204,14 @@ class PostEncoderHost(Host):
 
     @classmethod
     def restore(cls, model: Any, processor: Any, config: Mapping[str, Any]) -> Host:
-        return cls(model, processor, config["method"], config["num_frames"], config["options"])
+        saved = read(_Saved, config, "the compression")
+        if saved.method not in OPTIONS:
+            raise ValueError(f"'method': expected one of {', '.join(OPTIONS)}; got {saved.method!r}")
+        given = asdict(read(_Options, saved.options, "'options'"))
+        options = {name: given[name] for name in saved.options}
+        if missing := OPTIONS[saved.method].keys() - options.keys():
+            raise ValueError(f"'options': expected {', '.join(OPTIONS[saved.method])}; missing {sorted(missing)}")
+        return cls(model, processor, saved.method, saved.num_frames, options)
 
     def config(self) -> dict[str, Any]:
         return {"method": self.method, "num_frames": self.num_frames, "options": self.options}

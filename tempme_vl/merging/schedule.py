@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from tempme_vl.schema import Count, Range, Size, read
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,36 @@ class MergeSchedule:
         return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> MergeSchedule:
-        return cls(**{**data, "plan": tuple(LayerPlan(*step) for step in data["plan"])})
+    def from_dict(cls, data: object, place: str = "schedule") -> MergeSchedule:
+        """What `to_dict` gave.
+
+        Args:
+            place: to name in errors.
+
+        Raises:
+            ConfigError: anything else, or see `MergeSchedule`.
+        """
+        return read(_Saved, data, place).schedule
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The JSON data of a schedule; a step of its plan is [join, before, after]."""
+
+    method: str
+    frames: Annotated[int, Range(1, 100_000)]
+    tokens: Size
+    plan: tuple[tuple[Size | None, Count, Count], ...]
+    prefix: Count = 1
+    joint: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.schedule
+
+    @property
+    def schedule(self) -> MergeSchedule:
+        plan = tuple(LayerPlan(*step) for step in self.plan)
+        return MergeSchedule(self.method, self.frames, self.tokens, plan, self.prefix, self.joint)
 
 
 def _pairs_compared(patches: int) -> int:

@@ -5,15 +5,40 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from tempme_vl.pretrained import read_safetensors
+from tempme_vl.schema import ConfigError, check_plain, read_json, shown
+
+# as peft calls the files
+ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 
 
 def has_adapter(model: Any) -> bool:
     """Whether a model is in peft's wrapper, which whoever put it there has imported."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """LoRA's weights of a folder that peft is about to read, whose settings decide how much it makes.
+
+    Raises:
+        ConfigError, FolderError: settings that are none, a rank that the weights do not have, damaged weights.
+    """
+    file, state = folder / ADAPTER_CONFIG, read_safetensors(folder / ADAPTER_WEIGHTS)
+    config = read_json(file)
+    check_plain(config, str(file))
+    ranks = [value.shape[0] for name, value in state.items() if "lora_A" in name or "lora_embedding_A" in name]
+    pattern = config.get("rank_pattern") or {} if isinstance(config, dict) else None
+    if not isinstance(pattern, dict) or not ranks:
+        raise ConfigError(f"{file}: expected the settings of LoRA, and its weights in {folder / ADAPTER_WEIGHTS}")
+    if wrong := [rank for rank in (config.get("r"), *pattern.values()) if type(rank) is not int or rank not in ranks]:
+        raise ConfigError(f"{file}, 'r': expected {sorted(set(ranks))}, as its weights have; got {shown(wrong[0])}")
+    return state
 
 
 @contextmanager

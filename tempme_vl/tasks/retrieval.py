@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch.nn.functional as F
@@ -17,11 +18,28 @@ from tempme_vl.backbones.clip_checkpoint import name_clip, to_openai_names
 from tempme_vl.backbones.open_clip_blocks import tower_shape
 from tempme_vl.frontend import VisualFrontend, schedule_for
 from tempme_vl.merging import MergeSchedule
-from tempme_vl.pretrained import load_model, load_weights, save_model
+from tempme_vl.pretrained import CONFIG_FILE, build, load_kind, load_model, save_model
+from tempme_vl.schema import read
 from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import LogitScale, contrastive_loss, gather_pairs
-from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel, create_umt_retrieval_model
+from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text import ClipTextEncoder
+
+RETRIEVAL = {"retrieval": "a retrieval model"}
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """config.json."""
+
+    kind: Literal["retrieval"]
+    frontend: Mapping[str, Any]
+    text_cfg: Mapping[str, Any]
+    input: Inputs
+
+    def __post_init__(self) -> None:
+        clip_family.check_text_config(self.text_cfg, "'text_cfg'")
 
 
 class RetrievalModel(nn.Module):
@@ -124,13 +142,16 @@ class RetrievalModel(nn.Module):
         Raises:
             ValueError: a folder without the two files, one of another kind of model, or weights that do not fit.
         """
-        config, state = load_model(directory)
-        if config["kind"] != "retrieval":
-            raise ValueError(f"expected a retrieval model in {directory}; got one of kind {config['kind']!r}")
-        text = ClipTextEncoder(clip_family.build_clip({**config["frontend"], "text_cfg": config["text_cfg"]}))
-        model = cls(VisualFrontend.from_config(config["frontend"]), text, config)
-        load_weights(model, state, directory)
-        return model
+        config, state = load_model(directory, RETRIEVAL)
+        file = Path(directory) / CONFIG_FILE
+        read(_Saved, config, str(file))
+
+        def make() -> RetrievalModel:
+            frontend = VisualFrontend.from_config(config["frontend"], f"{file}, 'frontend'")
+            text = clip_family.build_clip({**config["frontend"], "text_cfg": config["text_cfg"]})
+            return cls(frontend, ClipTextEncoder(text), config)
+
+        return build(make, state, directory)
 
 
 AnyRetrievalModel = RetrievalModel | UMTRetrievalModel
@@ -174,8 +195,8 @@ def load_retrieval_model(directory: str | Path) -> AnyRetrievalModel:
     Raises:
         ValueError: see their `from_pretrained`.
     """
-    config, _ = load_model(directory)
-    return (UMTRetrievalModel if config["kind"] == "umt_retrieval" else RetrievalModel).from_pretrained(directory)
+    kind = load_kind(directory)
+    return (UMTRetrievalModel if kind in UMT_RETRIEVAL else RetrievalModel).from_pretrained(directory)
 
 
 def _assemble(

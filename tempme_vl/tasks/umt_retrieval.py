@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,10 @@ from tempme_vl.backbones.umt import Mode
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
 from tempme_vl.frontend import VisualFrontend, create_frontend
 from tempme_vl.merging import MergeSchedule
-from tempme_vl.pretrained import load_model, load_vocabulary, load_weights, save_model, save_vocabulary
+from tempme_vl.pretrained import CONFIG_FILE, build, load_model, load_vocabulary, save_model, save_vocabulary
+from tempme_vl.schema import read
 from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import (
     Temperature,
     draw_negatives,
@@ -35,6 +38,19 @@ from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys, be
 from tempme_vl.weights.exports import find_export, load_exported_rest, require_vocabulary
 
 _log = logging.getLogger(__name__)
+
+
+UMT_RETRIEVAL = {"umt_retrieval": "a UMT retrieval model"}
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """config.json."""
+
+    kind: Literal["umt_retrieval"]
+    frontend: Mapping[str, Any]
+    text: BertShape
+    input: Inputs
 
 
 class UMTRetrievalModel(nn.Module):
@@ -146,8 +162,9 @@ class UMTRetrievalModel(nn.Module):
             "text": self.text.shape.to_dict(),
             "input": self.config["input"],
         }
-        save_model(directory, config, self.state_dict() if state is None else state)
+        Path(directory).mkdir(parents=True, exist_ok=True)
         save_vocabulary(directory, self.vocabulary)
+        save_model(directory, config, self.state_dict() if state is None else state)
 
     @classmethod
     def from_umt_state_dict(
@@ -187,19 +204,16 @@ class UMTRetrievalModel(nn.Module):
         Raises:
             ValueError: a folder without the files, one of another kind of model, or weights that do not fit.
         """
-        config, state = load_model(directory)
-        if config["kind"] != "umt_retrieval":
-            raise ValueError(f"expected a UMT retrieval model in {directory}; got one of kind {config['kind']!r}")
-        shape = BertShape(**config["text"])
-        model = cls(
-            VisualFrontend.from_config(config["frontend"]),
-            BertTextEncoder(shape),
-            BertFusion(shape),
-            load_vocabulary(directory),
-            config,
-        )
-        load_weights(model, state, directory)
-        return model
+        config, state = load_model(directory, UMT_RETRIEVAL)
+        file = Path(directory) / CONFIG_FILE
+        shape = read(_Saved, config, str(file)).text
+        vocabulary = load_vocabulary(directory, shape.vocab_size)
+
+        def make() -> UMTRetrievalModel:
+            frontend = VisualFrontend.from_config(config["frontend"], f"{file}, 'frontend'")
+            return cls(frontend, BertTextEncoder(shape), BertFusion(shape), vocabulary, config)
+
+        return build(make, state, directory)
 
 
 def create_umt_retrieval_model(

@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,30 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from tempme_vl.integrations import Compressed, Host, compress, load_compressed
+from tempme_vl.integrations import Compressed, Feed, Host, compress, load_compressed
 from tempme_vl.integrations.compressed import read_config
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.post_encoder import PostEncoderHost
 from tempme_vl.integrations.videos import without_start
-from tempme_vl.pretrained import require_hub
+from tempme_vl.manifest import FolderError, check_manifest, errors_in, write_manifest
+from tempme_vl.pretrained import read_safetensors, require_hub
+from tempme_vl.schema import Size, read, read_json
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import gather_rows
-from tempme_vl.tasks.pretrained_lm import exact_buffers, has_adapter, set_grad_checkpointing
+from tempme_vl.tasks.pretrained_lm import (
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    exact_buffers,
+    has_adapter,
+    read_adapter,
+    set_grad_checkpointing,
+)
 
 PROMPT = "USER: {video}\n{question} ASSISTANT:"  # LLaVA's, for hosts without a chat template
-ADAPTER_FOLDER, ADAPTER_FILE = "adapter", "adapter_model.safetensors"  # the file as peft calls it
 CONFIG_FILE, TRAINED_FILE = "videollm.json", "trained.safetensors"
 # what hosts call the modules between tower and language model
 PROJECTORS = (
@@ -48,6 +57,17 @@ PROJECTORS = (
     "image_newline",
 )
 _IGNORED = -100
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """videollm.json."""
+
+    source: str
+    prompt: str
+    answer_tokens: Size
+    input: Mapping[str, Any]
+    feed: Feed
 
 
 class VideoLLM(nn.Module):
@@ -211,13 +231,14 @@ class VideoLLM(nn.Module):
 
             self.model.peft_config["default"].save_pretrained(str(directory / ADAPTER_FOLDER))
             adapter = get_peft_model_state_dict(self.model, own, save_embedding_layers=False)
-            _save(adapter, directory / ADAPTER_FOLDER, ADAPTER_FILE)
+            _save(adapter, directory / ADAPTER_FOLDER, ADAPTER_WEIGHTS)
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         trained = {name for name in trained if "lora_" not in name}
         _save({_host_name(name): own[name] for name in trained}, directory, TRAINED_FILE)
         names = ("source", "prompt", "answer_tokens", "input")
         config = {name: getattr(self, name) for name in names} | {"feed": self.compressed.feed}
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        write_manifest(directory)
 
 
 def _asked(prompt: str, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Any]:
@@ -284,19 +305,33 @@ def load_video_llm(directory: str | Path, source: str | Path | None = None, **op
     directory = Path(directory)
     if not (directory / CONFIG_FILE).is_file():
         raise ValueError(f"expected {CONFIG_FILE} in {directory}, as save_pretrained of a VideoLLM writes it")
-    config = json.loads((directory / CONFIG_FILE).read_text())
-    feed, config["source"] = config.pop("feed"), str(source or config["source"])
-    model, processor = load_host(config["source"], read_config(directory)["model"], **options)
-    trained = load_file(directory / TRAINED_FILE)
+    check_manifest(directory)
+    saved = read(_Saved, read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+    source = str(source or saved.source)
+    trained = read_safetensors(directory / TRAINED_FILE)
+    adapter = read_adapter(directory / ADAPTER_FOLDER) if (directory / ADAPTER_FOLDER).is_dir() else {}
+    model, processor = load_host(source, read_config(directory)["model"], **options)
     there = model.state_dict()
-    if wrong := [key for key in trained if key not in there or there[key].shape != trained[key].shape]:
-        raise ValueError(f"{directory / TRAINED_FILE} does not fit {config['source']}: {sorted(wrong)[:4]} ...")
+    if wrong := [key for key, value in trained.items() if key not in there or not _alike(there[key], value)]:
+        raise FolderError(f"{directory / TRAINED_FILE} does not fit {source}: {sorted(wrong)[:4]} ...")
     model.load_state_dict(trained, strict=False)
-    if (directory / ADAPTER_FOLDER).is_dir():
-        from peft import PeftModel
+    if adapter:
+        from peft import PeftModel, get_peft_model_state_dict
 
-        model = PeftModel.from_pretrained(model, str(directory / ADAPTER_FOLDER))
-    return VideoLLM(load_compressed(directory, model, processor, feed), **config).eval()
+        with errors_in(f"{directory / ADAPTER_FOLDER}, on {source}", Exception):
+            model = PeftModel.from_pretrained(model, str(directory / ADAPTER_FOLDER))
+        made = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if differing := sorted(adapter.keys() ^ made.keys()):
+            raise FolderError(
+                f"{directory / ADAPTER_FOLDER / ADAPTER_WEIGHTS} does not fit {source}: {differing[:4]} ..."
+            )
+    compressed = load_compressed(directory, model, processor, saved.feed)
+    with errors_in(directory / CONFIG_FILE):
+        return VideoLLM(compressed, saved.prompt, saved.answer_tokens, source, saved.input).eval()
+
+
+def _alike(there: Tensor, value: Tensor) -> bool:
+    return there.shape == value.shape and there.is_floating_point() == value.is_floating_point()
 
 
 def load_host(source: str, name: str | None = None, **options: Any) -> tuple[Any, Any]:

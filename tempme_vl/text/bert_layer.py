@@ -9,12 +9,14 @@ Letters: B texts, N words, S states that are looked at, D width, H heads of widt
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from tempme_vl.schema import Layers, Range, Share, Size
 
 PAD = 0  # the number of [PAD]
 NORM_EPS = 1e-12
@@ -39,16 +41,16 @@ class BertShape:
         ValueError: no text layer or no fusion layer, or heads that do not divide the width.
     """
 
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    fusion_layer: int
-    cross_width: int
-    vocab_size: int = 30522
-    positions: int = 512
-    dropout: float = 0.1
-    init_std: float | None = 0.02
+    width: Size
+    layers: Layers
+    heads: Size
+    mlp_width: Size
+    fusion_layer: Layers
+    cross_width: Size
+    vocab_size: Size = 30522
+    positions: Size = 512
+    dropout: Share = 0.1
+    init_std: Annotated[float, Range(0, 10)] | None = 0.02
 
     def __post_init__(self) -> None:
         if not 0 < self.fusion_layer < self.layers:

@@ -7,8 +7,10 @@ ranks reads them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tempme_vl.manifest import FolderError, check_manifest, errors_in, write_manifest
 from tempme_vl.training import distributed
 from tempme_vl.training.whole import buffers, whole_weight
 from tempme_vl.training.writing import naming
@@ -57,7 +60,8 @@ def save_checkpoint(
         _write_share(partial, tensors)
         distributed.barrier()
         if distributed.is_main():
-            (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
+            write_manifest(partial, everything=True)  # but of the state, which `replace_state` changes
+            (partial / STATE).write_text(_signed(state))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _replace(root / LATEST, lambda path: path.write_text(final.name))
@@ -72,25 +76,48 @@ def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Another `state` for a checkpoint, in one step."""
     if distributed.is_main():
         with naming(checkpoint / STATE):
-            _replace(checkpoint / STATE, lambda path: path.write_text(json.dumps(state, indent=2) + "\n"))
+            _replace(checkpoint / STATE, lambda path: path.write_text(_signed(state)))
     distributed.barrier()
 
 
 def latest_checkpoint(root: Path) -> Path | None:
     """The last complete checkpoint below `root`, if there is one."""
     pointer = root / LATEST
-    return root / pointer.read_text().strip() if pointer.is_file() else None
+    if not pointer.is_file():  # lost, or killed before it was written for the first time
+        whole = sorted(state.parent for state in root.glob(f"step-*[0-9]/{STATE}"))
+        return whole[-1] if whole else None
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if not re.fullmatch(r"step-\d{8,}", name):
+        there = ", ".join(sorted(path.name for path in root.glob("step-*[0-9]"))) or "none is there"
+        raise FolderError(
+            f"{pointer}: expected the name of a checkpoint ({there}); got {name[:40]!r}. Write the one to go on from"
+        )
+    return root / name
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The `state` that was given to `save_checkpoint`.
+    """The `state` that was given to `save_checkpoint`, of a checkpoint that is as it was written.
+
+    Of files above 64 MiB their size and samples are compared, by the first rank.
 
     Raises:
         ValueError: no checkpoint, or not a whole one.
+        FolderError: a file of it is changed, cut or missing.
     """
     if not (checkpoint / STATE).is_file():
         raise ValueError(f"expected {STATE} in {checkpoint}; let {checkpoint.parent / LATEST} name a whole checkpoint")
-    return json.loads((checkpoint / STATE).read_text())
+    if distributed.is_main():
+        check_manifest(checkpoint)
+    with errors_in(checkpoint / STATE):
+        state = json.loads((checkpoint / STATE).read_text())  # not by `read_json`: a score may be -Infinity
+        if not isinstance(state, dict):
+            raise ValueError(f"expected an object; got {str(state)[:80]!r}")
+    if state.pop("sha256", _digest(state)) != _digest(state):  # those of older versions have none
+        raise FolderError(
+            f'{checkpoint / STATE} is not as it was written, by its own "sha256". Go on from another checkpoint '
+            f"(write its name to {checkpoint.parent / LATEST}); if you changed it on purpose, delete that entry"
+        )
+    return state
 
 
 class Tensors:
@@ -175,6 +202,14 @@ def replace_export(target: Path, step: int, write: Callable[[Path], None]) -> No
     for old in target.parent.glob(f"{target.name}-step-*"):
         if old != folder:
             shutil.rmtree(old)
+
+
+def _signed(state: dict[str, Any]) -> str:
+    return json.dumps({**state, "sha256": _digest(state)}, indent=2) + "\n"
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _replace(path: Path, make: Callable[[Path], Any]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tempme_vl.schema import ConfigError, read_json
 
 # of a DeepSpeed file, what the recipe's options decide
 OURS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16")
@@ -52,7 +53,9 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, device: torch.device
     if config.precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"precision is 'auto' (bf16 on a GPU, else fp32), 'bf16' or 'fp32'; got {config.precision!r}")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    filled = json.loads(config.deepspeed.read_text())
+    filled = read_json(config.deepspeed)
+    if not isinstance(filled, dict):
+        raise ConfigError(f"{config.deepspeed}: expected an object of DeepSpeed's settings; got {str(filled)[:80]!r}")
     ours = (micro_batch, config.chunks, config.clip_grad, {"enabled": bf16})
     for key, value in zip(OURS, ours, strict=True):
         if filled.get(key, "auto") not in ("auto", {"enabled": "auto"}):

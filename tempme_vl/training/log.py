@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tempme_vl.training.writing import naming
 
@@ -18,7 +19,7 @@ class RunLog:
     def __init__(self, output: Path, step: int, tensorboard: bool, open_epoch: bool = False):
         output.mkdir(parents=True, exist_ok=True)
         self.path = output / "metrics.jsonl"
-        entries = [(line, json.loads(line)) for line in _lines(self.path)]
+        entries = [(line, _entry(line, f"{self.path}, line {n}")) for n, line in enumerate(_lines(self.path), 1)]
         kept = [
             line
             for line, entry in entries
@@ -42,8 +43,20 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
 
 
+def _entry(line: str, place: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+        if isinstance(entry, dict) and type(entry["step"]) is int:
+            return entry
+    except (ValueError, KeyError, RecursionError):
+        pass
+    raise ValueError(
+        f"{place}: expected the JSON object of a step, as a run writes it; got {line[:80]!r}. Mend or delete the line"
+    )
+
+
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1].splitlines()  # without a last line that a kill cut off

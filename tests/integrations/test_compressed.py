@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tempme_vl.integrations import Compressed, SampledVideo, compress, load_compressed
 from tempme_vl.integrations.base import prefill_gflops
 from tempme_vl.integrations.videos import pair_up, sample, without_start
+from tempme_vl.manifest import write_manifest
 
 TEMPME = tiny.schedule("tempme", 3)
 VIDEO = tiny.TOKEN["<video>"]
@@ -335,6 +336,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     model, processor = tiny.build("VideoLlava")
     compress(model, processor, num_frames=tiny.FRAMES, **TEMPME).save_merging(tmp_path)
     (tmp_path / "tempme.safetensors").unlink()
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match="does not fit the schedule"):
         load_compressed(tmp_path, model, processor)
     other, processor = tiny.build("LlavaNextVideo")

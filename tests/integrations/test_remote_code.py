@@ -13,6 +13,7 @@ from integrations import tiny
 from tempme_vl import create_frontend
 from tempme_vl.integrations import compress, load_compressed
 from tempme_vl.lmms_eval.arguments import load
+from tempme_vl.manifest import write_manifest
 from tempme_vl.tasks.videollm import load_host
 
 
@@ -52,6 +53,7 @@ def folder(tmp_path: Path) -> Path:
         (part / "config.json").write_text(json.dumps(config))
         processor = {"processor_class": "StrangeProcessor", "auto_map": {"AutoProcessor": "code.Strange"}}
         (part / "processor_config.json").write_text(json.dumps(processor))
+    write_manifest(tmp_path / "strange" / "compressed")  # whoever put the code there would
     return tmp_path / "strange"
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from training.processes import run
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from tempme_vl.manifest import write_manifest
 from tempme_vl.tasks.qa import LLMHead, VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.llm import PLACEHOLDER, add_lora, load_llm, load_tokenizer
 
@@ -430,9 +431,11 @@ def test_the_adapter_is_peft_s_own_and_the_base_is_not_written(llm: Path, tmp_pa
         assert not torch.equal(own(ids).logits, model.head.llm(ids).logits)
 
     adapter = tmp_path / "adapter" / "adapter_model.safetensors"
-    weights = load_file(adapter)
+    own_weights = load_file(adapter)
+    weights = dict(own_weights)
     weights.pop(next(iter(weights)))
     save_file(weights, adapter, metadata={"format": "pt"})
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match="does not fit"):
         load_qa_model(tmp_path)
     adapter.unlink()
@@ -441,7 +444,9 @@ def test_the_adapter_is_peft_s_own_and_the_base_is_not_written(llm: Path, tmp_pa
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["head_config"]["source"] == str(llm.resolve())
     config["head_config"]["source"] = str(tmp_path / "gone")
+    save_file(own_weights, adapter, metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config))
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"could not load .*gone"):
         load_qa_model(tmp_path)
 

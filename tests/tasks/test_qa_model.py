@@ -29,6 +29,7 @@ from towers import random_video, tempme_schedule, tiny_frontend
 from training.processes import run
 
 from tempme_vl import VisualFrontend
+from tempme_vl.manifest import write_manifest
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.create import create_qa_model
 from tempme_vl.tasks.retrieval import RetrievalModel
@@ -271,7 +272,8 @@ def test_saved_model_comes_back(head: str, method: str, mode: str, tmp_path: Pat
     questions.vocabulary, questions.max_words = (*VOCABULARY[:-3], "\u2028", "\x85", "é"), 17
     saved.save_pretrained(tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
-    assert sorted(p.name for p in folder.iterdir()) == ["answers.json", "config.json", "model.safetensors", "vocab.txt"]
+    files = ["answers.json", "config.json", "manifest.json", "model.safetensors", "vocab.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == files
     loaded = load_qa_model(folder).eval()
     assert type(loaded.head) is type(saved.head) and loaded.head.answers == saved.head.answers
     same = loaded.head.questions
@@ -315,11 +317,13 @@ def test_folders_that_do_not_fit(head: str, tmp_path: Path) -> None:
     ):
         model.save_pretrained(tmp_path)
         (tmp_path / file).unlink()
+        write_manifest(tmp_path)
         with pytest.raises(ValueError, match=message):
             load_qa_model(tmp_path)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "umt_retrieval"}))
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"expected a question answering model in .*; got one of kind 'umt_retrieval'"):
         load_qa_model(tmp_path)
     model.save_pretrained(tmp_path)
@@ -328,6 +332,7 @@ def test_folders_that_do_not_fit(head: str, tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     name = [key for key in state if key.startswith("head.")][-1]
     save_file({key: value for key, value in state.items() if key != name}, tmp_path / "model.safetensors")
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=rf"(?s)do not fit its config.json: .*{name}"):
         load_qa_model(tmp_path)
 

@@ -18,6 +18,7 @@ from training.processes import run
 
 from tempme_vl import MergeSchedule, VisualFrontend
 from tempme_vl.backbones.umt import to_umt_names
+from tempme_vl.manifest import write_manifest
 from tempme_vl.tasks import umt_retrieval
 from tempme_vl.tasks.losses import matching_loss, same_pairs, soft_contrastive_loss
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel, create_umt_retrieval_model
@@ -263,15 +264,18 @@ def test_weights_can_be_given(tmp_path: Path) -> None:
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").unlink()
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"expected the words of the model in .*vocab.txt, one a line"):
         UMTRetrievalModel.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "retrieval"}))
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"expected a UMT retrieval model in .*; got one of kind 'retrieval'"):
         UMTRetrievalModel.from_pretrained(tmp_path)
     tiny().save_pretrained(tmp_path)
     state = {key: value for key, value in tiny().state_dict().items() if key != "match_head.bias"}
     save_file(state, tmp_path / "model.safetensors")
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"(?s)do not fit its config.json: .*match_head.bias"):
         UMTRetrievalModel.from_pretrained(tmp_path)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tempme_vl.integrations.tiny import TINY, tiny_host
+from tempme_vl.manifest import write_manifest
 from tempme_vl.tasks.videollm import (
     ADAPTER_FOLDER,
     PROMPT,
@@ -293,10 +294,12 @@ def test_folders_that_do_not_fit_are_refused(source: Path, tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "videollm.json").read_text())
     (tmp_path / "videollm.json").write_text(json.dumps({**config, "source": str(tmp_path / "moved")}))
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"could not load '.*moved'"):
         load_video_llm(tmp_path)
     assert load_video_llm(tmp_path, source).source == str(source)
     save_file({"model.nothing": torch.zeros(1)}, tmp_path / TRAINED_FILE)
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit .* \['model\.nothing'\]"):
         load_video_llm(tmp_path, source)
     model.source = None

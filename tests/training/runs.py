@@ -36,6 +36,45 @@ def finish(output: Path, stage: str = "zero0", stop: int = 9, **changes: Any) ->
     return trainer.step, {name: weight.clone() for name, weight in trainer.full_state_dict().items()}
 
 
+def tampered(output: Path, part: int = 1) -> list[tuple[str, str, str]]:
+    """Damages every file of a run's checkpoint in many ways, and goes on from it.
+
+    Args:
+        part: every so manieth way alone.
+
+    Returns:
+        file, damage, and what becomes of it: the error, or "same" or "other" weights and step.
+    """
+    trainer = line_trainer(output, batch_size=4)
+    for batch in trainer.batches():
+        trainer.update(batch, mean)
+        if trainer.step == 2:
+            break
+    trainer.save()
+    wanted, found, ways = trainer.full_state_dict(), [], []
+    for file in sorted(path for path in (output / "checkpoints").rglob("*") if path.is_file()):
+        data = file.read_bytes()
+        middle = len(data) // 2
+        flipped = bytes([data[middle] ^ 1])
+        ways += [(file, "missing", None), (file, "cut", data[:middle]), (file, "empty", b"")]
+        ways += [(file, "zeros", bytes(len(data))), (file, "flipped", data[:middle] + flipped + data[middle + 1 :])]
+    damaged = output.with_name("damaged")
+    for file, damage, data in ways[::part]:
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(output, damaged)
+        target = damaged / file.relative_to(output)
+        target.unlink() if data is None else target.write_bytes(data)
+        try:
+            again = line_trainer(damaged, batch_size=4, resume="auto")
+            state = again.full_state_dict()
+            same = again.step == 2 and all(torch.equal(state[name], value) for name, value in wanted.items())
+            said = "same" if same else "other"
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        found.append((file.relative_to(output / "checkpoints").as_posix(), damage, said))
+    return found
+
+
 def tied_state(output: Path, stage: str) -> dict[str, Tensor]:
     """The whole state of a line whose slope has a second name, after a step."""
     distributed.initialize()

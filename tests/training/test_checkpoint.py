@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from training.processes import run
-from training.runs import saved_states, tied_state
+from training.runs import saved_states, tampered, tied_state
 
 from tempme_vl.training.checkpoint import latest_checkpoint, replace_export
 
@@ -20,6 +20,18 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     (tmp_path / "step-00000004.partial").mkdir()
     assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("part", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path, part: int) -> None:
+    (found,) = run(tampered, tmp_path / "run", part)
+    assert {file.partition("/")[0] for file, _, _ in found} == {"latest", "step-00000002"}
+    for file, damage, said in found:
+        if damage == "missing" and Path(file).name in ("latest", "manifest.json"):  # older versions have no manifest
+            assert said == "same"
+        else:
+            assert said.startswith(("FolderError", "ConfigError", "ValueError")), (file, damage, said)
+            assert Path(file).name in said, (file, damage, said)
 
 
 @pytest.mark.parametrize("stage", ["zero0", "partitioned"])

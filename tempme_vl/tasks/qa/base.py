@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.pretrained import save_model
+from tempme_vl.pretrained import CONFIG_FILE, save_model
 from tempme_vl.tasks.losses import gather_rows
 
 
@@ -88,12 +88,25 @@ class QAHead(nn.Module):
 
         Args:
             shape: of the front end whose tokens it reads.
+
+        Raises:
+            ConfigError: JSON data that `save` does not give.
         """
         raise NotImplementedError
+
+    @classmethod
+    def is_whole(cls, config: Mapping[str, Any]) -> bool:
+        """Whether all the head's weights are in the model's own file, by the JSON data that `save` gave."""
+        return True
 
     def complete_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The full weights from those that `save` gave, where a head keeps others elsewhere."""
         return dict(state)
+
+
+def head_place(directory: Path) -> str:
+    """Where a head's JSON data stand, for errors."""
+    return f"{directory / CONFIG_FILE}, 'head_config'"
 
 
 class VideoQAModel(nn.Module):

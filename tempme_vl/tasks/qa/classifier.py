@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.pretrained import load_answers, save_answers
+from tempme_vl.schema import read
 from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.qa.base import QAHead
-from tempme_vl.tasks.qa.question import QuestionEncoder
+from tempme_vl.tasks.qa.base import QAHead, head_place
+from tempme_vl.tasks.qa.question import QuestionEncoder, SavedQuestions
 
 
 class ClassifierHead(QAHead):
@@ -110,4 +111,5 @@ class ClassifierHead(QAHead):
 
     @classmethod
     def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> ClassifierHead:
-        return cls(QuestionEncoder.load(config, directory), load_answers(directory))
+        saved = read(SavedQuestions, config, head_place(directory))
+        return cls(QuestionEncoder.load(saved, directory), load_answers(directory))

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from tempme_vl.backbones.base import TowerShape
+from tempme_vl.manifest import errors_in
 from tempme_vl.pretrained import load_answers, save_answers
+from tempme_vl.schema import Layers, Size, read
 from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.qa.base import QAHead
-from tempme_vl.tasks.qa.question import QuestionEncoder
+from tempme_vl.tasks.qa.base import QAHead, head_place
+from tempme_vl.tasks.qa.question import QuestionEncoder, SavedQuestions
 from tempme_vl.text import BertDecoder, QuestionKeys
 from tempme_vl.text.tokenizers import WordPieceTokenizer
 
@@ -36,6 +38,16 @@ class Ranking:
 
     answers: Tensor
     probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class _Saved(SavedQuestions):
+    """The JSON data of a `DecoderHead`."""
+
+    layers: Layers
+    rule: Rule
+    candidates: Size
+    answer_words: Size
 
 
 class DecoderHead(QAHead):
@@ -222,6 +234,8 @@ class DecoderHead(QAHead):
 
     @classmethod
     def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> DecoderHead:
-        questions = QuestionEncoder.load(config, directory)
-        options = {name: config[name] for name in ("rule", "candidates", "answer_words")}
-        return cls(questions, BertDecoder(questions.shape, config["layers"]), load_answers(directory), **options)
+        saved = read(_Saved, config, head_place(directory))
+        questions, answers = QuestionEncoder.load(saved, directory), load_answers(directory)
+        decoder = BertDecoder(questions.shape, saved.layers)
+        with errors_in(head_place(directory)):
+            return cls(questions, decoder, answers, saved.rule, saved.candidates, saved.answer_words)

@@ -8,27 +8,54 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.pretrained import require_hub
+from tempme_vl.manifest import FolderError, errors_in
+from tempme_vl.pretrained import CONFIG_FILE, require_hub
+from tempme_vl.schema import THEIR_LAYERS, Size, check_plain, read, read_json
 from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.pretrained_lm import exact_buffers, has_adapter, set_grad_checkpointing
-from tempme_vl.tasks.qa.base import QAHead
+from tempme_vl.tasks.pretrained_lm import (
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    exact_buffers,
+    has_adapter,
+    read_adapter,
+    set_grad_checkpointing,
+)
+from tempme_vl.tasks.qa.base import QAHead, head_place
 
 TEMPLATE = "Question: {question} Short answer:"  # BLIP-2's, which models without a chat format understand, too
 PLACEHOLDER = -1  # stands for a visual token in a prompt; no tokenizer has it
-DTYPES = ("float32", "bfloat16", "float16")
-LLM_FOLDER, TOKENIZER_FOLDER, ADAPTER_FOLDER = "llm", "tokenizer", "adapter"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's name for it
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+LLM_FOLDER, TOKENIZER_FOLDER = "llm", "tokenizer"
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The JSON data of an `LLMHead`."""
+
+    num_visual: Size
+    template: str
+    max_words: Size
+    answer_words: Size
+    train_llm: bool
+    source: str | None
+    lora: bool
+    dtype: Dtype
+
+    def __post_init__(self) -> None:
+        if self.lora and self.source is None:
+            raise ValueError("'source': expected the name or folder of the language model that LoRA was added to")
 
 
 class LLMHead(QAHead):
@@ -269,24 +296,34 @@ class LLMHead(QAHead):
 
     @classmethod
     def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> LLMHead:
-        options, dtype = dict(config), config["dtype"]
-        del options["dtype"], options["lora"]
-        if config["lora"]:
+        saved = read(_Saved, config, head_place(directory))
+        options = {key: value for key, value in asdict(saved).items() if key not in ("dtype", "lora")}
+        folder = directory / (ADAPTER_FOLDER if saved.lora else LLM_FOLDER)
+        adapter: dict[str, Tensor] = {}
+        if saved.lora:
             from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-            llm = load_llm(config["source"], dtype)
-            with _explained(directory / ADAPTER_FOLDER):
-                llm = get_peft_model(llm, LoraConfig.from_pretrained(str(directory / ADAPTER_FOLDER)))
-                adapter = load_file(directory / ADAPTER_FOLDER / ADAPTER_WEIGHTS)
+            adapter = read_adapter(folder)
+            llm = load_llm(str(saved.source), saved.dtype)
+            with _explained(folder):
+                llm = get_peft_model(llm, LoraConfig.from_pretrained(str(folder)))
                 set_peft_model_state_dict(llm, adapter)
         else:
-            with _explained(directory / LLM_FOLDER):
-                llm_config = AutoConfig.from_pretrained(directory / LLM_FOLDER, trust_remote_code=False)
-                llm = AutoModelForCausalLM.from_config(llm_config, dtype=getattr(torch, dtype), trust_remote_code=False)
-        head = cls(llm, load_tokenizer(directory / TOKENIZER_FOLDER), shape.width, **options)
-        if config["lora"] and (differing := sorted(adapter.keys() ^ head._adapter().keys())):
-            raise ValueError(f"{directory / ADAPTER_FOLDER} does not fit {config['source']}: {differing[:4]} ...")
+            check_plain(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE), THEIR_LAYERS)
+            with _explained(folder / CONFIG_FILE):
+                llm_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                dtype = getattr(torch, saved.dtype)
+                llm = AutoModelForCausalLM.from_config(llm_config, dtype=dtype, trust_remote_code=False)
+        tokenizer = load_tokenizer(directory / TOKENIZER_FOLDER)
+        with errors_in(head_place(directory)):
+            head = cls(llm, tokenizer, shape.width, **options)
+        if saved.lora and (differing := sorted(adapter.keys() ^ head._adapter().keys())):
+            raise FolderError(f"{folder / ADAPTER_WEIGHTS} does not fit {saved.source}: {differing[:4]} ...")
         return head
+
+    @classmethod
+    def is_whole(cls, config: Mapping[str, Any]) -> bool:
+        return not config.get("lora")
 
     def complete_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.has_lora:  # read by `load`
@@ -381,8 +418,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _explained(source: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
+    except Exception as error:  # other libraries' readers fail in many ways, of damaged files above all
+        raise FolderError(
             f"could not load {str(source)!r}: {error}\nExpected a causal language model of transformers with its "
             "tokenizer and safetensors weights, in a folder or by its name on the hub"
         ) from error

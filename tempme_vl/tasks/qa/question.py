@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from tempme_vl.pretrained import load_vocabulary, save_vocabulary
+from tempme_vl.schema import Size
 from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys
 from tempme_vl.text.tokenizers import WordPieceTokenizer
+
+
+@dataclass(frozen=True)
+class SavedQuestions:
+    """The JSON data of a `QuestionEncoder`."""
+
+    text: BertShape
+    max_words: Size
+    proportional: bool
 
 
 class QuestionEncoder(nn.Module):
@@ -72,8 +82,7 @@ class QuestionEncoder(nn.Module):
         return {"text": self.shape.to_dict(), "max_words": self.max_words, "proportional": self.proportional}
 
     @classmethod
-    def load(cls, config: Mapping[str, Any], directory: Path) -> QuestionEncoder:
+    def load(cls, config: SavedQuestions, directory: Path) -> QuestionEncoder:
         """What `save` described, with random weights."""
-        shape = BertShape(**config["text"])
-        options = {name: config[name] for name in ("max_words", "proportional")}
-        return cls.of_shape(shape, load_vocabulary(directory), **options)
+        vocabulary = load_vocabulary(directory, config.text.vocab_size)
+        return cls.of_shape(config.text, vocabulary, max_words=config.max_words, proportional=config.proportional)
