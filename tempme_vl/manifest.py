@@ -50,17 +50,18 @@ class FolderError(ValueError):
 
 @contextmanager
 def errors_in(place: object, kind: type[Exception] = ValueError) -> Iterator[None]:
-    """Makes an error a FolderError with the place in front; one that has its place stays.
+    """Makes an error a FolderError with the place in front; one that names it already stays.
 
     Args:
         kind: Exception around readers of other libraries, which fail of damaged files in many ways.
     """
     try:
         yield
-    except (FolderError, ConfigError):
-        raise
     except kind as error:
-        raise FolderError(f"{place}: {error if kind is ValueError else f'{type(error).__name__}: {error}'}") from error
+        if isinstance(error, FolderError | ConfigError) and str(place) in str(error):
+            raise
+        what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise FolderError(f"{place}: {what}") from error
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ class Range:
     high: float
 
     def __str__(self) -> str:
-        return f"from {self.low:g} to {self.high:g}"
+        return " ".join(
+            f"{word} {int(end) if end == int(end) else end}" for word, end in (("from", self.low), ("to", self.high))
+        )
 
 
 # Bounds of what is built. Generous: the largest public towers and language models stay far below them.
@@ -159,7 +161,7 @@ def _union(parts: tuple[Any, ...], value: object, place: str, key: str, limits: 
     others = [problem for part, problem in zip(parts, problems, strict=True) if part is not type(None)]
     if len(others) == 1:
         raise others[0]
-    expected = " or ".join(_described(part, limits.get(key, _NUMBER)) for part in parts)
+    expected = _described(Union[parts], limits.get(key, _NUMBER))  # noqa: UP007 (of a tuple)
     raise ConfigError(f"{place}: expected {expected}; got {shown(value)}")
 
 
@@ -190,7 +192,9 @@ def _described(hint: Any, bounds: Range) -> str:
         number = "a whole number" if hint is int else "a number"
         return number if bounds == _NUMBER else f"{number} {bounds}"
     if (origin or hint) in (tuple, list):
-        return f"a list of {_described(parts[0], bounds)}" if parts else "a list"
+        return f"a list of: {_described(parts[0], bounds)}" if parts else "a list"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(part, bounds) for part in parts)
     names = {bool: "true or false", str: "a text", type(None): "null"}
     return names.get(hint, "an object of settings")
 

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # saved folders
     "schema": {"data"},  # of data: how text and JSON are read
     "manifest": {"schema"},
-    "pretrained": {"manifest", "schema", "data"},
+    "pretrained": {"manifest", "schema"},
     "weights": {"pretrained"},
     # processes that end together
     "processes": set(),

@@ -96,7 +96,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The `state` that was given to `save_checkpoint`, of a checkpoint that is as it was written.
+    """The `state` that was given to `save_checkpoint`, of a checkpoint that is as it was written; all ranks call it.
 
     Of files above 64 MiB their size and samples are compared, by the first rank.
 
@@ -108,6 +108,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"expected {STATE} in {checkpoint}; let {checkpoint.parent / LATEST} name a whole checkpoint")
     if distributed.is_main():
         check_manifest(checkpoint)
+    distributed.barrier()  # no other rank is to stumble over a damaged file before the first one says what it is
     with errors_in(checkpoint / STATE):
         state = json.loads((checkpoint / STATE).read_text())  # not by `read_json`: a score may be -Infinity
         if not isinstance(state, dict):

@@ -12,6 +12,7 @@ from training.models import train_config
 from training.processes import exit_codes, run, start
 from training.runs import break_gradient, break_loss, die_while_saving, finish, go_wrong, refused, terminate
 
+from tempme_vl.schema import ConfigError
 from tempme_vl.training.engine import RunLog, deepspeed_config
 
 CPU = torch.device("cpu")
@@ -163,6 +164,23 @@ def test_log_drops_what_comes_after_the_resumed_step(tmp_path: Path) -> None:
     resumed.write(4, {"loss": 7.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 7.0)]
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "lo', "[]", '{"loss": 1.0}', '{"step": "2"}', "\udcff", "[" * 100_000])
+def test_a_damaged_line_of_the_log_is_named(tmp_path: Path, line: str) -> None:
+    text = f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 3, "loss": 2.0}}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected the JSON object of a step"):
+        RunLog(tmp_path, 2, tensorboard=False)
+
+
+@pytest.mark.parametrize("text", ['{"zero_optimization": NaN}', "{", "[]", '{"a": 1, "a": 2}'])
+def test_a_damaged_deepspeed_file_is_named(tmp_path: Path, text: str) -> None:
+    config = train_config(tmp_path)
+    file = tmp_path / "own.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"own\.json: "):
+        deepspeed_config(replace(config, deepspeed=file), 2, CPU)
 
 
 def test_log_survives_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
