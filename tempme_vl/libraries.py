@@ -153,7 +153,7 @@ LIBRARIES: dict[str, Library] = {
         (
             Use(
                 "backbones/open_clip.py",
-                ("open_clip.transformer.VisionTransformer", "preprocess_cfg", "visual"),
+                ("open_clip.transformer.VisionTransformer", "preprocess_cfg", "visual", "head_width"),
                 "the visual tower of a model, and how it wants its pixels",
             ),
             Use(
