@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tempme_vl import create_frontend
+from tempme_vl.manifest import write_manifest
 from tempme_vl.tasks.qa.create import create_qa_model
 from tempme_vl.tasks.umt_retrieval import create_umt_retrieval_model
 from tempme_vl.text.tokenizers import word_vocabulary
@@ -72,6 +73,7 @@ def test_another_tower_is_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["frontend"]["options"]["num_heads"] = 6  # which no shape shows
     (tmp_path / "config.json").write_text(json.dumps(config))
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"holds another tower: .*'num_heads': 6"):
         create_frontend("timm:vit_tiny_patch16_224", str(tmp_path), method="none", num_frames=1, image_size=32)
 
@@ -82,6 +84,7 @@ def test_weights_that_the_configuration_does_not_have(tmp_path: Path) -> None:
     state["norm.weight"] = torch.zeros(3)
     del state["norm.bias"]
     save_file(state, tmp_path / "model.safetensors")
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"1 of other shapes: norm.weight \(3,\) instead of .*; 1 missing: norm.bias"):
         create_frontend("umt:tiny", str(tmp_path), **UMT)
 
