@@ -67,6 +67,7 @@ from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_host, load
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import latest_checkpoint
 from tempme_vl.training.engine import Trainer
+from tempme_vl.training.folder import claim
 
 RECIPES = Path(__file__).resolve().parent
 
@@ -204,6 +205,7 @@ def prepare_host(options: Options, train: QASplit) -> str:
     """The host's name or folder; a tiny one is made first, unless a run that is to be continued has done so."""
     if not options.host.startswith("tiny:"):
         return options.host
+    claim(options.output)  # before anything is written to it
     folder = options.output / "host"
     if distributed.is_main() and latest_checkpoint(options.output / "checkpoints") is None:
         texts = [text for q in train.questions for text in (q.question, *q.answers, *q.options)]

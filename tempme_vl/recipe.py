@@ -32,7 +32,6 @@ from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
 from tempme_vl.training import distributed
 from tempme_vl.training.config import TrainConfig
 from tempme_vl.training.engine import Trainer
-from tempme_vl.training.folder import claim
 from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
 
 # Options that may be others when a run is continued: where things lie, how they are read and stored, what is shown. The
@@ -304,10 +303,9 @@ def merged_by(preset: dict[str, Any], given: argparse.Namespace) -> dict[str, An
 
 
 def begin(options: Any) -> torch.device:
-    """Refuses numbers that mean nothing, joins the ranks, locks OUTPUT before anything is written to it, and seeds."""
+    """Refuses numbers that mean nothing, joins the ranks and seeds torch."""
     check_numbers(options)
     device = distributed.initialize()
-    claim(options.output)
     torch.manual_seed(options.seed)
     return device
 

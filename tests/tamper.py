@@ -127,7 +127,7 @@ KINDS: dict[str, Kind] = {
     "qa-llm": Kind(_llm, load_qa_model),
     "qa-lora": Kind(_lora, load_qa_model),
     "compressed": Kind(partial(_compressed, "VideoLlava"), load_compressed),
-    "compressed-behind": Kind(partial(_compressed, "Qwen2.5-VL"), load_compressed),
+    "compressed-behind": Kind(partial(_compressed, "InternVL"), load_compressed),
     "video-llm": Kind(_video_llm, load_video_llm),
 }
 

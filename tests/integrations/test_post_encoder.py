@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from accelerate import cpu_offload
 from accelerate.utils import send_to_device
 from integrations import tiny_post as tiny
 from integrations.tiny import ONE_WAY, native_words, new_tokens
+from integrations.tiny_post import NEEDS, NEW, PLACED
 from torch import Tensor
 
 from tempme_vl.integrations import Compressed, compress, load_compressed
@@ -25,10 +25,6 @@ from tempme_vl.integrations.base import SampledVideo
 from tempme_vl.integrations.post_encoder import FrameFeatures, clip_seconds, make_plan, merge
 from tempme_vl.integrations.videos import sample
 
-# what the transformers at hand can do: take encoder outputs (5.18 on), and generate from positions of three axes
-NEW = "mm_encoder_outputs" in inspect.signature(transformers.InternVLForConditionalGeneration.forward).parameters
-PLACED = hasattr(transformers.GenerationMixin, "_prepare_position_ids_for_generation")
-NEEDS = {"Qwen2.5-VL": PLACED, "Qwen3-VL": NEW}
 HOSTS = [name for name in tiny.MODELS if NEEDS.get(name, True)]
 REFUSED = [name for name in tiny.MODELS if name not in HOSTS]
 QWEN = [name for name in NEEDS if name in HOSTS]

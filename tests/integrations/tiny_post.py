@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,13 @@ from integrations.tiny import _finish, clip, hosts
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["FRAMES", "MODELS", "TOKEN", "build", "clip", "hosts", "placeholder"]
+__all__ = ["FRAMES", "MODELS", "NEEDS", "NEW", "PLACED", "TOKEN", "build", "clip", "hosts", "placeholder"]
 
 FRAMES = 8
+# what the transformers at hand can do: take encoder outputs (5.18 on), and generate from positions of three axes
+NEW = "mm_encoder_outputs" in inspect.signature(transformers.InternVLForConditionalGeneration.forward).parameters
+PLACED = hasattr(transformers.GenerationMixin, "_prepare_position_ids_for_generation")
+NEEDS = {"Qwen2.5-VL": PLACED, "Qwen3-VL": NEW}
 SPECIAL = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",

@@ -107,7 +107,7 @@ def stop_through_launcher(recipe: str, output: Path, parts: list[str], log: Path
             assert runner.poll() is None and time.monotonic() < limit, log.read_text()[-3000:]
             time.sleep(0.1)
         # the runner of a single node does not pass signals on: they go to its child, the node's launcher
-        (launcher,) = _children(runner.pid)
+        (launcher,) = (child for child in _children(runner.pid) if b"deepspeed.launcher.launch" in _command(child))
         os.kill(launcher, signal.SIGTERM)
         assert runner.wait(timeout=LIMIT) == 1
     finally:
@@ -121,6 +121,10 @@ def stop_through_launcher(recipe: str, output: Path, parts: list[str], log: Path
 def _children(process: int) -> list[int]:
     path = Path(f"/proc/{process}/task/{process}/children")
     return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def _command(process: int) -> bytes:
+    return Path(f"/proc/{process}/cmdline").read_bytes()
 
 
 def _descendants(process: int) -> list[int]:

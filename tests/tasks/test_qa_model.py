@@ -393,7 +393,7 @@ def test_settings_by_name() -> None:
         ({"head": "answerer"}, r"expected one of the heads classifier, decoder; got 'answerer'"),
         ({"text": "bert-tiny"}, r"expected one of \['bert-base', 'bert-large', 'tiny'\]; got 'bert-tiny'"),
         ({"rule": "umt"}, r"the rule 'umt' ranks a list of answers, and there is none"),
-        ({"method": "tempme", "r": 1}, r"give merge_layers, merge_frames"),
+        ({"method": "tempme", "budget": 0.0}, r"budget is a share of the GFLOPs without merging"),
     ],
 )
 def test_models_that_cannot_be(changes: dict[str, Any], message: str) -> None:

@@ -45,6 +45,8 @@ assert set(HOSTS) == set(SCHEDULES)
 @pytest.fixture(scope="module", params=HOSTS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny host, named by it."""
+    if request.param == "Qwen2_5_VL" and not tiny_post.NEEDS["Qwen2.5-VL"]:
+        pytest.skip("compress refuses it with this transformers")
     folder = tmp_path_factory.mktemp("host") / request.param
     for part in tiny_host(request.param, (*QUESTIONS, *ANSWERS)):
         part.save_pretrained(folder)
@@ -321,7 +323,8 @@ def test_a_host_that_lacks_weights_is_refused(source: Path, tmp_path: Path) -> N
 
 # ---- other hosts
 
-NAMES = [("inside", name) for name in tiny.MODELS] + [("behind", name) for name in tiny_post.MODELS]
+NAMES = [("inside", name) for name in tiny.MODELS]
+NAMES += [("behind", name) for name in tiny_post.MODELS if tiny_post.NEEDS.get(name, True)]
 
 
 @pytest.mark.parametrize(("where", "name"), NAMES)

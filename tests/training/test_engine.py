@@ -145,12 +145,16 @@ def test_a_checkpoint_that_is_damaged_or_older_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000004"
     (file,) = folder.glob("*.safetensors")
     whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    (message,) = run(_refused, tmp_path / "run", {})
+    assert f"{folder} is not as it was saved" in message and file.name in message
+    (folder / "manifest.json").unlink()
     for content, said in ((whole[:-1], f"{file} cannot be read"), (None, "expected weight/w in a file")):
         file.unlink() if content is None else file.write_bytes(content)
         (message,) = run(_refused, tmp_path / "run", {})
         assert said in message and f"an older checkpoint into {folder.parent / 'latest'}" in message
     state = json.loads((folder / "run.json").read_text())
-    del state["ranks"]
+    del state["ranks"], state["sha256"]
     (folder / "run.json").write_text(json.dumps(state))
     (message,) = run(_refused, tmp_path / "run", {})
     assert f"{folder} is of an older version" in message
