@@ -324,7 +324,6 @@ def judge(kind: Kind, pristine: Path, damaged: Path, mutation: Mutation, wanted:
     signal.setitimer(signal.ITIMER_REAL, HANGS)
     try:
         model = kind.load(damaged)
-        found = content(kind, model, damaged.name)
     except TimeoutError:
         return Verdict("hang", mutation)
     except Exception as error:
@@ -335,6 +334,10 @@ def judge(kind: Kind, pristine: Path, damaged: Path, mutation: Mutation, wanted:
         return Verdict("typed" if named else "unnamed", mutation, said)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        found = content(kind, model, damaged.name)
+    except UnicodeError as error:  # transformers keeps any text of a tokenizer's settings, and cannot write all
+        return Verdict("other", mutation, f"loads, and cannot be saved: {error}")
     differing = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
     return Verdict("other" if differing else "same", mutation, ", ".join(sorted(differing)))
 

@@ -165,7 +165,10 @@ def run_recipe(data: Path, output: Path, world: int = 1, head: str = "classifier
     return json.loads((output / "report.json").read_text())
 
 
-@pytest.mark.parametrize(("head", "world", "stage"), [("classifier", 1, "zero1"), ("decoder", 2, "zero3")])
+@pytest.mark.parametrize(
+    ("head", "world", "stage"),
+    [("classifier", 1, "zero1"), pytest.param("decoder", 2, "zero3", marks=pytest.mark.slow)],
+)
 def test_choosing_among_options(head: str, world: int, stage: str, data: Path, tmp_path: Path) -> None:
     """Two to four options a question, different ones; the answers need not be a list for that."""
     lines = []
