@@ -95,18 +95,18 @@ def encoded(model: VideoQAModel) -> dict[str, Tensor]:
 
 
 def learn(model: VideoQAModel, steps: int = 200, lr: float = 4e-3) -> None:
-    """Trains all that is not frozen on QUESTIONS, those about 5 of the videos a step."""
-    batch, videos = asked(model, range(50), trained=True), clips()
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    """Trains the head's weights that are not frozen on QUESTIONS, those about 5 of the videos a step."""
+    batch = asked(model, range(50), trained=True)
+    with torch.no_grad():
+        features = model.eval()({"video": clips(), "frame_mask": torch.ones(VIDEOS, FRAMES)})
+    optimizer = torch.optim.AdamW([p for p in model.head.parameters() if p.requires_grad], weight_decay=0.0)
     rng = torch.Generator().manual_seed(0)
     model.train()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
         chosen = torch.randperm(VIDEOS, generator=rng)[:5]
-        features = model({"video": videos[chosen], "frame_mask": torch.ones(5, FRAMES)})
         rows = (5 * chosen[:, None] + torch.arange(5)).flatten()
-        kept = {name: features[name].repeat_interleave(5, dim=0) for name in model.kept}
+        kept = {name: features[name][chosen].repeat_interleave(5, dim=0) for name in model.kept}
         output = model(kept | {key: value[rows] for key, value in batch.items()})
         loss = model.loss(output, {"valid": torch.ones(25)})
         optimizer.zero_grad()
