@@ -113,7 +113,8 @@ def compress(
         num_frames: F, frames sampled of every video.
         clip_position_std: TempMe's clip positions start as N(0, std^2); 0 starts at the pretrained function.
         feed: see `Compressed`.
-        options: the method's own, as in `make_schedule`: r, merge_layers, ...
+        options: the method's own, as in `make_schedule`: r, merge_layers, ...; for hosts that merge inside their tower
+            also budget or tokens, as in `tempme_vl.create_frontend`.
 
     Raises:
         ValueError: another model, a part of a processor, or options that do not fit.

@@ -342,3 +342,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     other, processor = tiny.build("LlavaNextVideo")
     with pytest.raises(ValueError, match=r"compresses a VideoLlava.*; got a LlavaNextVideo"):
         load_compressed(tmp_path, other, processor)
+
+
+def test_a_budget_chooses_the_merging_inside_a_tower() -> None:
+    host = compress(*tiny.build("VideoLlava"), num_frames=tiny.FRAMES, budget=0.6).host
+    costs, whole = host.costs(), compress(*tiny.build("VideoLlava"), "none", num_frames=tiny.FRAMES).host
+    ours, all_of_it = (one.frontend.gflops() for one in (host, whole))  # type: ignore[attr-defined]
+    assert 0.5 < ours / all_of_it <= 0.6 and costs.tokens < costs.native_tokens / 2
+    few = compress(*tiny.build("VideoLlava"), num_frames=tiny.FRAMES, method="tome", tokens=40).host
+    assert few.frontend.schedule.output_tokens <= 40  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"merges behind its tower, where 'tempme' takes .*; got budget"):
+        compress(*tiny_post.build("InternVL"), num_frames=tiny_post.FRAMES, budget=0.6)
