@@ -226,11 +226,10 @@ class Trainer:
             loss = cached_update(
                 self.engine, batch, loss_fn, self.config.chunks, lambda loss: self._require_finite(loss, "loss", batch)
             )
-        norm = self.engine.get_global_grad_norm()
-        if norm is None:
-            # ZeRO stage 0 in float32 does not tell it; a gradient that is not finite is in the weights by now
-            norm = torch.stack([weight.detach().sum() for weight in self.engine.module.parameters()]).sum()
-        self._require_finite(torch.as_tensor(norm), "gradient norm", batch)
+        # DeepSpeed tells no norm at ZeRO stage 0 in float32, and older versions tell 1 for one that is not finite; but
+        # such a gradient is in the weights by now
+        norm, weights = self.engine.get_global_grad_norm(), self._whole.total(self.engine)
+        self._require_finite(weights if norm is None else norm + 0 * weights, "gradient norm", batch)
         self.step += 1
         value = distributed.mean(float(loss.detach()), self.device)
         if self._log:

@@ -55,6 +55,12 @@ class WholeState:
         self.optimizer = optimizer
         self._parameters = _held(optimizer)
 
+    @torch.no_grad()
+    def total(self, engine: Any) -> Tensor:
+        """The sum of the trained weights that this rank holds: not finite if one of them is not."""
+        held = self._parts(engine) or list(_trained(engine.module).values())
+        return torch.stack([weight.sum() for weight in held]).sum()
+
     def read(self, engine: Any) -> Generator[tuple[str, Tensor], None, None]:
         """All of them, in an order that is that of every rank; all ranks iterate together.
 
