@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,19 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tempme_vl.backbones import FAMILIES, find_family, split_name, umt
-from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
-from tempme_vl.merging import (
-    Encoder,
-    LayerMerge,
-    Limit,
-    MergeSchedule,
-    has_setting,
-    make_schedule,
-    merge_layers,
-)
+from tempme_vl.backbones.base import Backbone, BlockAdapter
+from tempme_vl.merging import LayerMerge, MergeSchedule, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
+from tempme_vl.messages import shown
 from tempme_vl.pretrained import CONFIG_FILE, build, load_model, save_model
-from tempme_vl.schema import ConfigError, read, shown
+from tempme_vl.scheduling import schedule_for, tower_gflops
+from tempme_vl.schema import ConfigError, read
 from tempme_vl.state import FrontendOutput, TokenState, at_least_float32
 
 _log = logging.getLogger(__name__)
@@ -332,21 +326,6 @@ class VisualFrontend(nn.Module):
         return build(lambda: cls.from_config(config["frontend"], f"{file}, 'frontend'"), state, directory)
 
 
-def tower_gflops(schedule: MergeSchedule, shape: TowerShape) -> float:
-    """Cost of one video in a tower of a shape, in the paper's counting (`MergeSchedule.gflops`)."""
-    return schedule.gflops(
-        shape.width,
-        shape.heads,
-        shape.mlp_ratio,
-        shape.embed_dim,
-        shape.image_size,
-        shape.patch_size,
-        shape.quick_gelu,
-        shape.norm_pre,
-        shape.pooling,
-    )
-
-
 def masked_mean(frames: Tensor, frame_mask: Tensor | None) -> Tensor:
     """Mean over the real frames, zero where there is none: (B, C, E), (B, F) -> (B, E).
 
@@ -356,71 +335,6 @@ def masked_mean(frames: Tensor, frame_mask: Tensor | None) -> Tensor:
         return frames.mean(dim=1)
     weight = frame_mask.bool().unflatten(1, (frames.shape[1], -1)).any(dim=2).to(frames.dtype).unsqueeze(-1)
     return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-
-
-# Of the GFLOPs without merging, where nothing says how much to merge; the paper's towers have 0.66 and 0.58.
-BUDGET = 0.6
-
-
-def schedule_for(
-    method: str,
-    layers: int,
-    shape: TowerShape,
-    frames: int,
-    budget: float | None = None,
-    tokens: int | None = None,
-    **options: Any,
-) -> MergeSchedule:
-    """A method's schedule for a tower: the paper's setting, the one of the given options, or one below a limit.
-
-    Args:
-        budget: the share of the GFLOPs without merging (`tower_gflops`) to stay below, 0 to 1. Options that are not
-            given are solved for: the nearest below it of the paper's shape (`shaped` and `knobs` of the method).
-        tokens: the number of tokens that leave the encoder, CLS included, to stay below in the same way.
-        options: the method's own (`tempme_vl.merging.make_schedule`). Without a limit, where the paper has no setting
-            and some are not given, the budget is `BUDGET`.
-
-    Raises:
-        ValueError: both limits, one that cannot be reached, or what `make_schedule` refuses.
-    """
-    encoder = Encoder(layers, frames, shape.tokens, shape.num_prefix, shape.joint)
-    limit = _limit(encoder, shape, budget, tokens)
-    if limit is None and not has_setting(method, encoder, options):
-        limit = _limit(encoder, shape, BUDGET, None)
-    schedule = make_schedule(method, layers, frames, shape.tokens, shape.num_prefix, shape.joint, limit, **options)
-    if limit is not None:
-        _log.info("%s", schedule_in_words(schedule, shape))
-    return schedule
-
-
-def _limit(encoder: Encoder, shape: TowerShape, budget: float | None, tokens: int | None) -> Limit | None:
-    if budget is not None and tokens is not None:
-        raise ValueError(f"give a budget or a number of tokens; got budget={budget}, tokens={tokens}")
-    if budget is not None:
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget is a share of the GFLOPs without merging, 0 to 1; got {budget}")
-        whole = tower_gflops(MergeSchedule.identity(*astuple(encoder)), shape)
-        return Limit("budget", budget, lambda schedule: tower_gflops(schedule, shape) / whole)
-    if tokens is not None:
-        if tokens < 1:
-            raise ValueError(f"tokens counts what leaves the encoder, 1 or more; got {tokens}")
-        return Limit("tokens", tokens, lambda schedule: schedule.output_tokens)
-    return None
-
-
-def schedule_in_words(schedule: MergeSchedule, shape: TowerShape) -> str:
-    """What becomes of a video's tokens, by which merging, and its cost beside that without merging."""
-    clips, tokens = schedule.token_counts[-1]
-    layers = len(schedule.plan)
-    whole = MergeSchedule.identity(layers, schedule.frames, schedule.tokens, schedule.prefix, schedule.joint)
-    gflops, of = tower_gflops(schedule, shape), tower_gflops(whole, shape)
-    joins = [f"{plan.join} at block {layer}" for layer, plan in enumerate(schedule.plan) if plan.join is not None]
-    return (
-        f"{schedule.method}: {schedule.frames} x {schedule.tokens} tokens -> {clips} x {tokens}, {gflops:.4g} of "
-        f"{of:.4g} GFLOPs a video ({gflops / of:.3f}); pairs merged in each of {layers} blocks before attention "
-        f"{[plan.before for plan in schedule.plan]}, after it {[plan.after for plan in schedule.plan]}"
-        f"{'; clips joined: ' + ', '.join(joins) if joins else ''}"
-    )
 
 
 def create_frontend(

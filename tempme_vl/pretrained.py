@@ -14,8 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tempme_vl.fit import misfits
 from tempme_vl.manifest import MANIFEST_FILE, FolderError, check_manifest, write_manifest
-from tempme_vl.schema import ConfigError, read_json, shown
+from tempme_vl.messages import shown
+from tempme_vl.schema import ConfigError, read_json
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -248,56 +250,13 @@ def sketch(make: Callable[[], M], directory: str | Path) -> M:
         raise ConfigError(f"{file}: no model can be made of these settings: {type(error).__name__}: {error}") from error
 
 
-def check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Compares weights with those that a model has, by name, shape and whether they are whole numbers.
-
-    Raises:
-        ValueError: they differ; the message lists some.
-    """
-    wanted = model.state_dict()
-    problems = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-            for name, value in wanted.items()
-            if name in state and state[name].shape != value.shape
-        ],
-        "of another kind": [
-            f"{name} {state[name].dtype} instead of {value.dtype}"
-            for name, value in wanted.items()
-            if name in state and state[name].is_floating_point() != value.is_floating_point()
-        ],
-    }
-    if any(problems.values()):
-        told = [
-            f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for what, names in problems.items()
-            if names
-        ]
-        raise ValueError("; ".join(told))
-
-
 def require_fit(model: nn.Module, state: Mapping[str, Tensor], directory: str | Path) -> None:
-    """FolderError where `check_fit` finds that a folder's weights are not those of its configuration."""
-    try:
-        check_fit(model, state)
-    except ValueError as error:
-        file = Path(directory) / WEIGHTS_FILE
-        raise FolderError(f"the weights of {file} do not fit its {CONFIG_FILE}: {error}") from error
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], directory: str | Path) -> None:
-    """Loads all weights of a model.
-
-    Args:
-        directory: the folder that they come from, for the message.
-
-    Raises:
-        FolderError: see `require_fit`.
+    """Raises:
+    FolderError: a folder's weights are not those of its configuration (`misfits`).
     """
-    require_fit(model, state, directory)
-    model.load_state_dict(state)
+    if trouble := misfits(model.state_dict(), state):
+        file = Path(directory) / WEIGHTS_FILE
+        raise FolderError(f"the weights of {file} do not fit its {CONFIG_FILE}: {trouble}")
 
 
 def build(make: Callable[[], M], state: Mapping[str, Tensor], directory: str | Path) -> M:
@@ -308,5 +267,5 @@ def build(make: Callable[[], M], state: Mapping[str, Tensor], directory: str | P
     """
     require_fit(sketch(make, directory), state, directory)
     model = make()
-    load_weights(model, state, directory)
+    model.load_state_dict(state)
     return model

@@ -6,16 +6,21 @@ number, NaN is nothing, and a tower of a thousand million layers is a mistake.
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tempme_vl.data.files import AnnotationError, load_json, shown
+from tempme_vl.data.files import AnnotationError, load_json
+from tempme_vl.messages import few, shown
 
-T = TypeVar("T")
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+T = TypeVar("T", bound=_Dataclass)
 
 
 class ConfigError(ValueError):
@@ -77,12 +82,14 @@ def read(kind: type[T], values: object, place: str, limits: Mapping[str, Range] 
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place}: expected an object of settings; got {shown(values)}")
-    known = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
+    known = {field.name: field for field in fields(kind) if field.init}
     if unknown := [str(key) for key in values if key not in known]:
-        raise ConfigError(f"{place}: unknown keys {_quoted(unknown)}; expected {', '.join(known)}")
+        raise ConfigError(f"{place}: unknown keys {few(list(map(repr, unknown)))}; expected {', '.join(known)}")
     needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in values]:
-        raise ConfigError(f"{place}: expected the keys {', '.join(needed)}; {_quoted(missing)} are missing")
+        raise ConfigError(
+            f"{place}: expected the keys {', '.join(needed)}; {few(list(map(repr, missing)))} are missing"
+        )
     hints = get_type_hints(kind, include_extras=True)
     given = {key: _read(hints[key], value, f"{place}, {key!r}", key, limits or {}) for key, value in values.items()}
     try:
@@ -138,8 +145,8 @@ def _read(hint: Any, value: object, place: str, key: str, limits: Mapping[str, R
         return _number(value, place, bounds, whole=hint is int)
     if hint in (bool, str) and type(value) is hint:
         return value
-    if is_dataclass(hint):
-        return read(hint, value, place, limits)  # type: ignore[arg-type]
+    if isinstance(hint, type) and is_dataclass(hint):
+        return read(hint, value, place, limits)
     if (origin or hint) in (tuple, list) and isinstance(value, list | tuple):
         if origin is tuple and parts[-1:] != (...,) and len(parts) != len(value):
             raise ConfigError(f"{place}: expected {len(parts)} values; got {shown(value)}")
@@ -161,23 +168,15 @@ def _union(parts: tuple[Any, ...], value: object, place: str, key: str, limits: 
     others = [problem for part, problem in zip(parts, problems, strict=True) if part is not type(None)]
     if len(others) == 1:
         raise others[0]
-    expected = _described(Union[parts], limits.get(key, _NUMBER))  # noqa: UP007 (of a tuple)
+    expected = " or ".join(_described(part, limits.get(key, _NUMBER)) for part in parts)
     raise ConfigError(f"{place}: expected {expected}; got {shown(value)}")
 
 
 def _number(value: object, place: str, bounds: Range, whole: bool) -> int | float:
-    kinds: tuple[type, ...] = (int,) if whole else (int, float)
-    # not by `isinstance`: true is an int
-    if type(value) in kinds and math.isfinite(_float(value)) and bounds.low <= value <= bounds.high:  # type: ignore[operator]
-        return value if whole else float(value)  # type: ignore[arg-type, return-value]
+    wrong = isinstance(value, bool) or (whole and isinstance(value, float))  # true is an int, too
+    if isinstance(value, int | float) and not wrong and bounds.low <= value <= bounds.high:  # which NaN never is
+        return value if whole else float(value)
     raise ConfigError(f"{place}: expected {_described(int if whole else float, bounds)}; got {shown(value)}")
-
-
-def _float(value: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def _described(hint: Any, bounds: Range) -> str:
@@ -197,7 +196,3 @@ def _described(hint: Any, bounds: Range) -> str:
         return " or ".join(_described(part, bounds) for part in parts)
     names = {bool: "true or false", str: "a text", type(None): "null"}
     return names.get(hint, "an object of settings")
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")

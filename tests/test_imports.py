@@ -19,8 +19,11 @@ CORE = {
     "merging",
     "backbones",
     "frontend",
+    "scheduling",
     "text",
     "pretrained",
+    "fit",
+    "messages",
     "weights",
     "manifest",
     "schema",
@@ -31,10 +34,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "state": set(),
     "matching": set(),
     # saved folders
-    "schema": {"data"},  # of data: how text and JSON are read
+    "messages": set(),
+    "schema": {"data", "messages"},  # of data: how text and JSON are read
     "manifest": {"schema"},
-    "pretrained": {"manifest", "schema"},
-    "weights": {"pretrained"},
+    "fit": {"messages"},
+    "pretrained": {"manifest", "schema", "fit", "messages"},
+    "weights": {"pretrained", "schema", "fit", "messages"},
     # processes that end together
     "processes": set(),
     "together": {"processes"},
@@ -44,8 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "libraries": set(),
     # what a front end is made of
     "merging": {"state", "matching", "schema"},
-    "backbones": {"state", "pretrained", "weights", "schema", "libraries"},
-    "frontend": {"state", "merging", "backbones", "pretrained", "schema"},
+    "backbones": {"state", "pretrained", "weights", "fit", "schema", "messages", "libraries"},
+    "scheduling": {"merging", "backbones"},
+    "frontend": {"state", "merging", "backbones", "scheduling", "pretrained", "schema", "messages"},
     "text": {"backbones", "pretrained", "weights", "schema", "libraries"},
     "__init__": {"state", "merging", "frontend", "pipeline"},
     # what is made of front ends
@@ -57,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": CORE | {"tasks", "evaluation", "data", "training", "reports", "command"},
     "lmms_eval": {"integrations", "data", "libraries"},
     # side shelves, which know no model and not each other
-    "data": set(),
+    "data": {"messages"},
     "training": {"processes", "together", "manifest", "schema", "libraries"},
 }
 SCRIPTS = ("recipes", "eval")

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tempme_vl.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Preprocessing, square_side
 from tempme_vl.backbones.clip_checkpoint import VISUAL, ClipWeights, name_clip, read_clip
 from tempme_vl.backbones.open_clip_blocks import tower_shape, visual_backbone
+from tempme_vl.fit import misfits
 from tempme_vl.libraries import undocumented
+from tempme_vl.messages import few
 from tempme_vl.pretrained import require_hub
 from tempme_vl.schema import LAYERS, SIZE, ConfigError, Range, Size, read
-from tempme_vl.weights.files import some
-from tempme_vl.weights.fit import misfits
 
 _PACKAGE = "open_clip_torch"
 with undocumented(_PACKAGE):
@@ -216,7 +216,7 @@ def _load_fitting(module: nn.Module, state: dict[str, Tensor], weights: ClipWeig
     """
     if trouble := misfits(module.state_dict(), state):
         alike = _models_like(weights.tower)
-        looks = f"it looks like {some(alike)}" if alike else "no ViT of open_clip has its sizes"
+        looks = f"it looks like {few(alike)}" if alike else "no ViT of open_clip has its sizes"
         raise ValueError(f"{weights.source}, {weights.layout}, does not fit {name!r}: {trouble}; {looks}")
     module.load_state_dict(state)
 

@@ -23,12 +23,13 @@ from torch import Tensor, cat, nn
 
 from tempme_vl.backbones.attention import attend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, Preprocessing, TowerShape, count_blocks
+from tempme_vl.fit import load_strictly
 from tempme_vl.libraries import describe, undocumented
+from tempme_vl.messages import few
 from tempme_vl.pretrained import require_hub
 from tempme_vl.schema import THEIR_LAYERS, Range, check_plain
 from tempme_vl.weights.exports import find_export, load_exported_tower
-from tempme_vl.weights.files import read_weights, some
-from tempme_vl.weights.fit import load_strictly
+from tempme_vl.weights.files import read_weights
 
 with undocumented("timm"):
     from timm.models.vision_transformer import Attention, Block
@@ -313,7 +314,7 @@ def _load_file(tower: nn.Module, path: str) -> None:
     unused = [key for key in file.state if key.startswith("head.")] if isinstance(tower.head, nn.Identity) else []
     state = {key: value for key, value in file.state.items() if key not in unused}
     load_strictly(tower, state, f"{path} ({file.kind})")
-    _log.info("%s: %s, %d weights in timm's names; unused: %s", path, file.kind, len(state), some(unused) or "nothing")
+    _log.info("%s: %s, %d weights in timm's names; unused: %s", path, file.kind, len(state), few(unused) or "nothing")
 
 
 def build_tower(config: Mapping[str, Any]) -> Backbone:

@@ -27,9 +27,9 @@ from tempme_vl.backbones.base import (
     TowerShape,
 )
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
+from tempme_vl.fit import misfits
 from tempme_vl.schema import Layers, Range, Share, Size
 from tempme_vl.weights.exports import find_export, load_exported_tower
-from tempme_vl.weights.fit import misfits
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from tempme_vl.weights.files import read_weights, some
+from tempme_vl.messages import few
+from tempme_vl.weights.files import read_weights
 
 Form = Literal["stage1", "pretraining", "retrieval", "qa"]
 Target = Literal["retrieval", "qa", "vision"]
@@ -131,7 +132,7 @@ def detect_form(state: Mapping[str, Any]) -> Form:
         found = "these keys belong to no family known here"
     raise ValueError(
         "expected a UMT checkpoint, with keys such as vision_encoder.encoder.blocks.0.attn.qkv.weight (or "
-        f"encoder.blocks.0.... in stage 1); {found}: {some(list(state))}"
+        f"encoder.blocks.0.... in stage 1); {found}: {few(list(state))}"
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from tempme_vl.data.files import AnnotationError, as_file_id, as_seconds, as_texts, errors_at, load_json, shown
+from tempme_vl.data.files import AnnotationError, as_file_id, as_seconds, as_texts, errors_at, load_json
 from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
+from tempme_vl.messages import shown
 
 FILES = {"train": "train.json", "val_1": "val_1.json"}
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from tempme_vl.data.files import few
 from tempme_vl.data.splits import Clip
+from tempme_vl.messages import few
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,13 @@ import csv
 import io
 import json
 import re
-import reprlib
 import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from tempme_vl.messages import few, shown
 
 T = TypeVar("T")
 
@@ -261,24 +262,9 @@ def as_file_id(value: object) -> str:
     return text
 
 
-def few(items: Sequence[object], limit: int = 5) -> str:
-    """The first items, for error messages."""
-    return ", ".join(map(str, items[:limit])) + (", ..." if len(items) > limit else "")
-
-
 def repeated(items: Sequence[T]) -> list[T]:
     """Those that occur more than once, each once."""
     return [item for item, count in Counter(items).items() if count > 1]
-
-
-def shown(value: object) -> str:
-    """A value for an error message: short, whatever it is."""
-    text = _SHORT.repr(value)  # looks neither into every item nor into every depth
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def _parse_json(text: str, place: str) -> Any:

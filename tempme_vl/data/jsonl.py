@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from tempme_vl.data.files import AnnotationError, as_id, as_seconds, as_text, as_texts, errors_at, json_lines, shown
+from tempme_vl.data.files import AnnotationError, as_id, as_seconds, as_text, as_texts, errors_at, json_lines
 from tempme_vl.data.splits import Clip, RetrievalSplit, resolve_split
+from tempme_vl.messages import shown
 
 _log = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tempme_vl.data.files import AnnotationError, as_file_id, as_text, errors_at, read_lines, shown
+from tempme_vl.data.files import AnnotationError, as_file_id, as_text, errors_at, read_lines
 from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
+from tempme_vl.messages import shown
 
 FILES = {
     "train": "LSMDC16_annos_training.csv",

@@ -14,11 +14,10 @@ from tempme_vl.data.files import (
     csv_rows,
     each_object,
     errors_at,
-    few,
     load_json,
-    shown,
 )
 from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
+from tempme_vl.messages import few, shown
 
 ALL_CAPTIONS = "MSRVTT_data.json"
 TRAIN_LISTS = {"train_9k": "MSRVTT_train.9k.csv", "train_7k": "MSRVTT_train.7k.csv"}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tempme_vl.data.files import AnnotationError, as_file_id, as_texts, errors_at, few, load_json, read_lines, shown
+from tempme_vl.data.files import AnnotationError, as_file_id, as_texts, errors_at, load_json, read_lines
 from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
+from tempme_vl.messages import few, shown
 
 SPLITS = ("train", "val", "test")
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tempme_vl.data.files import few
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.sampling import sample_generator
 from tempme_vl.data.videoqa import QASplit, Question
+from tempme_vl.messages import few
 
 Tokenize = Callable[[str, str | None, Sequence[str]], dict[str, Tensor]]  # question, answer to train on, options
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tempme_vl.data.files import AnnotationError, check_regular, errors_at, few, repeated
+from tempme_vl.data.files import AnnotationError, check_regular, errors_at, repeated
+from tempme_vl.messages import few
 
 _log = logging.getLogger(__name__)
 _Noted = TypeVar("_Noted", bound=Any)  # RetrievalSplit or QASplit

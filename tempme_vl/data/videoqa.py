@@ -23,13 +23,11 @@ from tempme_vl.data.files import (
     csv_rows,
     each_object,
     errors_at,
-    few,
     is_text,
     load_json,
     read_lines,
     read_text,
     repeated,
-    shown,
 )
 from tempme_vl.data.jsonl import clip_of, jsonl_entries, jsonl_names
 from tempme_vl.data.splits import (
@@ -41,6 +39,7 @@ from tempme_vl.data.splits import (
     noted,
     trained_on,
 )
+from tempme_vl.messages import few, shown
 
 SPLITS = ("train", "val", "test")
 CSV_COLUMNS = ("video", "question", "answer", "qid")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.frontend import tower_gflops
 from tempme_vl.merging import make_schedule
+from tempme_vl.scheduling import tower_gflops
 from tempme_vl.text import BertShape
 
 LAYERS = 12

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tempme_vl.data.files import csv_rows, errors_at, few, json_lines, load_json, read_text
+from tempme_vl.data.files import csv_rows, errors_at, json_lines, load_json, read_text
 from tempme_vl.data.videoqa import QASplit, as_id
+from tempme_vl.messages import few
 
 ID_KEYS = ("question_id", "id", "qid", "questionId")
 PREDICTION_KEYS = (

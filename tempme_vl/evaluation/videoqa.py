@@ -12,9 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from tempme_vl.data.files import few
 from tempme_vl.data.videoqa import QASplit, coverage
 from tempme_vl.evaluation.predictions import read_predictions as read_predictions
+from tempme_vl.messages import few
 
 QUESTION_TYPES = ("what", "who", "how", "when", "where", "other")
 

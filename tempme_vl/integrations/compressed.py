@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BatchFeature
 
+from tempme_vl.fit import misfits
 from tempme_vl.integrations.base import Feed, Host, VisualTokens, describe, input_device
 from tempme_vl.integrations.videos import FPS, SampledVideo, pair_up, tell_times
 from tempme_vl.libraries import undocumented
 from tempme_vl.manifest import FolderError, write_manifest
-from tempme_vl.pretrained import check_fit, read_safetensors
-from tempme_vl.schema import ConfigError, read_json, shown
+from tempme_vl.messages import shown
+from tempme_vl.pretrained import read_safetensors
+from tempme_vl.schema import ConfigError, read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "tempme.json", "tempme.safetensors"
 _IGNORED = -100
@@ -231,10 +233,8 @@ class Compressed:
         """
         file = Path(directory) / WEIGHTS_FILE
         state = read_safetensors(file) if file.is_file() else {}
-        try:
-            check_fit(self.merging, state)
-        except ValueError as error:
-            raise FolderError(f"{file} does not fit the schedule of {CONFIG_FILE}: {error}") from error
+        if trouble := misfits(self.merging.state_dict(), state):
+            raise FolderError(f"{file} does not fit the schedule of {CONFIG_FILE}: {trouble}")
         self.merging.load_state_dict(state)
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones import hf
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.frontend import VisualFrontend, schedule_for, tower_gflops
+from tempme_vl.frontend import VisualFrontend
 from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, input_device, input_dtype
 from tempme_vl.merging import MergeSchedule
+from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import read
 
 

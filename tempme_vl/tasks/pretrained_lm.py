@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tempme_vl.messages import shown
 from tempme_vl.pretrained import read_safetensors
-from tempme_vl.schema import ConfigError, check_plain, read_json, shown
+from tempme_vl.schema import ConfigError, check_plain, read_json
 
 # as peft calls the files
 ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"

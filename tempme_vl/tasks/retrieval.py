@@ -16,9 +16,10 @@ from tempme_vl.backbones import open_clip as clip_family
 from tempme_vl.backbones import split_name
 from tempme_vl.backbones.clip_checkpoint import name_clip, to_openai_names
 from tempme_vl.backbones.open_clip_blocks import tower_shape
-from tempme_vl.frontend import VisualFrontend, schedule_for
+from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import MergeSchedule
 from tempme_vl.pretrained import CONFIG_FILE, build, load_kind, load_model, save_model
+from tempme_vl.scheduling import schedule_for
 from tempme_vl.schema import read
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.inputs import Inputs

@@ -1,5 +1,5 @@
 """Weights that people bring: `files` reads tensors by name in whatever file they stand, `exports` the package's own
-folders, and `fit` tells whether they are a model's.
+folders.
 
 Which names belong to which model is told by the families: `tempme_vl.backbones.clip_checkpoint`, `.umt_checkpoint`.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tempme_vl.fit import load_strictly, misfits
+from tempme_vl.messages import few, shown
 from tempme_vl.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_model, load_vocabulary
-from tempme_vl.weights.files import some
-from tempme_vl.weights.fit import load_strictly, misfits
+from tempme_vl.schema import ConfigError, read_json
 
 _log = logging.getLogger(__name__)
 
@@ -80,17 +80,14 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """config.json, of whatever library, or None if there is none.
 
     Raises:
-        ValueError: it is not JSON, or no JSON object.
+        ConfigError: it is not JSON, or no JSON object.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON; is it damaged? {error}") from error
+    config = read_json(file)
     if not isinstance(config, dict):
-        raise ValueError(f"expected a JSON object in {file}; got {type(config).__name__}")
+        raise ConfigError(f"{file}: expected an object of settings; got {shown(config)}")
     return config
 
 
@@ -119,7 +116,7 @@ def load_exported_tower(
         if theirs.get(key) != config.get(key)
     ]
     if differ:
-        raise ValueError(f"{export.folder} holds another tower: {some(differ)}")
+        raise ValueError(f"{export.folder} holds another tower: {few(differ)}")
     weights = export.tower()
     load_strictly(tower, weights, str(export.folder))
     rest = Counter(key.split(".")[0] for key in export.state if export.kind != "frontend")
@@ -147,7 +144,7 @@ def load_exported_rest(model: nn.Module, export: Export, anew: Sequence[str] = (
     if trouble := misfits(wanted, given):
         raise ValueError(f"{export.folder} does not hold the weights of this model: {trouble}")
     model.load_state_dict(given, strict=False)
-    _log.info("%s: %d weights of the text side; new: %s", export.folder, len(given), some(list(anew)) or "nothing")
+    _log.info("%s: %d weights of the text side; new: %s", export.folder, len(given), few(list(anew)) or "nothing")
 
 
 def require_vocabulary(export: Export, vocabulary: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tempme_vl.messages import few
 from tempme_vl.weights.torchscript import is_torchscript, read_torchscript
 
 # What other libraries call the weights in a folder, in the order in which they are looked for.
@@ -84,7 +85,7 @@ def find_weights(path: str | Path) -> Path:
                 return path / name
         raise ValueError(
             f"{path} is a folder without weights: expected one of {', '.join(FILES)}; "
-            f"found {some(sorted(entry.name for entry in path.iterdir()), 8) or 'nothing'}"
+            f"found {few(sorted(entry.name for entry in path.iterdir()), 8) or 'nothing'}"
         )
     if not path.is_file():
         raise ValueError(
@@ -183,7 +184,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
     if others or not state:
         raise ValueError(
             f"expected a state dict of tensors in {path}, by name, bare or under one of {', '.join(_WRAPPERS)}; "
-            f"got {'an empty one' if not state else 'also ' + some(others)}"
+            f"got {'an empty one' if not state else 'also ' + few(others)}"
         )
     found = dict(state)
     for prefix in _PREFIXES * 2:  # in either order
@@ -205,7 +206,7 @@ def _read_shards(index: Path) -> WeightsFile:
         )
     names = sorted(set(shard_of.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise ValueError(f"{index} names {len(names)} files; {some(missing)} are not beside it")
+        raise ValueError(f"{index} names {len(names)} files; {few(missing)} are not beside it")
     state: dict[str, Tensor] = {}
     kinds = []
     for name in names:
@@ -215,14 +216,9 @@ def _read_shards(index: Path) -> WeightsFile:
         if shard.keys() != expected:
             raise ValueError(
                 f"{index.parent / name} does not hold the weights that {index.name} says: "
-                f"{some(sorted(expected - shard.keys())) or 'none'} are missing, "
-                f"{some(sorted(shard.keys() - expected)) or 'none'} are not named there"
+                f"{few(sorted(expected - shard.keys())) or 'none'} are missing, "
+                f"{few(sorted(shard.keys() - expected)) or 'none'} are not named there"
             )
         kinds.append(kind)
         state |= shard
     return WeightsFile(index, f"{len(names)} shards of {kinds[0]}", state)
-
-
-def some(names: Sequence[str], count: int = 4) -> str:
-    """The first of many names, and how many there are."""
-    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tempme_vl.integrations import Compressed, SampledVideo, compress, load_compressed
 from tempme_vl.integrations.base import prefill_gflops
+from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.videos import pair_up, sample, without_start
 from tempme_vl.manifest import write_manifest
 
@@ -345,11 +346,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_budget_chooses_the_merging_inside_a_tower() -> None:
-    host = compress(*tiny.build("VideoLlava"), num_frames=tiny.FRAMES, budget=0.6).host
-    costs, whole = host.costs(), compress(*tiny.build("VideoLlava"), "none", num_frames=tiny.FRAMES).host
-    ours, all_of_it = (one.frontend.gflops() for one in (host, whole))  # type: ignore[attr-defined]
-    assert 0.5 < ours / all_of_it <= 0.6 and costs.tokens < costs.native_tokens / 2
-    few = compress(*tiny.build("VideoLlava"), num_frames=tiny.FRAMES, method="tome", tokens=40).host
-    assert few.frontend.schedule.output_tokens <= 40  # type: ignore[attr-defined]
+    def host(method: str, **options: Any) -> InEncoderHost:
+        made = compress(*tiny.build("VideoLlava"), method, num_frames=tiny.FRAMES, **options).host
+        assert isinstance(made, InEncoderHost)
+        return made
+
+    ours, whole = host("tempme", budget=0.6), host("none")
+    assert 0.5 < ours.frontend.gflops() / whole.frontend.gflops() <= 0.6 and ours.tokens() < whole.tokens() / 2
+    assert host("tome", tokens=40).frontend.schedule.output_tokens <= 40
     with pytest.raises(ValueError, match=r"merges behind its tower, where 'tempme' takes .*; got budget"):
         compress(*tiny_post.build("InternVL"), num_frames=tiny_post.FRAMES, budget=0.6)

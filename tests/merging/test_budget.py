@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
-from tempme_vl.backbones.base import Backbone, TowerShape
-from tempme_vl.frontend import schedule_for, tower_gflops
+from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
 from tempme_vl.merging import make_schedule
+from tempme_vl.scheduling import schedule_for, tower_gflops
 
 
 def tower(
@@ -21,7 +21,7 @@ def tower(
     """The shape of a tower, without weights."""
     shape = TowerShape(image, patch, width, heads, 512, norm_pre=False, num_prefix=prefix, joint=joint)
     nothing = torch.nn.Identity()
-    return Backbone(nothing, [torch.nn.Identity() for _ in range(layers)], nothing, nothing, shape)  # type: ignore[misc]
+    return Backbone(nothing, [BlockAdapter() for _ in range(layers)], nothing, nothing, shape)
 
 
 TOWERS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.pretrained import CONFIG_FILE, load_model, load_weights, require_fit, sketch
+from tempme_vl.pretrained import CONFIG_FILE, load_model, require_fit, sketch
 from tempme_vl.schema import read
 from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.qa.base import QAHead, VideoQAModel
@@ -49,7 +49,9 @@ def load_qa_model(directory: str | Path) -> VideoQAModel:
         drawn = sketch(make, directory)
         require_fit(drawn, complete(drawn), directory)
     model = make()
-    load_weights(model, complete(model), directory)
+    weights = complete(model)
+    require_fit(model, weights, directory)
+    model.load_state_dict(weights)
     return model
 
 

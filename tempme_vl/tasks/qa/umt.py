@@ -10,6 +10,7 @@ from tempme_vl.backbones.umt import Mode
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import MergeSchedule
+from tempme_vl.messages import few
 from tempme_vl.tasks.qa.base import VideoQAModel
 from tempme_vl.tasks.qa.decoder import DecoderHead
 from tempme_vl.tasks.qa.question import QuestionEncoder
@@ -41,8 +42,8 @@ def umt_qa_from_state_dict(
     report = converted.report
     if report.missing or report.unexplained:
         raise ValueError(
-            f"not the weights of UMT's question answering: {_some(report.missing)} are missing, "
-            f"{_some(report.unexplained)} unknown"
+            f"not the weights of UMT's question answering: {few(report.missing)} are missing, "
+            f"{few(report.unexplained)} unknown"
         )
     frontend = VisualFrontend.from_umt_state_dict(converted.state, heads, image_size, mode, schedule)
     text, fusion = bert_from_umt(part_of(converted.state, "text_encoder."), text_heads)
@@ -72,7 +73,3 @@ def load_umt_questions(
     if decoder is not None:
         load_umt_decoder(decoder, part_of(converted.state, "text_decoder."))
     return converted.report
-
-
-def _some(keys: tuple[str, ...]) -> str:
-    return f"{list(keys[:4])}{f' ... ({len(keys)} in all)' if len(keys) > 4 else ''}"

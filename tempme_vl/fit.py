@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.weights.files import some
+from tempme_vl.messages import few
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -38,10 +38,10 @@ def misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
             if expected[key].dtype.is_floating_point and not _plain(state[key].dtype)
         ],
     }
-    found = [f"{len(keys)} {what}: {some(keys)}" for what, keys in groups.items() if keys]
+    found = [f"{len(keys)} {what}: {few(keys)}" for what, keys in groups.items() if keys]
     if not found:
         endless = [key for key in both if not state[key].isfinite().all()]
-        found = [f"{len(endless)} are not finite: {some(endless)}"] if endless else []
+        found = [f"{len(endless)} are not finite: {few(endless)}"] if endless else []
     return "; ".join(found)
 
 
