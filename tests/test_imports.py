@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {"state", "pretrained", "weights", "fit", "schema", "messages", "libraries"},
     "scheduling": {"merging", "backbones"},
     "frontend": {"state", "merging", "backbones", "scheduling", "pretrained", "schema", "messages"},
-    "text": {"backbones", "pretrained", "weights", "schema", "libraries"},
+    "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries"},
     "__init__": {"state", "merging", "frontend", "pipeline"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},

@@ -83,6 +83,12 @@ class KeyReport:
         """Unexpected keys without a reason: this code does not know them, and weights of worth may be lost."""
         return tuple(key for key in self.unexpected if key not in self.explained)
 
+    @property
+    def trouble(self) -> str:
+        """What keeps the file from being a whole model of the target, in one line; empty where nothing does."""
+        groups = {"missing": self.missing, "unknown": self.unexplained}
+        return "; ".join(f"{len(keys)} {what}: {few(keys)}" for what, keys in groups.items() if keys)
+
     def __str__(self) -> str:
         lines = [
             f"UMT checkpoint of the {self.form} form, converted to {self.target}: {len(self.used)} keys used, "

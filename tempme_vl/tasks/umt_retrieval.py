@@ -189,12 +189,8 @@ class UMTRetrievalModel(nn.Module):
         frontend = VisualFrontend.from_umt_state_dict(state, heads, image_size, mode, schedule)
         text, fusion = bert_from_umt(part_of(convert(state, "retrieval").state, "text_encoder."), text_heads)
         model = cls(frontend, text, fusion, vocabulary)
-        report = load_umt_text(model, state)
-        if report.missing or report.unexplained:
-            raise ValueError(
-                f"not the weights of UMT's retrieval model: {list(report.missing)} are missing, "
-                f"{list(report.unexplained)} unknown"
-            )
+        if trouble := load_umt_text(model, state).trouble:
+            raise ValueError(f"not the weights of UMT's retrieval model: {trouble}")
         return model
 
     @classmethod

@@ -17,6 +17,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from tempme_vl.fit import misfits
 from tempme_vl.text.bert_layer import (
     BertEmbeddings,
     BertLayer,
@@ -174,18 +175,8 @@ def bert_from_umt(state: Mapping[str, Tensor], heads: int, dropout: float = 0.1)
     state = {name: value for name, value in state.items() if name != "embeddings.position_ids"}
     shape = _shape_of(state, heads, dropout)
     text, fusion = BertTextEncoder(shape), BertFusion(shape)
-    expected = bert_to_umt(text, fusion)
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    misfits = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if missing or unexpected or misfits:
-        raise ValueError(
-            f"weights of {shape}: {len(missing)} missing: {missing}; {len(unexpected)} unexpected: {unexpected}; "
-            f"{len(misfits)} of another shape: {misfits}"
-        )
+    if trouble := misfits(bert_to_umt(text, fusion), state):
+        raise ValueError(f"these are not the weights of {shape}: {trouble}")
     text.load_state_dict({name: state[_umt_name(name, 0)] for name in text.state_dict()})
     fusion.load_state_dict({name: state[_umt_name(name, shape.fusion_layer)] for name in fusion.state_dict()})
     return text, fusion

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tempme_vl.fit import misfits
 from tempme_vl.pretrained import WEIGHTS_FILE, hub_file
 from tempme_vl.text.bert import BertFusion, BertTextEncoder, bert_to_umt
 from tempme_vl.text.decoder import BertDecoder, decoder_to_umt
@@ -65,16 +66,7 @@ def load_bert_decoder(decoder: BertDecoder, state: Mapping[str, Tensor]) -> None
 
 def _copy(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
     wanted = {name: value for name, value in own.items() if ".crossattention." not in name}
-    missing = sorted(wanted.keys() - state.keys())
-    misfits = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if missing or misfits:
-        raise ValueError(
-            f"this BERT does not fit the {what}: {len(missing)} weights are missing: {missing[:4]}; {len(misfits)} are "
-            f"of another shape: {misfits[:4]}"
-        )
+    if trouble := misfits(wanted, {name: value for name, value in state.items() if name in wanted}):
+        raise ValueError(f"this BERT does not fit the {what}: {trouble}")
     for name, value in wanted.items():
         value.copy_(state[name])

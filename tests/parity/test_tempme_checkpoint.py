@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tempme_vl.backbones.open_clip import TINY_CONFIGS
-from tempme_vl.frontend import make_schedule
+from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
 
 DATA = Path(__file__).parent / "data" / "tuning"

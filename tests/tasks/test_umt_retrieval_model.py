@@ -346,9 +346,9 @@ def test_vision_file_leaves_the_text_side_at_random(tmp_path: Path, caplog: pyte
 @pytest.mark.parametrize(
     ("drop", "add", "message"),
     [
-        ("itm_head.bias", {}, r"not the weights of UMT's retrieval model: \['itm_head.bias'\] are missing"),
-        ("temp", {}, r"\['temp'\] are missing"),
-        ("", {"mlm_head.weight": (2, 2)}, r"\['mlm_head.weight'\] unknown"),
+        ("itm_head.bias", {}, "not the weights of UMT's retrieval model: 1 missing: itm_head.bias$"),
+        ("temp", {}, "1 missing: temp$"),
+        ("", {"mlm_head.weight": (2, 2)}, "1 unknown: mlm_head.weight$"),
         ("", {"text_proj.weight": (32, 64)}, r"projections do not fit the model: .*text_proj.weight"),
         ("text_encoder.encoder.layer.1.output.dense.bias", {}, r"1 missing: .*layer.1.output.dense.bias"),
     ],

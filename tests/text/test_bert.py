@@ -264,14 +264,14 @@ def without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("layer.1.output.dense.bias"), r"1 missing: \['encoder.layer.1.output.dense.bias'\]; 0 unexpected"),
+        (without("layer.1.output.dense.bias"), "1 missing: encoder.layer.1.output.dense.bias$"),
         (without("layer.1."), r"16 missing: .*encoder.layer.1.attention"),
         (without("layer.3.crossattention."), r"10 missing: .*layer.3.crossattention"),
-        (lambda s: {**s, "pooler.dense.bias": torch.zeros(24)}, r"1 unexpected: \['pooler.dense.bias'\]"),
+        (lambda s: {**s, "pooler.dense.bias": torch.zeros(24)}, "1 unknown: pooler.dense.bias$"),
         (lambda s: {**s, "encoder.layer.0.crossattention.self.key.weight": torch.zeros(24, 16)}, "at least one text"),
         (
             lambda s: {**s, "encoder.layer.2.crossattention.self.value.weight": torch.zeros(24, 24)},
-            r"1 of another shape: \['encoder.layer.2.crossattention.self.value.weight \(24, 24\) instead of \(24, 16\)",
+            r"1 of other shapes: encoder.layer.2.crossattention.self.value.weight \(24, 24\) instead of \(24, 16\)$",
         ),
         (without("crossattention"), r"got layers \[0, 1, 2, 3\], with cross-attention \[\]"),
         (without("word_embeddings"), r"missing: \['embeddings.word_embeddings.weight'\]"),

@@ -10,7 +10,6 @@ from tempme_vl.backbones.umt import Mode
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import MergeSchedule
-from tempme_vl.messages import few
 from tempme_vl.tasks.qa.base import VideoQAModel
 from tempme_vl.tasks.qa.decoder import DecoderHead
 from tempme_vl.tasks.qa.question import QuestionEncoder
@@ -39,12 +38,8 @@ def umt_qa_from_state_dict(
         ValueError: weights of another family, or missing or unknown keys.
     """
     converted = convert(state, "qa")
-    report = converted.report
-    if report.missing or report.unexplained:
-        raise ValueError(
-            f"not the weights of UMT's question answering: {few(report.missing)} are missing, "
-            f"{few(report.unexplained)} unknown"
-        )
+    if trouble := converted.report.trouble:
+        raise ValueError(f"not the weights of UMT's question answering: {trouble}")
     frontend = VisualFrontend.from_umt_state_dict(converted.state, heads, image_size, mode, schedule)
     text, fusion = bert_from_umt(part_of(converted.state, "text_encoder."), text_heads)
     answers = part_of(converted.state, "text_decoder.")
