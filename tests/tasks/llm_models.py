@@ -94,7 +94,7 @@ def encoded(model: VideoQAModel) -> dict[str, Tensor]:
     return {name: features[name][OF_VIDEO] for name in model.kept}
 
 
-def learn(model: VideoQAModel, steps: int = 200, lr: float = 4e-3) -> None:
+def learn(model: VideoQAModel, steps: int = 140, lr: float = 4e-3) -> None:
     """Trains the head's weights that are not frozen on QUESTIONS, those about 5 of the videos a step."""
     batch = asked(model, range(50), trained=True)
     with torch.no_grad():

@@ -460,6 +460,7 @@ def test_lora_of_unknown_origin_is_not_saved(llm: Path, tmp_path: Path) -> None:
 # ---- ranks
 
 
+@pytest.mark.slow  # tests/recipes trains a language model's LoRA on two ranks at ZeRO-3
 def test_ranks_that_share_the_weights(expert: VideoQAModel, learned: Path, tmp_path: Path) -> None:
     """ZeRO-3, answers of other lengths on each rank."""
     order = sorted(range(50), key=lambda i: len(ANSWERS[i]))
