@@ -25,6 +25,7 @@ Your own clips (one JSON object a line: file, caption or captions, optional star
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,8 @@ from tempme_vl.recipe import (
     DataOptions,
     ReadingOptions,
     TrainingOptions,
+    TuningName,
+    TuningOptions,
     VisualOptions,
     about_run,
     announce,
@@ -65,8 +68,6 @@ from tempme_vl.recipe import (
 from tempme_vl.tasks.retrieval import (
     AnyRetrievalModel,
     create_retrieval_model,
-    freeze_as_clip4clip,
-    is_new_parameter,
     load_retrieval_model,
 )
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
@@ -77,7 +78,7 @@ RECIPES = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Options(DataOptions, VisualOptions, ReadingOptions, TrainingOptions):
+class Options(DataOptions, VisualOptions, TuningOptions, ReadingOptions, TrainingOptions):
     """Fine-tune CLIP or UMT with TempMe for text-video retrieval.
 
     The defaults shown are those of the data set and the model: --help together with --data-root, --dataset or --model
@@ -98,8 +99,9 @@ class Options(DataOptions, VisualOptions, ReadingOptions, TrainingOptions):
     """UMT's words: a folder with vocab.txt or a hub name; default: those of the training captions."""
     max_words: int | None = None
     """Words kept of a caption, start and end included; default: the data set's usual 32 or 64."""
-    freeze: Literal["none", "clip4clip"] = "clip4clip"
-    """clip4clip freezes token, position and class embeddings, conv1 and ln_pre, as its authors do; CLIP only."""
+    tuning: TuningName = "clip4clip"
+    freeze: Literal["none", "clip4clip"] | None = None
+    """The older name of --tuning: none is full."""
     chunks: int = 1
     """Gradient caching: encode a rank's batch in this many pieces, with the exact gradient of the whole."""
     rerank: int = 128
@@ -107,8 +109,8 @@ class Options(DataOptions, VisualOptions, ReadingOptions, TrainingOptions):
 
 
 # What differs from the defaults above, which are CLIP4Clip's published full fine-tuning.
-SMALL = {**FROM_SCRATCH, "freeze": "none"}
-LARGE = {**UMT, "freeze": "none", "epochs": 10, "warmup": 0.0}
+SMALL = {**FROM_SCRATCH, "tuning": "full"}
+LARGE = {**UMT, "tuning": "full", "epochs": 10, "warmup": 0.0}
 MODELS: dict[str, dict[str, Any]] = {
     "open_clip:tiny": SMALL,
     "umt:tiny": {**SMALL, "model": "umt:tiny"},
@@ -117,9 +119,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse(arguments: list[str] | None = None) -> Options:
-    """Options from the command line, on top of the defaults of their data set and model."""
-    given = first_look(arguments, ("dataset", "data-root", "model", "method", *LIMITS))
+def parse(arguments: list[str] | None = None, recipe: Mapping[str, Any] | None = None, suffix: str = "") -> Options:
+    """Options from the command line, on top of the defaults of their data set and model.
+
+    Args:
+        recipe: what another recipe's defaults are, whatever the data set and the model.
+        suffix: of the run folder's name.
+    """
+    given = first_look(arguments, ("dataset", "data-root", "model", "method", "tuning", "freeze", *LIMITS))
+    if given.tuning and given.freeze:
+        raise ValueError("--freeze is the older name of --tuning (none is full): give one of them")
     dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt")
     splits = usual_splits(dataset)
     preset: dict[str, Any] = {
@@ -130,10 +139,13 @@ def parse(arguments: list[str] | None = None) -> Options:
         "holdout": splits.holdout,
         **MODELS.get(given.model or ("open_clip:tiny" if dataset == "motion" else ""), {}),
         **(MOTION if dataset == "motion" else {}),
-        "output": Path("runs") / f"{dataset}-{given.method or 'tempme'}",
+        **(recipe or {}),
+        "output": Path("runs") / f"{dataset}-{given.method or 'tempme'}{suffix}",
         "deepspeed_config": RECIPES / "ds" / "zero1.json",
     }
     options = tyro.cli(Options, args=arguments, default=Options(**merged_by(preset, given)))
+    if options.freeze is not None:
+        options = replace(options, tuning="full" if options.freeze == "none" else options.freeze, freeze=None)
     source(options)  # says what is missing before anything starts
     if options.is_umt and options.chunks > 1:
         raise ValueError("--chunks caches gradients of a contrastive loss alone; UMT also matches pairs: leave it 1")
@@ -159,7 +171,7 @@ def main(options: Options) -> None:
 
     trainer = Trainer(
         model,
-        options.build_optimizer(model, is_new_parameter),
+        options.build_optimizer(model, model.is_new_parameter),
         TrainPairs(train, train_reader, tokenizer, options.seed),
         options.config(),
         facts(options, model.frontend.full_config(), train=train, val=val, test=test),
@@ -209,9 +221,9 @@ def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
     if options.is_umt:
         words = [caption for captions in train.captions for caption in captions]
         vocabulary = options.words(words, options.vocabulary)
-    model = create_retrieval_model(options.model, vocabulary=vocabulary, **options.tower(train.num_frames))
-    if options.freeze == "clip4clip":
-        freeze_as_clip4clip(model)
+    model = create_retrieval_model(
+        options.model, tuning=options.tuned(), vocabulary=vocabulary, **options.tower(train.num_frames)
+    )
     model.set_grad_checkpointing(options.grad_checkpointing)
     return model
 

@@ -44,6 +44,7 @@ from tempme_vl.recipe import (
     DataOptions,
     ReadingOptions,
     TrainingOptions,
+    TuningOptions,
     VisualOptions,
     about_run,
     announce,
@@ -66,7 +67,7 @@ RECIPES = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Options(DataOptions, VisualOptions, ReadingOptions, TrainingOptions):
+class Options(DataOptions, VisualOptions, TuningOptions, ReadingOptions, TrainingOptions):
     """Train a front end with a head that answers questions.
 
     The defaults shown are those of the data set and the model: --help together with --data-root, --dataset or --model
@@ -186,6 +187,7 @@ def main(options: Options) -> None:
 
 def build_model(options: Options, train: QASplit, answers: tuple[str, ...]) -> VideoQAModel:
     model = build_llm(options) if options.head == "llm" else build_bert(options, train, answers)
+    model.tune(options.tuned())
     model.input["sampling"] = options.sampling
     model.set_grad_checkpointing(options.grad_checkpointing)
     return model

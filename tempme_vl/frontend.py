@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tempme_vl.backbones import FAMILIES, find_family, split_name, umt
 from tempme_vl.backbones.base import Backbone, BlockAdapter
-from tempme_vl.merging import LayerMerge, MergeSchedule, merge_layers
+from tempme_vl.merging import LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
 from tempme_vl.messages import shown
 from tempme_vl.pretrained import CONFIG_FILE, build, load_model, save_model
@@ -258,12 +258,16 @@ class VisualFrontend(nn.Module):
         umt.load(backbone, weights, "the state")
         return cls(backbone, replace(schedule, joint=mode == "joint"), umt.json_config(config))
 
-    def openai_state_dict(self) -> dict[str, Tensor]:
-        """The tower's weights under open_clip's names, bit for bit; merging parameters are left out."""
+    def openai_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tower's weights under open_clip's names, bit for bit; merging parameters are left out.
+
+        Args:
+            state: other weights than the tower's own, under its names.
+        """
         from tempme_vl.backbones.clip_checkpoint import to_openai_names
 
-        own = {key: value for key, value in self.state_dict().items() if ".before_attention." not in key}
-        return to_openai_names(own)
+        state = self.state_dict() if state is None else state
+        return to_openai_names({key: value for key, value in state.items() if not is_of_merging(key)})
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json, which hold everything `from_pretrained` needs."""

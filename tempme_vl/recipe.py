@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -33,6 +33,12 @@ from tempme_vl.training import distributed
 from tempme_vl.training.config import TrainConfig
 from tempme_vl.training.engine import Trainer
 from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
+from tempme_vl.tuning import TUNINGS, Tuning, find_tuning
+
+if TYPE_CHECKING:
+    TuningName = str
+else:
+    TuningName = Literal[tuple(TUNINGS)]
 
 # Options that may be others when a run is continued: where things lie, how they are read and stored, what is shown. The
 # content of the annotations and of the DeepSpeed file counts instead of their paths, and what a precision stands for.
@@ -118,6 +124,25 @@ class VisualOptions(MergeOptions):
         if (Path(self.pretrained) / VOCABULARY_FILE).is_file():
             return load_vocabulary(self.pretrained)
         return word_vocabulary(texts)
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """What of the model trains."""
+
+    tuning: TuningName = "full"
+    """full: everything. clip4clip: all but token, position and class embeddings, conv1 and ln_pre, as its authors do;
+    CLIP only. lora: low-rank updates of all queries, keys and values, and TempMe's clip positions."""
+    tuning_options: tuple[str, ...] = ()
+    """NAME=VALUE of the tuning's own; for lora rank=8 (the default), alpha (the rank) and dropout=0."""
+
+    def tuned(self) -> Tuning:
+        """The way of tuning.
+
+        Raises:
+            ValueError: see `find_tuning`.
+        """
+        return find_tuning(self.tuning, dict(map(_named_value, self.tuning_options)))
 
 
 @dataclass(frozen=True)
@@ -280,6 +305,17 @@ UMT: dict[str, Any] = {  # what UMT's published settings share, for 8 GPUs
     "sampling": "segment",
     "grad_checkpointing": True,
 }
+
+
+def _named_value(option: str) -> tuple[str, Any]:
+    """ "rank=16" as ("rank", 16)."""
+    name, equals, text = option.partition("=")
+    if not equals:
+        raise ValueError(f"expected NAME=VALUE; got {option!r}")
+    try:
+        return name, json.loads(text)
+    except ValueError:  # a word
+        return name, text
 
 
 def first_look(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:

@@ -28,6 +28,7 @@ CORE = {
     "manifest",
     "schema",
     "libraries",
+    "tuning",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
@@ -54,6 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frontend": {"state", "merging", "backbones", "scheduling", "pretrained", "schema", "messages"},
     "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries"},
     "__init__": {"state", "merging", "frontend", "pipeline"},
+    # what of a model trains
+    "tuning": {"schema", "messages"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE,

@@ -23,7 +23,7 @@ from tempme_vl.backbones.open_clip import build_visual, model_config, visual_bac
 from tempme_vl.evaluation.efficiency import columns
 from tempme_vl.frontend import VisualFrontend, create_frontend
 from tempme_vl.scheduling import schedule_for
-from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model, freeze_as_clip4clip
+from tempme_vl.tasks.retrieval import create_retrieval_model
 
 # how UMT's rows are measured: the method and the options of its tower
 UMT_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -117,11 +117,10 @@ def _train_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], 
     for row in rows:
         method, options = work.arguments(row)
         vocabulary = _WORDS if work.family == "umt" else None
-        model = create_retrieval_model(work.model, None, method, work.frames, vocabulary=vocabulary, **options)
+        tuning = "full" if work.family == "umt" else "clip4clip"
+        model = create_retrieval_model(work.model, None, method, work.frames, tuning, vocabulary=vocabulary, **options)
         model.to(work.device).train()
         model.load_state_dict(shared, strict=False, assign=True)  # not strict: only TempMe has clip positions
-        if isinstance(model, RetrievalModel):
-            freeze_as_clip4clip(model)
         shared = {**model.state_dict(keep_vars=True), **shared}
         models[row] = model
     trained = dict.fromkeys(p for model in models.values() for p in model.parameters() if p.requires_grad)

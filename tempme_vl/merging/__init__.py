@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
 
 from tempme_vl.merging import none, tempme, tome
@@ -22,6 +23,7 @@ __all__ = [
     "TokenMerger",
     "find_method",
     "has_setting",
+    "is_of_merging",
     "make_schedule",
     "merge_layers",
 ]
@@ -112,6 +114,11 @@ def _solve(method: str, encoder: Encoder, limit: Limit, known: dict[str, Any], g
         f"{limit.kind}={limit.most:g} cannot be reached by {method} on {encoder.layers} layers, {encoder.frames} "
         f"frames of {encoder.tokens} tokens{fixed}: the lowest is {min(reached):.4g}"
     )
+
+
+def is_of_merging(name: str) -> bool:
+    """Whether a weight, by its name in a front end or in a model with one, is a method's own and no tower's."""
+    return any(f".{field.name}." in name for field in fields(LayerMerge))
 
 
 def merge_layers(schedule: MergeSchedule, width: int) -> list[LayerMerge]:

@@ -17,7 +17,7 @@ from tempme_vl.backbones import split_name
 from tempme_vl.backbones.clip_checkpoint import name_clip, to_openai_names
 from tempme_vl.backbones.open_clip_blocks import tower_shape
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.merging import MergeSchedule
+from tempme_vl.merging import MergeSchedule, is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, build, load_kind, load_model, save_model
 from tempme_vl.scheduling import schedule_for
 from tempme_vl.schema import read
@@ -26,6 +26,8 @@ from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import LogitScale, contrastive_loss, gather_pairs
 from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text import ClipTextEncoder
+from tempme_vl.tuning import TunableModel, Tuning, find_tuning
+from tempme_vl.weights.exports import part_of
 
 RETRIEVAL = {"retrieval": "a retrieval model"}
 
@@ -43,7 +45,7 @@ class _Saved:
         clip_family.check_text_config(self.text_cfg, "'text_cfg'")
 
 
-class RetrievalModel(nn.Module):
+class RetrievalModel(TunableModel):
     """Video and text encoders with one embedding space.
 
     Args:
@@ -53,6 +55,8 @@ class RetrievalModel(nn.Module):
             were sampled and cut in training (sampling, max_words).
         logit_scale: the logarithm of the initial temperature's inverse.
     """
+
+    lora_parts = ("frontend", "text")
 
     def __init__(
         self,
@@ -120,21 +124,34 @@ class RetrievalModel(nn.Module):
         model.frontend.take_clip_positions(name_clip(state).clip_positions)
         return model
 
+    def is_new_parameter(self, name: str) -> bool:
+        """Whether a parameter was in no pretrained model: TempMe's clip positions, and what tuning added."""
+        return super().is_new_parameter(name) or is_of_merging(name)
+
+    def input_side(self) -> list[nn.Module]:
+        """Token, position and class embeddings, conv1 and ln_pre, which CLIP4Clip freezes."""
+        return [self.frontend.embed, self.text.embed]
+
     def openai_state_dict(self) -> dict[str, Tensor]:
-        """Both towers' weights and the logit scale under open_clip's names, bit for bit; merging is left out."""
-        visual = {f"visual.{key}": value for key, value in self.frontend.openai_state_dict().items()}
-        text = to_openai_names(self.text.state_dict())
-        return {**visual, **text, "logit_scale": self.logit_scale.log_scale.detach().squeeze(0)}
+        """Both towers' weights and the logit scale under open_clip's names, bit for bit; merging is left out.
+
+        What tuning added is merged into them.
+        """
+        state = self.plain_state()
+        visual = self.frontend.openai_state_dict(part_of(state, "frontend."))
+        text = to_openai_names(part_of(state, "text."))
+        scale = self.logit_scale.log_scale.detach().squeeze(0)
+        return {**{f"visual.{key}": value for key, value in visual.items()}, **text, "logit_scale": scale}
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes config.json and model.safetensors.
+        """Writes config.json and model.safetensors; what tuning added is merged into plain weights.
 
         Args:
             state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
         """
         shared = {key: self.config[key] for key in ("text_cfg", "input")}
         config = {"kind": "retrieval", "frontend": self.frontend.full_config(), **shared}
-        save_model(directory, config, self.state_dict() if state is None else state)
+        save_model(directory, config, self.plain_state(state))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> RetrievalModel:
@@ -163,6 +180,8 @@ def create_retrieval_model(
     pretrained: str | None = None,
     method: str = "tempme",
     num_frames: int = 12,
+    tuning: str | Tuning = "full",
+    *,
     clip_position_std: float = 0.0,
     vocabulary: tuple[str, ...] | None = None,
     **options: Any,
@@ -170,23 +189,31 @@ def create_retrieval_model(
     """A retrieval model by name: a dual encoder on an open_clip model, or UMT's with fusion layers.
 
     Args:
+        tuning: what of it trains, one of `tempme_vl.TUNINGS` or an instance with options, `Lora(rank=16)`.
         vocabulary: words of UMT's text side (`create_umt_retrieval_model`); CLIP has its own.
         others: as in `tempme_vl.create_frontend`, with its errors.
+
+    Raises:
+        ValueError: see `create_frontend`, `find_tuning` and the tuning's `apply`.
     """
+    way = find_tuning(tuning)
     family, model = split_name(name)
+    made: AnyRetrievalModel
     if family == "umt":
         if vocabulary is None:
             raise ValueError("UMT's text side needs its vocabulary: see tempme_vl.text.tokenizers.bert_vocabulary")
-        return create_umt_retrieval_model(
+        made = create_umt_retrieval_model(
             name, vocabulary, pretrained, method, num_frames, clip_position_std, **options
         )
-    if family != "open_clip":
+    elif family == "open_clip":
+        clip, config, clip_positions = clip_family.load_clip(model, pretrained)
+        shape, layers = tower_shape(clip.visual), len(clip.visual.transformer.resblocks)
+        schedule = schedule_for(method, layers, shape, num_frames, **options)
+        made = _assemble(clip, config, schedule, clip_position_std)
+        made.frontend.take_clip_positions(clip_positions)
+    else:
         raise ValueError(f"retrieval needs a text tower, which only open_clip and umt models have; got {name!r}")
-    clip, config, clip_positions = clip_family.load_clip(model, pretrained)
-    shape, layers = tower_shape(clip.visual), len(clip.visual.transformer.resblocks)
-    schedule = schedule_for(method, layers, shape, num_frames, **options)
-    made = _assemble(clip, config, schedule, clip_position_std)
-    made.frontend.take_clip_positions(clip_positions)
+    made.tune(way)
     return made
 
 
@@ -208,20 +235,3 @@ def _assemble(
     frontend = VisualFrontend(clip_family.visual_backbone(clip.visual), schedule, tower)
     frontend.init_clip_positions(clip_position_std)
     return RetrievalModel(frontend, text, config, initial)
-
-
-def freeze_as_clip4clip(model: AnyRetrievalModel) -> None:
-    """Freezes what CLIP4Clip's full fine-tuning freezes: input embeddings of both towers, conv1 and ln_pre.
-
-    Raises:
-        ValueError: a model that is not CLIP.
-    """
-    if not isinstance(model, RetrievalModel):
-        raise ValueError("clip4clip names parts of CLIP to freeze; UMT is fine-tuned whole: choose 'none'")
-    model.frontend.embed.requires_grad_(False)
-    model.text.embed.requires_grad_(False)
-
-
-def is_new_parameter(name: str) -> bool:
-    """Whether a parameter was not in the pretrained model and learns at its own rate: TempMe's clip positions."""
-    return ".before_attention." in name or ".after_attention." in name

@@ -19,7 +19,7 @@ from tempme_vl.backbones import split_name
 from tempme_vl.backbones.umt import Mode
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
 from tempme_vl.frontend import VisualFrontend, create_frontend
-from tempme_vl.merging import MergeSchedule
+from tempme_vl.merging import MergeSchedule, is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, build, load_model, load_vocabulary, save_model, save_vocabulary
 from tempme_vl.schema import read
 from tempme_vl.state import at_least_float32
@@ -33,9 +33,10 @@ from tempme_vl.tasks.losses import (
     same_pairs,
     soft_contrastive_loss,
 )
-from tempme_vl.tasks.umt_text import TEXT_OF, load_bert_side, part_of
+from tempme_vl.tasks.umt_text import TEXT_OF, load_bert_side
 from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt
-from tempme_vl.weights.exports import find_export, load_exported_rest, require_vocabulary
+from tempme_vl.tuning import TunableModel
+from tempme_vl.weights.exports import find_export, load_exported_rest, part_of, require_vocabulary
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class _Saved:
     input: Inputs
 
 
-class UMTRetrievalModel(nn.Module):
+class UMTRetrievalModel(TunableModel):
     """Video and text encoders with one embedding space, and fusion layers with a matching head (UMT, section 3.2).
 
     Args:
@@ -62,6 +63,9 @@ class UMTRetrievalModel(nn.Module):
         vocabulary: the words that text ids stand for, in order.
         config: JSON data; its "input" says how clips and captions were sampled and cut in training.
     """
+
+    lora_targets = ("qkv", "query", "key", "value")
+    lora_parts = ("frontend", "text", "fusion")
 
     def __init__(
         self,
@@ -145,13 +149,17 @@ class UMTRetrievalModel(nn.Module):
         contrast = soft_contrastive_loss(video, text, features["temperature"], same, valid)
         return contrast + matching_loss(features["match"], features["match_valid"])
 
+    def is_new_parameter(self, name: str) -> bool:
+        """Whether a parameter was in no pretrained model: TempMe's clip positions, and what tuning added."""
+        return super().is_new_parameter(name) or is_of_merging(name)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of all parts in the backward pass."""
         self.frontend.set_grad_checkpointing(enable)
         self.text.grad_checkpointing = self.fusion.grad_checkpointing = enable
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes config.json, vocab.txt and model.safetensors.
+        """Writes config.json, vocab.txt and model.safetensors; what tuning added is merged into plain weights.
 
         Args:
             state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
@@ -164,7 +172,7 @@ class UMTRetrievalModel(nn.Module):
         }
         Path(directory).mkdir(parents=True, exist_ok=True)
         save_vocabulary(directory, self.vocabulary)
-        save_model(directory, config, self.state_dict() if state is None else state)
+        save_model(directory, config, self.plain_state(state))
 
     @classmethod
     def from_umt_state_dict(

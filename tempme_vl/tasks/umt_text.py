@@ -28,8 +28,3 @@ def load_bert_side(text: BertTextEncoder, fusion: BertFusion, state: Mapping[str
         raise ValueError(f"the checkpoint's text side is {found}; the model wants {wanted}")
     text.load_state_dict(loaded_text.state_dict())
     fusion.load_state_dict(loaded_fusion.state_dict())
-
-
-def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights whose names start with `prefix`, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -26,12 +26,13 @@ CASES: dict[str, dict[str, Any]] = {
         for task, stages in (
             ("classifier", ("zero0", "zero1", "zero2", "partitioned")),
             ("decoder", ("zero0", "zero2", "partitioned")),
+            ("lora", ("zero0", "partitioned")),
         )
         for stage in stages
     },
 }
 # partitioned weights cost seconds a case; one rank holds them whole in any case
-ONE = [name for name in CASES if "zero3" not in name and name not in ("classifier partitioned", "decoder partitioned")]
+ONE = [name for name in CASES if "zero3" not in name and not name.endswith(" partitioned")]
 TASKS = ("retrieval", "classifier", "decoder")
 Trained = dict[str, tuple[list[float], dict[str, Tensor]]]
 
@@ -93,6 +94,12 @@ def test_every_trained_parameter_moved(task: str, one: Trained) -> None:
     for name in (*positions, *moved[task], "frontend.embed.conv1.weight"):
         assert before[name].detach().abs().max() > 0
         assert not torch.equal(before[name], weights[name]), name
+
+
+def test_lora_moves_its_own_weights_and_clip_positions_alone(one: Trained) -> None:
+    before = dict(small_model("lora").named_parameters())
+    moved = {name for name, weight in before.items() if not torch.equal(weight, one["lora zero0"][1][name])}
+    assert moved == {name for name in before if "lora_" in name or "clip_position" in name} and len(moved) == 4 * 2 + 2
 
 
 @pytest.mark.parametrize("shared", [False, True])

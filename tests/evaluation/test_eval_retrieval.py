@@ -52,7 +52,9 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     options = {"r": 1, "merge_layers": (2, 3), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
     folder = tmp_path_factory.mktemp("eval") / "best"
-    create_retrieval_model("open_clip:tiny", None, "tempme", 4, 0.5, **options).save_pretrained(folder)
+    create_retrieval_model("open_clip:tiny", None, "tempme", 4, clip_position_std=0.5, **options).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -110,7 +112,7 @@ def test_umt_is_re_ranked(command, data, tmp_path, one_broken):
     split = command.read_split(command.Options(tmp_path, "msrvtt", data))
     vocabulary = word_vocabulary([caption for captions in split.captions for caption in captions])
     torch.manual_seed(0)
-    model = create_retrieval_model("umt:tiny", None, "none", 4, 0.0, vocabulary, mode="joint")
+    model = create_retrieval_model("umt:tiny", None, "none", 4, vocabulary=vocabulary, mode="joint")
     model.save_pretrained(tmp_path / "best")
     options = command.Options(
         tmp_path / "best", "msrvtt", one_broken, sampling="uniform", workers=0, rerank=3, decode_timeout=None

@@ -7,6 +7,7 @@ LoRA, once with LoRA alone.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from tempme_vl.backbones.open_clip import TINY_CONFIGS
 from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
+from tempme_vl.tuning import Lora
 
 DATA = Path(__file__).parent / "data" / "tuning"
 MERGED = {"r": 1, "merge_layers": (1, 2), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
@@ -75,3 +77,55 @@ def test_lora_and_clip_positions_matter() -> None:
         model = RetrievalModel.from_openai_state_dict(state, 2, schedule, 2)
         difference = model.frontend(t["in.video"].float(), t["in.video_mask"]).pooled - t["out.video_feat"]
         assert difference.abs().max() > 1e-3, part
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lora_beside_frozen_weights_trains_as_its_authors_have_it(name: str) -> None:
+    """Features, loss and gradients before LoRA is merged; merged, it is what their checkpoint loads as."""
+    (layers, options, tokens), t = CASES[name], load_file(DATA / f"{name}.safetensors")
+    schedule = make_schedule(layers=layers, frames=4, tokens=17, **options)
+    weights = weights_of(t)
+    plain = {key: value for key, value in weights.items() if "TVPt_LoRA" not in key}
+    model = RetrievalModel.from_openai_state_dict(plain, 2, schedule, 2)
+    model.tune(Lora())
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    own = {key: own_name(key) for key in weights if "TVPt" in key}
+    if name == "lora_only":  # that code keeps positions of joins that it does not make
+        own = {key: value for key, value in own.items() if "clip_position" not in value}
+    assert trained.keys() == set(own.values())
+    with torch.no_grad():
+        for key, target in own.items():
+            trained[target].copy_(weights[key].view_as(trained[target]))
+        check(model, t, tokens)
+
+    batch = {key.removeprefix("in."): value for key, value in t.items() if key.startswith("in.")}
+    batch |= {"video": batch["video"].float(), "frame_mask": batch["video_mask"], "valid": torch.ones(3)}
+    batch |= {"video_id": torch.arange(3), "text_id": torch.arange(3)}
+    loss = model.loss(model(batch), batch)
+    torch.testing.assert_close(loss, t["out.loss"], rtol=0, atol=2e-4)
+    loss.backward()
+    compared = 0
+    for key in (key for key in t if key.startswith("grad.")):
+        expected, gradient = t[key], trained[own[key.removeprefix("grad.")]].grad
+        assert gradient is not None
+        torch.testing.assert_close(
+            gradient.view_as(expected), expected, rtol=0, atol=1e-4 * float(expected.abs().max()), msg=key
+        )
+        compared += 1
+    assert compared == len(own)
+
+    folded = RetrievalModel.from_openai_state_dict(weights, 2, schedule, 2).state_dict()
+    merged = model.plain_state()
+    assert merged.keys() == folded.keys()
+    for key, value in folded.items():
+        torch.testing.assert_close(merged[key], value, rtol=0, atol=1e-6, msg=key)
+
+
+def own_name(key: str) -> str:
+    """The parameter of a tuned model that holds a weight of theirs."""
+    side, block, last = re.fullmatch(r"clip\.(visual\.|)transformer\.resblocks\.(\d+)\.(.*)", key).groups()  # type: ignore[union-attr]
+    tower = "frontend" if side else "text"
+    if last == "TVPt_Video_Positional_embedding":
+        return f"{tower}.blocks.{block}.before_attention.clip_position.weight"
+    attention = f"{tower}.blocks.{block}.{'block.' if side else ''}attn.qkv"
+    return f"{attention}.lora_{last[-1].upper()}.default.weight"

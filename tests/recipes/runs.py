@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import full_ft_msrvtt
+import peft_msrvtt
 import torch
 import videollm_lora
 import videoqa
@@ -27,7 +28,12 @@ from tempme_vl.tasks.videollm import load_video_llm
 from tempme_vl.training.engine import Trainer
 
 NUM_TEST = 8
-MODULES: dict[str, Any] = {"full_ft_msrvtt": full_ft_msrvtt, "videoqa": videoqa, "videollm_lora": videollm_lora}
+MODULES: dict[str, Any] = {
+    "full_ft_msrvtt": full_ft_msrvtt,
+    "peft_msrvtt": peft_msrvtt,
+    "videoqa": videoqa,
+    "videollm_lora": videollm_lora,
+}
 UMT = {"model": "umt:tiny", "mode": "clip", "deepspeed_config": RECIPES / "ds" / "zero2.json"}
 
 
@@ -98,6 +104,15 @@ CASES = {
         {"dataset": "msrvtt", "data_root": "ROOT", **UMT, "rerank": 3},
         {"holdout": 6},
         {"holdout": 0},
+    ),
+    "lora": Case(
+        "peft_msrvtt",
+        load_retrieval_model,
+        {"split": "msrvtt/test_1k", "videos": NUM_TEST, "broken_videos": {}, "method": "tempme"},
+        {"dataset": "msrvtt", "data_root": "ROOT"},
+        {"holdout": 6},
+        {"holdout": 0},
+        {"deepspeed_config": RECIPES / "ds" / "zero2.json"},
     ),
     "classifier": Case(
         "videoqa",

@@ -30,7 +30,9 @@ def retrieval(family: str) -> Any:
     if family == "umt":
         return umt_runs.tiny().eval()
     torch.manual_seed(0)
-    return create_retrieval_model("open_clip:tiny", None, "tempme", FRAMES, 0.1, **umt_runs.OPTIONS).eval()
+    return create_retrieval_model(
+        "open_clip:tiny", None, "tempme", FRAMES, clip_position_std=0.1, **umt_runs.OPTIONS
+    ).eval()
 
 
 def asked_options(model: ZeroShotQA, filler: str = "word44") -> dict[str, Tensor]:

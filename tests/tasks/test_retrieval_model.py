@@ -13,12 +13,8 @@ from torch import Tensor
 from towers import TINY, random_video
 
 from tempme_vl.tasks.losses import LogitScale, contrastive_loss
-from tempme_vl.tasks.retrieval import (
-    RetrievalModel,
-    create_retrieval_model,
-    freeze_as_clip4clip,
-    is_new_parameter,
-)
+from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
+from tempme_vl.tuning import Clip4Clip, Lora
 
 OPTIONS = {"r": 2, "merge_layers": (2, 4), "merge_frames": (2, 3), "cross_percent": 40, "intra_percent": 20}
 
@@ -127,8 +123,8 @@ def trainable(model: torch.nn.Module) -> int:
 
 def test_clip4clip_freezes_the_input_side(b32: RetrievalModel) -> None:
     """The numbers of CLIP4Clip's full fine-tuning of B/32; clip positions come on top."""
-    freeze_as_clip4clip(b32)
-    new = sum(p.numel() for name, p in b32.named_parameters() if is_new_parameter(name))
+    Clip4Clip().apply(b32)
+    new = sum(p.numel() for name, p in b32.named_parameters() if b32.is_new_parameter(name))
     assert new == (12 + 6 + 3) * 768
     assert trainable(b32) - new == 123_540_993
     frozen = {name for name, p in b32.named_parameters() if not p.requires_grad}
@@ -148,15 +144,17 @@ def lora(**options: object) -> LoraConfig:
     return LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], **options)
 
 
-def test_lora_trains_the_papers_numbers(b32: RetrievalModel) -> None:
+def test_lora_by_peft_trains_the_papers_numbers(b32: RetrievalModel) -> None:
     with torch.device("meta"):
         alone = get_peft_model(deepcopy(b32).to("meta"), lora())
         with_positions = get_peft_model(deepcopy(b32).to("meta"), lora(modules_to_save=["clip_position"]))
+        tuned = deepcopy(b32).to("meta")
+        tuned.tune(Lora())
     assert trainable(alone) == 294_912 + 196_608 == 491_520
-    assert trainable(with_positions) == 491_520 + 16_128 == 507_648
+    assert trainable(with_positions) == trainable(tuned) == 491_520 + 16_128 == 507_648
 
 
-def test_lora_trains_merges_and_comes_back(tmp_path: Path) -> None:
+def test_lora_by_peft_trains_merges_and_comes_back(tmp_path: Path) -> None:
     batch, base = make_batch(), tiny()
     before = base(batch)
     model = get_peft_model(base, lora(modules_to_save=["clip_position"]))

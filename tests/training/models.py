@@ -15,11 +15,12 @@ from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, VideoQAModel
 from tempme_vl.tasks.qa.question import QuestionEncoder
-from tempme_vl.tasks.retrieval import RetrievalModel, is_new_parameter
+from tempme_vl.tasks.retrieval import RetrievalModel
 from tempme_vl.text import BertDecoder, BertShape, ClipTextEncoder
 from tempme_vl.training import distributed
 from tempme_vl.training.engine import TrainConfig, Trainer
 from tempme_vl.training.optim import parameter_groups
+from tempme_vl.tuning import Lora
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FRAMES, SIZE, WORDS, VOCABULARY = 4, 16, 6, 40
@@ -33,7 +34,8 @@ SMALL_CLIP = {
 
 
 def small_model(task: str = "retrieval") -> RetrievalModel | VideoQAModel:
-    """TempMe with two joins on 17 tokens a frame, its clip positions away from zero; retrieval, or a head of QA."""
+    """TempMe with two joins on 17 tokens a frame, its clip positions away from zero; retrieval, whole or by LoRA, or a
+    head of QA."""
     torch.manual_seed(0)
     clip = clip_family.build_clip(SMALL_CLIP)
     options = {"r": 1, "merge_layers": (1, 2), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
@@ -41,8 +43,11 @@ def small_model(task: str = "retrieval") -> RetrievalModel | VideoQAModel:
         clip_family.visual_backbone(clip.visual), make_schedule("tempme", 3, FRAMES, 17, **options), {"family": "x"}
     )
     frontend.init_clip_positions(0.5)
-    if task == "retrieval":
-        return RetrievalModel(frontend, ClipTextEncoder(clip), {"text_cfg": SMALL_CLIP["text_cfg"]})
+    if task in ("retrieval", "lora"):
+        model = RetrievalModel(frontend, ClipTextEncoder(clip), {"text_cfg": SMALL_CLIP["text_cfg"]})
+        if task == "lora":
+            model.tune(Lora(rank=2))
+        return model
     shape = BertShape.named("tiny", width=32, mlp_width=64, cross_width=32, vocab_size=VOCABULARY)
     words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{i}" for i in range(4, VOCABULARY)))
     questions = QuestionEncoder.of_shape(shape, words)
@@ -117,7 +122,7 @@ def small_trainer(output: Path, stage: str, optimizer: str, task: str = "retriev
     distributed.initialize()
     model = small_model(task)
     asked = isinstance(model, VideoQAModel)
-    groups = parameter_groups(model, 1e-2, 3e-2, 0.1, model.is_new_parameter if asked else is_new_parameter)
+    groups = parameter_groups(model, 1e-2, 3e-2, 0.1, model.is_new_parameter)
     made = torch.optim.SGD(groups) if optimizer == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
     return Trainer(model, made, Asked(model) if asked else Pairs(), train_config(output, stage, **changes))
 

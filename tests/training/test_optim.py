@@ -9,14 +9,14 @@ import pytest
 import torch
 from training.models import small_model
 
-from tempme_vl.tasks.retrieval import freeze_as_clip4clip, is_new_parameter
 from tempme_vl.training.optim import parameter_groups, warmup_cosine
+from tempme_vl.tuning import Clip4Clip
 
 
 def test_each_trainable_parameter_is_in_its_one_group() -> None:
     model = small_model()
-    freeze_as_clip4clip(model)
-    groups = parameter_groups(model, lr=1e-7, lr_new=1e-4, weight_decay=0.2, is_new=is_new_parameter)
+    model.tune(Clip4Clip())
+    groups = parameter_groups(model, lr=1e-7, lr_new=1e-4, weight_decay=0.2, is_new=model.is_new_parameter)
     found = {id(parameter): group for group in groups for parameter in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in groups)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

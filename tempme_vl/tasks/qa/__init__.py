@@ -15,7 +15,7 @@ from tempme_vl.tasks.qa.base import QAHead, VideoQAModel
 from tempme_vl.tasks.qa.classifier import ClassifierHead
 from tempme_vl.tasks.qa.decoder import DecoderHead
 from tempme_vl.tasks.qa.llm import LLMHead
-from tempme_vl.tasks.umt_text import part_of
+from tempme_vl.weights.exports import part_of
 
 __all__ = ["HEADS", "ClassifierHead", "DecoderHead", "LLMHead", "QAHead", "VideoQAModel", "load_qa_model"]
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.merging import is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, save_model
 from tempme_vl.tasks.losses import gather_rows
+from tempme_vl.tuning import TunableModel
 
 
 class QAHead(nn.Module):
@@ -109,7 +111,7 @@ def head_place(directory: Path) -> str:
     return f"{directory / CONFIG_FILE}, 'head_config'"
 
 
-class VideoQAModel(nn.Module):
+class VideoQAModel(TunableModel):
     """A front end with a head that answers questions about its tokens.
 
     Args:
@@ -119,6 +121,7 @@ class VideoQAModel(nn.Module):
         input: JSON data, how clips were sampled in training: {"sampling": a name of `tempme_vl.data.sampling`}.
     """
 
+    lora_parts = ("frontend",)
     kept: tuple[str, ...] = ("tokens", "size")  # what forward needs of a video, however many questions follow
 
     def __init__(self, frontend: VisualFrontend, head: QAHead, input: Mapping[str, Any] | None = None):
@@ -187,9 +190,10 @@ class VideoQAModel(nn.Module):
 
     def is_new_parameter(self, name: str) -> bool:
         """Whether a parameter was in no pretrained model and learns at its own rate."""
-        merging = ".before_attention." in name or ".after_attention." in name
-        if merging or not name.startswith("head."):
-            return merging
+        if super().is_new_parameter(name) or is_of_merging(name):
+            return True
+        if not name.startswith("head."):
+            return False
         return any(re.search(pattern, name.removeprefix("head.")) for pattern in self.head.new_parameters)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -204,10 +208,12 @@ class VideoQAModel(nn.Module):
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes config.json, model.safetensors and the head's own files; `load_qa_model` reads them.
 
+        What tuning added is merged into plain weights.
+
         Args:
             state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
         """
-        state = self.state_dict() if state is None else state
+        state = self.plain_state(state)
         of_head = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)

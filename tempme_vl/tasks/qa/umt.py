@@ -13,8 +13,9 @@ from tempme_vl.merging import MergeSchedule
 from tempme_vl.tasks.qa.base import VideoQAModel
 from tempme_vl.tasks.qa.decoder import DecoderHead
 from tempme_vl.tasks.qa.question import QuestionEncoder
-from tempme_vl.tasks.umt_text import load_bert_side, part_of
+from tempme_vl.tasks.umt_text import load_bert_side
 from tempme_vl.text import BertDecoder, bert_from_umt, load_umt_decoder
+from tempme_vl.weights.exports import part_of
 
 
 def umt_qa_from_state_dict(

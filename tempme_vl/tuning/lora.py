@@ -1,0 +1,89 @@
+"""LoRA (ICLR 2022) by peft, as TempMe's main table trains it: on the fused queries, keys and values of every block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tempme_vl.tuning.base import TunableModel, Tuning
+
+_ADDED = ".lora_"
+_ADAPTER = "default"  # peft's name of the only one
+
+
+@dataclass(frozen=True)
+class Lora(Tuning):
+    """Low-rank updates of frozen layers: y = x W^T + b + alpha / rank * (x A^T) B^T; A is random, B starts at zero.
+
+    What was in no pretrained model, such as TempMe's clip positions, trains beside them; all else is frozen, the logit
+    scale too. TempMe's published setting (section 4) are the defaults: rank 8, scale 1, both towers.
+
+    Attributes:
+        rank: of A (rank, D) and B (3 D, rank).
+        alpha: the update is scaled by alpha / rank; default: the rank, which scales it by 1.
+        dropout: rate on the input of A.
+        targets: the last names of the linear layers; default: those of the model.
+
+    Raises:
+        ValueError: a rank below 1, or a dropout that is no rate.
+    """
+
+    name: ClassVar[str] = "lora"
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"expected a rank of at least 1 and a dropout from 0 to below 1; got {self.rank}, {self.dropout}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def apply(self, model: TunableModel) -> None:
+        """Raises:
+        ValueError: no layer of the model has one of the names.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets, parts = self.targets or model.lora_targets, model.lora_parts
+        layers = [f"{part}.{name}" for part in parts for name, _ in model.get_submodule(part).named_modules()]
+        layers = [name for name in layers if name.rpartition(".")[2] in targets]
+        if not layers:
+            raise ValueError(f"LoRA: no layer of {type(model).__name__} is called {' or '.join(targets)}")
+        new = [p for name, p in model.named_parameters() if p.requires_grad and model.is_new_parameter(name)]
+        alpha = self.rank if self.alpha is None else self.alpha
+        config = LoraConfig(r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=layers)  # type: ignore[arg-type]
+        inject_adapter_in_model(config, model, _ADAPTER)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(self.is_new(name))
+        for weight in new:
+            weight.requires_grad_(True)
+
+    def is_new(self, name: str) -> bool:
+        return _ADDED in name
+
+    def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """W + alpha / rank * B A, added in float32."""
+        merged = {}
+        for name, value in state.items():
+            if self.is_new(name):
+                continue
+            layer, base, last = name.rpartition(".base_layer.")
+            if not base:
+                merged[name] = value
+            elif last != "weight":
+                merged[f"{layer}.{last}"] = value
+            else:
+                a, b = (state[f"{layer}.lora_{side}.{_ADAPTER}.weight"].float() for side in "AB")
+                merged[f"{layer}.weight"] = (value.float() + self.scale * (b @ a)).to(value.dtype)
+        return merged
