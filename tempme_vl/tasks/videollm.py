@@ -42,6 +42,7 @@ from tempme_vl.tasks.pretrained_lm import (
     read_adapter,
     set_grad_checkpointing,
 )
+from tempme_vl.tuning import Lora
 
 PROMPT = "USER: {video}\n{question} ASSISTANT:"  # LLaVA's, for hosts without a chat template
 CONFIG_FILE, TRAINED_FILE = "videollm.json", "trained.safetensors"
@@ -278,11 +279,8 @@ def create_video_llm(
     model.requires_grad_(False)
     compressed.merging.requires_grad_(train_frontend)
     if lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        targets = linear_layers(compressed.host)
-        lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets)
-        compressed = Compressed(compressed.host, get_peft_model(model, lora), compressed.feed)
+        lora = Lora(lora_rank, targets=tuple(linear_layers(compressed.host)))
+        compressed = Compressed(compressed.host, lora.wrap(model), compressed.feed)
     projector = [weight for name, weight in model.named_parameters() if set(name.split(".")) & set(PROJECTORS)]
     if not projector:
         raise ValueError(f"{type(model).__name__} has none of {', '.join(PROJECTORS)}; add its projector's name there")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class Lora(Tuning):
         """Raises:
         ValueError: no layer of the model has one of the names.
         """
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
 
         targets, parts = self.targets or model.lora_targets, model.lora_parts
         layers = [f"{part}.{name}" for part in parts for name, _ in model.get_submodule(part).named_modules()]
@@ -61,13 +61,34 @@ class Lora(Tuning):
         if not layers:
             raise ValueError(f"LoRA: no layer of {type(model).__name__} is called {' or '.join(targets)}")
         new = [p for name, p in model.named_parameters() if p.requires_grad and model.is_new_parameter(name)]
-        alpha = self.rank if self.alpha is None else self.alpha
-        config = LoraConfig(r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=layers)  # type: ignore[arg-type]
-        inject_adapter_in_model(config, model, _ADAPTER)
+        inject_adapter_in_model(self._config(layers), model, _ADAPTER)
         for name, weight in model.named_parameters():
             weight.requires_grad_(self.is_new(name))
         for weight in new:
             weight.requires_grad_(True)
+
+    def wrap(self, model: Any, task: str | None = None) -> Any:
+        """A model of transformers in peft's wrapper, which is how language models with LoRA are saved and shared.
+
+        Without `targets`, LoRA is added to all linear layers but the last.
+
+        Args:
+            task: peft's name of what the model does, such as "CAUSAL_LM".
+        """
+        from peft import get_peft_model
+
+        return get_peft_model(model, self._config(self.targets or "all-linear", task))
+
+    def _config(self, layers: Sequence[str] | str, task: str | None = None) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=layers if isinstance(layers, str) else list(layers),
+            task_type=task,
+        )
 
     def is_new(self, name: str) -> bool:
         return _ADDED in name

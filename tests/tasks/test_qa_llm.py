@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from tempme_vl.manifest import write_manifest
 from tempme_vl.tasks.qa import LLMHead, VideoQAModel, load_qa_model
-from tempme_vl.tasks.qa.llm import PLACEHOLDER, add_lora, load_llm, load_tokenizer
+from tempme_vl.tasks.qa.llm import PLACEHOLDER, load_llm, load_tokenizer
+from tempme_vl.tuning import Lora
 
 KINDS: dict[str, dict[str, Any]] = {"frozen": {}, "full": {"train_llm": True}, "lora": {"lora_rank": 4}}
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
@@ -452,7 +453,7 @@ def test_the_adapter_is_peft_s_own_and_the_base_is_not_written(llm: Path, tmp_pa
 
 
 def test_lora_of_unknown_origin_is_not_saved(llm: Path, tmp_path: Path) -> None:
-    head = LLMHead(add_lora(load_llm(str(llm)), 4), load_tokenizer(llm), 64, 13)
+    head = LLMHead(Lora(4).wrap(load_llm(str(llm)), "CAUSAL_LM"), load_tokenizer(llm), 64, 13)
     with pytest.raises(ValueError, match="source"):
         head.save(tmp_path, head.state_dict())
 
@@ -517,7 +518,7 @@ def test_tokenizers_that_do_not_fit(parts: dict[str, Any]) -> None:
 
 
 def test_lora_and_training_all(parts: dict[str, Any]) -> None:
-    parts["llm"] = add_lora(parts["llm"], 4)
+    parts["llm"] = Lora(4).wrap(parts["llm"], "CAUSAL_LM")
     with pytest.raises(ValueError, match="leave train_llm out"):
         LLMHead(**parts, train_llm=True)
 

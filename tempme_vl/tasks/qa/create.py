@@ -14,12 +14,13 @@ from tempme_vl.pretrained import load_answers
 from tempme_vl.tasks.qa.base import QAHead, VideoQAModel
 from tempme_vl.tasks.qa.classifier import ClassifierHead
 from tempme_vl.tasks.qa.decoder import DecoderHead, Rule
-from tempme_vl.tasks.qa.llm import TEMPLATE, LLMHead, add_lora, load_llm, load_tokenizer
+from tempme_vl.tasks.qa.llm import TEMPLATE, LLMHead, load_llm, load_tokenizer
 from tempme_vl.tasks.qa.question import QuestionEncoder
 from tempme_vl.tasks.qa.umt import load_umt_questions
 from tempme_vl.tasks.umt_text import TEXT_OF
 from tempme_vl.text import BertDecoder, BertShape
 from tempme_vl.text.bert_weights import load_bert, load_bert_decoder, read_bert
+from tempme_vl.tuning import Lora
 from tempme_vl.weights.exports import Export, find_export, load_exported_rest, require_vocabulary
 
 _log = logging.getLogger("tempme_vl.tasks")
@@ -137,7 +138,7 @@ def create_llm_qa_model(
         pretrained: weights of the front end, and of it alone, whatever else a folder of this package holds.
         template, max_words, answer_words: see `LLMHead`.
         train_llm: train all of the language model; without it and without LoRA it stays as it is.
-        lora_rank, lora_alpha, lora_dropout: of LoRA on the language model (`add_lora`); rank 0 for none.
+        lora_rank, lora_alpha, lora_dropout: of LoRA on the language model (`Lora.wrap`); rank 0 for none.
         dtype: of the language model's weights: float32, bfloat16 or float16.
         others: see `tempme_vl.create_frontend`.
 
@@ -148,7 +149,7 @@ def create_llm_qa_model(
     source = str(Path(llm).resolve()) if Path(llm).is_dir() else llm  # found again from any working directory
     model = load_llm(source, dtype)
     head = LLMHead(
-        add_lora(model, lora_rank, lora_alpha, lora_dropout) if lora_rank else model,
+        Lora(lora_rank, lora_alpha, lora_dropout).wrap(model, "CAUSAL_LM") if lora_rank else model,
         load_tokenizer(source),
         frontend.shape.width,
         frontend.schedule.output_tokens,

@@ -66,7 +66,7 @@ class LLMHead(QAHead):
 
     Args:
         llm: takes inputs_embeds, attention_mask and position_ids (Llama, Qwen, Mistral, ...); plain, or with LoRA by
-            peft (`add_lora`). Its settings for generation are replaced: answers are written greedily.
+            peft (`Lora.wrap`). Its settings for generation are replaced: answers are written greedily.
         tokenizer: its own.
         width: D of the visual tokens.
         num_visual: M, visual tokens of a video: `MergeSchedule.output_tokens`.
@@ -376,20 +376,6 @@ def load_tokenizer(source: str | Path) -> Any:
     with _explained(source):
         require_hub(source)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-
-
-def add_lora(llm: Any, rank: int, alpha: int = 16, dropout: float = 0.0) -> Any:
-    """The model in peft's wrapper: LoRA on all linear layers but the last; the model's own weights are frozen.
-
-    Args:
-        alpha: the update is scaled by alpha / rank.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(llm, config)
 
 
 def _check_sizes(shape: Any, tokenizer: Any, num_visual: int, max_words: int, answer_words: int) -> None:
