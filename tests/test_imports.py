@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": CORE | {"tasks", "data", "processes"},  # of data: splits and predictions, to score them
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
-    "recipe": CORE | {"tasks", "evaluation", "data", "training", "reports", "command"},
+    "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports", "command"},
     "lmms_eval": {"integrations", "data", "libraries"},
     # side shelves, which know no model and not each other
     "data": {"messages"},
@@ -163,7 +163,8 @@ heavy()
 import tempme_vl.integrations
 heavy()
 tempme_vl.create_frontend("open_clip:tiny", method="none")
-import tempme_vl.recipe, tempme_vl.pipeline, tempme_vl.tasks.videollm, tempme_vl.evaluation.measure
+from tempme_vl.recipes import retrieval, videoqa, videollm
+import tempme_vl.pipeline, tempme_vl.tasks.videollm, tempme_vl.evaluation.measure
 heavy("timm")  # which open_clip itself imports
 """
 

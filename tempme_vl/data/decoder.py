@@ -36,6 +36,13 @@ WORKING_BYTES = 13
 # What the libraries take for themselves, whatever the video.
 LIBRARIES = 64 * 2**20
 
+_PYAV = int(av.__version__.partition(".")[0])
+# Titles and the like that are not UTF-8 are no reason to refuse a video; from PyAV 19 on they never are.
+_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if _PYAV < 19 else {}
+# From PyAV 17 on pictures are scaled by as many threads as there are cores, which PyAV 19 keeps: a forked process, such
+# as a loader's worker, would wait for them for ever.
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if _PYAV >= 17 else {}
+
 # What a handler returns: some JSON and an array.
 Answer = tuple[dict[str, Any], np.ndarray]
 
@@ -103,7 +110,7 @@ def index(path: str, exact: bool = False, memory: int | None = None) -> Answer:
     pts: list[int | None] = []
     found = 0
     try:
-        with av.open(path, metadata_errors="ignore") as container:
+        with av.open(path, **_LENIENT) as container:
             stream = _video_stream(container)
             codec = stream.codec_context
             check_memory(codec.width, codec.height, 0, memory)
@@ -277,7 +284,7 @@ def _pyav_frames(path: str, indices: list[int], num_raw: int, pictures: _Picture
     wanted = set(indices)
     position = -1
     try:
-        with av.open(path, metadata_errors="ignore") as container:
+        with av.open(path, **_LENIENT) as container:
             stream = _video_stream(container)
             pictures.check(stream.codec_context.width, stream.codec_context.height)
             stream.codec_context.thread_count = 1
@@ -315,7 +322,8 @@ def _rgb(frame: av.VideoFrame, height: int | None, width: int | None) -> np.ndar
         graph.link_nodes(*nodes).configure()
         graph.push(frame)
         frame = graph.pull()  # type: ignore[assignment]
-    return frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR").to_ndarray()
+    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR", **_ONE_THREAD)
+    return scaled.to_ndarray()
 
 
 def _times(pts: list[int | None], step: float, fps: float) -> np.ndarray:

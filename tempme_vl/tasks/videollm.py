@@ -279,8 +279,8 @@ def create_video_llm(
     model.requires_grad_(False)
     compressed.merging.requires_grad_(train_frontend)
     if lora_rank:
-        lora = Lora(lora_rank, targets=tuple(linear_layers(compressed.host)))
-        compressed = Compressed(compressed.host, lora.wrap(model), compressed.feed)
+        tuned = Lora(lora_rank).wrap(model, linear_layers(compressed.host))
+        compressed = Compressed(compressed.host, tuned, compressed.feed)
     projector = [weight for name, weight in model.named_parameters() if set(name.split(".")) & set(PROJECTORS)]
     if not projector:
         raise ValueError(f"{type(model).__name__} has none of {', '.join(PROJECTORS)}; add its projector's name there")

@@ -67,17 +67,17 @@ class Lora(Tuning):
         for weight in new:
             weight.requires_grad_(True)
 
-    def wrap(self, model: Any, task: str | None = None) -> Any:
+    def wrap(self, model: Any, layers: str = "all-linear", task: str | None = None) -> Any:
         """A model of transformers in peft's wrapper, which is how language models with LoRA are saved and shared.
 
-        Without `targets`, LoRA is added to all linear layers but the last.
-
         Args:
+            layers: those that LoRA is added to, where these options have no `targets`: a pattern of whole names, or
+                peft's "all-linear", all linear layers but the last.
             task: peft's name of what the model does, such as "CAUSAL_LM".
         """
         from peft import get_peft_model
 
-        return get_peft_model(model, self._config(self.targets or "all-linear", task))
+        return get_peft_model(model, self._config(self.targets or layers, task))
 
     def _config(self, layers: Sequence[str] | str, task: str | None = None) -> Any:
         from peft import LoraConfig

@@ -173,6 +173,27 @@ def write_faststart(source, target):
     return target
 
 
+def test_names_in_a_file_that_are_no_utf8_do_not_matter(tmp_path):
+    whole, named = write_clip(tmp_path / "a.mp4"), tmp_path / "named.mp4"
+    data = whole.read_bytes()
+    assert data.count(b"VideoHandler") == 1
+    named.write_bytes(data.replace(b"VideoHandler", b"Vid\xe9o\xffandler"))
+    assert np.array_equal(read_frames(named, 4, backend="pyav").pixels, read_frames(whole, 4, backend="pyav").pixels)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_reads_on(tmp_path):
+    """As a loader's workers do, where the process that they come from has read videos itself."""
+    path = write_clip(tmp_path / "a.mp4")
+    before = read_frames(path, 4, backend="pyav", timeout=None)
+    child = os.fork()
+    if child == 0:
+        after = read_frames(path, 4, backend="pyav", timeout=None)
+        os._exit(0 if np.array_equal(after.pixels, before.pixels) else 1)
+    assert os.waitpid(child, 0) == (child, 0)
+
+
 def test_packets_without_a_frame_of_their_own_are_not_counted(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mkv", 20)
     index = video.decoder.HANDLERS["index"]

@@ -308,7 +308,8 @@ def test_what_a_sampled_video_knows_of_its_time() -> None:
     timed = sample(np.zeros((10, 1, 1, 3), dtype=np.uint8), 4, times=np.arange(10) / 2)
     assert (timed.seconds, timed.interval, timed.duration) == (told.seconds, told.interval, told.duration)
     middles = SampledVideo(frames, (1, 4, 7, 10), times=(0.5, 2.0, 3.5, 5.0))
-    assert sample(SampledVideo(frames, (1, 4, 7, 10)), 4, times=middles.times) == middles
+    given = sample(SampledVideo(frames, (1, 4, 7, 10)), 4, times=middles.times)
+    assert given.frames is frames and given.times == middles.times and given.indices == middles.indices
     assert (middles.interval, middles.duration) == (1.5, 5.5) and middles.is_timed
     read = SampledVideo(frames, (0, 5, 10, 15), fps=2.0, times=(0.0, 2.5, 5.0, 7.5))
     assert (read.interval, read.duration) == (2.5, 8.0)

@@ -28,12 +28,7 @@ from tempme_vl.tasks.videollm import load_video_llm
 from tempme_vl.training.engine import Trainer
 
 NUM_TEST = 8
-MODULES: dict[str, Any] = {
-    "full_ft_msrvtt": full_ft_msrvtt,
-    "peft_msrvtt": peft_msrvtt,
-    "videoqa": videoqa,
-    "videollm_lora": videollm_lora,
-}
+MODULES: dict[str, Any] = {module.__name__: module for module in (full_ft_msrvtt, peft_msrvtt, videoqa, videollm_lora)}
 UMT = {"model": "umt:tiny", "mode": "clip", "deepspeed_config": RECIPES / "ds" / "zero2.json"}
 
 

@@ -7,14 +7,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import peft_msrvtt
 import pytest
 import torch
-from full_ft_msrvtt import Options, build_model, parse, source
 from recipes.runs import CASES, assert_same_checkpoint, latest
 
 from tempme_vl.data.datasets import USUAL_SPLITS, SplitNames
 from tempme_vl.data.splits import Clip, RetrievalSplit
+from tempme_vl.recipes.retrieval import Options, build_model, parse, source
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
+from tempme_vl.tuning import Lora
 
 TIMES = ("train_seconds", "train_steps", "date")
 
@@ -41,17 +43,37 @@ def test_defaults_follow_the_data_set_and_the_model() -> None:
     assert (motion.dataset, motion.model, motion.pretrained) == ("motion", "open_clip:tiny", "none")
     assert motion.data_root == Path("runs/motion-data") and motion.output == Path("runs/motion-tempme")
     msrvtt = parse(["--data-root", "x", "--lr", "1e-5", "--method", "tome"])
-    assert (msrvtt.dataset, msrvtt.lr, msrvtt.lr_new, msrvtt.freeze) == ("msrvtt", 1e-5, 1e-4, "clip4clip")
+    assert (msrvtt.dataset, msrvtt.lr, msrvtt.lr_new, msrvtt.tuning) == ("msrvtt", 1e-5, 1e-4, "clip4clip")
     assert (msrvtt.output, msrvtt.train_split, msrvtt.test_split) == (Path("runs/msrvtt-tome"), "train_9k", "test_1k")
     small = parse(["--data_root", "x", "--model", "open_clip:tiny"])
-    assert (small.dataset, small.pretrained, small.freeze, small.holdout) == ("msrvtt", "none", "none", 500)
+    assert (small.dataset, small.pretrained, small.tuning, small.holdout) == ("msrvtt", "none", "full", 500)
     umt = parse(["--data-root", "x", "--model", "umt:b16", "--pretrained", "b16_25m.pth"])
     assert (umt.lr, umt.epochs, umt.batch_size, umt.weight_decay, umt.beta2) == (2e-5, 10, 256, 0.02, 0.999)
-    assert (umt.mode, umt.augment, umt.sampling, umt.freeze) == ("clip", "crop_flip", "segment", "none")
+    assert (umt.mode, umt.augment, umt.sampling, umt.tuning) == ("clip", "crop_flip", "segment", "full")
     for dataset in set(USUAL_SPLITS) - {"motion"}:
         options = parse(["--dataset", dataset, "--data-root", "x", "--annotations", "a", "--video-root", "v"])
         assert (options.dataset, options.output) == (dataset, Path(f"runs/{dataset}-tempme"))
         assert (options.config().batch_size, options.config().output) == (128, options.output)
+
+
+def test_ways_of_tuning_and_their_older_name() -> None:
+    assert [parse(["--data-root", "x", "--freeze", way]).tuning for way in ("none", "clip4clip")] == [
+        "full",
+        "clip4clip",
+    ]
+    assert parse(["--freeze", "clip4clip"]) == parse(["--tuning", "clip4clip"])
+    with pytest.raises(ValueError, match="--freeze is the older name of --tuning"):
+        parse(["--freeze", "none", "--tuning", "lora"])
+    options = parse(["--tuning", "lora", "--tuning-options", "rank=4", "alpha=2.5", 'targets=["qkv"]'])
+    assert options.tuned() == Lora(4, 2.5, targets=("qkv",))
+    with pytest.raises(ValueError, match="expected NAME=VALUE; got 'rank'"):
+        parse(["--tuning-options", "rank"])
+    with pytest.raises(ValueError, match="tuning 'full': unknown keys 'rank'"):
+        parse(["--tuning-options", "rank=4"])
+    paper = peft_msrvtt.parse(["--data-root", "x"])
+    assert (paper.tuned(), paper.lr_new, paper.optimizer, paper.epochs) == (Lora(), 6e-4, "adamw_tempme", 5)
+    assert (paper.schedule, paper.decay, paper.beta2, paper.warmup) == ("cosine_from_zero", "all", 0.999, 0.1)
+    assert paper.output == Path("runs/msrvtt-tempme-lora")
 
 
 def test_a_second_stage_keeps_the_words_of_the_first(tmp_path: Path) -> None:

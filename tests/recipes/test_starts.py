@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import full_ft_msrvtt
 import pytest
 import torch
 from recipes.runs import CASES, MODULES, write_lines
 
-from tempme_vl.recipe import check_numbers
+from tempme_vl.recipes import retrieval
+from tempme_vl.recipes.start import check_numbers
 
 
 @pytest.mark.parametrize("recipe", MODULES)
@@ -78,10 +78,10 @@ def test_no_epochs_evaluate_the_model_as_it_starts(data: Path, tmp_path: Path) -
     assert (report["train_steps"], report["selected_step"], report["videos"]) == (0, 0, 8)
     assert {"versions", "date", "command"} <= report.keys()
 
-    options = full_ft_msrvtt.parse(arguments)
+    options = retrieval.parse(arguments)
     torch.manual_seed(options.seed)
-    train = full_ft_msrvtt.source(options).read(options.train_split)
-    start = full_ft_msrvtt.build_model(options, train).state_dict()
+    train = retrieval.source(options).read(options.train_split)
+    start = retrieval.build_model(options, train).state_dict()
     exported = case.load(tmp_path / "run" / "best").state_dict()
     assert start.keys() == exported.keys()
     assert all(torch.equal(start[name], exported[name]) for name in start)

@@ -12,11 +12,11 @@ import torch
 from integrations import tiny_post
 from recipes.runs import CASES, assert_same_checkpoint, latest, losses, questions_of, write_lines
 from training.processes import RECIPES
-from videollm_lora import HOSTS, cost, parse
 
 from tempme_vl.data.videoqa import read_jsonl
 from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.integrations.tiny import TINY
+from tempme_vl.recipes.videollm import HOSTS, cost, parse
 from tempme_vl.tasks.videollm import load_video_llm
 
 CASE = CASES["videollm"]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from recipes.runs import CASES, questions_of, train_on_rendered, write_lines
 from training.processes import RECIPES, exit_codes, start
-from videoqa import MODELS, build_model, describe, parse
 
 from tempme_vl.data.motion import question_kind
 from tempme_vl.data.splits import Clip
 from tempme_vl.data.videoqa import QASplit, Question, answer_vocabulary, read_split
 from tempme_vl.evaluation.videoqa import accuracy, accuracy_by, table
+from tempme_vl.recipes.videoqa import MODELS, build_model, describe, parse
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, load_qa_model
 
 CLIP = Clip("v", Path("v"))

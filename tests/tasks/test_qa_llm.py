@@ -453,7 +453,7 @@ def test_the_adapter_is_peft_s_own_and_the_base_is_not_written(llm: Path, tmp_pa
 
 
 def test_lora_of_unknown_origin_is_not_saved(llm: Path, tmp_path: Path) -> None:
-    head = LLMHead(Lora(4).wrap(load_llm(str(llm)), "CAUSAL_LM"), load_tokenizer(llm), 64, 13)
+    head = LLMHead(Lora(4).wrap(load_llm(str(llm)), task="CAUSAL_LM"), load_tokenizer(llm), 64, 13)
     with pytest.raises(ValueError, match="source"):
         head.save(tmp_path, head.state_dict())
 
@@ -518,7 +518,7 @@ def test_tokenizers_that_do_not_fit(parts: dict[str, Any]) -> None:
 
 
 def test_lora_and_training_all(parts: dict[str, Any]) -> None:
-    parts["llm"] = Lora(4).wrap(parts["llm"], "CAUSAL_LM")
+    parts["llm"] = Lora(4).wrap(parts["llm"], task="CAUSAL_LM")
     with pytest.raises(ValueError, match="leave train_llm out"):
         LLMHead(**parts, train_llm=True)
 

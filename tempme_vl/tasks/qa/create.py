@@ -149,7 +149,7 @@ def create_llm_qa_model(
     source = str(Path(llm).resolve()) if Path(llm).is_dir() else llm  # found again from any working directory
     model = load_llm(source, dtype)
     head = LLMHead(
-        Lora(lora_rank, lora_alpha, lora_dropout).wrap(model, "CAUSAL_LM") if lora_rank else model,
+        Lora(lora_rank, lora_alpha, lora_dropout).wrap(model, task="CAUSAL_LM") if lora_rank else model,
         load_tokenizer(source),
         frontend.shape.width,
         frontend.schedule.output_tokens,

@@ -1,4 +1,4 @@
-"""What the recipes share: options of the visual tower, of reading clips and of training, presets, and what they build.
+"""The options that recipes share: data, tower and merging, tuning, reading clips, training.
 
 A recipe's own options are a dataclass that inherits from those here; its command line shows them as one.
 """
@@ -6,32 +6,22 @@ A recipe's own options are a dataclass that inherits from those here; its comman
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from tempme_vl.command import at_least
-from tempme_vl.data.broken import MissingVideosError, check_videos
-from tempme_vl.data.motion import question_kind
-from tempme_vl.data.reader import ClipReader, broken_clips
+from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.transforms import ClipTransform
-from tempme_vl.data.videoqa import QASplit
-from tempme_vl.evaluation.videoqa import accuracy_by, table
-from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import METHODS, find_method
 from tempme_vl.pretrained import VOCABULARY_FILE, load_vocabulary
-from tempme_vl.reports import finish, provenance, write_json, write_whole
+from tempme_vl.recipes.names import BROKEN_VIDEOS
 from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
-from tempme_vl.training import distributed
 from tempme_vl.training.config import TrainConfig
-from tempme_vl.training.engine import Trainer
 from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
 from tempme_vl.tuning import TUNINGS, Tuning, find_tuning
 
@@ -40,20 +30,7 @@ if TYPE_CHECKING:
 else:
     TuningName = Literal[tuple(TUNINGS)]
 
-# Options that may be others when a run is continued: where things lie, how they are read and stored, what is shown. The
-# content of the annotations and of the DeepSpeed file counts instead of their paths, and what a precision stands for.
-MAY_CHANGE = {
-    *("output", "resume", "max_steps", "save_every", "tensorboard", "workers", "local_rank"),
-    *("data_root", "video_root", "annotations", "most_missing", "on_broken"),
-    *("frame_cache", "cache_memory", "decoder", "decode_timeout", "clip_memory"),
-    *("deepspeed_config", "precision", "grad_checkpointing", "eval_batch_size"),
-}
-
 LIMITS = ("budget", "tokens")  # options that choose the merging
-BROKEN_VIDEOS = "broken_videos.jsonl"
-MISSING_VIDEOS = "missing_videos.txt"
-MOTION_ROOT = Path("runs/motion-data")
-NO_VALIDATION = "no validation split: last epoch"
 
 
 @dataclass(frozen=True)
@@ -264,47 +241,11 @@ class TrainingOptions:
         return torch.optim.AdamW(groups, betas=betas, eps=1e-6, fused=True)
 
 
-# What differs from a recipe's defaults. The data set that we rendered ourselves needs no guard around its decoder.
-MOTION: dict[str, Any] = {
-    "data_root": MOTION_ROOT,
-    "frame_cache": str(MOTION_ROOT / "frames"),
-    "decode_timeout": None,
-    "max_words": 12,
-}
-FROM_SCRATCH: dict[str, Any] = {
-    "model": "open_clip:tiny",
-    "pretrained": "none",
-    "num_frames": 8,
-    "r": 1,
-    "merge_layers": (2, 3, 4),
-    "merge_frames": (2, 2, 2),
-    "cross_percent": 30,
-    "intra_percent": 10,
-    "clip_position_std": 0.5,
-    "epochs": 5,
-    "batch_size": 48,
-    "lr": 1e-3,
-    "lr_new": 1e-3,
-    "weight_decay": 0.05,
-    "augment": "none",
-    "sampling": "uniform",
-    "frame_cache": "memory",
-    "workers": 0,
-}
-UMT: dict[str, Any] = {  # what UMT's published settings share, for 8 GPUs
-    "pretrained": "none",
-    "vocabulary": "bert-base-uncased",
-    "batch_size": 256,
-    "lr": 2e-5,
-    "lr_new": 1e-4,  # ours: UMT has no clip positions
-    "lr_floor": 0.01,
-    "weight_decay": 0.02,
-    "beta2": 0.999,
-    "clip_grad": 0.0,
-    "augment": "crop_flip",
-    "sampling": "segment",
-    "grad_checkpointing": True,
-}
+@dataclass(frozen=True)
+class RecipeOptions(DataOptions, MergeOptions, ReadingOptions, TrainingOptions):
+    """What every recipe has."""
+
+    dataset: str = "motion"
 
 
 def _named_value(option: str) -> tuple[str, Any]:
@@ -336,156 +277,3 @@ def merged_by(preset: dict[str, Any], given: argparse.Namespace) -> dict[str, An
         return preset
     merging = {name for method in METHODS.values() for name in method.option_names}
     return {name: value for name, value in preset.items() if name not in merging}
-
-
-def begin(options: Any) -> torch.device:
-    """Refuses numbers that mean nothing, joins the ranks and seeds torch."""
-    check_numbers(options)
-    device = distributed.initialize()
-    torch.manual_seed(options.seed)
-    return device
-
-
-def check_numbers(options: Any) -> None:
-    """ValueError for a number that an option of any recipe cannot have; names the option."""
-    least = {
-        0: ("epochs", "workers", "max_steps", "lr", "lr_new", "weight_decay", "clip_grad"),
-        1: ("batch_size", "eval_batch_size", "save_every", "num_frames", "max_words", "chunks"),
-    }
-    for number, names in least.items():
-        at_least(number, **{name: getattr(options, name) for name in names if hasattr(options, name)})
-    for name in ("warmup", "lr_floor", "beta2", "most_missing"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} is a share, 0 to 1; got {getattr(options, name)}")
-
-
-def check_files(options: Any, *splits: Any) -> None:
-    """Looks for the videos of all splits, before anything else takes time.
-
-    Raises:
-        ValueError: more than --most-missing are not there; OUTPUT/missing_videos.txt lists them.
-    """
-    clips = [clip for split in splits if split is not None for clip in clips_of(split)]
-    file = options.output / MISSING_VIDEOS
-    try:
-        missing = check_videos(clips, options.most_missing)
-    except MissingVideosError as error:
-        if distributed.is_main():
-            write_whole(file, "".join(f"{path}\n" for path in error.paths).encode())
-        raise ValueError(f"{error}; {file} lists all, --most-missing sets the share") from None
-    if missing:
-        say(f"{len(missing)} videos are missing, among them {missing[0]}; they count as not found in evaluation")
-
-
-def clips_of(split: Any) -> list[Any]:
-    """The clips of a split of captions or questions."""
-    return [question.clip for question in split.questions] if isinstance(split, QASplit) else split.clips
-
-
-def facts(options: Any, model: Any, **splits: Any) -> dict[str, Any]:
-    """What decides a run's result beside the engine's own options: see `Trainer`.
-
-    Args:
-        model: JSON data that describes it, its schedule among it.
-        splits: by their roles; None for one that there is not.
-    """
-    engine = {field.name for field in fields(TrainConfig)}
-    names = [field.name for field in fields(options) if field.name not in MAY_CHANGE | engine]
-    contents = {role: "none" if split is None else content(split) for role, split in splits.items()}
-    return {**{name: getattr(options, name) for name in names}, "model_config": model, "annotations": contents}
-
-
-def content(split: Any) -> str:
-    """Hash of a split's clips, texts and times; of its files only the names, so that a data set may move."""
-
-    def plain(value: Any) -> Any:
-        return value.name if isinstance(value, Path) else vars(value)
-
-    return hashlib.blake2b(json.dumps(split, default=plain).encode(), digest_size=8).hexdigest()
-
-
-def in_words(options: Any, frontend: VisualFrontend) -> str:
-    """What becomes of a video's tokens, and its cost."""
-    schedule = frontend.schedule
-    clips, tokens = schedule.token_counts[-1]
-    return (
-        f"{options.model}, {options.method}: {schedule.frames} x {schedule.tokens} tokens -> {clips} x {tokens}, "
-        f"{frontend.gflops():.3g} GFLOPs a video"
-    )
-
-
-def announce(options: Any, model: str, data: str) -> None:
-    """Writes OUTPUT/options.json and prints what will be trained on what, both in words."""
-    if not distributed.is_main():
-        return
-    chosen = {field.name: getattr(options, field.name) for field in fields(options)}
-    plain = json.loads(json.dumps(chosen, default=str))
-    write_json(options.output / "options.json", {**plain, **provenance()})
-    if options.dataset == "motion":
-        say(f"Data set motion: embedded, rendered in {options.data_root}")
-    say(f"{model}\n{data}")
-
-
-def export(trainer: Trainer, model: Any, output: Path) -> None:
-    """Writes OUTPUT/best by the model's `save_pretrained`; all ranks call it."""
-    trainer.export(output / "best", model.save_pretrained)
-
-
-def cost(frontend: VisualFrontend) -> dict[str, Any]:
-    """Tokens and GFLOPs of a video, for a report."""
-    schedule = frontend.schedule
-    return {
-        "output_tokens": schedule.output_tokens,
-        "input_tokens": schedule.frames * schedule.tokens,
-        "gflops": frontend.gflops(),
-    }
-
-
-def about_run(options: Any, trainer: Trainer, val: str | None, start_step: int, seconds: float) -> dict[str, Any]:
-    """What a report says of a run beside its results.
-
-    Args:
-        val: name of the split that the best epoch was chosen on, if there was one.
-        start_step, seconds: where this run began, and how long it trained.
-    """
-    return {
-        "selected_on": val or NO_VALIDATION,
-        "selected_step": trainer.best_step,
-        "method": options.method,
-        "seed": options.seed,
-        "train_seconds": seconds,
-        "train_steps": trainer.step - start_step,
-        "ranks": distributed.world_size(),
-        "broken_videos": broken_clips(options.output / BROKEN_VIDEOS),
-    }
-
-
-def write_report(options: Any, report: dict[str, Any], shown: str, *more: Callable[[], object]) -> None:
-    """Prints what is to be shown of a report, and which videos are missing in it; then writes OUTPUT/report.json.
-
-    Args:
-        more: write other files.
-    """
-    if not distributed.is_main():
-        return
-    chosen = report["selected_on"]
-    lines = [f"\n{chosen if chosen == NO_VALIDATION else f'best epoch chosen on {chosen}'}", shown]
-    if report["broken_videos"]:
-        lines.append(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
-    finish("\n".join(lines), report, options.output / "report.json", *more)
-
-
-def write_answers(options: Any, report: dict[str, Any], predictions: dict[str, str], test: QASplit) -> None:
-    """`write_report` of a model that answers questions, and OUTPUT/predictions.json."""
-    shown = [table(report)]
-    if options.dataset == "motion":
-        report["by_kind"] = accuracy_by(predictions, test, question_kind)
-        shown += [f"{kind:<10}{count:>10}{percent:>12.2f}" for kind, (percent, count) in report["by_kind"].items()]
-    file = options.output / "predictions.json"
-    write_report(options, report, "\n".join(shown), partial(write_json, file, predictions, 0))
-
-
-def say(text: str) -> None:
-    """Prints on the first rank."""
-    if distributed.is_main():
-        print(text, flush=True)

@@ -1,0 +1,77 @@
+"""What a run leaves behind: the exported model, the report, and what is shown of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+from tempme_vl.data.motion import question_kind
+from tempme_vl.data.reader import broken_clips
+from tempme_vl.data.splits import RetrievalSplit
+from tempme_vl.data.videoqa import QASplit
+from tempme_vl.evaluation.videoqa import accuracy_by, table
+from tempme_vl.frontend import VisualFrontend
+from tempme_vl.recipes.loop import Trained
+from tempme_vl.recipes.names import BROKEN_VIDEOS
+from tempme_vl.recipes.options import RecipeOptions
+from tempme_vl.reports import finish, write_json
+from tempme_vl.training import distributed
+from tempme_vl.training.engine import Trainer
+
+Split: TypeAlias = QASplit | RetrievalSplit
+
+NO_VALIDATION = "no validation split: last epoch"
+
+
+def cost(frontend: VisualFrontend) -> dict[str, Any]:
+    """Tokens and GFLOPs of a video, for a report."""
+    schedule = frontend.schedule
+    return {
+        "output_tokens": schedule.output_tokens,
+        "input_tokens": schedule.frames * schedule.tokens,
+        "gflops": frontend.gflops(),
+    }
+
+
+def about_run(options: RecipeOptions, trainer: Trainer, trained: Trained, val: Split | None) -> dict[str, Any]:
+    """What a report says of a run beside its results.
+
+    Args:
+        val: what the best epoch was chosen on, if there was anything.
+    """
+    return {
+        "selected_on": NO_VALIDATION if val is None else val.name,
+        "selected_step": trainer.best_step,
+        "method": options.method,
+        "seed": options.seed,
+        "train_seconds": trained.seconds,
+        "train_steps": trainer.step - trained.start_step,
+        "ranks": distributed.world_size(),
+        "broken_videos": broken_clips(options.output / BROKEN_VIDEOS),
+    }
+
+
+def write_report(options: RecipeOptions, report: dict[str, Any], shown: str, *more: Callable[[], object]) -> None:
+    """Prints what is to be shown of a report, and which videos are missing in it; then writes OUTPUT/report.json.
+
+    Args:
+        more: write other files.
+    """
+    if not distributed.is_main():
+        return
+    chosen = report["selected_on"]
+    lines = [f"\n{chosen if chosen == NO_VALIDATION else f'best epoch chosen on {chosen}'}", shown]
+    if report["broken_videos"]:
+        lines.append(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
+    finish("\n".join(lines), report, options.output / "report.json", *more)
+
+
+def write_answers(options: RecipeOptions, report: dict[str, Any], predictions: dict[str, str], test: QASplit) -> None:
+    """`write_report` of a model that answers questions, and OUTPUT/predictions.json."""
+    shown = [table(report)]
+    if options.dataset == "motion":
+        report["by_kind"] = accuracy_by(predictions, test, question_kind)
+        shown += [f"{kind:<10}{count:>10}{percent:>12.2f}" for kind, (percent, count) in report["by_kind"].items()]
+    file = options.output / "predictions.json"
+    write_report(options, report, "\n".join(shown), partial(write_json, file, predictions, 0))

@@ -1,0 +1,247 @@
+"""Fine-tuning a compressed video-language model on questions (recipes/videollm_lora.py)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from tempme_vl.data.questions import TrainQuestions, most_options
+from tempme_vl.data.reader import ClipReader
+from tempme_vl.data.retrieval import EvalClips
+from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.videoqa import QASplit, read_splits
+from tempme_vl.evaluation.encode import encode_all
+from tempme_vl.evaluation.videoqa import accuracy
+from tempme_vl.integrations import Host
+from tempme_vl.integrations.base import prefill_gflops
+from tempme_vl.integrations.post_encoder import PostEncoderHost
+from tempme_vl.integrations.tiny import tiny_host
+from tempme_vl.recipes.loop import fit
+from tempme_vl.recipes.options import LIMITS, RecipeOptions, first_look, merged_by
+from tempme_vl.recipes.presets import DEEPSPEED, FROM_SCRATCH, MOTION
+from tempme_vl.recipes.report import about_run, write_answers
+from tempme_vl.recipes.start import announce, begin, check_files, facts
+from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_host, load_video_llm
+from tempme_vl.training import distributed
+from tempme_vl.training.checkpoint import latest_checkpoint
+from tempme_vl.training.engine import Trainer
+from tempme_vl.training.folder import claim
+
+
+@dataclass(frozen=True)
+class Options(RecipeOptions):
+    """Fine-tune a compressed video-language model on questions.
+
+    The defaults shown are those of the data set and the host: --help together with --data-root, --dataset or --host
+    shows its own. The options in use are written to OUTPUT/options.json.
+    """
+
+    dataset: Literal["motion", "msrvtt_qa", "msvd_qa", "activitynet_qa", "jsonl"] = "msrvtt_qa"
+    """Default: motion, the embedded data set; msrvtt_qa as soon as --data-root is given."""
+    host: str = "LanguageBind/Video-LLaVA-7B-hf"
+    """A folder or hub name of a video-language model of transformers, one of tempme_vl.integrations.HOSTS; or
+    tiny:VideoLlava, tiny:Qwen2_5_VL: random, with the words of the training questions, written to OUTPUT/host.
+    Hosts that merge behind their tower have no --r (of TempMe) and no --merge-layers."""
+    lora_rank: int = 16
+    """LoRA on all linear layers of the language model; 0 for none. Its update is scaled by 1, whatever the rank."""
+    train_frontend: bool = False
+    """Train the tower and the clip positions, too."""
+    prompt: str | None = None
+    """With {question} and the host's placeholder for a video; default: the host's own chat format, or LLaVA's."""
+    answer_tokens: int = 16
+    """The most tokens of a written answer."""
+    image_size: int = 224
+    """Pixels of the square frames that the host's own preprocessing gets."""
+    eval_batch_size: int = 16
+    """Questions asked at once on each rank."""
+
+
+# What differs from the defaults above.
+TUNING: dict[str, Any] = {  # the rates of LLaVA's projector and of its LoRA
+    "num_frames": 8,
+    "epochs": 1,
+    "lr": 2e-5,
+    "lr_new": 2e-4,
+    "warmup": 0.03,
+    "weight_decay": 0.0,
+    "beta2": 0.999,
+    "augment": "none",
+    "sampling": "uniform",
+}
+_TINY = {key: value for key, value in FROM_SCRATCH.items() if key not in ("model", "pretrained")}
+TINY: dict[str, Any] = {
+    **_TINY,
+    "train_frontend": True,
+    "image_size": 32,
+    "eval_batch_size": 64,
+    "answer_tokens": 8,
+    "epochs": 3,
+    "lr_new": 4e-3,
+}
+HOSTS: dict[str, dict[str, Any]] = {
+    "tiny:VideoLlava": TINY,
+    "tiny:Qwen2_5_VL": {**TINY, "r": None, "merge_layers": None, "merge_frames": (2, 2)},
+}
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Options from the command line, on top of the defaults of their data set and host."""
+    given = first_look(arguments, ("dataset", "data-root", "host", "method", *LIMITS))
+    dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
+    host = given.host or ("tiny:VideoLlava" if dataset == "motion" else Options.host)
+    preset = {**HOSTS.get(host, TUNING), "host": host}
+    if dataset == "motion":
+        preset |= {key: value for key, value in MOTION.items() if key in Options.__dataclass_fields__}
+    if given.dataset is None:  # a given one is for tyro to check
+        preset["dataset"] = dataset
+    preset["output"] = Path("runs") / f"{dataset}-videollm-{given.method or 'tempme'}"
+    preset["deepspeed_config"] = DEEPSPEED / "zero1.json"
+    return tyro.cli(Options, args=arguments, default=Options(**merged_by(preset, given)))
+
+
+def main(options: Options) -> None:
+    device = begin(options)
+    train, val, test = read_splits(options.dataset, options.data_root, options.video_root, options.annotations)
+    check_files(options, train, val, test)
+    for split in (val, test):  # now, and not after an epoch
+        if split is not None:
+            most_options(split)
+    half = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if half else torch.float32
+    source = prepare_host(options, train)
+    model = build_model(options, source, dtype).to(device)
+    host = model.compressed.host
+    reader = options.reader(host.num_frames, ClipTransform(as_they_are(options)), options.output)
+    train_reader = replace(reader, transform=ClipTransform(as_they_are(options), options.augment))
+
+    trainer = Trainer(
+        model,
+        options.build_optimizer(model, model.is_new_parameter),
+        TrainQuestions(train, train_reader, model.tokenizer(), options.seed),
+        options.config(),
+        facts(options, model.compressed.describe(), train=train, val=val, test=test),
+    )
+    splits = [split for split in (train, val, test) if split is not None]
+    data = "\n".join(f"{split.name}: {len(split.questions)} questions" for split in splits)
+    announce(options, describe(model, options.image_size), data)
+
+    def validate() -> tuple[float, dict[str, Any]]:
+        assert val is not None
+        found, _ = evaluate(model, trainer.engine, val, reader, device, options.eval_batch_size, options.workers)
+        return found["accuracy"], {"val_accuracy": found["accuracy"]}
+
+    trained = fit(options, trainer, model, None if val is None else validate)
+    if trained is None:
+        return
+    best = load_video_llm(options.output / "best", dtype=dtype).to(device)
+    report, predictions = evaluate(best, best, test, reader, device, options.eval_batch_size, options.workers)
+    report |= {
+        "host": options.host,
+        **about_run(options, trainer, trained, val),
+        **cost(host, options.image_size),
+    }
+    write_answers(options, report, predictions, test)
+
+
+def prepare_host(options: Options, train: QASplit) -> str:
+    """The host's name or folder; a tiny one is made first, unless a run that is to be continued has done so."""
+    if not options.host.startswith("tiny:"):
+        return options.host
+    claim(options.output)  # before anything is written to it
+    folder = options.output / "host"
+    if distributed.is_main() and latest_checkpoint(options.output / "checkpoints") is None:
+        texts = [text for q in train.questions for text in (q.question, *q.answers, *q.options)]
+        model, processor = tiny_host(options.host.removeprefix("tiny:"), texts, options.seed)
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    distributed.barrier()
+    return str(folder)
+
+
+def build_model(options: Options, source: str, dtype: torch.dtype) -> VideoLLM:
+    """The host with merging and LoRA; `source` is its name or folder."""
+    model, processor = load_host(source, dtype=dtype)
+    torch.manual_seed(options.seed)
+    built = create_video_llm(
+        model,
+        processor,
+        lora_rank=options.lora_rank,
+        train_frontend=options.train_frontend,
+        prompt=options.prompt,
+        answer_tokens=options.answer_tokens,
+        source=source,
+        input={"sampling": options.sampling, "image_size": options.image_size},
+        **options.merging(8),
+    )
+    built.set_grad_checkpointing(options.grad_checkpointing)
+    return built
+
+
+def as_they_are(options: Options) -> Preprocess:
+    """Square frames with pixels of 0 to 255: the host's own preprocessing does the rest."""
+    return Preprocess(options.image_size, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+
+
+class NumberedClips(EvalClips):
+    """With the number of each."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "number": index}
+
+
+def evaluate(
+    model: VideoLLM,
+    encode: Any,
+    split: QASplit,
+    reader: ClipReader,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Accuracy and written answers on a split, all ranks together; `encode` is the model or its DeepSpeed engine."""
+    encode.eval()
+    prompts = [model.tokenize(q.question, None, q.options)["prompt"] for q in split.questions]
+
+    def write(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        asked = [prompts[number] for number in batch["number"].tolist()]
+        return encode({"video": batch["video"], "times": batch["times"], "prompt": asked})
+
+    clips = NumberedClips([question.clip for question in split.questions], reader)
+    found = encode_all(write, clips, device, ("prediction", "valid"), batch_size, workers, label="questions")
+    rows = zip(split.questions, found["prediction"].tolist(), found["valid"].tolist(), strict=True)
+    # questions about clips that could not be read, and those that nothing was written to, have no answer
+    answers = {question.question_id: model.text(row) for question, row, valid in rows if valid}
+    predictions = {question_id: text for question_id, text in answers.items() if text}
+    return accuracy(predictions, split, normalize=True), predictions
+
+
+def cost(host: Host, side: int) -> dict[str, Any]:
+    """Tokens and GFLOPs of a video with frames of side x side pixels, the host's own and ours; a multiply-add is 1.
+
+    Hosts that merge behind their tower run it as it is; its GFLOPs are left out.
+    """
+    costs, towers = host.costs(), {}
+    native, ours = costs.native_tokens, costs.tokens
+    if isinstance(host, PostEncoderHost):
+        native, ours = host.count(side, side)
+    else:
+        towers = {"tower_gflops": costs.tower, "host_tower_gflops": costs.native_tower}
+    prefill = {"prefill_gflops": prefill_gflops(host, ours), "host_prefill_gflops": prefill_gflops(host, native)}
+    return {"output_tokens": ours, "host_tokens": native, **towers, **prefill}
+
+
+def describe(model: VideoLLM, side: int) -> str:
+    weights, tokens = list(model.parameters()), cost(model.compressed.host, side)
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    return (
+        f"{model.compressed.describe()}\nframes of {side} x {side} pixels: {tokens['host_tokens']} visual tokens -> "
+        f"{tokens['output_tokens']}\n{trained:,} of {sum(w.numel() for w in weights):,} weights train; prompt "
+        f"{model.prompt!r}"
+    )
