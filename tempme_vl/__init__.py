@@ -11,25 +11,40 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from tempme_vl.frontend import VisualFrontend, create_frontend
-    from tempme_vl.merging import MergeSchedule, make_schedule
+    from tempme_vl.integrations import HOSTS
+    from tempme_vl.merging import METHODS, MergeSchedule, make_schedule
     from tempme_vl.pipeline import VideoQA
     from tempme_vl.state import FrontendOutput, TokenState
+    from tempme_vl.tasks.qa import HEADS, load_qa_model
+    from tempme_vl.tasks.retrieval import create_retrieval_model, load_retrieval_model
+    from tempme_vl.tuning import TUNINGS
 
 __all__ = [
+    "HEADS",
+    "HOSTS",
+    "METHODS",
+    "TUNINGS",
     "FrontendOutput",
     "MergeSchedule",
     "TokenState",
     "VideoQA",
     "VisualFrontend",
     "create_frontend",
+    "create_retrieval_model",
+    "load_qa_model",
+    "load_retrieval_model",
     "make_schedule",
 ]
 
 _HOMES = {
     "tempme_vl.frontend": ("VisualFrontend", "create_frontend"),
-    "tempme_vl.merging": ("MergeSchedule", "make_schedule"),
+    "tempme_vl.integrations": ("HOSTS",),
+    "tempme_vl.merging": ("METHODS", "MergeSchedule", "make_schedule"),
     "tempme_vl.pipeline": ("VideoQA",),
     "tempme_vl.state": ("FrontendOutput", "TokenState"),
+    "tempme_vl.tasks.qa": ("HEADS", "load_qa_model"),
+    "tempme_vl.tasks.retrieval": ("create_retrieval_model", "load_retrieval_model"),
+    "tempme_vl.tuning": ("TUNINGS",),
 }
 
 
