@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tempme_vl.frontend import VisualFrontend, create_frontend
     from tempme_vl.integrations import HOSTS
     from tempme_vl.merging import METHODS, MergeSchedule, make_schedule
-    from tempme_vl.pipeline import VideoQA
+    from tempme_vl.pipeline import VideoQA, VideoRetrieval
     from tempme_vl.state import FrontendOutput, TokenState
     from tempme_vl.tasks.qa import HEADS, load_qa_model
     from tempme_vl.tasks.retrieval import create_retrieval_model, load_retrieval_model
@@ -28,6 +28,7 @@ __all__ = [
     "MergeSchedule",
     "TokenState",
     "VideoQA",
+    "VideoRetrieval",
     "VisualFrontend",
     "create_frontend",
     "create_retrieval_model",
@@ -40,7 +41,7 @@ _HOMES = {
     "tempme_vl.frontend": ("VisualFrontend", "create_frontend"),
     "tempme_vl.integrations": ("HOSTS",),
     "tempme_vl.merging": ("METHODS", "MergeSchedule", "make_schedule"),
-    "tempme_vl.pipeline": ("VideoQA",),
+    "tempme_vl.pipeline": ("VideoQA", "VideoRetrieval"),
     "tempme_vl.state": ("FrontendOutput", "TokenState"),
     "tempme_vl.tasks.qa": ("HEADS", "load_qa_model"),
     "tempme_vl.tasks.retrieval": ("create_retrieval_model", "load_retrieval_model"),

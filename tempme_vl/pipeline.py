@@ -1,20 +1,26 @@
-"""From a video file and a question to an answer."""
+"""From video files to answers, and to vectors that texts are compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.splits import Clip
 from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.frontend import VisualFrontend
 from tempme_vl.pretrained import load_kind
 from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.zero_shot import ZeroShotQA
-from tempme_vl.tasks.retrieval import RETRIEVAL, load_retrieval_model
+from tempme_vl.tasks.retrieval import RETRIEVAL, AnyRetrievalModel, load_retrieval_model
 from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL
+from tempme_vl.text.tokenizers import caption_tokenizer
+
+T = TypeVar("T")
 
 
 class VideoQA:
@@ -33,14 +39,7 @@ class VideoQA:
         self, model: VideoQAModel | ZeroShotQA, device: str | torch.device = "cpu", timeout: float | None = 60.0
     ):
         self.model, self.device = model.to(device).eval(), torch.device(device)
-        preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])
-        self.reader = ClipReader(
-            model.frontend.schedule.frames,
-            ClipTransform(preprocess),
-            sampling=model.input["sampling"],
-            timeout=timeout,
-            on_broken="raise",
-        )
+        self.reader = _reader(model.frontend, model.input["sampling"], timeout)
 
     @classmethod
     def from_pretrained(
@@ -95,3 +94,89 @@ class VideoQA:
         prediction = self.model({name: value[None].to(self.device) for name, value in asked.items()})["prediction"]
         (row,) = prediction.tolist()
         return options[row[0]] if options else self.model.text(row)
+
+
+class VideoRetrieval:
+    """A retrieval model with what reads its videos and its texts.
+
+        retrieval = VideoRetrieval.from_pretrained("runs/motion-tempme/best")
+        scores = retrieval.similarity(["a red ball moves left"], ["a.mp4", "b.mp4"])
+
+    Args:
+        model: a dual encoder, or UMT's, whose embeddings alone are compared here.
+        device: where it runs.
+        timeout: seconds a decoder may take before it is ended; None decodes in this process without a limit.
+    """
+
+    def __init__(self, model: AnyRetrievalModel, device: str | torch.device = "cpu", timeout: float | None = 60.0):
+        self.model, self.device = model.to(device).eval(), torch.device(device)
+        given = model.config["input"]
+        self.tokenizer = caption_tokenizer(model.vocabulary, given["max_words"])
+        self.reader = _reader(model.frontend, given["sampling"], timeout)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, device: str | torch.device = "cpu", timeout: float | None = 60.0
+    ) -> VideoRetrieval:
+        """Reads the folder that `save_pretrained` of a retrieval model, or a recipe, wrote.
+
+        Raises:
+            ValueError: a folder of another kind of model, or a damaged one.
+        """
+        return cls(load_retrieval_model(directory), device, timeout)
+
+    def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """(T, E) float32 on the CPU, L2-normalised; longer texts are cut as captions were in training."""
+        if isinstance(texts, str):
+            raise ValueError(f"expected a list of texts; got the text {texts!r}: give [text]")
+        return self._encode("text", texts, self._words, batch_size)
+
+    def encode_video(self, videos: Sequence[str | Path | Clip], batch_size: int = 8) -> Tensor:
+        """(V, E) float32 on the CPU, L2-normalised; UMT's are the mean of normalised frames, not normalised again.
+
+        Args:
+            videos: files, or parts of them: `Clip(name, path, start, end)`, in seconds.
+
+        Raises:
+            VideoError: a file that cannot be read.
+        """
+        if isinstance(videos, str | Path):
+            raise ValueError(f"expected a list of videos; got {str(videos)!r}: give [video]")
+        clips = [video if isinstance(video, Clip) else Clip(str(video), Path(video)) for video in videos]
+        return self._encode("video", clips, self._frames, batch_size)
+
+    def similarity(self, texts: Sequence[str] | Tensor, videos: Sequence[str | Path | Clip] | Tensor) -> Tensor:
+        """(T, V), -1 to 1, by which evaluation ranks; of either side the embeddings may be given instead."""
+        text_TE = texts if isinstance(texts, Tensor) else self.encode_text(texts)
+        video_VE = videos if isinstance(videos, Tensor) else self.encode_video(videos)
+        return text_TE @ video_VE.T
+
+    def _words(self, text: str) -> dict[str, Tensor]:
+        ids, mask = self.tokenizer(text)
+        return {"text_ids": ids, "text_mask": mask}
+
+    def _frames(self, clip: Clip) -> dict[str, Tensor]:
+        video = self.reader(clip).video
+        return {"video": video, "frame_mask": torch.ones(len(video))}
+
+    @torch.inference_mode()
+    def _encode(
+        self, side: str, items: Sequence[T], prepare: Callable[[T], dict[str, Tensor]], batch_size: int
+    ) -> Tensor:
+        rows = [torch.empty(0, self.model.frontend.shape.embed_dim)]
+        for some in _batches(items, batch_size):
+            made = [prepare(item) for item in some]
+            batch = {name: torch.stack([one[name] for one in made]).to(self.device) for name in made[0]}
+            rows.append(self.model(batch)[side].float().cpu())
+        return torch.cat(rows)
+
+
+def _reader(frontend: VisualFrontend, sampling: str, timeout: float | None) -> ClipReader:
+    transform = ClipTransform(Preprocess.from_dict(frontend.config["preprocess"]))
+    return ClipReader(frontend.schedule.frames, transform, sampling=sampling, timeout=timeout, on_broken="raise")
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {size}")
+    return (items[first : first + size] for first in range(0, len(items), size))

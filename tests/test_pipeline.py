@@ -9,7 +9,7 @@ import torch
 from evaluation.predict_runs import FRAMES, TRAINED, ZERO_SHOT, create, read, render_few
 from towers import tempme_schedule, tiny_frontend
 
-from tempme_vl import VideoQA
+from tempme_vl import VideoQA, VideoRetrieval
 from tempme_vl.data.splits import Clip
 from tempme_vl.data.video import VideoError
 from tempme_vl.data.videoqa import answer_vocabulary
@@ -111,3 +111,40 @@ def test_folders_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> No
     tiny_frontend(tempme_schedule()).save_pretrained(tmp_path / "frontend")
     with pytest.raises(ValueError, match=r"expected a question answering model in .*frontend; got one of kind"):
         VideoQA.from_pretrained(tmp_path / "frontend")
+
+
+@pytest.mark.parametrize("kind", ZERO_SHOT)
+def test_texts_are_compared_with_videos(kind: str, folders: dict[str, Path], data: Path) -> None:
+    retrieval = VideoRetrieval.from_pretrained(folders[kind], timeout=None)
+    texts = ["a red circle moves left", "a square", "a blue triangle moves up then " * 20]
+    files = [data / "videos" / f"video{number}.mp4" for number in (20, 21, 29)]
+    text, video = retrieval.encode_text(texts, batch_size=2), retrieval.encode_video([*map(str, files)], batch_size=2)
+    assert text.shape == video.shape == (3, retrieval.model.frontend.shape.embed_dim)
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(3))
+    if kind == "retrieval":
+        torch.testing.assert_close(video.norm(dim=1), torch.ones(3))
+    else:  # as UMT has it: a mean of unit vectors
+        assert (video.norm(dim=1) < 0.9999).all()
+    torch.testing.assert_close(retrieval.similarity(texts, files), text @ video.T, rtol=0, atol=1e-6)
+    # one by one, in another order, and a part of a file
+    torch.testing.assert_close(retrieval.encode_text(texts[1:2]), text[1:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(retrieval.encode_video(files[::-1], 1), video.flip(0), rtol=0, atol=1e-5)
+    whole, part = retrieval.encode_video([Clip("a", files[2]), Clip("a", files[2], end=1.0)])
+    assert not torch.allclose(whole, part, atol=1e-4)
+    assert retrieval.similarity([], files).shape == (0, 3)
+    batch = {"video": retrieval.reader(Clip("a", files[0])).video[None], "frame_mask": torch.ones(1, FRAMES)}
+    with torch.no_grad():
+        torch.testing.assert_close(retrieval.model(batch)["video"], video[:1], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected a list of texts; got the text 'a red.*give \[text\]"):
+        retrieval.encode_text(texts[0])
+    with pytest.raises(ValueError, match=r"expected a list of videos; .*give \[video\]"):
+        retrieval.encode_video(files[0])
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        retrieval.encode_text(texts, batch_size=0)
+    with pytest.raises(VideoError, match=r"nowhere\.mp4"):
+        retrieval.encode_video([files[0], "nowhere.mp4"])
+
+
+def test_other_models_have_no_embeddings(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="expected a retrieval model in"):
+        VideoRetrieval.from_pretrained(folders["classifier"])
