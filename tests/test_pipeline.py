@@ -121,10 +121,6 @@ def test_texts_are_compared_with_videos(kind: str, folders: dict[str, Path], dat
     text, video = retrieval.encode_text(texts, batch_size=2), retrieval.encode_video([*map(str, files)], batch_size=2)
     assert text.shape == video.shape == (3, retrieval.model.frontend.shape.embed_dim)
     torch.testing.assert_close(text.norm(dim=1), torch.ones(3))
-    if kind == "retrieval":
-        torch.testing.assert_close(video.norm(dim=1), torch.ones(3))
-    else:  # as UMT has it: a mean of unit vectors
-        assert (video.norm(dim=1) < 0.9999).all()
     torch.testing.assert_close(retrieval.similarity(texts, files), text @ video.T, rtol=0, atol=1e-6)
     # one by one, in another order, and a part of a file
     torch.testing.assert_close(retrieval.encode_text(texts[1:2]), text[1:2], rtol=0, atol=1e-5)
