@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch.utils.data import Dataset
 
 from tempme_vl.data.questions import TrainQuestions, most_options
 from tempme_vl.data.reader import ClipReader
@@ -189,11 +190,17 @@ def as_they_are(options: Options) -> Preprocess:
     return Preprocess(options.image_size, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
 
 
-class NumberedClips(EvalClips):
-    """With the number of each."""
+class NumberedClips(Dataset):
+    """Clips with the number of each."""
+
+    def __init__(self, clips: EvalClips):
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**super().__getitem__(index), "number": index}
+        return {**self.clips[index], "number": index}
 
 
 def evaluate(
@@ -213,7 +220,7 @@ def evaluate(
         asked = [prompts[number] for number in batch["number"].tolist()]
         return encode({"video": batch["video"], "times": batch["times"], "prompt": asked})
 
-    clips = NumberedClips([question.clip for question in split.questions], reader)
+    clips = NumberedClips(EvalClips([question.clip for question in split.questions], reader))
     found = encode_all(write, clips, device, ("prediction", "valid"), batch_size, workers, label="questions")
     rows = zip(split.questions, found["prediction"].tolist(), found["valid"].tolist(), strict=True)
     # questions about clips that could not be read, and those that nothing was written to, have no answer
