@@ -4,7 +4,7 @@ LoRA of rank 8 on the queries, keys and values of all blocks, and the clip posit
 (491,520 with --method none). Exports are plain weights, LoRA merged into them.
 
 A first try, on any machine (adapts the demo's frame-wise model, which `make demo` trains, to joined clips):
-    deepspeed recipes/peft_msrvtt.py --pretrained runs/demo/none-seed0/best
+    deepspeed recipes/peft_msrvtt.py --pretrained runs/demo/none-seed0/best --lr-new 1e-2
 
 MSRVTT-1kA, ViT-B/32, on 8 A100 (not yet measured; the paper reports R@1 46.1 for this setting):
     deepspeed --num_gpus 8 recipes/peft_msrvtt.py --data-root /data/msrvtt
