@@ -87,7 +87,9 @@ def parse(arguments: list[str] | None = None) -> Options:
     preset |= LLM if head == "llm" else {}
     preset["output"] = Path("runs") / f"{dataset}-{head}-{given.method or 'tempme'}"
     preset["deepspeed_config"] = DEEPSPEED / "zero1.json"
-    return tyro.cli(Options, args=arguments, default=Options(**merged_by(preset, given)))
+    options = tyro.cli(Options, args=arguments, default=Options(**merged_by(preset, given)))
+    options.tuned()  # says what is wrong before anything starts
+    return options
 
 
 def main(options: Options) -> None:

@@ -74,6 +74,10 @@ class TunableModel(nn.Module):
         """Whether a parameter was in no pretrained model and learns at its own rate."""
         return self.tuning.is_new(name)
 
+    def trains_beside_lora(self, name: str) -> bool:
+        """Whether a parameter that trains goes on doing so when LoRA is added; all others of the model are frozen."""
+        return self.is_new_parameter(name)
+
     def input_side(self) -> list[nn.Module]:
         """The modules before the first block of every tower, where the model's authors freeze them."""
         return []

@@ -11,6 +11,7 @@ from torch import Tensor
 from tempme_vl.tuning.base import TunableModel, Tuning
 
 _ADDED = ".lora_"
+_WRAPPED = ".base_model.model."  # of a part that peft wraps and saves itself, such as a language model (`Lora.wrap`)
 _ADAPTER = "default"  # peft's name of the only one
 
 
@@ -60,11 +61,11 @@ class Lora(Tuning):
         layers = [name for name in layers if name.rpartition(".")[2] in targets]
         if not layers:
             raise ValueError(f"LoRA: no layer of {type(model).__name__} is called {' or '.join(targets)}")
-        new = [p for name, p in model.named_parameters() if p.requires_grad and model.is_new_parameter(name)]
+        kept = [p for name, p in model.named_parameters() if p.requires_grad and model.trains_beside_lora(name)]
         inject_adapter_in_model(self._config(layers), model, _ADAPTER)
         for name, weight in model.named_parameters():
             weight.requires_grad_(self.is_new(name))
-        for weight in new:
+        for weight in kept:
             weight.requires_grad_(True)
 
     def wrap(self, model: Any, layers: str = "all-linear", task: str | None = None) -> Any:
@@ -91,16 +92,16 @@ class Lora(Tuning):
         )
 
     def is_new(self, name: str) -> bool:
-        return _ADDED in name
+        return _ADDED in name and _WRAPPED not in name
 
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """W + alpha / rank * B A, added in float32."""
+        """W + alpha / rank * B A, added in float32; LoRA of a part that peft wraps is left as it is."""
         merged = {}
         for name, value in state.items():
             if self.is_new(name):
                 continue
             layer, base, last = name.rpartition(".base_layer.")
-            if not base:
+            if not base or _WRAPPED in name:
                 merged[name] = value
             elif last != "weight":
                 merged[f"{layer}.{last}"] = value

@@ -123,7 +123,9 @@ def test_lora_beside_frozen_weights_trains_as_its_authors_have_it(name: str) -> 
 
 def own_name(key: str) -> str:
     """The parameter of a tuned model that holds a weight of theirs."""
-    side, block, last = re.fullmatch(r"clip\.(visual\.|)transformer\.resblocks\.(\d+)\.(.*)", key).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"clip\.(visual\.|)transformer\.resblocks\.(\d+)\.(.*)", key)
+    assert found is not None, key
+    side, block, last = found.groups()
     tower = "frontend" if side else "text"
     if last == "TVPt_Video_Positional_embedding":
         return f"{tower}.blocks.{block}.before_attention.clip_position.weight"

@@ -418,6 +418,28 @@ def test_saving_and_loading(
     assert not same
 
 
+@ALL_KINDS
+def test_lora_on_the_front_end_leaves_the_language_model_alone(llm: Path, tmp_path: Path, kind: str) -> None:
+    plain, model = (tiny_llm_qa(llm, **KINDS[kind]) for _ in range(2))
+    model.tune(Lora(2))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    before = {name for name, p in plain.named_parameters() if p.requires_grad}
+    added = {name for name in trained if name.startswith("frontend.") and ".lora_" in name}
+    positions = {name for name in before if "clip_position" in name}
+    assert trained == {name for name in before if name.startswith("head.")} | positions | added and added and positions
+    with torch.no_grad():  # as after training
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p) * p.requires_grad
+    model.save_pretrained(tmp_path / "model")
+    loaded = load_qa_model(tmp_path / "model").eval()
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert found.keys() == plain.state_dict().keys()
+    for key in (key for key in found if key.startswith("head.")):
+        assert torch.equal(found[key], expected[key]), key
+    batch = train_batch(model)
+    torch.testing.assert_close(loss_of(model.eval(), batch), loss_of(loaded, batch), rtol=0, atol=1e-5)
+
+
 def test_the_adapter_is_peft_s_own_and_the_base_is_not_written(llm: Path, tmp_path: Path) -> None:
     model = tiny_llm_qa(llm, lora_rank=4).eval()
     state = {k: v + 0.1 if ".lora_" in k else v for k, v in model.state_dict().items()}  # as ZeRO's, of no module
