@@ -1,6 +1,7 @@
 # make demo       train three models alike on the embedded data set and print the table (6 to 8 minutes on 2 cores)
 # make test       lint, types, import directions, tests
 # make test-all   the same, then the slow tests
+# make test-cuda  the tests that need a GPU, alone (make test skips them where there is none)
 # make lint       ruff and mypy alone
 # make oldest     the whole test suite with the lowest versions that pyproject.toml allows, and its column of docs/versions.md
 # make newest     the same with the newest of everything, whatever constraints.txt says
@@ -21,7 +22,7 @@ UPGRADE ?=
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
 
-.PHONY: demo test test-all lint oldest newest versions lock
+.PHONY: demo test test-all test-cuda lint oldest newest versions lock
 
 demo: $(READY)
 	$(RUN) $(BIN)/python recipes/motion_demo.py
@@ -31,6 +32,9 @@ test: lint
 
 test-all: test
 	$(RUN) $(BIN)/python -m pytest -m slow
+
+test-cuda: $(READY)
+	$(RUN) $(BIN)/python -m pytest tests/cuda tests/kernels/cases.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tempme_vl import kernels
+
 
 @dataclass(frozen=True)
 class MergeMap:
@@ -53,6 +55,10 @@ class MergeMap:
         Returns:
             (R, N - r, D) tokens and (R, N - r, 1) sizes.
         """
+        if kernels.usable(x) and not size.requires_grad:
+            from tempme_vl.kernels import merging
+
+            return merging.weighted_mean(x, size, self.base, self.src, self.dst)
         new_size = self.sum(size)
         return (self.sum(x * size) / new_size).to(x.dtype), new_size
 
@@ -92,21 +98,32 @@ def bipartite_match(
     if r == 0:  # nothing merges, and nothing is reordered either
         everything = torch.arange(num_tokens, device=metric.device).expand(rows, -1)
         return MergeMap(everything, everything[:, :0], everything[:, :0])
-    a_pos = torch.arange(num_prefix + num_prefix % 2, num_tokens, 2, device=metric.device)
-    b_pos = torch.arange(num_prefix + 1 - num_prefix % 2, num_tokens, 2, device=metric.device)
     # half precision would tie most similarities near 1, so they are always compared in at least float32
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
-        unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
-        similarity_RAB = unit[:, a_pos] @ unit[:, b_pos].transpose(1, 2)
-        best, partner = similarity_RAB.max(dim=-1)
-        ranked = _descending(best)
-        merged, kept = ranked[:, :r], ranked[:, r:]
-        if order == "position":
-            kept = kept.sort(dim=-1).values
+        if kernels.usable(metric):
+            from tempme_vl.kernels import merging
 
-        prefix = torch.arange(num_prefix, device=metric.device).expand(rows, -1)
-        base = torch.cat([prefix, a_pos[kept], b_pos.expand(rows, -1)], dim=1)
-        dst = num_prefix + kept.shape[1] + partner.gather(1, merged)
+            if num_tokens <= 2 * merging.MOST_RANKED:
+                return MergeMap(*merging.match(metric, r, num_prefix, order == "position"))
+        return _match(metric.to(torch.promote_types(metric.dtype, torch.float32)), r, num_prefix, order)
+
+
+def _match(metric: Tensor, r: int, num_prefix: int, order: Literal["position", "similarity"]) -> MergeMap:
+    """The plain form of `bipartite_match`, for r > 0."""
+    rows, num_tokens, _ = metric.shape
+    a_pos = torch.arange(num_prefix + num_prefix % 2, num_tokens, 2, device=metric.device)
+    b_pos = torch.arange(num_prefix + 1 - num_prefix % 2, num_tokens, 2, device=metric.device)
+    unit = F.normalize(metric, dim=-1)
+    similarity_RAB = unit[:, a_pos] @ unit[:, b_pos].transpose(1, 2)
+    best, partner = similarity_RAB.max(dim=-1)
+    ranked = _descending(best)
+    merged, kept = ranked[:, :r], ranked[:, r:]
+    if order == "position":
+        kept = kept.sort(dim=-1).values
+
+    prefix = torch.arange(num_prefix, device=metric.device).expand(rows, -1)
+    base = torch.cat([prefix, a_pos[kept], b_pos.expand(rows, -1)], dim=1)
+    dst = num_prefix + kept.shape[1] + partner.gather(1, merged)
     return MergeMap(base, a_pos[merged], dst)
 
 

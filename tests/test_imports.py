@@ -34,7 +34,8 @@ CORE = {
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
     "state": set(),
-    "matching": set(),
+    "matching": {"kernels"},
+    "kernels": set(),  # they import Triton, and are imported for tensors on a GPU alone
     # saved folders
     "messages": set(),
     "schema": {"data", "messages"},  # of data: how text and JSON are read
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "libraries": set(),
     # what a front end is made of
     "merging": {"state", "matching", "schema"},
-    "backbones": {"state", "pretrained", "weights", "fit", "schema", "messages", "libraries"},
+    "backbones": {"state", "kernels", "pretrained", "weights", "fit", "schema", "messages", "libraries"},
     "scheduling": {"merging", "backbones"},
     "frontend": {"state", "merging", "backbones", "scheduling", "pretrained", "schema", "messages"},
     "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.backbones.base import Backbone, BlockAdapter, QuickGELU, SelfAttention, TowerShape
+from tempme_vl.backbones.base import Backbone, BlockAdapter, PatchProjection, QuickGELU, SelfAttention, TowerShape
 from tempme_vl.libraries import describe, undocumented
 
 _PACKAGE = "open_clip_torch"
@@ -56,7 +56,7 @@ class ClipEmbed(nn.Module):
 
     def __init__(self, visual: VisionTransformer):
         super().__init__()
-        self.conv1, self.ln_pre = visual.conv1, visual.ln_pre
+        self.conv1, self.ln_pre = PatchProjection.of(visual.conv1), visual.ln_pre
         self.class_embedding, self.positional_embedding = visual.class_embedding, visual.positional_embedding
 
     def forward(self, images: Tensor) -> Tensor:

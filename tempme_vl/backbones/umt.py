@@ -22,6 +22,7 @@ from tempme_vl.backbones.base import (
     Backbone,
     BlockAdapter,
     DropPath,
+    PatchProjection,
     Preprocessing,
     SelfAttention,
     TowerShape,
@@ -145,7 +146,7 @@ class UMTEmbed(nn.Module):
     def __init__(self, config: UMTConfig):
         super().__init__()
         self.joint = config.mode == "joint"
-        self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        self.proj = PatchProjection(3, config.width, config.patch_size, stride=config.patch_size)
         self.register_buffer("positions", position_table(config), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
