@@ -61,6 +61,11 @@ def test_decord_and_pyav_return_the_same_bits_and_the_right_pictures(tmp_path, v
 # What decord decodes inexactly or not at all: each is left to PyAV, and the frames are right.
 LEFT_TO_PYAV = {
     "open groups": ("a.mp4", {"num_frames": 60, "options": GROUPS | {"x264-params": "open-gop=1"}}, "later frames"),
+    "B frames of MPEG-4": (
+        "a.mp4",
+        {"num_frames": 60, "codec": "mpeg4", "options": {"bf": "2"}},
+        "before the key frame",
+    ),
     "edit list": ("a.mp4", {"num_frames": 20, "shift": -7, "options": {"bf": "2"}}, "edit list"),
     "h264 in avi": ("a.avi", {"num_frames": 60, "options": GROUPS}, "decord"),
     "transport stream": ("a.ts", {"num_frames": 60, "options": GROUPS}, "mpegts"),
