@@ -4,6 +4,7 @@ import socket
 import tracemalloc
 
 import av
+import decord
 import numpy as np
 import pytest
 from clips import picture, write_clip
@@ -70,6 +71,8 @@ LEFT_TO_PYAV = {
     "h264 in avi": ("a.avi", {"num_frames": 60, "options": GROUPS}, "decord"),
     "transport stream": ("a.ts", {"num_frames": 60, "options": GROUPS}, "mpegts"),
     "odd 4:2:0": ("a.webm", {"height": 65, "width": 97, "codec": "libvpx"}, "odd size"),
+    "4:2:0 of odd height": ("a.webm", {"height": 65, "width": 96, "codec": "libvpx"}, "odd size"),
+    "4:2:0 of odd width": ("a.webm", {"height": 64, "width": 97, "codec": "libvpx"}, "odd size"),
     "4:2:2": ("a.mp4", {"pixel_format": "yuv422p"}, "yuv422p"),
     "10 bit": ("a.mp4", {"pixel_format": "yuv420p10le"}, "yuv420p10le"),
     "tiny": ("a.mp4", {"height": 16, "width": 16}, "size must exactly match"),
@@ -87,6 +90,35 @@ def test_what_decord_gets_wrong_is_left_to_pyav(tmp_path, variant):
     assert nearest(frames.pixels, 60) == (frames.indices + hidden).tolist()
     with pytest.raises(VideoError, match=cause):
         read_frames(path, 7, backend="decord")
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "cause"),
+    [
+        ("__len__", lambda reader: 19, "decord counts 19 frames where 20 are shown"),
+        ("get_frame_timestamp", lambda reader, frames: np.zeros((20, 2)), "no usable timestamps"),
+    ],
+)
+def test_where_decord_and_the_scan_disagree_decord_is_not_believed(tmp_path, monkeypatch, method, answer, cause):
+    path = write_clip(tmp_path / "a.mp4", 20)
+    monkeypatch.setattr(decord.VideoReader, method, answer)
+    assert read_frames(path, 7).backend == "pyav"
+    with pytest.raises(VideoError, match=cause):
+        read_frames(path, 7, backend="decord")
+
+
+def test_a_stream_that_changes_its_size_keeps_that_of_its_first_frame(tmp_path):
+    sizes = {"large.ts": (64, 96), "small.ts": (32, 48)}
+    parts = [
+        write_clip(tmp_path / name, 10, height=height, width=width, codec="mpeg2video")
+        for name, (height, width) in sizes.items()
+    ]
+    path = tmp_path / "both.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    frames = read_frames(path, 20, sampling="uniform")
+    assert frames.pixels.shape == (20, 64, 96, 3) and frames.indices[-1] > 15
+    first = frames.indices < 9  # the last one of a part may get lost where parts are put together
+    assert nearest(frames.pixels[first], 10) == frames.indices[first].tolist()
 
 
 @pytest.mark.parametrize("default", [0, 1])
