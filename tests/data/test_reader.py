@@ -139,6 +139,19 @@ def test_a_damaged_cache_file_is_decoded_again(
     assert len(decoded) == 2 and str(file) in caplog.text
 
 
+def test_cache_tells_files_of_one_size_and_segments_of_one_start_apart(tmp_path: Path) -> None:
+    path, longer = (write_clip(tmp_path / name, num_frames) for name, num_frames in (("a.mp4", 20), ("b.mp4", 40)))
+    missing = longer.stat().st_size - path.stat().st_size
+    path.write_bytes(path.read_bytes() + missing.to_bytes(4, "big") + b"free" + bytes(missing - 8))
+    cached = make_reader(tmp_path, cache="memory")
+    first = cached(Clip("a", path))[0]
+    path.write_bytes(longer.read_bytes())
+    os.utime(path, ns=(1, 1))
+    whole, part = cached(Clip("a", path)), cached(Clip("a", path, None, 2.0))
+    assert not torch.equal(whole[0], first) and whole.times[-1] > 2 > part.times[-1]
+    assert torch.equal(part[0], make_reader(tmp_path)(Clip("a", path, None, 2.0))[0])
+
+
 @pytest.mark.parametrize("place", ["memory", "folder"])
 def test_cache_notices_a_changed_file_and_other_settings(tmp_path: Path, decoded: list[Path], place: str) -> None:
     cache = "memory" if place == "memory" else tmp_path / "cache"
