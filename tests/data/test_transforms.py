@@ -106,6 +106,23 @@ def test_what_comes_in_from_outside_is_middle_grey(name):
         assert values[counts.argmax()] == 128 and counts.max() > 0.02 * white.numel()
 
 
+@pytest.mark.parametrize(
+    ("name", "sign", "before", "after"),
+    [
+        ("brightness", 1, 100, 163),  # times 1 + 0.9 * 0.7
+        ("brightness", -1, 100, 37),
+        ("posterize", 1, 255, 192),  # two bits of eight
+        ("solarize", 1, 76, 76),  # from 256 - 179 on
+        ("solarize", 1, 77, 178),
+        ("solarize_add", 1, 100, 177),
+        ("solarize_add", 1, 128, 128),
+    ],
+)
+def test_magnitude_7_is_as_strong_as_in_timm(name, sign, before, after):
+    frames = torch.full((1, 3, 4, 4), before, dtype=torch.uint8)
+    assert (RAND_AUGMENT[name](frames, 0.7, sign) == after).all()
+
+
 def test_rand_augment_applies_about_half_of_its_four_operations(monkeypatch):
     calls = []
     counting = {name: lambda frames, x, sign: (calls.append((x, sign)), frames)[1] for name in RAND_AUGMENT}
