@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tempme_vl.frontend import VisualFrontend, create_frontend
     from tempme_vl.integrations import HOSTS
     from tempme_vl.merging import METHODS, MergeSchedule, make_schedule
-    from tempme_vl.pipeline import VideoQA, VideoRetrieval
+    from tempme_vl.pipeline import VideoQA, VideoRetrieval, read_video
     from tempme_vl.state import FrontendOutput, TokenState
     from tempme_vl.tasks.qa import HEADS, load_qa_model
     from tempme_vl.tasks.retrieval import create_retrieval_model, load_retrieval_model
@@ -35,13 +35,14 @@ __all__ = [
     "load_qa_model",
     "load_retrieval_model",
     "make_schedule",
+    "read_video",
 ]
 
 _HOMES = {
     "tempme_vl.frontend": ("VisualFrontend", "create_frontend"),
     "tempme_vl.integrations": ("HOSTS",),
     "tempme_vl.merging": ("METHODS", "MergeSchedule", "make_schedule"),
-    "tempme_vl.pipeline": ("VideoQA", "VideoRetrieval"),
+    "tempme_vl.pipeline": ("VideoQA", "VideoRetrieval", "read_video"),
     "tempme_vl.state": ("FrontendOutput", "TokenState"),
     "tempme_vl.tasks.qa": ("HEADS", "load_qa_model"),
     "tempme_vl.tasks.retrieval": ("create_retrieval_model", "load_retrieval_model"),

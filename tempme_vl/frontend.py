@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -124,6 +125,30 @@ class VisualFrontend(nn.Module):
         size = size.to(x.dtype)
         return self.head(((x * size).sum(dim=1) / size.sum(dim=1)).unflatten(0, (-1, parts)))
 
+    def preprocess(self, video: str | Path | np.ndarray, sampling: str = "fps1") -> Tensor:
+        """A video as this tower's input: (F, 3, S, S) float32, F = schedule.frames; torch.stack makes a batch.
+
+        Args:
+            video: a file, or uint8 RGB frames (T, H, W, 3), of which F are taken evenly from the first to the last.
+            sampling: how a file's frames are chosen, a name in `tempme_vl.data.sampling.SAMPLING`.
+
+        Raises:
+            VideoError: a file that cannot be read.
+            ValueError: frames in another form, or a front end whose preprocessing is not known.
+        """
+        from tempme_vl.data.reader import ClipReader
+        from tempme_vl.data.sampling import uniform
+        from tempme_vl.data.splits import Clip
+        from tempme_vl.data.transforms import ClipTransform, Preprocess
+
+        if "preprocess" not in self.config:
+            raise ValueError("this front end's preprocessing is not known: give VisualFrontend the tower's `config`")
+        transform = ClipTransform(Preprocess.from_dict(self.config["preprocess"]))
+        if isinstance(video, np.ndarray):
+            return transform(video[uniform(max(len(video), 1), self.schedule.frames)] if len(video) else video)
+        reader = ClipReader(self.schedule.frames, transform, sampling=sampling, on_broken="raise")
+        return reader(Clip(str(video), Path(video))).video
+
     def patches(self, values: Tensor) -> Tensor:
         """Leaves the CLS tokens and registers of every clip out of a value a token, such as `FrontendOutput.tokens`.
 
@@ -145,7 +170,7 @@ class VisualFrontend(nn.Module):
         if not video.is_floating_point():
             raise ValueError(
                 f"expected normalised frames of a floating dtype; got {video.dtype}. Resize and normalise raw frames "
-                "first: tempme_vl.data.transforms.ClipTransform(Preprocess.from_dict(frontend.config['preprocess']))"
+                "first: frontend.preprocess(frames) of one video's (T, H, W, 3), or its file"
             )
         if frame_mask is not None and frame_mask.shape != video.shape[:2]:
             raise ValueError(f"expected frame_mask {tuple(video.shape[:2])}; got {tuple(frame_mask.shape)}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.splits import Clip
 from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.video import Frames, read_frames
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.pretrained import load_kind
 from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
@@ -21,6 +22,27 @@ from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL
 from tempme_vl.text.tokenizers import caption_tokenizer
 
 T = TypeVar("T")
+
+
+def read_video(
+    path: str | Path,
+    num_frames: int,
+    sampling: str = "fps1",
+    start: float | None = None,
+    end: float | None = None,
+    timeout: float | None = 60.0,
+) -> Frames:
+    """Some frames of a video file: `.pixels` (F, H, W, 3) uint8 RGB, their `.times` (F,) in seconds, `.fps`.
+
+    Args:
+        sampling: a name in `tempme_vl.data.sampling.SAMPLING`.
+        start, end: seconds, the part of the video that is looked at.
+        timeout: seconds until decoding, which runs in a process of its own, is ended; None: in this process, no limit.
+
+    Raises:
+        VideoError: a file that cannot be read.
+    """
+    return read_frames(path, num_frames, sampling=sampling, start=start, end=end, timeout=timeout)
 
 
 class VideoQA:
@@ -40,6 +62,10 @@ class VideoQA:
     ):
         self.model, self.device = model.to(device).eval(), torch.device(device)
         self.reader = _reader(model.frontend, model.input["sampling"], timeout)
+
+    def __repr__(self) -> str:
+        given = f"{len(self.answers)} answers" if self.answers else "free answers or options"
+        return f"VideoQA({type(self.model).__name__}, {given}, {_shown(self.model.frontend)}, on {self.device})"
 
     @classmethod
     def from_pretrained(
@@ -114,6 +140,9 @@ class VideoRetrieval:
         self.tokenizer = caption_tokenizer(model.vocabulary, given["max_words"])
         self.reader = _reader(model.frontend, given["sampling"], timeout)
 
+    def __repr__(self) -> str:
+        return f"VideoRetrieval({type(self.model).__name__}, {_shown(self.model.frontend)}, on {self.device})"
+
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, device: str | torch.device = "cpu", timeout: float | None = 60.0
@@ -169,6 +198,12 @@ class VideoRetrieval:
             batch = {name: torch.stack([one[name] for one in made]).to(self.device) for name in made[0]}
             rows.append(self.model(batch)[side].float().cpu())
         return torch.cat(rows)
+
+
+def _shown(frontend: VisualFrontend) -> str:
+    schedule = frontend.schedule
+    given = schedule.frames * schedule.tokens
+    return f"{schedule.method}: {schedule.frames} frames, {schedule.output_tokens} of {given} tokens"
 
 
 def _reader(frontend: VisualFrontend, sampling: str, timeout: float | None) -> ClipReader:

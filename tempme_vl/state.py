@@ -11,7 +11,7 @@ Letters used for shapes, here and in every tensor file of the package:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from einops import rearrange
@@ -125,6 +125,18 @@ class FrontendOutput:
     size: Tensor
     frames: Tensor
     source: Tensor | None = None
+
+    def __repr__(self) -> str:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = (f"{name}={_shown(value)}" for name, value in given.items() if value is not None)
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _shown(value: object) -> str:
+    """A tensor's shape, dtype and device, not its numbers."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
 # so that what takes modules apart knows the tensors inside: torch.export, and whatever maps a function over outputs

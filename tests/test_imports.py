@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merging": {"state", "matching", "schema"},
     "backbones": {"state", "kernels", "pretrained", "weights", "fit", "schema", "messages", "libraries"},
     "scheduling": {"merging", "backbones"},
-    "frontend": {"state", "merging", "backbones", "scheduling", "pretrained", "schema", "messages"},
+    "frontend": {"state", "merging", "backbones", "scheduling", "pretrained", "schema", "messages", "data"},
     "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries"},
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from evaluation.predict_runs import FRAMES, TRAINED, ZERO_SHOT, create, read, render_few
+from open_clip import image_transform
+from PIL import Image
 from towers import tempme_schedule, tiny_frontend
 
-from tempme_vl import VideoQA, VideoRetrieval
+from tempme_vl import VideoQA, VideoRetrieval, read_video
 from tempme_vl.data.splits import Clip
 from tempme_vl.data.video import VideoError
 from tempme_vl.data.videoqa import answer_vocabulary
@@ -144,3 +147,35 @@ def test_texts_are_compared_with_videos(kind: str, folders: dict[str, Path], dat
 def test_other_models_have_no_embeddings(folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="expected a retrieval model in"):
         VideoRetrieval.from_pretrained(folders["classifier"])
+
+
+@pytest.mark.parametrize("given", ["file", "frames", "few frames"])
+def test_a_front_end_takes_a_file_or_its_frames(given: str, data: Path) -> None:
+    frontend, path = tiny_frontend(tempme_schedule()), data / "videos" / "video21.mp4"
+    read = read_video(path, {"file": 6, "frames": 11, "few frames": 3}[given], sampling="uniform", timeout=None)
+    assert read.pixels.dtype == np.uint8 and len(read.times) == len(read.pixels)
+    chosen = {"file": slice(None), "frames": [0, 2, 4, 6, 8, 10], "few frames": [0, 0, 0, 1, 1, 2]}[given]
+    video = frontend.preprocess(path, "uniform") if given == "file" else frontend.preprocess(read.pixels)
+    side = frontend.shape.image_size
+    expected = image_transform(side, is_train=False)
+    frames = torch.stack([expected(Image.fromarray(frame)) for frame in read.pixels[chosen]])
+    assert video.shape == (6, 3, side, side) and torch.equal(video, frames)
+    assert frontend(torch.stack([video, video])).pooled.isfinite().all()
+
+
+def test_what_a_front_end_cannot_preprocess_is_named() -> None:
+    frontend = tiny_frontend(tempme_schedule())
+    for wrong in (np.zeros((0, 8, 8, 3), np.uint8), np.zeros((6, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"expected frames \(F, H, W, 3\) uint8"):
+            frontend.preprocess(wrong)
+    frontend.config = {}
+    with pytest.raises(ValueError, match="give VisualFrontend the tower's `config`"):
+        frontend.preprocess(np.zeros((6, 8, 8, 3), np.uint8))
+
+
+def test_what_is_made_of_models_shows_itself_in_a_line(folders: dict[str, Path], data: Path) -> None:
+    shown = repr(load("classifier", folders, data))
+    assert "VideoQAModel" in shown and "tokens" in shown and "\n" not in shown and len(shown) < 200
+    output = tiny_frontend(tempme_schedule())(torch.zeros(1, 6, 3, 32, 32))
+    shown = repr(output)
+    assert "tokens=(1, " in shown and "float32 on cpu" in shown and "source" not in shown and len(shown) < 250

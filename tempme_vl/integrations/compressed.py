@@ -56,6 +56,16 @@ class Compressed:
         """Modules that merging adds (TempMe's clip positions), for an optimizer: the model does not know them."""
         return self.host.merging
 
+    @property
+    def placeholder(self) -> str:
+        """What stands for a video in a prompt, such as "<video>"."""
+        return self.host.placeholder
+
+    def __repr__(self) -> str:
+        costs, method = self.host.costs(), self.host.config()["method"]
+        frames = f"{self.host.num_frames} frames, {costs.tokens} of the host's {costs.native_tokens} tokens"
+        return f"Compressed({type(self.host.model).__name__}, {method}: {frames}, by {self.feed})"
+
     def describe(self) -> str:
         """Tokens and costs of one video: the host's own and ours."""
         return describe(self.host, self.host.config()["method"])

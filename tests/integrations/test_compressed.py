@@ -31,6 +31,12 @@ def llava() -> Compressed:
     return compress(model, processor, num_frames=tiny.FRAMES, feed="embeddings", **TEMPME)
 
 
+def test_it_shows_itself_in_a_line() -> None:
+    shown = repr(llava())
+    assert "VideoLlavaForConditionalGeneration, tempme: 4 frames" in shown and "\n" not in shown and len(shown) < 200
+    assert llava().placeholder == "<video>"
+
+
 def test_sampling_takes_the_middles_of_equal_parts() -> None:
     frames = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
     assert sample(frames, 10).indices == tuple(range(10))
