@@ -365,7 +365,7 @@ def test_a_front_end_of_unknown_origin_cannot_be_saved(tmp_path) -> None:
 def test_raw_pixels_are_refused(dtype: torch.dtype) -> None:
     frontend = tiny_frontend(tempme_schedule())
     message = rf"expected normalised frames of a floating dtype; got {dtype}. Resize and normalise raw frames first: "
-    with pytest.raises(ValueError, match=message + r"tempme_vl.data.transforms.ClipTransform\(Preprocess"):
+    with pytest.raises(ValueError, match=message + r"frontend.preprocess\(frames\)"):
         frontend(torch.ones(2, 6, 3, 32, 32, dtype=dtype))
 
 
