@@ -59,7 +59,7 @@ class Case:
         chosen = {
             "model": "open_clip:tiny",
             "output": output,
-            "batch_size": 16,
+            "batch_size": 8,
             "epochs": 2,
             "save_every": 5,
             "decode_timeout": None,
@@ -154,9 +154,9 @@ CASES = {
 
 
 def make_data(folder: Path) -> Path:
-    """MSRVTT's layout with 102 training and 8 test clips; files of one question a clip, and `folder` itself."""
+    """MSRVTT's layout with 54 training and 8 test clips; files of one question a clip, and `folder` itself."""
     root = render_motion(
-        folder / "motion", num_train=102, num_test=NUM_TEST, num_order_train=0, num_order_val=0, num_order_test=0
+        folder / "motion", num_train=54, num_test=NUM_TEST, num_order_train=0, num_order_val=0, num_order_test=0
     )
     lines = {name: questions_of(root, name) for name in ("train", "val", "test")}
     write_lines(folder / "splits.jsonl", [line for part in lines.values() for line in part])

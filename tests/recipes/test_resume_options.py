@@ -16,7 +16,7 @@ from tempme_vl.recipes.start import MAY_CHANGE, content, facts
 
 def test_other_options_are_refused_and_what_may_change_goes_on(data: Path, tmp_path: Path) -> None:
     case, output, log = CASES["classifier"], tmp_path / "run", tmp_path / "log"
-    first = {"epochs": 1, "batch_size": 48, "workers": 0, "max_steps": 1}
+    first = {"epochs": 1, "batch_size": 24, "workers": 0, "max_steps": 1}
     assert case.run(log, case.arguments(data, output, **first)) == [0], log.read_text()
     before = (output / "options.json").read_bytes()
 

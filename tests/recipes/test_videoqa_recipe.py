@@ -172,7 +172,7 @@ def run_recipe(data: Path, output: Path, world: int = 1, head: str = "classifier
 def test_choosing_among_options(head: str, world: int, stage: str, data: Path, tmp_path: Path) -> None:
     """Two to four options a question, different ones; the answers need not be a list for that."""
     lines = []
-    for split, count in (("train", 32), ("val", 5), ("test", 8)):
+    for split, count in (("train", 16), ("val", 5), ("test", 8)):
         for number, line in enumerate(questions_of(data / "motion", split)[:count]):
             others = [way for way in ("left", "right", "up", "down") if way != line["answer"]]
             lines.append({**line, "options": [*others[: 1 + number % 3], line["answer"]]})
@@ -193,7 +193,7 @@ def test_choosing_among_options(head: str, world: int, stage: str, data: Path, t
 def test_report_holds_what_the_predictions_are_worth_and_what_made_them(data: Path, tmp_path: Path) -> None:
     """On the embedded data set, where questions have kinds; the decoder writes freely."""
     output, log, root = tmp_path / "run", tmp_path / "log", data / "motion"
-    options = {"dataset": "motion", "data_root": "ROOT", "frame_cache": "memory", "batch_size": 96, "epochs": 1}
+    options = {"dataset": "motion", "data_root": "ROOT", "frame_cache": "memory", "batch_size": 48, "epochs": 1}
     options |= {"rule": "generate", "num_answers": 3, "seed": 4}
     arguments = CASES["decoder"].arguments(data, output, select=False, **options)
     assert exit_codes(start(train_on_rendered, arguments, log=log)) == [0], log.read_text()
