@@ -16,7 +16,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.utils import send_to_device
 from integrations import tiny_post as tiny
-from integrations.tiny import ONE_WAY, native_words, new_tokens
+from integrations.tiny import NEW_WORDS, ONE_WAY, native_words, new_tokens
 from integrations.tiny_post import NEEDS, NEW, PLACED
 from torch import Tensor
 
@@ -37,6 +37,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {},
 }
 OFTEN = [(name, method) for name in HOSTS for method in ("tempme", "tome")]
+# a way in knows no method, and what is fed is the same by each
+FED = [(name, "tempme", feed) for name, feed in FEEDS] + [(name, "tome", feed) for name, feed in dict(FEEDS).items()]
+TIMED = [(name, feed, None) for name, feed in FEEDS]
+TIMED += [(name, feed, 0.7) for name, feed in FEEDS if name in (*NEEDS, "SmolVLM")]
 
 shared = cache(tiny.build)
 pytestmark = pytest.mark.filterwarnings("ignore:.*nobody said so")  # but in the tests of times
@@ -82,8 +86,7 @@ def native_inputs(
     )
 
 
-@pytest.mark.parametrize("fps", [None, 0.7])
-@pytest.mark.parametrize(("name", "feed"), FEEDS)
+@pytest.mark.parametrize(("name", "feed", "fps"), TIMED)
 def test_without_merging_it_is_the_host_itself(
     name: str, feed: Any, fps: float | None, record_property: Callable[[str, object], None]
 ) -> None:
@@ -101,11 +104,13 @@ def test_without_merging_it_is_the_host_itself(
         assert expected.std() > 0.5
         for options in ({}, {"num_beams": 3}):
             if name in QWEN:  # whose embeddings alone tell no positions
-                written = model.generate(**native, max_new_tokens=6, do_sample=False, **options)[:, -6:]
+                written = model.generate(**native, max_new_tokens=NEW_WORDS, do_sample=False, **options)[:, -NEW_WORDS:]
             else:
                 written = native_words(compressed.host, native, record_property, **options)
             inputs = compressed.prepare(text, videos, fps=fps)
-            assert torch.equal(compressed.generate(**inputs, max_new_tokens=6, do_sample=False, **options), written)
+            assert torch.equal(
+                compressed.generate(**inputs, max_new_tokens=NEW_WORDS, do_sample=False, **options), written
+            )
 
 
 @torch.no_grad()
@@ -236,9 +241,8 @@ def test_an_odd_number_of_frames(name: str) -> None:
         torch.testing.assert_close(model(**inputs).logits, model(**native).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["tempme", "tome"])
-@pytest.mark.parametrize(("name", "feed"), FEEDS)
-def test_a_padded_batch_equals_single_calls(name: str, feed: Any, method: str) -> None:
+@pytest.mark.parametrize(("name", "method", "feed"), FED)
+def test_a_padded_batch_equals_single_calls(name: str, method: str, feed: Any) -> None:
     compressed = compressed_by(name, method, feed)
     text, videos = [prompt(name, "why *"), prompt(name)], [[tiny.clip(0)], [tiny.clip(1)]]
     batch = last_logits(compressed, text, videos)

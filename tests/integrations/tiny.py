@@ -22,6 +22,7 @@ WORDS = (
 )
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<video>", "<image>")
 TOKEN = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
+NEW_WORDS = 4  # of an answer
 ASK = "what is the dog doing in this <video> ?"
 
 # transformers 4 checks the classes of a processor's parts
@@ -249,7 +250,7 @@ def schedule(method: str, layers: int) -> dict[str, Any]:
 
 
 def new_tokens(compressed: Any, text: Any, videos: Any, fps: Any = 24.0, **options: Any) -> Tensor:
-    options = {"max_new_tokens": 6, "do_sample": False, **options}
+    options = {"max_new_tokens": NEW_WORDS, "do_sample": False, **options}
     with torch.no_grad():
         return compressed.generate(**compressed.prepare(text, videos, fps=fps), **options)
 
@@ -265,12 +266,12 @@ def native_words(host: Any, native: Any, record: Callable[[str, object], None], 
     hook = host.language_model.register_forward_pre_hook(lambda *a: seen.update(a[2]), with_kwargs=True)
     host.model(**native)
     hook.remove()
-    options = {"max_new_tokens": 6, "do_sample": False, **options}
+    options = {"max_new_tokens": NEW_WORDS, "do_sample": False, **options}
     mask = native["attention_mask"]
-    written = host.target.generate(inputs_embeds=seen["inputs_embeds"], attention_mask=mask, **options)[:, -6:]
+    written = host.target.generate(inputs_embeds=seen["inputs_embeds"], attention_mask=mask, **options)[:, -NEW_WORDS:]
     strict = "num_beams" not in options or Version(transformers.__version__) >= Version("5.23")
     try:
-        own: Any = host.model.generate(**native, **options)[:, -6:]
+        own: Any = host.model.generate(**native, **options)[:, -NEW_WORDS:]
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if strict:
             raise
