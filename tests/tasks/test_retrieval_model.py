@@ -26,7 +26,8 @@ def tiny(seed: int = 0) -> RetrievalModel:
 
 @pytest.fixture(scope="module")
 def b32() -> RetrievalModel:
-    return create_retrieval_model("open_clip:ViT-B-32-quickgelu")
+    """Its shapes alone."""
+    return create_retrieval_model("open_clip:ViT-B-32-quickgelu").to("meta")
 
 
 def make_batch() -> dict[str, Tensor]:
@@ -146,9 +147,9 @@ def lora(**options: object) -> LoraConfig:
 
 def test_lora_by_peft_trains_the_papers_numbers(b32: RetrievalModel) -> None:
     with torch.device("meta"):
-        alone = get_peft_model(deepcopy(b32).to("meta"), lora())
-        with_positions = get_peft_model(deepcopy(b32).to("meta"), lora(modules_to_save=["clip_position"]))
-        tuned = deepcopy(b32).to("meta")
+        alone = get_peft_model(deepcopy(b32), lora())
+        with_positions = get_peft_model(deepcopy(b32), lora(modules_to_save=["clip_position"]))
+        tuned = deepcopy(b32)
         tuned.tune(Lora())
     assert trainable(alone) == 294_912 + 196_608 == 491_520
     assert trainable(with_positions) == trainable(tuned) == 491_520 + 16_128 == 507_648

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from training.models import Line, Numbers, line_trainer, train_config
 from training.runs import mean
 
+from tempme_vl import together
 from tempme_vl.training import checkpoint, distributed, folder
 from tempme_vl.training.engine import Trainer
 
@@ -74,6 +75,7 @@ def not_finite(output: Path) -> None:
 def killed(rank: int) -> None:
     """One rank is killed while the other is busy with something that waits for nobody."""
     distributed.initialize()
+    together.PATIENCE = 2.0
     distributed.barrier()
     if distributed.rank() == rank:
         os.kill(os.getpid(), signal.SIGKILL)
