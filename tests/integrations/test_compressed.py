@@ -283,7 +283,7 @@ def test_generate_gives_a_dictionary_where_one_is_asked_for() -> None:
         plain = tiny.new_tokens(compressed, tiny.ASK, [tiny.clip(0)])
         output = tiny.new_tokens(compressed, tiny.ASK, [tiny.clip(0)], **options)
         assert torch.equal(output.sequences, plain) and len(output.logits) == plain.shape[1]
-        answers = compressed.answer(tiny.ASK, [tiny.clip(0)], max_new_tokens=6, do_sample=False, **options)
+        answers = compressed.answer(tiny.ASK, [tiny.clip(0)], max_new_tokens=tiny.NEW_WORDS, do_sample=False, **options)
         assert answers == compressed.tokenizer.batch_decode(plain)
 
 
