@@ -81,6 +81,7 @@ def test_training_rows_share_weights_and_each_trains_all_of_its_own(monkeypatch,
     assert len(together.trained) > 100
 
 
+@pytest.mark.slow  # a process of its own for each row
 def test_the_command_measures_and_writes_json(tmp_path, monkeypatch, capsys):
     """One run for all: the table, the tiny tower's time, and its memory from a process of its own."""
     file = tmp_path / "out" / "report.json"

@@ -16,6 +16,7 @@ from tempme_vl import kernels
 from tempme_vl.backbones.base import PatchProjection
 
 
+@pytest.mark.slow  # Triton's interpreter; on a GPU tests/cuda sees the same
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings Triton on Linux alone")
 def test_kernels_equal_the_plain_functions() -> None:
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}

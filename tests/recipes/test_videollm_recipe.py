@@ -98,10 +98,8 @@ def test_a_killed_run_ends_like_one_that_was_not(whole: Path, data: Path, tmp_pa
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize(
-    ("host", "stage"),
-    [("tiny:VideoLlava", "zero3"), pytest.param("tiny:Qwen2_5_VL", "zero2", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("host", "stage"), [("tiny:VideoLlava", "zero3"), ("tiny:Qwen2_5_VL", "zero2")])
 def test_two_ranks_learn_as_one(host: str, stage: str, data: Path, tmp_path: Path) -> None:
     """By plain SGD; answers have one to three words, and a clip on one of the ranks cannot be read."""
     if "Qwen" in host and not tiny_post.PLACED:
