@@ -44,11 +44,11 @@ SURVEYED = ("backbones/", "integrations/", "lmms_eval/", "tasks/", "text/")
 _DOCUMENTED = """
     activation_checkpointing_enable add_scalar apply_chat_template architectures attention_dropout
     attention_probs_dropout_prob batch_decode bos_token bos_token_id chat_template config_class convert_ids_to_tokens
-    convert_tokens_to_ids decode depth dilation embed_dim eos_token_id fullatt_block_indexes generation_config get_base_model
-    get_global_grad_norm get_image_features get_input_embeddings get_lr get_output_embeddings get_text_config
-    get_video_features hidden_size in_channels in_features kernel_size logits max_image_size max_position_embeddings
-    mlp_ratio ndim
-    normalize_str normalizer num_classes num_heads num_processes num_register_tokens out_channels out_features p
+    convert_tokens_to_ids decode depth dilation embed_dim eos_token_id fullatt_block_indexes generation_config
+    get_base_model get_global_grad_norm get_image_features get_input_embeddings get_lr get_output_embeddings
+    get_text_config get_video_features hidden_size in_channels in_features kernel_size logits max_image_size
+    max_position_embeddings mlp_ratio ndim normalize_str normalizer num_classes num_heads num_processes
+    num_register_tokens out_channels out_features p
     pad_token_id padding padding_idx padding_side patch_embed peft_config pooler_output post_processor pre_tokenize_str
     pre_tokenizer pretrained_cfg process_index projection_dim temporal_patch_size to_json_string training
     execution_device image_token post_forward pre_forward sequences

@@ -34,7 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 # each of what they combine is in another case; on several ranks they take as long as those together
-SECOND = ("zero1", "zero3", "zero3 chunks", "partitioned adamw", "classifier zero1", "classifier partitioned")
+SECOND = (
+    *("zero1", "zero3", "zero3 chunks", "partitioned adamw"),
+    *("classifier zero0", "classifier zero1", "classifier partitioned", "decoder zero0"),
+)
 FIRST = [name for name in CASES if name not in SECOND]
 # partitioned weights cost seconds a case; one rank holds them whole in any case
 ONE = [name for name in CASES if "zero3" not in name and not name.endswith(" partitioned")]

@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", ["zero0", "zero2", "partitioned"])
+@pytest.mark.parametrize("stage", ["zero0", pytest.param("zero2", marks=pytest.mark.slow), "partitioned"])
 def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, stage: str, world: int) -> None:
     whole = run(finish, tmp_path / "whole", stage, world=world)
     (first, _), *_ = run(finish, tmp_path / "parts", stage, 5, world=world)
@@ -77,9 +77,9 @@ def test_sigterm_to_a_rank_and_its_workers_saves_on_all_ranks(tmp_path: Path, wo
     [
         ("zero0", break_loss, 1, 1),
         ("zero0", break_loss, 2, 1),
-        ("zero1", break_loss, 1, 2),
+        pytest.param("zero1", break_loss, 1, 2, marks=pytest.mark.slow),
         ("zero0", break_gradient, 1, 1),
-        ("zero0", break_gradient, 2, 2),
+        pytest.param("zero0", break_gradient, 2, 2, marks=pytest.mark.slow),
         ("zero1", break_gradient, 1, 2),
         ("zero3", break_gradient, 1, 1),
     ],
