@@ -68,7 +68,7 @@ def main(options: Options) -> None:
         dist.barrier()  # else the first ends before the other has come
         if kind == "ranks: all" or dist.get_rank() == 1:
             raise ValueError(f"a mistake on {kind}")
-        time.sleep(command.FIRST_RANK_SECONDS + 5)
+        time.sleep(command.FIRST_RANK_SECONDS + 2)
     reports.show("a result")
 
 

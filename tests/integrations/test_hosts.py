@@ -21,7 +21,8 @@ HOSTS = list(tiny.MODELS)
 OFTEN = [(name, method) for name in HOSTS for method in ("tempme", "tome")]
 FEEDS = [(name, feed) for name in HOSTS for feed in tiny.feeds(name)]
 # a way in knows no method, and what is fed is the same by each
-FED = [(name, "tempme", feed) for name, feed in FEEDS] + [(name, "tome", feed) for name, feed in dict(FEEDS).items()]
+TOME = [pytest.param(name, "tome", feed, marks=pytest.mark.slow) for name, feed in dict(FEEDS).items()]
+FED = [(name, "tempme", feed) for name, feed in FEEDS] + TOME
 SHORT, LONG = "why <video>", "what is the red dog doing in this <video> and how many"
 
 shared = cache(tiny.build)

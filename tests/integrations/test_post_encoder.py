@@ -38,7 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 OFTEN = [(name, method) for name in HOSTS for method in ("tempme", "tome")]
 # a way in knows no method, and what is fed is the same by each
-FED = [(name, "tempme", feed) for name, feed in FEEDS] + [(name, "tome", feed) for name, feed in dict(FEEDS).items()]
+TOME = [pytest.param(name, "tome", feed, marks=pytest.mark.slow) for name, feed in dict(FEEDS).items()]
+FED = [(name, "tempme", feed) for name, feed in FEEDS] + TOME
 TIMED = [(name, feed, None) for name, feed in FEEDS]
 TIMED += [(name, feed, 0.7) for name, feed in FEEDS if name in (*NEEDS, "SmolVLM")]
 

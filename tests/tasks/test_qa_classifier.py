@@ -277,7 +277,7 @@ def learned(model: VideoQAModel, batch: dict[str, Tensor], steps: int) -> Tensor
         return model(asked)["prediction"]
 
 
-@BOTH
+@pytest.mark.parametrize("head", ["classifier", pytest.param("choice", marks=pytest.mark.slow)])
 def test_answers_are_learned(head: str, tmp_path: Path) -> None:
     """The same question about four videos: only the video tells the answer."""
     model, batch = tiny_qa(head).eval(), make_batch(head)
