@@ -37,9 +37,9 @@ def test_much_damage_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tamper.KINDS)
+@pytest.mark.parametrize("name", [name for name in tamper.KINDS if name not in QUICK])
 def test_without_a_manifest_the_settings_of_all_kinds_are_checked(tmp_path: Path, name: str) -> None:
-    verdicts = tamper.tamper(name, tmp_path, bare=True, part=17)
+    verdicts = tamper.tamper(name, tmp_path, bare=True, part=31)
     # a tokenizer of transformers with a word of the number 10^9 takes its time, which nothing here can know
     ours = [verdict for verdict in verdicts if not verdict.mutation.file.startswith("tokenizer")]
     assert not _names(verdicts, "untyped") and not _names(ours, "hang")
