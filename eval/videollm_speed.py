@@ -30,9 +30,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tempme_vl.command import at_least, run
 from tempme_vl.evaluation.measure import device_name, paired_times, synchronize
 from tempme_vl.integrations import Compressed, SampledVideo, compress
-from tempme_vl.integrations.base import input_device, input_dtype, prefill_gflops
+from tempme_vl.integrations.base import input_device, input_dtype, pooled, prefill_gflops
 from tempme_vl.integrations.in_encoder import InEncoderHost
-from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, make_plan, pooled
+from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, make_plan
 from tempme_vl.integrations.tiny import word_tokenizer
 from tempme_vl.merging import make_schedule
 from tempme_vl.reports import finish

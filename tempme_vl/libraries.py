@@ -82,6 +82,11 @@ LIBRARIES: dict[str, Library] = {
                 ("mm_encoder_outputs",),
                 "the argument of forward that takes features of a video (5.18 and newer); inputs_embeds without it",
             ),
+            Use(
+                "integrations/base.py",
+                ("image_processor", "vision_tower"),
+                "whether a processor reads images, and what their pixels go into",
+            ),
             Use("integrations/in_encoder.py", ("video_processor",), "the host's own preprocessing"),
             Use(
                 "integrations/instructblip_video.py",

@@ -35,7 +35,7 @@ OLDER = {
     "5.14.1": ("huggingface_hub==1.33.0", "tokenizers==0.22.2", *HTTP),
     "5.18.0": (),
 }
-HOSTS = ("tests/integrations/test_hosts.py", "tests/integrations/test_post_encoder.py")
+HOSTS = tuple(f"tests/integrations/test_{name}.py" for name in ("hosts", "post_encoder", "images"))
 SHARED, TOWERS = "tests/integrations/test_compressed.py", "tests/backbones/test_hf.py"
 PARTS = ("transformers", "tokenizers", "huggingface_hub", "peft")
 

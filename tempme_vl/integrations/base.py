@@ -8,6 +8,7 @@ or changes it.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tempme_vl.integrations.images import read_images
 from tempme_vl.integrations.videos import SampledVideo, without_start
 
 Feed = Literal["encoder_outputs", "embeddings"]
@@ -26,12 +29,12 @@ Feed = Literal["encoder_outputs", "embeddings"]
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """What one video became.
+    """What one video or image became.
 
     Attributes:
         features: (M, D_llm), in the place of M tokens of the prompt.
         extra: whatever else the host wants to know of it later: positions of the tokens that were kept, features for
-            deeper layers, frames a clip holds.
+            deeper layers, frames a clip holds; of an image what is written in its place.
     """
 
     features: Tensor
@@ -65,6 +68,8 @@ class Host(ABC):
         num_frames: F, frames sampled of every video.
         placeholder: what stands for a video in a prompt, such as "<video>".
         token_id: id of the token that each visual token takes the place of.
+        image_placeholder: what stands for an image in a prompt, such as "<image>"; None where the host knows none.
+        image_token_id: id of the token that each visual token of an image takes the place of.
         merging: modules that merging adds to the model (TempMe's clip positions), which are not among the model's own.
     """
 
@@ -77,6 +82,9 @@ class Host(ABC):
         self.merging = nn.ModuleDict()
         self.placeholder = str(getattr(processor, "video_token", "<video>"))  # models of images alone name none
         self.token_id: int = getattr(model.config, f"{self.modality}_token_id")
+        image = getattr(processor, "image_token", None)
+        self.image_placeholder = None if image is None or str(image) == self.placeholder else str(image)
+        self.image_token_id: int | None = getattr(model.config, "image_token_id", None)
 
     # ---- what every host says
 
@@ -123,6 +131,11 @@ class Host(ABC):
         """The decoder, for counting its cost."""
         return self.model.model.language_model
 
+    @property
+    def image_tower(self) -> Any:
+        """What the pixels of images go into."""
+        return self.model.model.vision_tower
+
     def written(self, tokens: VisualTokens) -> str:
         """What stands in the prompt where the user wrote `placeholder`; holds token `token_id` M times."""
         return self.processor.tokenizer.convert_ids_to_tokens(self.token_id) * len(tokens.features)
@@ -138,16 +151,82 @@ class Host(ABC):
         expands it in place."""
         rows = [t.features for t in tokens]
         same = len({len(row) for row in rows}) == 1
-        return BaseModelOutputWithPooling(pooler_output=torch.stack(rows) if same else rows)  # type: ignore[arg-type]
+        # hosts count all tokens, however they are grouped
+        pooler_output = torch.stack(rows) if same else torch.cat(rows).unsqueeze(1)
+        return BaseModelOutputWithPooling(pooler_output=pooler_output)
+
+    # ---- images, which go the host's own way: nothing of them merges
+
+    def check_images(self, videos: int) -> None:
+        """Whether a prompt may have images.
+
+        Args:
+            videos: how many it has besides.
+
+        Raises:
+            ValueError: the host takes no images there.
+        """
+        if self.image_placeholder is None or getattr(self.processor, "image_processor", None) is None:
+            raise ValueError(
+                f"{type(self.model).__name__} takes videos alone: its {type(self.processor).__name__} reads no images "
+                f"and has no placeholder for one. Give an image as a video of one frame, {self.placeholder!r} in its "
+                "place"
+            )
+
+    def encode_images(self, images: Sequence[Image]) -> list[VisualTokens]:
+        """The images of one prompt, by the host's own processor and model.
+
+        Raises:
+            ValueError: images that the processor refuses, or of which the model makes another number of tokens than
+                the processor says.
+        """
+        assert self.image_placeholder is not None
+        written, values = read_images(self.processor, images, self.image_placeholder)
+        inner, tower = self.model.model, self.image_tower
+        device, dtype = input_device(tower), input_dtype(tower)
+        wanted = [name for name in inspect.signature(inner.get_image_features).parameters if name in values]
+        given = {name: values[name].to(device, dtype if values[name].is_floating_point() else None) for name in wanted}
+        with own_weights(inner):
+            output = inner.get_image_features(**given)
+        rows = list(pooled(output))
+        features = torch.cat(rows).reshape(-1, rows[0].shape[-1])
+        counts = [text.count(self.image_placeholder) for text in written]
+        if sum(counts) != len(features):
+            raise ValueError(
+                f"{type(self.processor).__name__} writes {sum(counts)} tokens for {len(images)} images of which "
+                f"{type(self.model).__name__} makes {len(features)}: check that both are of one model"
+            )
+        return [
+            VisualTokens(row, {"written": text, **self.image_extra(number, values, output)})
+            for number, (row, text) in enumerate(zip(features.split(counts), written, strict=True))
+        ]
+
+    def image_extra(self, number: int, values: Mapping[str, Any], output: Any) -> dict[str, Any]:
+        """What the host wants to know of an image later, besides what is written in its place.
+
+        Args:
+            number: of the image among those of its prompt.
+            values: what the processor gives for all of them.
+            output: of the model's get_image_features.
+        """
+        return {}
+
+    def image_output(self, images: Sequence[VisualTokens]) -> Any:
+        """What stands in mm_encoder_outputs for the images of a batch, where videos have a modality of their own."""
+        return self.encoder_output(images)
 
     def extra_inputs(
-        self, input_ids: Tensor, attention_mask: Tensor, tokens: Sequence[Sequence[VisualTokens]]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tokens: Sequence[Sequence[VisualTokens]],
+        images: Sequence[Sequence[VisualTokens]],
     ) -> dict[str, Tensor]:
         """Further inputs, such as positions.
 
         Args:
             input_ids, attention_mask: (B, L), padded, answers included.
-            tokens: the videos of each prompt.
+            tokens, images: the videos and the images of each prompt.
         """
         return {}
 
@@ -172,6 +251,11 @@ def input_device(module: nn.Module) -> torch.device:
             if getattr(one, "execution_device", None) is not None:
                 return torch.device(one.execution_device)
     return torch.device("cpu")
+
+
+def pooled(output: Any) -> Any:
+    """Features in what a host's `get_video_features` or `get_image_features` returns, of transformers 4 or 5."""
+    return getattr(output, "pooler_output", output)
 
 
 def _hook(module: nn.Module) -> Any:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BatchFeature
 
 from tempme_vl.fit import misfits
 from tempme_vl.integrations.base import Feed, Host, VisualTokens, describe, input_device
+from tempme_vl.integrations.images import as_image
+from tempme_vl.integrations.places import Visuals, by_modality, check_places, with_images
 from tempme_vl.integrations.videos import FPS, SampledVideo, pair_up, tell_times
 from tempme_vl.libraries import undocumented
 from tempme_vl.manifest import FolderError, write_manifest
@@ -61,6 +64,11 @@ class Compressed:
         """What stands for a video in a prompt, such as "<video>"."""
         return self.host.placeholder
 
+    @property
+    def image_placeholder(self) -> str | None:
+        """What stands for an image in a prompt, such as "<image>"; None where the host knows none."""
+        return self.host.image_placeholder
+
     def __repr__(self) -> str:
         costs, method = self.host.costs(), self.host.config()["method"]
         frames = f"{self.host.num_frames} frames, {costs.tokens} of the host's {costs.native_tokens} tokens"
@@ -74,10 +82,11 @@ class Compressed:
     def prepare(
         self,
         text: str | Sequence[str],
-        videos: Sequence[Any],
+        videos: Sequence[Any] = (),
         labels: bool | Sequence[str] = False,
         fps: float | Sequence[Any] | None = None,
         times: Sequence[Any] | Tensor | None = None,
+        images: Sequence[Any] | None = None,
     ) -> BatchFeature:
         """Inputs for `generate` and forward of the model, on its device.
 
@@ -85,7 +94,8 @@ class Compressed:
         Use the result once: beam search expands it in place.
 
         Args:
-            text: prompts with the host's placeholder for every video, such as "<video>".
+            text: prompts with the host's placeholders for every video, such as "<video>", and for every image
+                (`image_placeholder`).
             videos: a list of videos a prompt (or one video for every placeholder): uint8 frames (T, H, W, 3) or
                 (T, 3, H, W). `num_frames` of them are taken evenly; T may be less. Or `SampledVideo`s, whose frames
                 were chosen already and know their times.
@@ -95,49 +105,65 @@ class Compressed:
                 all videos, or one for each, in order or in a list a prompt. Untold, 24 are assumed with a warning, as
                 these hosts' own processors do.
             times: in place of fps the seconds of the frames given: T for each video, in order or in a list a prompt.
+            images: a list of images a prompt (or one image for every placeholder): of PIL, or uint8 pixels (H, W, 3) or
+                (3, H, W). They go the host's own way, through its processor and tower, and nothing of them merges.
 
         Returns:
             input_ids and mm_encoder_outputs, or inputs_embeds; attention_mask, labels if wanted, and what the host
             needs besides, such as position_ids.
 
         Raises:
-            ValueError: not one video for every placeholder, videos in another form, prompts with images, both fps and
-                times, or not one of them for each video.
+            ValueError: not one video or image for every placeholder, videos or images in another form, images where
+                the host takes none (`Host.check_images`), answers with an image's placeholder, both fps and times, or
+                not one of them for each video.
         """
         prompts, groups = pair_up(text, videos, self.host.placeholder)
-        self._refuse_images([*prompts, *([] if isinstance(labels, (bool, str)) else labels)])
+        pictures = self._pair_images(prompts, images, groups)
         tokens = self._encode(prompts, tell_times(groups, self.host.num_frames, fps, times))
-        rows = [self.host.input_ids(prompt, group) for prompt, group in zip(prompts, tokens, strict=True)]
+        shown = [self.host.encode_images(group) if group else [] for group in pictures]
+        place = self.host.image_placeholder
+        written = [with_images(prompt, place, group) for prompt, group in zip(prompts, shown, strict=True)]
+        rows = [self.host.input_ids(prompt, group) for prompt, group in zip(written, tokens, strict=True)]
         unlabelled = [0] * len(rows)
         if labels and not isinstance(labels, bool):
             rows, unlabelled = self._append_answers(rows, labels)
-        for prompt, row, group in zip(prompts, rows, tokens, strict=True):
-            wanted, found = sum(len(t.features) for t in group), row.count(self.host.token_id)
-            if wanted != found:
-                raise ValueError(
-                    f"the prompt {prompt[:80]!r} has {found} places for {wanted} visual tokens after tokenizing: check "
-                    f"that {self.host.placeholder!r} is one token of the tokenizer and that nothing is truncated"
-                )
+        visuals = by_modality(self.host, prompts, tokens, shown)
+        for of_one_kind in visuals.values():
+            check_places(self.host, prompts, rows, of_one_kind)
         device = input_device(self.host.target.get_input_embeddings())
         side = self.tokenizer.padding_side if labels else "left"
         pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
         input_ids = _pad(rows, pad, side).to(device)
         mask = _pad([[1] * len(row) for row in rows], 0, side).to(device)
-        inputs: dict[str, Any] = {"attention_mask": mask, **self.host.extra_inputs(input_ids, mask, tokens)}
+        inputs: dict[str, Any] = {"attention_mask": mask, **self.host.extra_inputs(input_ids, mask, tokens, shown)}
         if labels:
             target = [[_IGNORED] * n + row[n:] for n, row in zip(unlabelled, rows, strict=True)]
             padded = _pad(target, _IGNORED, side).to(device)
-            inputs["labels"] = padded.masked_fill(input_ids == self.host.token_id, _IGNORED)
+            for of_one_kind in visuals.values():
+                padded = padded.masked_fill(input_ids == of_one_kind.token_id, _IGNORED)
+            inputs["labels"] = padded
         self.host.remember(inputs)
-        return BatchFeature({**inputs, **self._feed(input_ids, [t for group in tokens for t in group])})
+        return BatchFeature({**inputs, **self._feed(input_ids, visuals)})
 
-    def _refuse_images(self, texts: Sequence[str]) -> None:
-        image, video = getattr(self.host.processor, "image_token", None), self.host.placeholder
-        if image and image != video and (found := [text for text in texts if image in text]):
-            raise ValueError(
-                f"{found[0][:80]!r} has a place for an image ({image!r}), and a compressed model takes videos alone: "
-                f"give an image as a video of one frame, {video!r} in its place"
-            )
+    def _pair_images(
+        self, prompts: list[str], images: Sequence[Any] | None, videos: list[list[Any]]
+    ) -> list[list[Image]]:
+        """The images of each prompt."""
+        place = self.host.image_placeholder
+        if images is None:
+            if place and (found := [prompt for prompt in prompts if place in prompt]):
+                raise ValueError(
+                    f"{found[0][:80]!r} has a place for an image ({place!r}): give images=, one for each place"
+                )
+            return [[] for _ in prompts]
+        if place is None:
+            self.host.check_images(0)
+        assert place is not None
+        _, groups = pair_up(prompts, images, place, "image")
+        for group, beside in zip(groups, videos, strict=True):
+            if group:
+                self.host.check_images(len(beside))
+        return [[as_image(image) for image in group] for group in groups]
 
     def _encode(self, prompts: list[str], groups: list[list[SampledVideo]]) -> list[list[VisualTokens]]:
         sampled = [video for group in groups for video in group]
@@ -157,19 +183,25 @@ class Compressed:
         if isinstance(answers, str) or len(answers) != len(rows):
             raise ValueError(f"expected an answer for each of {len(rows)} prompts; got labels={answers!r}")
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        place = self.host.image_placeholder
+        if place and (found := [answer for answer in answers if place in answer]):
+            raise ValueError(f"the answer {found[0][:80]!r} has a place for an image ({place!r}): expected words alone")
         behind = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] + end for answer in answers]
         return [row + answer for row, answer in zip(rows, behind, strict=True)], [len(row) for row in rows]
 
-    def _feed(self, input_ids: Tensor, tokens: list[VisualTokens]) -> dict[str, Any]:
+    def _feed(self, input_ids: Tensor, visuals: Mapping[str, Visuals]) -> dict[str, Any]:
+        visuals = {name: of_one_kind for name, of_one_kind in visuals.items() if of_one_kind.flat}
         if self.feed == "encoder_outputs":
-            outputs = {self.host.modality: self.host.encoder_output(tokens)} if tokens else {}
+            makers: dict[str, Any] = {"image": self.host.image_output, self.host.modality: self.host.encoder_output}
+            outputs = {name: makers[name](of_one_kind.flat) for name, of_one_kind in visuals.items()}
             return {"input_ids": input_ids, "mm_encoder_outputs": outputs}
-        places = input_ids == self.host.token_id
-        # the placeholder may lie outside the table of words
-        embedded = self.host.target.get_input_embeddings()(input_ids.masked_fill(places, 0))
-        if tokens:
-            features = torch.cat([t.features for t in tokens]).to(embedded)
-            embedded = embedded.masked_scatter(places.unsqueeze(-1), features)
+        words = input_ids
+        for of_one_kind in visuals.values():  # a placeholder may lie outside the table of words
+            words = words.masked_fill(input_ids == of_one_kind.token_id, 0)
+        embedded = self.host.target.get_input_embeddings()(words)
+        for of_one_kind in visuals.values():
+            features = torch.cat([visual.features for visual in of_one_kind.flat]).to(embedded)
+            embedded = embedded.masked_scatter((input_ids == of_one_kind.token_id).unsqueeze(-1), features)
         return {"inputs_embeds": embedded}
 
     def __call__(self, **inputs: Any) -> Any:
@@ -197,18 +229,19 @@ class Compressed:
     def answer(
         self,
         text: str | Sequence[str],
-        videos: Sequence[Any],
+        videos: Sequence[Any] = (),
         fps: float | Sequence[Any] | None = None,
         times: Sequence[Any] | Tensor | None = None,
+        images: Sequence[Any] | None = None,
         **options: Any,
     ) -> list[str]:
         """What the model writes behind the prompts.
 
         Args:
-            text, videos, fps, times: see `prepare`.
+            text, videos, fps, times, images: see `prepare`.
             options: of the model's `generate`.
         """
-        written = self.generate(**self.prepare(text, videos, fps=fps, times=times), **options)
+        written = self.generate(**self.prepare(text, videos, fps=fps, times=times, images=images), **options)
         ids = written if isinstance(written, Tensor) else written.sequences
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 

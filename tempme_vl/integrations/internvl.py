@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype
-from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, pooled
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype, pooled
+from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost
 
 
 class InternVLHost(PostEncoderHost):

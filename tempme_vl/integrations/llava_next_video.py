@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.backbones.base import TowerShape
+from tempme_vl.integrations.base import VisualTokens
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
 from tempme_vl.merging import MergeSchedule
 
@@ -38,3 +41,6 @@ class LlavaNextVideoHost(InEncoderHost):
     @staticmethod
     def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
         return num_frames * (grid_side(shape) // model.config.spatial_pool_stride) ** 2
+
+    def image_output(self, images: Sequence[VisualTokens]) -> Any:
+        return BaseModelOutputWithPooling(pooler_output=[t.features for t in images])  # type: ignore[arg-type]

@@ -3,12 +3,14 @@ the tokens, and one learnt token behind each video."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.integrations.base import own_weights
+from tempme_vl.integrations.base import VisualTokens, own_weights
 from tempme_vl.integrations.in_encoder import InEncoderHost, append, grid_side, per_frame
 
 
@@ -35,3 +37,6 @@ class LlavaOnevisionHost(InEncoderHost):
     @staticmethod
     def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
         return num_frames * ((grid_side(shape) + 1) // 2) ** 2 + 1
+
+    def image_output(self, images: Sequence[VisualTokens]) -> Any:
+        return BaseModelOutputWithPooling(pooler_output=[t.features for t in images])  # type: ignore[arg-type]

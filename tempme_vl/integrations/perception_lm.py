@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.integrations.base import Host, SampledVideo, input_device, input_dtype
+from tempme_vl.integrations.base import Host, SampledVideo, input_device, input_dtype, pooled
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
-from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, pooled
+from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost
 from tempme_vl.merging import MergeSchedule
 
 

@@ -179,6 +179,10 @@ class PostEncoderHost(Host):
         return self.model.model.vision_tower
 
     @property
+    def image_tower(self) -> Any:
+        return self.tower
+
+    @property
     def tower_width(self) -> int:
         """D of the tower's tokens."""
         vision = self.model.config.vision_config
@@ -251,11 +255,6 @@ class PostEncoderHost(Host):
         """Visual tokens of a video with frames of this size: the host's own, and ours. Computed, without the model."""
         rows, columns = self.grid(height, width)
         return self.slots * rows * columns, self.plan((self.slots, rows, columns)).output_tokens
-
-
-def pooled(output: Any) -> Any:
-    """Features in what a host's `get_video_features` or `get_image_features` returns, of transformers 4 or 5."""
-    return getattr(output, "pooler_output", output)
 
 
 def slot_seconds(video: SampledVideo, slots: int) -> list[float]:

@@ -5,6 +5,7 @@ would be of these inputs, for a second turn on the cache of the first."""
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype
-from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost, pooled
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype, pooled
+from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost
 
 
 class Qwen2_5_VLHost(PostEncoderHost):
@@ -105,30 +106,44 @@ class Qwen2_5_VLHost(PostEncoderHost):
     def encoder_output(self, tokens: Sequence[VisualTokens]) -> Any:
         return BaseModelOutputWithPooling(pooler_output=[t.features for t in tokens])  # type: ignore[arg-type]
 
+    def image_extra(self, number: int, values: Mapping[str, Any], output: Any) -> dict[str, Any]:
+        grid = values["image_grid_thw"][number].tolist()
+        count = math.prod(grid) // self._side**2
+        return {"runs": [(count, range(count))], "grid": grid}
+
     def extra_inputs(
-        self, input_ids: Tensor, attention_mask: Tensor, tokens: Sequence[Sequence[VisualTokens]]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tokens: Sequence[Sequence[VisualTokens]],
+        images: Sequence[Sequence[VisualTokens]],
     ) -> dict[str, Tensor]:
         positions = input_ids.new_zeros(3, *input_ids.shape)
-        for row, videos in enumerate(tokens):
+        for row, visuals in enumerate(zip(tokens, images, strict=True)):
             seen = attention_mask[row].bool()
-            positions[:, row, seen] = self._positions(input_ids[row, seen].tolist(), videos).to(input_ids.device)
+            positions[:, row, seen] = self._positions(input_ids[row, seen].tolist(), *visuals).to(input_ids.device)
         return {"position_ids": positions}
 
-    def _positions(self, ids: Sequence[int], videos: Sequence[VisualTokens]) -> Tensor:
+    def _positions(self, ids: Sequence[int], videos: Sequence[VisualTokens], images: Sequence[VisualTokens]) -> Tensor:
         """(3, L): the host's own positions for the prompt before merging, of the tokens that are kept."""
         whole: list[int] = []
-        kinds: list[int] = []  # 2 for a video's tokens, 0 for words
+        kinds: list[int] = []  # 2 for a video's tokens, 1 for an image's, 0 for words
         kept: list[int] = []
-        runs = iter([run for video in videos for run in video.extra["runs"]])
+        runs = {
+            token: (kind, iter([run for visual in visuals for run in visual.extra["runs"]]))
+            for token, kind, visuals in ((self.image_token_id, 1, images), (self.token_id, 2, videos))
+        }
         at = 0
         while at < len(ids):
-            if ids[at] == self.token_id:
-                if kinds and kinds[-1]:
-                    raise ValueError("two videos stand side by side in a prompt; the host needs a token between them")
-                full, places = next(runs)
+            if ids[at] in runs:
+                kind, left = runs[ids[at]]
+                if kinds and kinds[-1] == kind:
+                    what = "images" if kind == 1 else "videos"
+                    raise ValueError(f"two {what} stand side by side in a prompt; the host needs a token between them")
+                full, places = next(left)
                 kept += [len(whole) + place for place in places]
-                whole += [self.token_id] * full
-                kinds += [2] * full
+                whole += [ids[at]] * full
+                kinds += [kind] * full
                 at += len(places)
             else:
                 kept.append(len(whole))
@@ -137,22 +152,30 @@ class Qwen2_5_VLHost(PostEncoderHost):
                 at += 1
         grids = [video.extra["grid"] for video in videos]
         seconds = [video.extra.get("slot_seconds", 1.0) for video in videos]
-        return self._host_positions(whole, kinds, grids, seconds)[:, kept]
+        return self._host_positions(whole, kinds, grids, seconds, [image.extra["grid"] for image in images])[:, kept]
 
     def _host_positions(
-        self, ids: Sequence[int], kinds: Sequence[int], grids: Sequence[Sequence[int]], seconds: Sequence[float]
+        self,
+        ids: Sequence[int],
+        kinds: Sequence[int],
+        grids: Sequence[Sequence[int]],
+        seconds: Sequence[float],
+        image_grids: Sequence[Sequence[int]] = (),
     ) -> Tensor:
         """(3, L): of time, row and column, by the host's own function.
 
         Args:
-            kinds: of L ids, 2 for a video's tokens, 0 for words.
+            kinds: of L ids, 2 for a video's tokens, 1 for an image's, 0 for words.
             grids: temporal patches, rows and columns of patches of each video.
             seconds: from one temporal patch to the next of each video.
+            image_grids: 1, rows and columns of patches of each image.
         """
         wanted = inspect.signature(self.model.model.get_rope_index).parameters
         inputs = {"mm_token_type_ids": torch.tensor([kinds])} if "mm_token_type_ids" in wanted else {}
         if grids:
             inputs["video_grid_thw"] = torch.tensor(grids)
+        if image_grids:
+            inputs["image_grid_thw"] = torch.tensor(image_grids)
         if grids and "second_per_grid_ts" in wanted:
             inputs["second_per_grid_ts"] = torch.tensor(seconds)
         positions, _ = self.model.model.get_rope_index(torch.tensor([ids]), **inputs)

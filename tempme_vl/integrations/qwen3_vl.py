@@ -3,7 +3,7 @@ matches, and a prompt that writes its time in front of each temporal patch, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,6 +58,10 @@ class Qwen3VLHost(Qwen2_5_VLHost):
             f"<{second:.1f} seconds>{start}{self.placeholder * len(kept)}{end}"
             for second, (_, kept) in zip(tokens.extra["seconds"], tokens.extra["runs"], strict=True)
         )
+
+    def image_extra(self, number: int, values: Mapping[str, Any], output: Any) -> dict[str, Any]:
+        deeper = [level[number] for level in output.deepstack_features]
+        return {**super().image_extra(number, values, output), "deeper": deeper}
 
     def encoder_output(self, tokens: Sequence[VisualTokens]) -> Any:
         deeper = [list(level) for level in zip(*(t.extra["deeper"] for t in tokens), strict=True)]

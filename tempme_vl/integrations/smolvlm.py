@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype
-from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost, pooled
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype, pooled
+from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost
 
 
 class SmolVLMHost(PostEncoderHost):
@@ -26,6 +26,14 @@ class SmolVLMHost(PostEncoderHost):
     @property
     def language_model(self) -> nn.Module:
         return self.model.model.text_model
+
+    def check_images(self, videos: int) -> None:
+        super().check_images(videos)
+        if videos:
+            raise ValueError(
+                "SmolVLM takes images or videos in a prompt, and not both: its processor gives either as pixel_values, "
+                "and the images are lost. Give an image as a video of one frame"
+            )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         # frames are resized to a square, and need not be as large as the tower's own

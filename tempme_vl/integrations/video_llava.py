@@ -17,6 +17,10 @@ class VideoLlavaHost(InEncoderHost):
     def tower(model: Any) -> nn.Module:
         return model.model.video_tower
 
+    @property
+    def image_tower(self) -> Any:
+        return self.model.model.image_tower
+
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(tokens)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL.Image import Image
@@ -180,15 +180,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def pair_up(text: str | Sequence[str], videos: Sequence[Any], placeholder: str) -> tuple[list[str], list[list[Any]]]:
-    """A list of prompts, and for each the list of its videos.
+def pair_up(
+    text: str | Sequence[str], visuals: Sequence[Any], placeholder: str, kind: Literal["video", "image"] = "video"
+) -> tuple[list[str], list[list[Any]]]:
+    """A list of prompts, and for each the list of its videos or images.
 
     Args:
-        videos: a list for every prompt; for a single prompt also its videos themselves, and for prompts with one
-            placeholder each, a video each.
+        visuals: a list for every prompt; or all of them in order, one for each placeholder.
+        kind: of the visuals. A list of images is a video, too.
 
     Raises:
-        ValueError: prompts that are no texts, or not one video for every placeholder.
+        ValueError: prompts that are no texts, or not one visual for every placeholder.
     """
     prompts = [text] if isinstance(text, str) else list(text)
     if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
@@ -196,17 +198,18 @@ def pair_up(text: str | Sequence[str], videos: Sequence[Any], placeholder: str) 
             f"expected prompts as texts; got {_short(wrong[0])}. Chat messages become one by the host's own format: "
             "processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
         )
-    if isinstance(videos, (str, Path)):
-        videos = [videos]  # refused as a video, and not letter by letter
+    if isinstance(visuals, (str, Path, Image)):
+        visuals = [visuals]  # a path is refused as such, and not letter by letter
     counts = [prompt.count(placeholder) for prompt in prompts]
-    groups = [list(v) for v in videos if isinstance(v, (list, tuple)) and not _is_video(v)]
-    if not groups and len(videos) == sum(counts):
-        flat = iter(videos)
+    grouped = [isinstance(v, (list, tuple)) and not (kind == "video" and _is_video(v)) for v in visuals]
+    if not any(grouped) and len(visuals) == sum(counts):
+        flat = iter(visuals)
         return prompts, [[next(flat) for _ in range(count)] for count in counts]
-    if len(groups) != len(videos) or [len(group) for group in groups] != counts:
+    groups = [list(v) for v, is_group in zip(visuals, grouped, strict=True) if is_group]
+    if not all(grouped) or [len(group) for group in groups] != counts:
         raise ValueError(
-            f"expected one video for every {placeholder!r}: the prompts have {counts} of them, the videos come in "
-            f"{[len(v) if isinstance(v, (list, tuple)) and not _is_video(v) else 'one' for v in videos]}"
+            f"expected one {kind} for every {placeholder!r}: the prompts have {counts} of them, the {kind}s come in "
+            f"{[len(v) if is_group else 'one' for v, is_group in zip(visuals, grouped, strict=True)]}"
         )
     return prompts, groups
 

@@ -4,7 +4,6 @@ it, and positions, times and deeper features that belong to the kept tokens."""
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -221,15 +220,6 @@ def test_offloaded_weights_are_fetched(name: str) -> None:
         return
     offloaded = compress(model, processor, "tempme", tiny.FRAMES)
     assert torch.equal(new_tokens(offloaded, prompt(name), [tiny.clip(0)]), expected)
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_images_in_prompts_are_refused(name: str) -> None:
-    compressed = compressed_by(name, "none")
-    image = shared(name)[1].image_token
-    for text, labels in ((f"{image} {prompt(name)}", False), (prompt(name), [f"a {image}"])):
-        with pytest.raises(ValueError, match=rf"has a place for an image \({re.escape(repr(image))}\)"):
-            compressed.prepare(text, [tiny.clip(0)], labels, fps=1.0)
 
 
 @pytest.mark.parametrize("name", HOSTS)

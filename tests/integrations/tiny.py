@@ -51,6 +51,7 @@ _VISION = {
     "patch_size": PATCH,
 }
 _SIZES = {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}
+_PINPOINTS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]  # an image is itself and a tile or two
 
 
 def tokenizer(named: bool = True) -> PreTrainedTokenizerFast:
@@ -107,14 +108,17 @@ def llava_next_video() -> tuple[Any, Any]:
         text_config=transformers.LlamaConfig(**_TEXT),
         video_token_index=TOKEN["<video>"],
         image_token_index=TOKEN["<image>"],
-        image_grid_pinpoints=[[SIDE, SIDE]],
+        image_grid_pinpoints=_PINPOINTS,
     )
     processor = transformers.LlavaNextVideoProcessor(
         video_processor=transformers.LlavaNextVideoVideoProcessor(**_SIZES),
-        image_processor=transformers.LlavaNextImageProcessor(**_SIZES),
+        image_processor=transformers.LlavaNextImageProcessor(
+            **_SIZES, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=_PINPOINTS
+        ),
         tokenizer=tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
     return _finish(transformers.LlavaNextVideoForConditionalGeneration(config)), processor
 
@@ -125,10 +129,10 @@ def llava_onevision() -> tuple[Any, Any]:
         text_config=transformers.Qwen2Config(**_TEXT),
         video_token_index=TOKEN["<video>"],
         image_token_index=TOKEN["<image>"],
-        image_grid_pinpoints=[[SIDE, SIDE]],
+        image_grid_pinpoints=_PINPOINTS,
     )
     processor = transformers.LlavaOnevisionProcessor(
-        image_processor=transformers.LlavaOnevisionImageProcessor(**_SIZES),
+        image_processor=transformers.LlavaOnevisionImageProcessor(**_SIZES, image_grid_pinpoints=_PINPOINTS),
         tokenizer=tokenizer(),
         video_processor=transformers.LlavaOnevisionVideoProcessor(**_SIZES),
         num_image_tokens=(SIDE // PATCH) ** 2,
@@ -180,7 +184,7 @@ def perception_lm() -> tuple[Any, Any]:
     image_processor = getattr(transformers, next(name for name in names if hasattr(transformers, name)))
     processor = transformers.PerceptionLMProcessor(
         video_processor=transformers.PerceptionLMVideoProcessor(**_SIZES),
-        image_processor=image_processor(tile_size=SIDE),
+        image_processor=image_processor(tile_size=SIDE, max_num_tiles=2, vision_input_type="thumb+tile"),
         tokenizer=tokenizer(),
         patch_size=PATCH,
         pooling_ratio=2,

@@ -227,7 +227,7 @@ def perception_lm() -> tuple[Any, Any]:
     processor = _takes_letters(transformers.PerceptionLMProcessor)(
         video_processor=transformers.PerceptionLMVideoProcessor(**sizes),
         image_processor=getattr(transformers, next(name for name in names if hasattr(transformers, name)))(
-            tile_size=32
+            tile_size=32, max_num_tiles=2, vision_input_type="thumb+tile"
         ),
         tokenizer=tokenizer(),
         patch_size=4,
