@@ -32,7 +32,7 @@ class SmolVLMHost(PostEncoderHost):
         if videos:
             raise ValueError(
                 "SmolVLM takes images or videos in a prompt, and not both: its processor gives either as pixel_values, "
-                "and the images are lost. Give an image as a video of one frame"
+                "and one of them is lost. Give an image as a video of one frame"
             )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -79,6 +79,6 @@ def video_of(visual: Any) -> tuple[str, float | None, float | None]:
         if kind == "image/gif" or not kind.startswith(("image", "audio")):
             return str(path), part.get("video_start"), part.get("video_end")
     raise ValueError(
-        f"tempme_vl reads video files alone: expected the path of one from the task's doc_to_visual, got {visual!r}; "
-        "choose a task, or the variant of it, that gives videos and not images or sound"
+        f"tempme_vl reads video files, and images of PIL: expected the path of a video or such an image from "
+        f"the task's doc_to_visual, got {visual!r}; choose a task, or the variant of it, that gives these"
     )

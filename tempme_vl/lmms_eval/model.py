@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL.Image import Image
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import BatchFeature
@@ -38,7 +39,8 @@ class TempMe(lmms):
         batch_size: requests at a time.
         device: by default, and with several ranks, the one that accelerate gives this rank.
         dtype: as in `from_pretrained`.
-        prompt: with {video} and {text}, and \\n for a new line; by default the processor's chat template.
+        prompt: with {video} (for images, too) and {text}, and \\n for a new line; by default the processor's chat
+            template.
         sampling: how frames are chosen; a name in `tempme_vl.data.sampling.SAMPLING`. "uniform" is what the harness's
             own models do.
         timeout: seconds that decoding a video may take.
@@ -144,18 +146,20 @@ class TempMe(lmms):
         """Inputs of `batch_size` requests at a time, and which ones they are; with `labels` on the second argument."""
         for start in range(0, len(wanted), self.batch_size):
             rows = list(wanted[start : start + self.batch_size])
-            prompts, videos, targets = [], [], []
+            prompts, videos, images, targets = [], [], [], []
             for context, answer, *where in (requests[row].args for row in rows):
                 doc, visuals = self._document(*where)
-                videos.append([self._video(visual) for visual in visuals])
-                prompts.append(self._prompt(context, len(visuals)))
+                videos.append([self._video(visual) for visual in visuals if not isinstance(visual, Image)])
+                images.append([visual for visual in visuals if isinstance(visual, Image)])
+                prompts.append(self._prompt(context, visuals))
                 targets.append(answer(doc) if callable(answer) else answer)
-            yield rows, self.compressed.prepare(prompts, videos, targets if labels else False)
+            some = images if any(images) else None  # not every host takes any
+            yield rows, self.compressed.prepare(prompts, videos, targets if labels else False, images=some)
 
     def _document(
         self, doc_to_visual: Callable[..., Any] | None = None, doc_id: Any = None, task: str = "", split: str = ""
     ) -> tuple[Any, list[Any]]:
-        """The document of a request and its videos; a continuation is also asked for alone, without either."""
+        """The document of a request, its videos and images; a continuation is also asked for alone, without either."""
         if doc_to_visual is None:
             return None, []
         doc = self.task_dict[task][split][doc_id]
@@ -174,13 +178,15 @@ class TempMe(lmms):
         times = (frames.times - (start or 0.0)).clip(min=0)  # the part's own
         return SampledVideo(frames.pixels, tuple(frames.indices.tolist()), frames.fps, tuple(times.tolist()))
 
-    def _prompt(self, context: str, videos: int) -> str:
+    def _prompt(self, context: str, visuals: Sequence[Any]) -> str:
         host = self.compressed.host
-        if host.placeholder in context:  # the task says where
-            videos = 0
+        places = {"video": host.placeholder, "image": host.image_placeholder or ""}
+        kinds = ["image" if isinstance(visual, Image) else "video" for visual in visuals]
+        if any(place and place in context for place in places.values()):  # the task says where
+            kinds = []
         if self.prompt is not None:
-            return self.prompt.format(video=host.placeholder * videos, text=context)
-        content = [*[{"type": "video"}] * videos, {"type": "text", "text": context}]
+            return self.prompt.format(video="".join(places[kind] for kind in kinds), text=context)
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": context}]
         chat = [{"role": "user", "content": content}]
         text = host.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return without_start(text, self.compressed.tokenizer)

@@ -24,7 +24,7 @@ from tempme_vl.lmms_eval.arguments import cut, generation_options, video_of
 QUESTIONS = ("what is the dog doing ?", "how many", "why is the red car in this video and what is that ?")
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% for part in message['content'] %}"
-    "{{ '<video> ' if part['type'] == 'video' else part['text'] }}{% endfor %}{% endfor %} ?"
+    "{{ part['text'] if part['type'] == 'text' else '<' + part['type'] + '> ' }}{% endfor %}{% endfor %} ?"
 )
 SCHEDULE = tiny.schedule("tempme", 3)
 HARNESS = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.api.instance", "lmms_eval.models")
@@ -154,8 +154,9 @@ def test_a_continuation_may_come_of_the_document_or_without_a_video(lm: Any) -> 
 
 
 def test_prompts_hold_a_place_for_every_video_and_one_start(lm: Any) -> None:
-    assert lm._prompt("how many", 2) == "<video> <video> how many ?"  # the tokenizer writes <s> itself
-    assert lm._prompt("in <video> and <video> how many", 2) == "in <video> and <video> how many ?"
+    assert lm._prompt("how many", ["a.mp4", "b.mp4"]) == "<video> <video> how many ?"  # the tokenizer writes <s> itself
+    given = "in <video> and <video> how many"
+    assert lm._prompt(given, ["a.mp4", "b.mp4"]) == f"{given} ?"
     two = lm.generate_until([request("how many", {"max_new_tokens": 2}, 5)])
     with pytest.raises(ValueError, match="expected one video for every"):
         lm.generate_until([request("in <video> how many", {"max_new_tokens": 2}, 5)])
@@ -204,6 +205,27 @@ def test_frames_know_their_times(tempme: Any, folder: Path, monkeypatch: pytest.
     assert 0 <= part.times[0] < 1 / part.fps and part.times[-1] == pytest.approx(whole.times[-1] - 0.5)
 
 
+def test_images_stand_where_they_come_among_the_videos(tempme: Any, lm: Any, folder: Path) -> None:
+    image, video = Image.fromarray(tiny.clip(9)[0]), str(folder / "0.mp4")
+    lm.task_dict["i"] = {"test": [{"videos": [image]}, {"videos": [image, video]}, {"videos": [video]}]}
+
+    def asking(context: str, document: int) -> Any:
+        options = {"max_new_tokens": 4}
+        return SimpleNamespace(args=(context, options, lambda doc: doc["videos"], document, "i", "test"))
+
+    contexts = ["how many", "is this red", "how many"]
+    answers = lm.generate_until([asking(context, row) for row, context in enumerate(contexts)])
+    frames = [read_frames(video, lm.compressed.host.num_frames, sampling="uniform").pixels]
+    prompts = ["<image> how many ?", "<image> <video> is this red ?", "<video> how many ?"]
+    given: list[Any] = [([], [image]), (frames, [image]), (frames, [])]
+    for answer, prompt, (videos, images) in zip(answers, prompts, given, strict=True):
+        own = lm.compressed.answer(prompt, videos, images=images, max_new_tokens=4, do_sample=False)
+        assert [answer] == own
+    assert lm._prompt("in <image> how many", [image]) == "in <image> how many ?"
+    plain = tempme(str(folder / "host"), 1, "cpu", prompt="{video} {text} ?", num_frames=4, method="none")
+    assert plain._prompt("how many", [video, image]) == "<video><image> how many ?"
+
+
 def test_rounds_are_refused(lm: Any) -> None:
     with pytest.raises(NotImplementedError, match="one question at a time"):
         lm.generate_until_multi_round([])
@@ -242,7 +264,7 @@ def test_videos_are_paths() -> None:
     assert video_of(part) == ("a.mkv", 1.5, 3.0) and video_of({"url": "a.webm"})[0] == "a.webm"
 
 
-@pytest.mark.parametrize("visual", [Image.new("RGB", (8, 8)), "a.jpg", "a.wav", {"type": "audio", "url": "a"}, {}])
+@pytest.mark.parametrize("visual", ["a.jpg", "a.wav", {"type": "audio", "url": "a"}, {}])
 def test_other_visuals_are_refused(visual: Any) -> None:
-    with pytest.raises(ValueError, match="reads video files alone"):
+    with pytest.raises(ValueError, match="reads video files, and images of PIL: expected the path of a video"):
         video_of(visual)
