@@ -30,6 +30,7 @@ CORE = {
     "schema",
     "libraries",
     "tuning",
+    "registry",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),  # they import Triton, and are imported for tensors on a GPU alone
     # saved folders
     "messages": set(),
+    "registry": set(),
     "schema": {"data", "messages"},  # of data: how text and JSON are read
     "manifest": {"schema"},
     "fit": {"messages"},
@@ -51,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command": {"reports", "processes", "together"},
     "libraries": set(),
     # what a front end is made of
-    "merging": {"state", "matching", "schema"},
+    "merging": {"state", "matching", "schema", "registry"},
     "backbones": {"state", "kernels", "pretrained", "weights", "fit", "schema", "messages", "libraries"},
     "scheduling": {"merging", "backbones"},
     "frontend": {"state", "merging", "backbones", "scheduling", "pretrained", "schema", "messages", "data"},

@@ -1,4 +1,5 @@
-"""Merging methods. A new one is a file with a `Method`, and a line in `METHODS`."""
+"""Merging methods. A new one is a file with a `Method` and its line in `METHODS`, or, from outside of the package,
+`METHODS.register("name", METHOD)` or an entry point of the group "tempme_vl.methods" (`tempme_vl.registry`)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from tempme_vl.merging.base import LayerMerge, TokenMerger
 from tempme_vl.merging.budget import Limit, fit
 from tempme_vl.merging.method import Encoder, Method
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
+from tempme_vl.registry import Registry
 
 __all__ = [
     "METHODS",
@@ -21,7 +23,6 @@ __all__ = [
     "MergeSchedule",
     "Method",
     "TokenMerger",
-    "find_method",
     "has_setting",
     "is_of_merging",
     "make_schedule",
@@ -31,18 +32,12 @@ __all__ = [
 # The first of the ways to stay below a limit that reaches this share of it is taken, the paper's setting before others.
 NEAR = 0.99
 
-METHODS = {"none": none.METHOD, "tome": tome.METHOD, "tempme": tempme.METHOD}
-
-
-def find_method(name: str) -> Method:
-    """The method of a name.
-
-    Raises:
-        ValueError: an unknown one.
-    """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
-    return METHODS[name]
+METHODS: Registry[Method] = Registry(
+    "method",
+    "tempme_vl.methods",
+    Method,
+    {"none": none.METHOD, "tome": tome.METHOD, "tempme": tempme.METHOD},
+)
 
 
 def make_schedule(
@@ -67,7 +62,7 @@ def make_schedule(
         ValueError: an unknown method or option, one that cannot join the clips of a joint encoder, a limit that
             cannot be reached, or a shape that the paper has no setting for, with neither options nor limit.
     """
-    record, encoder = find_method(method), Encoder(layers, frames, tokens, prefix, joint)
+    record, encoder = METHODS[method], Encoder(layers, frames, tokens, prefix, joint)
     if joint and not record.joint:
         raise ValueError(f"method {method!r} joins frames step by step, but a joint encoder's are one clip already")
     unknown = sorted(set(options) - set(record.option_names))
@@ -88,13 +83,13 @@ def make_schedule(
 
 def has_setting(method: str, encoder: Encoder, options: Collection[str]) -> bool:
     """Whether a method's paper and the given options leave none open for an encoder."""
-    record = find_method(method)
+    record = METHODS[method]
     return {*record.shaped(encoder), *record.published(encoder), *options} >= set(record.option_names)
 
 
 def _solve(method: str, encoder: Encoder, limit: Limit, known: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """Values of the knobs that are not given, for a limit."""
-    record = find_method(method)
+    record = METHODS[method]
 
     def make(**values: Any) -> MergeSchedule:
         return record.schedule(encoder, record.options(**{**known, **values}))
@@ -123,7 +118,7 @@ def is_of_merging(name: str) -> bool:
 
 def merge_layers(schedule: MergeSchedule, width: int) -> list[LayerMerge]:
     """The merging modules of every block of a tower of the given width."""
-    method, clips, layers = find_method(schedule.method), schedule.clips, []
+    method, clips, layers = METHODS[schedule.method], schedule.clips, []
     for plan in schedule.plan:
         layers.append(method.layer_merge(plan, clips, width))
         clips //= plan.join or 1

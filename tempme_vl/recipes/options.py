@@ -17,7 +17,7 @@ from torch import nn
 
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.transforms import ClipTransform
-from tempme_vl.merging import METHODS, find_method
+from tempme_vl.merging import METHODS
 from tempme_vl.pretrained import VOCABULARY_FILE, load_vocabulary
 from tempme_vl.recipes.names import BROKEN_VIDEOS
 from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
@@ -61,7 +61,7 @@ class MergeOptions:
 
     def merging(self, usual_frames: int) -> dict[str, Any]:
         """Keywords that `tempme_vl.create_frontend` and `tempme_vl.integrations.compress` share."""
-        names = ("budget", "tokens", *find_method(self.method).option_names)
+        names = ("budget", "tokens", *METHODS[self.method].option_names)
         return {
             "method": self.method,
             "num_frames": self.num_frames or usual_frames,
