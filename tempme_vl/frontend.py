@@ -23,24 +23,25 @@ from tempme_vl.messages import shown
 from tempme_vl.pretrained import CONFIG_FILE, build, load_model, save_model
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import ConfigError, read
-from tempme_vl.state import FrontendOutput, TokenState, at_least_float32
+from tempme_vl.state import AttentionContext, FrontendOutput, TokenState, at_least_float32
 
 _log = logging.getLogger(__name__)
 
 
 class MergedBlock(nn.Module):
-    """A transformer block with merging before attention and between attention and MLP."""
+    """A transformer block with merging before attention, between attention and MLP, and behind the MLP."""
 
     def __init__(self, block: BlockAdapter, merge: LayerMerge):
         super().__init__()
         self.block = block
         self.before_attention, self.after_attention = merge.before_attention, merge.after_attention
+        self.after_mlp = merge.after_mlp
 
     def forward(self, state: TokenState) -> TokenState:
-        state = self.before_attention(state, state.x.detach())
-        delta, keys = self.block.attention_branch(state.x, state.attention_bias)
-        state = self.after_attention(state.add(delta), keys.detach())
-        return state.add(self.block.mlp_branch(state.x))
+        state = self.before_attention(state, AttentionContext.of_tokens(state.x))
+        delta, attention = self.block.attention_branch(state.x, state.attention_bias)
+        state = self.after_attention(state.add(delta), attention)
+        return self.after_mlp(state.add(self.block.mlp_branch(state.x)), attention)
 
 
 class VisualFrontend(nn.Module):
@@ -89,12 +90,20 @@ class VisualFrontend(nn.Module):
         """
         self._check(video, frame_mask)
         x = self.embed(video.flatten(0, 1))
-        state = TokenState.start(x, self.schedule.clips, self.shape.num_prefix, trace_source)
+        schedule = self.schedule
+        state = TokenState.start(x, schedule.clips, self.shape.num_prefix, trace_source, schedule.proportional)
         for block in self.blocks:
             state = checkpoint(block, state, use_reentrant=False) if self._recompute() else block(state)
         return self._output(state, frame_mask)
 
     def _output(self, state: TokenState, frame_mask: Tensor | None) -> FrontendOutput:
+        last = self.schedule.layer_counts[-1]
+        found, planned = (state.num_clips, state.x.shape[1], state.num_prefix), (last.clips, last.out, last.prefix)
+        if found != planned:
+            raise ValueError(
+                f"the modules of method {self.schedule.method!r} leave (clips, tokens of a clip, prefix) = {found}; "
+                f"its schedule says {planned}"
+            )
         tokens, size = (rearrange(t, "(b c) n d -> b (c n) d", c=state.num_clips) for t in (state.x, state.size))
         frames = self._embed_frames(state)
         pooled = masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask)
@@ -113,11 +122,12 @@ class VisualFrontend(nn.Module):
         """
         clips, prefix = state.num_clips, state.num_prefix
         if self.shape.pooling == "cls":
-            cls = state.x[:, : prefix : self.shape.num_prefix]  # registers stand behind their frame's CLS token
+            frames = prefix - state.num_inserted
+            cls = state.x[:, : frames : self.shape.num_prefix]  # registers stand behind their frame's CLS token
             return self.head(rearrange(self.norm(cls), "(b c) f d -> b (c f) d", c=clips))
         x, size = self.norm(state.x[:, prefix:]), state.size[:, prefix:]
-        parts = clips
-        if not state.merged:  # every frame still has its own tokens, whether or not it attended to others
+        parts, whole = clips, self.schedule.frames * (self.shape.tokens - self.shape.num_prefix)
+        if clips * x.shape[1] == whole:  # every frame still has its own tokens, whether or not it attended to others
             parts = self.schedule.frames
             x, size = (rearrange(t, "r (f n) d -> (r f) n d", f=parts // clips) for t in (x, size))
         if self.shape.pooling == "attention":
@@ -292,7 +302,7 @@ class VisualFrontend(nn.Module):
         from tempme_vl.backbones.clip_checkpoint import to_openai_names
 
         state = self.state_dict() if state is None else state
-        return to_openai_names({key: value for key, value in state.items() if not is_of_merging(key)})
+        return to_openai_names({key: value for key, value in state.items() if not is_of_merging(self, key)})
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json, which hold everything `from_pretrained` needs."""

@@ -68,7 +68,12 @@ class MergeMap:
 
     def trace(self, source: Tensor) -> Tensor:
         """Follows input tokens through this match: (R, S) token numbers before -> after; -1 stays -1."""
-        return torch.where(source < 0, source, self.assignment.gather(1, source.clamp(min=0)))
+        return follow(source, self.assignment)
+
+
+def follow(numbers: Tensor, through: Tensor) -> Tensor:
+    """Token numbers (R, S) looked up in (R, N), row by row: through[numbers]; -1 stays -1."""
+    return torch.where(numbers < 0, numbers, through.gather(1, numbers.clamp(min=0)))
 
 
 def bipartite_match(

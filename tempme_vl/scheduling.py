@@ -67,11 +67,13 @@ def schedule_in_words(schedule: MergeSchedule, shape: TowerShape) -> str:
     layers = len(schedule.plan)
     whole = MergeSchedule.identity(layers, schedule.frames, schedule.tokens, schedule.prefix, schedule.joint)
     gflops, of = tower_gflops(schedule, shape), tower_gflops(whole, shape)
+    fewer = [plan.fewer_before + plan.fewer_after + plan.fewer_last for plan in schedule.plan]
     joins = [f"{plan.join} at block {layer}" for layer, plan in enumerate(schedule.plan) if plan.join is not None]
     return (
         f"{schedule.method}: {schedule.frames} x {schedule.tokens} tokens -> {clips} x {tokens}, {gflops:.4g} of "
         f"{of:.4g} GFLOPs a video ({gflops / of:.3f}); pairs merged in each of {layers} blocks before attention "
         f"{[plan.before for plan in schedule.plan]}, after it {[plan.after for plan in schedule.plan]}"
+        f"{f'; tokens fewer in each block {fewer}' if any(fewer) else ''}"
         f"{'; clips joined: ' + ', '.join(joins) if joins else ''}"
     )
 

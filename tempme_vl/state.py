@@ -11,12 +11,15 @@ Letters used for shapes, here and in every tensor file of the package:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.export import register_dataclass
+
+from tempme_vl.matching import follow
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -25,17 +28,97 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class AttentionContext:
+    """What a step may compare tokens by, or judge them by, computed when it asks.
+
+    Between attention and MLP this is the attention that the block has just run, and fused attention has kept none of
+    its matrix: what a step wants of that is computed anew, in at least float32 and exactly the softmax that ran, but
+    for dropout. Where no attention has run (before it, and behind a tower), the tokens themselves are the keys, as one
+    head.
+
+    Attributes:
+        keys: (R, heads, N, D_head), after their norm where a tower has one.
+        queries: (R, heads, N, D_head), or None where no attention has run.
+        bias: (R, 1, 1, N) on the keys, as `TokenState.attention_bias` gives it, or None.
+        scale: of the logits; None for D_head ** -0.5.
+    """
+
+    keys: Tensor
+    queries: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float | None = None
+
+    @classmethod
+    def of_tokens(cls, x: Tensor) -> AttentionContext:
+        """Tokens (R, N, D) that no attention has seen."""
+        return cls(x.unsqueeze(1))
+
+    def features(self) -> Tensor:
+        """(R, N, D_head) keys averaged over heads, without gradient: what ToMe and TempMe compare tokens by."""
+        keys = self.keys.detach()
+        return keys.squeeze(1) if keys.shape[1] == 1 else keys.mean(1)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """(R, heads, last - first, N) float: how the queries first..last-1 attend; with gradient.
+
+        With 0 and P these are the rows of the CLS tokens; the N x N matrix is never made.
+
+        Raises:
+            ValueError: no attention has run.
+        """
+        if self.queries is None:
+            raise ValueError(
+                "this method reads attention, and none has run here: it can only stand between attention and MLP of a "
+                "tower's blocks"
+            )
+        with torch.autocast(self.keys.device.type, enabled=False):
+            queries, keys = at_least_float32(self.queries[:, :, first:last]), at_least_float32(self.keys)
+            scale = queries.shape[-1] ** -0.5 if self.scale is None else self.scale
+            logits = (queries * scale) @ keys.transpose(-1, -2)
+            return (logits if self.bias is None else logits + self.bias).softmax(-1)
+
+    @torch.no_grad()
+    def column_sums(self, diagonal: bool = True, chunk: int = 128) -> Tensor:
+        """(R, heads, N) float: how much attention each token gets from all queries together, without gradient.
+
+        Args:
+            diagonal: whether what a token gives itself counts.
+            chunk: queries whose rows are in memory at a time.
+
+        Raises:
+            ValueError: see `rows`.
+        """
+        tokens = self.keys.shape[2]
+        total = torch.zeros_like(self.keys[..., 0], dtype=torch.promote_types(self.keys.dtype, torch.float32))
+        for first in range(0, tokens, chunk):
+            rows = self.rows(first, min(first + chunk, tokens))
+            total += rows.sum(2)
+            if not diagonal:
+                last = first + rows.shape[2]
+                total[:, :, first:last] -= rows.diagonal(first, -2, -1)
+        return total
+
+
+@dataclass(frozen=True)
 class TokenState:
     """Tokens between two steps of the encoder. Immutable: a step returns a new state.
 
+    Sizes and what `source` says belong together: a clip's sizes sum to the input tokens that it still holds and its
+    inserted tokens, and S minus the former were dropped.
+
     Attributes:
-        x: (B*C, N, D) tokens; within a clip its P CLS tokens come first.
-        size: (B*C, N, 1) float, how many input tokens each token holds. Each clip's sizes sum to S.
+        x: (B*C, N, D) tokens; within a clip its P prefix tokens come first: those of its frames in order, each a CLS
+            token and registers, then inserted ones.
+        size: (B*C, N, 1) float, how many input tokens each token holds; 1 for an inserted one.
         num_clips: C. Per-frame encoders start at C = F, a joint space-time encoder at C = 1.
-        num_prefix: P, the CLS tokens of one clip; they never merge.
+        num_prefix: P, the tokens of one clip that never merge.
         merged: False as long as every size is 1, known without looking at the tensor.
         source: (B*C, S) int64 when traced: which of the clip's N tokens holds each input token, the clip's
             frames in order and the tokens of a frame in order; -1 for a token that a method dropped.
+        num_inserted: those of the P tokens that no input is in, such as prompts; the last of them.
+        proportional: whether a token counts in attention as many times as its size.
+        origin: (B*C, N) int64 when traced: the input token of 0..S-1 that each token continues, and thereby its place
+            in the clip; -1 for one that is made of several or of none.
     """
 
     x: Tensor
@@ -44,9 +127,14 @@ class TokenState:
     num_prefix: int
     merged: bool = False
     source: Tensor | None = None
+    num_inserted: int = 0
+    proportional: bool = True
+    origin: Tensor | None = None
 
     @classmethod
-    def start(cls, x: Tensor, num_clips: int, num_prefix: int, trace_source: bool = False) -> TokenState:
+    def start(
+        cls, x: Tensor, num_clips: int, num_prefix: int, trace_source: bool = False, proportional: bool = True
+    ) -> TokenState:
         """The state before the first block: every token stands for itself.
 
         Args:
@@ -57,52 +145,149 @@ class TokenState:
         dtype = torch.promote_types(x.dtype, torch.float32)
         size = torch.ones(rows, tokens, 1, dtype=dtype, device=x.device)
         source = torch.arange(tokens, device=x.device).expand(rows, -1) if trace_source else None
-        return cls(x, size, num_clips, num_prefix, source=source)
+        return cls(x, size, num_clips, num_prefix, source=source, proportional=proportional, origin=source)
 
     @property
     def attention_bias(self) -> Tensor | None:
         """(B*C, 1, 1, N) log(size) for the key logits (proportional attention); None while all sizes are 1."""
-        return self.size.log().transpose(1, 2).unsqueeze(1) if self.merged else None
+        return self.size.log().transpose(1, 2).unsqueeze(1) if self.merged and self.proportional else None
 
     def add(self, delta: Tensor) -> TokenState:
         """The state after a residual branch: x + delta, delta (B*C, N, D)."""
         return replace(self, x=self.x + delta)
 
+    def regroup(
+        self, x: Tensor, size: Tensor, assignment: Callable[[], Tensor], base: Callable[[], Tensor]
+    ) -> TokenState:
+        """The state after tokens became others: merged, clustered, dropped or put in another order.
+
+        Args:
+            x: (B*C, N', D) the new tokens.
+            size: (B*C, N', 1) input tokens that each holds; they need not be 1 afterwards.
+            assignment: gives (B*C, N) int64, the new token that holds each old one, -1 for none. Called where sources
+                are traced.
+            base: gives (B*C, N') int64, the old token that each new one continues, -1 for none. Called likewise.
+        """
+        source, origin = self.source, self.origin
+        if source is not None:
+            source = follow(source, assignment())
+        if origin is not None:
+            origin = follow(base(), origin)
+        return replace(self, x=x, size=size, source=source, origin=origin, merged=True)
+
+    def keep(self, patches: Tensor, fused: Tensor | None = None) -> TokenState:
+        """Drops all patch tokens but some; the prefix stays in front of them.
+
+        Args:
+            patches: (B*C, K) int64, the numbers among the clip's N tokens of those that stay, in their new order.
+            fused: (B*C, 1, D), a token behind them that holds all others, as EViT's: nothing is dropped then.
+        """
+        rows, tokens, _ = self.x.shape
+        prefix = torch.arange(self.num_prefix, device=patches.device).expand(rows, -1)
+        kept = torch.cat([prefix, patches], dim=1)
+        x, size = (t.gather(1, kept.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in (self.x, self.size))
+        if fused is not None:
+            x = torch.cat([x, fused.to(x.dtype)], dim=1)
+            size = torch.cat([size, self.size.sum(1, keepdim=True) - size.sum(1, keepdim=True)], dim=1)
+
+        def assignment() -> Tensor:
+            other = kept.new_full((rows, tokens), -1 if fused is None else kept.shape[1])
+            return other.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand(rows, -1))
+
+        def base() -> Tensor:
+            return kept if fused is None else torch.cat([kept, kept.new_full((rows, 1), -1)], dim=1)
+
+        return replace(self.regroup(x, size, assignment, base), merged=self.merged or fused is not None)
+
+    def insert(self, tokens: Tensor) -> TokenState:
+        """Puts tokens that hold no input, such as prompts, at the end of the prefix; they never merge.
+
+        Args:
+            tokens: (B*C, K, D).
+        """
+        at, more = self.num_prefix, tokens.shape[1]
+        x = torch.cat([self.x[:, :at], tokens.to(self.x.dtype), self.x[:, at:]], dim=1)
+        size = torch.cat(
+            [self.size[:, :at], torch.ones_like(self.size[:, :1]).expand(-1, more, -1), self.size[:, at:]], 1
+        )
+        source, origin = self.source, self.origin
+        if source is not None:
+            source = torch.where(source >= at, source + more, source)
+        if origin is not None:
+            origin = torch.cat([origin[:, :at], origin.new_full((len(origin), more), -1), origin[:, at:]], dim=1)
+        prefix, inserted = at + more, self.num_inserted + more
+        return replace(self, x=x, size=size, source=source, origin=origin, num_prefix=prefix, num_inserted=inserted)
+
     def join_clips(self, num_joined: int) -> TokenState:
         """Joins each `num_joined` neighbouring clips into one (paper section 3.2).
 
-        The new clip holds all CLS tokens in clip order, then all patch tokens in clip order.
+        The new clip holds all CLS tokens in clip order, then inserted tokens and then all patch tokens likewise.
         """
         f = num_joined
         if f == 1:
             return self
         assert self.num_clips % f == 0, (self.num_clips, f)
-        source = self.source
+        parts = self.num_prefix - self.num_inserted, self.num_inserted, self.x.shape[1] - self.num_prefix
+        source, origin = self.source, self.origin
+        if source is not None and origin is not None:
+            first = torch.arange(f, device=source.device).repeat(len(source) // f) * source.shape[1]
+            origin = torch.where(origin < 0, origin, origin + first.unsqueeze(1))
+            origin = _join(origin.unsqueeze(-1), f, parts).squeeze(-1)
         if source is not None:
-            source = _joined_source(source, f, self.x.shape[1], self.num_prefix)
+            source = _joined_source(source, f, parts)
         return replace(
             self,
-            x=_join(self.x, f, self.num_prefix),
-            size=_join(self.size, f, self.num_prefix),
+            x=_join(self.x, f, parts),
+            size=_join(self.size, f, parts),
             source=source,
+            origin=origin,
             num_clips=self.num_clips // f,
             num_prefix=self.num_prefix * f,
+            num_inserted=self.num_inserted * f,
         )
 
+    def pool_prefix(self, num_frames: int) -> TokenState:
+        """Makes the CLS tokens and registers of so many frames those of one, by their mean weighted with sizes.
 
-def _join(x: Tensor, f: int, num_prefix: int) -> Tensor:
-    """(R*f, N, D) -> (R, f*N, D): the f clips' CLS tokens, then their patches."""
-    cls, patches = x[:, :num_prefix], x[:, num_prefix:]
-    return torch.cat([rearrange(part, "(r f) n d -> r (f n) d", f=f) for part in (cls, patches)], dim=1)
+        Where a clip's frames are no longer told apart (CenterCLIP's segments); the clip counts as one frame then.
+
+        Args:
+            num_frames: all frames whose prefix the clip has.
+        """
+        rows, tokens, _ = self.x.shape
+        own = self.num_prefix - self.num_inserted
+        one = own // num_frames
+        size = self.size[:, :own].unflatten(1, (num_frames, one))
+        summed = size.sum(1)
+        x = ((self.x[:, :own].unflatten(1, (num_frames, one)) * size).sum(1) / summed).to(self.x.dtype)
+
+        def assignment() -> Tensor:
+            number = torch.arange(tokens, device=self.x.device)
+            return torch.where(number < own, number % one, number - own + one).expand(rows, -1)
+
+        def base() -> Tensor:
+            number = torch.arange(tokens - own + one, device=self.x.device)
+            return torch.where(number < one, -1, number + own - one).expand(rows, -1)
+
+        state = self.regroup(
+            torch.cat([x, self.x[:, own:]], 1), torch.cat([summed, self.size[:, own:]], 1), assignment, base
+        )
+        return replace(state, num_prefix=self.num_prefix - own + one)
 
 
-def _joined_source(source: Tensor, f: int, num_tokens: int, num_prefix: int) -> Tensor:
-    """(R*f, S) -> (R, f*S): token numbers of each clip become those of the joined clip."""
+def _join(x: Tensor, f: int, parts: tuple[int, ...]) -> Tensor:
+    """(R*f, N, D) -> (R, f*N, D): the f clips' first part of their tokens, then the second, and so on."""
+    split = [part for part in x.split(parts, 1) if part.shape[1]]
+    return torch.cat([rearrange(part, "(r f) n d -> r (f n) d", f=f) for part in split], dim=1)
+
+
+def _joined_source(source: Tensor, f: int, parts: tuple[int, int, int]) -> Tensor:
+    """(R*f, S) -> (R, f*S): token numbers of each clip become those of the joined clip. Inserted tokens hold none."""
+    cls, inserted, patches = parts
     source = source.unflatten(0, (-1, f))
     clip = torch.arange(f, device=source.device).view(1, f, 1)
-    num_patches = num_tokens - num_prefix
-    is_cls = source < num_prefix
-    joined = torch.where(is_cls, clip * num_prefix + source, f * num_prefix + clip * num_patches + source - num_prefix)
+    prefix = cls + inserted
+    joined = torch.where(source < cls, clip * cls + source, f * prefix + clip * patches + source - prefix)
     return torch.where(source < 0, source, joined).flatten(1, 2)
 
 
@@ -113,7 +298,8 @@ class FrontendOutput:
     Attributes:
         tokens: (B, M, D) merged tokens before the final norm; clips in order, CLS tokens first in each clip.
         pooled: (B, E) masked mean of the L2-normalised frame embeddings, not normalised again.
-        size: (B, M, 1) float, input tokens held by each token; sums to the number of input tokens.
+        size: (B, M, 1) float, input tokens held by each token; sums to the number of input tokens, less those that a
+            method dropped and more the tokens that it inserted.
         frames: (B, F, E) projected CLS token (or mean of the tokens) of each frame, not normalised; (B, C, E) for
             a tower without CLS tokens whose clips hold several frames.
         source: (B, F*N0) int64 when traced: the output token (0..M-1) that holds each input token, frames

@@ -19,6 +19,7 @@ from tempme_vl.backbones.timm import backbone_of as timm_backbone
 from tempme_vl.frontend import masked_mean
 from tempme_vl.matching import MergeMap, bipartite_match
 from tempme_vl.merging import tempme, tome
+from tempme_vl.state import AttentionContext
 
 SCHEDULES = [
     MergeSchedule.identity(6, 6, 17),
@@ -381,8 +382,8 @@ class _RegisterEmbed(nn.Module):
 class _IdleBlock(BlockAdapter):
     """Adds nothing, so that every output token is a mean of input tokens."""
 
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(x), x.unflatten(-1, (2, -1)).transpose(1, 2)
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
+        return torch.zeros_like(x), AttentionContext(x.unflatten(-1, (2, -1)).transpose(1, 2))
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)

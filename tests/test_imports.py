@@ -34,7 +34,7 @@ CORE = {
 }
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
-    "state": set(),
+    "state": {"matching"},
     "matching": {"kernels"},
     "kernels": set(),  # they import Triton, and are imported for tensors on a GPU alone
     # saved folders

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tempme_vl import MergeSchedule, VisualFrontend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
 from tempme_vl.backbones.open_clip import load_clip, visual_backbone
+from tempme_vl.state import AttentionContext
 
 TINY = "open_clip:tiny"  # 6 layers, 17 tokens of width 64 a frame
 
@@ -62,8 +63,9 @@ class _IdleBlock(BlockAdapter):
         super().__init__()
         self.register_buffer("projection", torch.randn(width, 8, dtype=torch.float64))
 
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(x), (x @ self.projection).unflatten(-1, (2, -1)).transpose(1, 2)
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
+        keys = (x @ self.projection).unflatten(-1, (2, -1)).transpose(1, 2)
+        return torch.zeros_like(x), AttentionContext(keys, keys)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)

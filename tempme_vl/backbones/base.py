@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tempme_vl import kernels
 from tempme_vl.backbones.attention import attend
 from tempme_vl.schema import Range, Size
+from tempme_vl.state import AttentionContext
 
 Pool = Literal["cls", "mean", "attention"]
 _Shade = Annotated[float, Range(-1000, 1000)]
@@ -100,16 +101,16 @@ class SelfAttention(nn.Module):
         self.bias = nn.Identity() if key_bias else QueryValueBias(width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, AttentionContext]:
         """Args:
             x: (R, N, D) tokens.
             bias: on the keys, (R, 1, 1, N), or None.
 
         Returns:
-            the attended tokens (R, N, D), and the keys (R, heads, N, D_head).
+            the attended tokens (R, N, D), and what attended to them.
         """
         q, k, v = self.bias(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v, bias)), k
+        return self.proj(attend(q, k, v, bias)), AttentionContext(k, q, bias)
 
 
 class PatchProjection(nn.Conv2d):
@@ -176,8 +177,8 @@ class BlockAdapter(nn.Module):
     Norms, LayerScale, DropPath and qk-norm stay inside the branches.
     """
 
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(R, N, D) tokens -> the branch's (R, N, D) delta, and keys (R, heads, N, D_head)."""
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
+        """(R, N, D) tokens -> the branch's (R, N, D) delta, and the attention that made it, for merging."""
         raise NotImplementedError
 
     def mlp_branch(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tempme_vl.backbones.attention import attend
 from tempme_vl.backbones.base import BlockAdapter
 from tempme_vl.libraries import describe
+from tempme_vl.state import AttentionContext
 
 VERSION = describe("transformers")
 
@@ -81,8 +82,8 @@ class HFLayer(BlockAdapter):
         self.scale: float | None = getattr(inner, "scale", getattr(inner, "scaling", None))
         self.dropout: float = getattr(config, "attention_dropout", getattr(config, "attention_probs_dropout_prob", 0.0))
 
-    def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(R, N, D) normed tokens -> attention's output (R, N, D), keys after their norm (R, heads, N, D_head)."""
+    def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
+        """(R, N, D) normed tokens -> attention's output (R, N, D), and its queries and keys after their norms."""
         attention, names = self.layer.get_submodule(self.attention), self.names
         projected = [attention.get_submodule(name)(x) for name in names.qkv]
         q, k, v = projected if len(projected) == 3 else projected[0].chunk(3, dim=-1)
@@ -92,7 +93,7 @@ class HFLayer(BlockAdapter):
         x = attend(q, k, v, bias, self.dropout if attention.training else 0.0, self.scale)
         for name in names.out:
             x = attention.get_submodule(name)(x)
-        return x, k
+        return x, AttentionContext(k, q, bias, self.scale)
 
 
 class ClipLayer(HFLayer):
@@ -101,7 +102,7 @@ class ClipLayer(HFLayer):
     children_: ClassVar = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
     attention = "self_attn"
 
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
         return self.attend(self.layer.layer_norm1(x), bias)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
@@ -113,9 +114,9 @@ class Dinov2Layer(HFLayer):
 
     children_: ClassVar = {"norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "layer_scale2"}
 
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        delta, keys = self.attend(self.layer.norm1(x), bias)
-        return self.layer.drop_path(self.layer.layer_scale1(delta)), keys
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
+        delta, context = self.attend(self.layer.norm1(x), bias)
+        return self.layer.drop_path(self.layer.layer_scale1(delta)), context
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         return self.layer.drop_path(self.layer.layer_scale2(self.layer.mlp(self.layer.norm2(x))))
@@ -144,9 +145,9 @@ class InternVLLayer(HFLayer):
         scales: Any = layer
         self.scale_1, self.scale_2 = Scale(scales.lambda_1), Scale(scales.lambda_2)
 
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        delta, keys = self.attend(self.layer.layernorm_before(x), bias)
-        return self.scale_1(delta), keys
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
+        delta, context = self.attend(self.layer.layernorm_before(x), bias)
+        return self.scale_1(delta), context
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         return self.scale_2(self.layer.dropout(self.layer.mlp(self.layer.layernorm_after(x))))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.base import Backbone, BlockAdapter, PatchProjection, QuickGELU, SelfAttention, TowerShape
 from tempme_vl.libraries import describe, undocumented
+from tempme_vl.state import AttentionContext
 
 _PACKAGE = "open_clip_torch"
 with undocumented(_PACKAGE):
@@ -43,9 +44,9 @@ class OpenClipBlock(BlockAdapter):
         self.attn.qkv.weight, self.attn.qkv.bias = block.attn.in_proj_weight, block.attn.in_proj_bias
         self.attn.proj.weight, self.attn.proj.bias = block.attn.out_proj.weight, block.attn.out_proj.bias
 
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        attended, keys = self.attn(self.ln_1(x), bias)
-        return self.ls_1(attended), keys
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
+        attended, context = self.attn(self.ln_1(x), bias)
+        return self.ls_1(attended), context
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         return self.ls_2(self.mlp(self.ln_2(x)))

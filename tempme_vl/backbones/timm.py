@@ -28,6 +28,7 @@ from tempme_vl.libraries import describe, undocumented
 from tempme_vl.messages import few
 from tempme_vl.pretrained import require_hub
 from tempme_vl.schema import THEIR_LAYERS, Range, check_plain
+from tempme_vl.state import AttentionContext
 from tempme_vl.weights.exports import find_export, load_exported_tower
 from tempme_vl.weights.files import read_weights
 
@@ -61,13 +62,14 @@ class TimmBlock(BlockAdapter):
                 )
         self.block = block
 
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
         block, attention = self.block, self.block.attn
         q, k, v = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = attention.q_norm(q), attention.k_norm(k)
         dropout = attention.attn_drop.p if attention.training else 0.0
         delta = attention.norm(attend(q, k, v, bias, dropout, attention.scale))
-        return block.drop_path1(block.ls1(attention.proj_drop(attention.proj(delta)))), k
+        delta = block.drop_path1(block.ls1(attention.proj_drop(attention.proj(delta))))
+        return delta, AttentionContext(k, q, bias, attention.scale)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         block = self.block

@@ -30,7 +30,8 @@ from tempme_vl.backbones.base import (
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
 from tempme_vl.fit import misfits
 from tempme_vl.schema import Layers, Range, Share, Size
-from tempme_vl.weights.exports import find_export, load_exported_tower
+from tempme_vl.state import AttentionContext
+from tempme_vl.weights.exports import find_export, load_exported_tower, tower_part
 
 _log = logging.getLogger(__name__)
 
@@ -167,9 +168,9 @@ class UMTBlock(BlockAdapter):
         self.mlp = nn.Sequential(nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width))
         self.drop_path = DropPath(drop_path)
 
-    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        attended, keys = self.attn(self.norm1(x), bias)
-        return self.drop_path(attended), keys
+    def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
+        attended, context = self.attn(self.norm1(x), bias)
+        return self.drop_path(attended), context
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         return self.drop_path(self.mlp(self.norm2(x)))
@@ -238,14 +239,12 @@ def from_umt_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_umt_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_umt_names`, bit for bit; a front end's state too, merging parameters left out."""
     exported = {}
-    for key, value in state.items():
-        if ".before_attention." in key:
-            continue
+    for key, value in tower_part(state).items():
         if key == _PATCHES:
             value = value.unsqueeze(2)
         for theirs, ours in _RENAMED:
             key = key.replace(ours, theirs) if ours[0] == "." else _replace_prefix(key, ours, theirs)
-        exported[key.replace(".block.", ".", 1)] = value
+        exported[key] = value
     return exported
 
 

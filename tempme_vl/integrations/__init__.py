@@ -26,6 +26,7 @@ from tempme_vl.integrations.video_llava import VideoLlavaHost
 from tempme_vl.integrations.videos import SampledVideo
 from tempme_vl.libraries import undocumented
 from tempme_vl.manifest import FolderError, check_manifest, errors_in
+from tempme_vl.merging.tempme import ClipPosition
 from tempme_vl.schema import THEIR_LAYERS, check_plain, read_json
 
 logger = logging.getLogger(__name__)
@@ -123,8 +124,9 @@ def compress(
     find_host(type(inner).__name__)
     _check_processor(processor)
     host = find_host(type(inner).__name__).create(inner, processor, method, num_frames, options)
-    for weight in host.merging.parameters():
-        nn.init.normal_(weight, std=clip_position_std)
+    for module in host.merging.modules():
+        if isinstance(module, ClipPosition):
+            nn.init.normal_(module.weight, std=clip_position_std)
     compressed = Compressed(host, model, feed)
     logger.log(logging.WARNING if more_tokens(host.costs()) else logging.INFO, "%s", compressed.describe())
     return compressed

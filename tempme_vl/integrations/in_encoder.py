@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from tempme_vl.backbones import hf
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, input_device, input_dtype
-from tempme_vl.merging import MergeSchedule
+from tempme_vl.merging import MergeSchedule, learnt_modules, share_learnt
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import read
 
@@ -43,11 +43,9 @@ class InEncoderHost(Host):
 
     def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
         super().__init__(model, processor, schedule.frames)
-        self.merges = any(plan.join is not None or plan.before or plan.after for plan in schedule.plan)
+        self.merges = schedule.changes
         self._made_of, self._frontend = self._make_frontend(schedule)
-        self.merging = nn.ModuleDict(
-            {layer: block.before_attention.clip_position for layer, block in self._joins(self._frontend)}
-        )
+        self.merging = nn.ModuleDict(learnt_modules(self._frontend.blocks))
 
     # ---- the front end, made anew of the tower's modules where others took their place
 
@@ -59,20 +57,13 @@ class InEncoderHost(Host):
             old = self._frontend
             self._made_of, self._frontend = self._make_frontend(old.schedule)
             self._frontend.set_grad_checkpointing(old.grad_checkpointing)
-            for layer, block in self._joins(self._frontend):
-                block.before_attention.clip_position = self.merging[layer]
+            share_learnt(self._frontend.blocks, self.merging)
         return self._frontend
 
     def _make_frontend(self, schedule: MergeSchedule) -> tuple[list[nn.Module], VisualFrontend]:
         tower = self.running_tower(self.model)
         backbone, config = hf.backbone_of(tower, self.layer(self.model))
         return _modules_of(tower), VisualFrontend(backbone, schedule, config)
-
-    @staticmethod
-    def _joins(frontend: VisualFrontend) -> list[tuple[str, Any]]:
-        """The blocks in which clips are joined, by their numbers."""
-        blocks = cast(list[Any], list(frontend.blocks))
-        return [(layer, blocks[int(layer)]) for layer in frontend.clip_positions]
 
     # ---- facts of a host
 
@@ -120,7 +111,7 @@ class InEncoderHost(Host):
         if not self.merges:
             return self.native_tokens(self.model, self.frontend.shape, self.num_frames)
         last = self.frontend.schedule.layer_counts[-1]
-        return last.clips * (last.mlp - (0 if self.keeps_prefix else last.prefix)) + self.added_tokens
+        return last.clips * (last.out - (0 if self.keeps_prefix else last.prefix)) + self.added_tokens
 
     # ---- the protocol
 

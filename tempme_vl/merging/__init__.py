@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import fields
 from typing import Any
 
 from tempme_vl.merging import none, tempme, tome
-from tempme_vl.merging.base import LayerMerge, TokenMerger
+from tempme_vl.merging.base import LayerMerge, TokenMerger, is_of_merging, learnt_modules, share_learnt
 from tempme_vl.merging.budget import Limit, fit
-from tempme_vl.merging.method import Encoder, Method
+from tempme_vl.merging.method import Behind, Encoder, Method
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 from tempme_vl.registry import Registry
 
 __all__ = [
     "METHODS",
+    "Behind",
     "Encoder",
     "LayerMerge",
     "LayerPlan",
@@ -25,8 +25,10 @@ __all__ = [
     "TokenMerger",
     "has_setting",
     "is_of_merging",
+    "learnt_modules",
     "make_schedule",
     "merge_layers",
+    "share_learnt",
 ]
 
 # The first of the ways to stay below a limit that reaches this share of it is taken, the paper's setting before others.
@@ -111,15 +113,16 @@ def _solve(method: str, encoder: Encoder, limit: Limit, known: dict[str, Any], g
     )
 
 
-def is_of_merging(name: str) -> bool:
-    """Whether a weight, by its name in a front end or in a model with one, is a method's own and no tower's."""
-    return any(f".{field.name}." in name for field in fields(LayerMerge))
-
-
 def merge_layers(schedule: MergeSchedule, width: int) -> list[LayerMerge]:
-    """The merging modules of every block of a tower of the given width."""
-    method, clips, layers = METHODS[schedule.method], schedule.clips, []
-    for plan in schedule.plan:
-        layers.append(method.layer_merge(plan, clips, width))
-        clips //= plan.join or 1
-    return layers
+    """The merging modules of every block of a tower of the given width.
+
+    Raises:
+        ValueError: an unknown method, a schedule that is none of it, or one that reads CLS tokens where there are none.
+    """
+    method = METHODS[schedule.method]
+    if "cls_rows" in method.reads and not schedule.prefix:
+        raise ValueError(
+            f"method {schedule.method!r} reads the attention of CLS tokens, and this tower has none: choose another "
+            "method, or a tower that pools by a CLS token"
+        )
+    return [method.layer_merge(schedule, layer, width) for layer in range(len(schedule.plan))]

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from tempme_vl.matching import MergeMap
 from tempme_vl.merging.schedule import LayerPlan
-from tempme_vl.state import TokenState
+from tempme_vl.state import AttentionContext, TokenState
 
 
 class TokenMerger(nn.Module):
-    """One merging step. The base class leaves the state as it is.
+    """One step of a method. The base class leaves the state as it is.
 
-    `forward(state, metric)` gets the features that a method may compare tokens by: before attention the residual
-    stream (B*C, N, D), between attention and MLP the keys (B*C, heads, N, D_head). It returns a new state.
+    `forward(state, context)` returns a new state, made by `apply_merge` or by the state's own `keep`, `insert`,
+    `join_clips`, `pool_prefix` and `regroup`. The context gives what tokens may be compared by: before attention, and
+    behind a tower, the tokens themselves; between attention and MLP the attention that has just run.
+
+    What a step learns lies in itself or in modules of its own, and is found there by walking modules: it learns at the
+    rate of new modules, is saved, and is left out of the tower's own weights. Training with ZeRO-3 wants it in modules
+    of its own, which the step calls.
     """
 
-    def forward(self, state: TokenState, metric: Tensor) -> TokenState:
+    def forward(self, state: TokenState, context: AttentionContext) -> TokenState:
         return state
 
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """The merging steps of one block: before attention, and between attention and MLP."""
+    """The steps of one block: before attention, between attention and MLP, and behind the MLP.
 
-    before_attention: TokenMerger
-    after_attention: TokenMerger
+    The context of the last is that of the attention of the same block, thus of the tokens that were in it: a method
+    has a step between attention and MLP, or reads attention behind the MLP.
+    """
+
+    before_attention: TokenMerger = field(default_factory=TokenMerger)
+    after_attention: TokenMerger = field(default_factory=TokenMerger)
+    after_mlp: TokenMerger = field(default_factory=TokenMerger)
 
 
 def no_clip_step(plan: LayerPlan, method: str) -> None:
@@ -44,6 +55,49 @@ def apply_merge(state: TokenState, merge: MergeMap) -> TokenState:
     """Merges a state's tokens by size-weighted mean; sizes add up, sources follow."""
     if merge.src.shape[1] == 0:
         return state
-    x, size = merge.weighted_mean(state.x, state.size)
-    source = None if state.source is None else merge.trace(state.source)
-    return replace(state, x=x, size=size, source=source, merged=True)
+    return state.regroup(
+        *merge.weighted_mean(state.x, state.size), assignment=lambda: merge.assignment, base=lambda: merge.base
+    )
+
+
+def is_of_merging(model: nn.Module, name: str) -> bool:
+    """Whether a weight of a model is a method's own and no tower's: whether it lies in a step, wherever that sits.
+
+    Args:
+        name: among the model's parameters and buffers.
+    """
+    module: object = model
+    for part in name.split("."):
+        if isinstance(module, TokenMerger):
+            return True
+        module = getattr(module, part, None)
+    return False
+
+
+def learnt_modules(blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """The modules in the steps of blocks that hold learnt weights.
+
+    Args:
+        blocks: modules with `TokenMerger`s among their children.
+
+    Returns:
+        by the number of the block, and the place in it where a block has several; TempMe's clip positions, for
+        example, by the numbers of the blocks that join clips.
+    """
+    return {key: block.get_submodule(path) for key, block, path in _places(blocks)}
+
+
+def share_learnt(blocks: Iterable[nn.Module], modules: nn.ModuleDict) -> None:
+    """Puts what `learnt_modules` gave of other blocks of the same method in the place of these blocks' own."""
+    for key, block, path in list(_places(blocks)):
+        parent, _, name = path.rpartition(".")
+        setattr(block.get_submodule(parent), name, modules[key])
+
+
+def _places(blocks: Iterable[nn.Module]) -> Iterable[tuple[str, nn.Module, str]]:
+    for number, block in enumerate(blocks):
+        steps = [(name, child) for name, child in block.named_children() if isinstance(child, TokenMerger)]
+        inside = [entry for name, step in steps for entry in step.named_modules(prefix=name)]
+        paths = [path for path, module in inside if next(module.parameters(recurse=False), None) is not None]
+        for path in paths:
+            yield str(number) if len(paths) == 1 else f"{number}_{path.replace('.', '_')}", block, path

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, Literal
 
 from tempme_vl.merging.base import LayerMerge
 from tempme_vl.merging.budget import Knob, LimitKind
-from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
+from tempme_vl.merging.schedule import LayerCount, LayerPlan, MergeSchedule
+from tempme_vl.schema import Layers
+
+# Of a step's context: the tokens or keys, or what attention made of them
+Reading = Literal["tokens", "keys", "cls_rows", "column_sums"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,36 @@ class Encoder:
     joint: bool = False
 
 
+def pair_matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int) -> int:
+    """Multiply-accumulates of bipartite matching in one block, all clips: every token of one half is compared with
+    every one of the other, by its features before attention and by head-mean keys after it.
+
+    Args:
+        width, head_width: of those features.
+    """
+    before = _pairs_compared(count.joined - count.prefix) * width if plan.before else 0
+    after = _pairs_compared(count.attention - count.prefix) * head_width if plan.after else 0
+    return count.clips * (before + after)
+
+
+def _pairs_compared(patches: int) -> int:
+    return (patches // 2) * (patches - patches // 2)
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A method on the features that a tower gives, where it cannot merge inside: frames or temporal patches without CLS
+    tokens, and no attention.
+
+    Attributes:
+        options: a frozen dataclass, with the defaults for such hosts.
+        schedule: (frames, tokens of a frame, options) -> its schedule, a step for a block.
+    """
+
+    options: type
+    schedule: Callable[[int, int, Any], MergeSchedule]
+
+
 @dataclass(frozen=True)
 class Method:
     """A merging method.
@@ -29,22 +63,49 @@ class Method:
     Attributes:
         options: a frozen dataclass.
         schedule: (encoder, options) -> its schedule.
-        layer_merge: (plan, clips before its join, width) -> the modules of one block.
+        layer_merge: (schedule, number of a block, width) -> the modules of this block. What they need to know of the
+            options beside the plan, `MergeSchedule.settings` says.
         published: options, by name, that its paper gives for an encoder; {} where it gives none.
         shaped: options that follow from the numbers of layers and frames, whatever a video may cost.
         knobs: what is solved for to stay below a limit: ways to do so, the preferred ones first, each a sequence of
             knobs in the order in which they are set.
         joint: whether it works on frames that attend jointly.
+        matching: (plan, count, width, width of a head) -> multiply-accumulates in one block, beside the tower's own.
+        reads: what its modules read of their context: refused where there is none of it.
+        behind: how it works behind a tower; None for the schedule of a tower of `steps` blocks, an option more.
     """
 
     options: type
     schedule: Callable[[Encoder, Any], MergeSchedule]
-    layer_merge: Callable[[LayerPlan, int, int], LayerMerge]
+    layer_merge: Callable[[MergeSchedule, int, int], LayerMerge]
     published: Callable[[Encoder], dict[str, Any]] = lambda encoder: {}
     shaped: Callable[[Encoder], dict[str, Any]] = lambda encoder: {}
     knobs: Callable[[Encoder, LimitKind], Sequence[Sequence[Knob]]] = lambda encoder, kind: ()
     joint: bool = True
+    matching: Callable[[LayerPlan, LayerCount, int, int], int] = pair_matching
+    reads: tuple[Reading, ...] = ("keys",)
+    behind: Behind | None = None
 
     @property
     def option_names(self) -> tuple[str, ...]:
         return tuple(field.name for field in fields(self.options))
+
+    def behind_tower(self) -> Behind:
+        """How it works behind a tower.
+
+        Raises:
+            ValueError: it reads attention, and there is none.
+        """
+        if attention := [read for read in self.reads if read in ("cls_rows", "column_sums")]:
+            raise ValueError(
+                f"it reads attention ({', '.join(attention)}), and behind a tower none has run: choose a method that "
+                "compares tokens, or a host that merges inside its tower"
+            )
+        if self.behind is not None:
+            return self.behind
+        options = make_dataclass(
+            "Options", [("steps", Layers, field(default=1))], bases=(self.options,), frozen=True, kw_only=True
+        )
+        return Behind(
+            options, lambda frames, tokens, given: self.schedule(Encoder(given.steps, frames, tokens, 0), given)
+        )

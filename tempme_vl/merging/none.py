@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tempme_vl.merging.base import LayerMerge, TokenMerger, no_clip_step
-from tempme_vl.merging.method import Encoder, Method
+from tempme_vl.merging.base import LayerMerge
+from tempme_vl.merging.method import Behind, Encoder, Method
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
 
 
@@ -18,11 +18,16 @@ def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
     return MergeSchedule.identity(encoder.layers, encoder.frames, encoder.tokens, encoder.prefix, encoder.joint)
 
 
-def layer_merge(plan: LayerPlan, clips: int, width: int) -> LayerMerge:
-    no_clip_step(plan, "none")
-    if plan.after:
-        raise ValueError(f"method 'none' merges nothing; its schedule has {plan}")
-    return LayerMerge(TokenMerger(), TokenMerger())
+def layer_merge(schedule: MergeSchedule, layer: int, width: int) -> LayerMerge:
+    if schedule.plan[layer] != LayerPlan():
+        raise ValueError(f"method 'none' merges nothing; its schedule has {schedule.plan[layer]}")
+    return LayerMerge()
 
 
-METHOD = Method(Options, schedule, layer_merge)
+METHOD = Method(
+    Options,
+    schedule,
+    layer_merge,
+    reads=(),
+    behind=Behind(Options, lambda frames, tokens, options: schedule(Encoder(1, frames, tokens, 0), options)),
+)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 from tempme_vl.schema import Count, Range, Size, read
+
+Setting = bool | int | float | str
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,20 @@ class LayerPlan:
         join: neighbouring clips joined into one before attention; None in a block without a clip step.
         before: pairs merged in each (joined) clip before attention; TempMe's cross-clip merging.
         after: pairs merged in each clip between attention and MLP; ImgMe and intra-clip merging.
+        pool_prefix: whether the prefixes of the frames of a (joined) clip become one, their mean.
+        insert: tokens that each clip gets before attention, behind its CLS tokens, and keeps; they never merge.
+        fewer_before, fewer_after, fewer_last: patch tokens that each clip has fewer before attention, between attention
+            and MLP and behind the MLP, beside the pairs: dropped, or gathered in others.
     """
 
     join: int | None = None
     before: int = 0
     after: int = 0
+    pool_prefix: bool = False
+    insert: int = 0
+    fewer_before: int = 0
+    fewer_after: int = 0
+    fewer_last: int = 0
 
 
 class LayerCount(NamedTuple):
@@ -31,7 +43,9 @@ class LayerCount(NamedTuple):
     prefix: int
     joined: int  # tokens a clip before the first merge
     attention: int  # tokens a clip in attention
-    mlp: int  # tokens a clip in the MLP, and after the block
+    mlp: int  # tokens a clip in the MLP
+    out: int  # tokens a clip after the block
+    inserted: int  # of the prefix
 
 
 @dataclass(frozen=True)
@@ -45,9 +59,12 @@ class MergeSchedule:
         plan: one `LayerPlan` a block.
         prefix: P, tokens of a frame that never merge, in front of its patches: CLS, where there is one, and registers.
         joint: all frames are one clip from the start (UMT's joint space-time attention), and not F clips.
+        proportional: whether a token counts in attention as many times as its size.
+        settings: what the modules need to know beside the plan: names and plain values, ascending by name.
 
     Raises:
-        ValueError: frames that the joins do not divide, or more pairs than a clip's tokens can form.
+        ValueError: frames that the joins do not divide, or more pairs than a clip's tokens can form, or fewer tokens
+            than one.
     """
 
     method: str
@@ -56,6 +73,8 @@ class MergeSchedule:
     plan: tuple[LayerPlan, ...]
     prefix: int = 1
     joint: bool = False
+    proportional: bool = True
+    settings: tuple[tuple[str, Setting], ...] = ()
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.tokens <= self.prefix or not self.plan:
@@ -79,16 +98,24 @@ class MergeSchedule:
                 )
             clips //= join
         for layer, (plan, count) in enumerate(zip(self.plan, self.layer_counts, strict=True)):
-            for name, pairs, tokens in (
-                ("before", plan.before, count.joined),
-                ("after", plan.after, count.attention),
+            for where, pairs, fewer, tokens in (
+                ("before attention", plan.before, plan.fewer_before, count.joined),
+                ("after attention", plan.after, plan.fewer_after, count.attention),
+                ("behind the MLP", 0, plan.fewer_last, count.mlp),
             ):
                 limit = (tokens - count.prefix) // 2
                 if not 0 <= pairs <= limit:
                     raise ValueError(
-                        f"layer {layer} wants to merge {pairs} pairs {name} attention, but {tokens} tokens with "
+                        f"layer {layer} wants to merge {pairs} pairs {where}, but {tokens} tokens with "
                         f"{count.prefix} CLS form at most {limit}; lower r or the percentages"
                     )
+                if not 0 <= fewer < max(1, tokens - pairs - count.prefix):
+                    raise ValueError(
+                        f"layer {layer} wants {fewer} tokens fewer {where}, but at least 1 of "
+                        f"{tokens - pairs - count.prefix} has to stay"
+                    )
+            if plan.insert < 0 or (plan.pool_prefix and not self.prefix):
+                raise ValueError(f"layer {layer} inserts {plan.insert} tokens and pools {self.prefix} CLS: {plan}")
 
     @classmethod
     def identity(
@@ -133,19 +160,29 @@ class MergeSchedule:
     @property
     def layer_counts(self) -> list[LayerCount]:
         """Counts at each step of each block."""
-        clips, tokens, prefix, counts = self.clips, self.tokens * (self.frames // self.clips), self.prefix, []
+        clips, tokens, counts = self.clips, self.tokens * (self.frames // self.clips), []
+        cls, inserted = self.prefix, 0
         for plan in self.plan:
             join = plan.join or 1
-            clips, joined, prefix = clips // join, tokens * join, prefix * join
-            attention = joined - plan.before
-            tokens = attention - plan.after
-            counts.append(LayerCount(clips, prefix, joined, attention, tokens))
+            clips, cls, inserted = clips // join, cls * join, inserted * join + plan.insert
+            joined = tokens * join + plan.insert
+            if plan.pool_prefix:
+                joined, cls = joined - cls + self.prefix, self.prefix
+            attention = joined - plan.before - plan.fewer_before
+            mlp = attention - plan.after - plan.fewer_after
+            tokens = mlp - plan.fewer_last
+            counts.append(LayerCount(clips, cls + inserted, joined, attention, mlp, tokens, inserted))
         return counts
 
     @property
     def token_counts(self) -> list[tuple[int, int]]:
         """(clips, tokens per clip) after each block."""
-        return [(count.clips, count.mlp) for count in self.layer_counts]
+        return [(count.clips, count.out) for count in self.layer_counts]
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything happens to the tokens, or the method does nothing."""
+        return any(plan != LayerPlan() for plan in self.plan)
 
     @property
     def output_tokens(self) -> int:
@@ -172,10 +209,10 @@ class MergeSchedule:
     ) -> float:
         """Cost of the visual tower for one video in the paper's counting, in 1e9.
 
-        Multiply-accumulates of convolution, linear layers, attention and matching count 1; softmax 1 an element,
-        LayerNorm 2, GELU 1 (QuickGELU 2), a bias addition 1. The final norm counts for the tokens that pooling reads,
-        the projection once a frame, there or not. This convention gives all 12-frame rows of the paper's tables within
-        0.2%.
+        Multiply-accumulates of convolution, linear layers, attention and matching (as the method's record counts them)
+        count 1; softmax 1 an element, LayerNorm 2, GELU 1 (QuickGELU 2), a bias addition 1. The final norm counts for
+        the tokens that pooling reads, the projection once a frame, there or not. This convention gives all 12-frame
+        rows of the paper's tables within 0.2%.
 
         Args:
             patch_size: pixels; default: from the image size and the number of patch tokens.
@@ -184,6 +221,9 @@ class MergeSchedule:
                 The last two read all tokens but the prefix. Attention pooling counts as a block with one query, for
                 every frame, or for every clip that is left where tokens were merged.
         """
+        from tempme_vl.merging import METHODS
+
+        matching = METHODS[self.method].matching
         patches = self.tokens - self.prefix
         patch_size = patch_size or round(image_size / math.sqrt(patches))
         mlp_width = int(width * mlp_ratio)
@@ -194,26 +234,31 @@ class MergeSchedule:
         for plan, n in zip(self.plan, self.layer_counts, strict=True):
             attention = n.attention * (2 * width + 4 * width**2 + 4 * width)  # norm, qkv and proj, biases
             attention += n.attention**2 * (2 * width + heads)  # scores and values, softmax
-            matching = _pairs_compared(n.joined - n.prefix) * width if plan.before else 0
-            matching += _pairs_compared(n.attention - n.prefix) * (width // heads) if plan.after else 0
-            total += n.clips * (attention + n.mlp * mlp + matching)
+            total += n.clips * (attention + n.mlp * mlp) + matching(plan, n, width, width // heads)
         pool = pool or ("cls" if self.prefix else "mean")
         last = self.layer_counts[-1]
-        pooled = self.frames if pool == "cls" else last.clips * (last.mlp - last.prefix)
-        total += pooled * 2 * width + self.frames * width * embed_dim
+        cls = last.clips * (last.prefix - last.inserted) // self.prefix if self.prefix else 0
+        pooled = cls if pool == "cls" else last.clips * (last.out - last.prefix)
+        total += pooled * 2 * width + (cls if pool == "cls" else self.frames) * width * embed_dim
         if pool == "attention":
-            merged = any(plan.before or plan.after for plan in self.plan)
-            queries = last.clips if merged else self.frames
+            queries = self.frames if pooled == self.frames * patches else last.clips
             total += pooled * (2 * width**2 + 2 * width)  # keys and values
             total += pooled * (2 * width + heads)  # scores and values, softmax
             total += queries * (2 * width**2 + 2 * width + mlp)  # query, proj
         return total / 1e9
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; `from_dict` gives the schedule back."""
+        """Plain JSON data; `from_dict` gives the schedule back. What is as by default is left out, but what was always
+        written."""
         data = asdict(self)
         data["plan"] = [[p.join, p.before, p.after] for p in self.plan]
-        return data
+        more = {name: [getattr(plan, name) for plan in self.plan] for name in _MORE}
+        del data["settings"], data["proportional"]
+        if not self.proportional:
+            data["proportional"] = False
+        if self.settings:
+            data["settings"] = dict(self.settings)
+        return data | {name: values for name, values in more.items() if any(values)}
 
     @classmethod
     def from_dict(cls, data: object, place: str = "schedule") -> MergeSchedule:
@@ -228,6 +273,10 @@ class MergeSchedule:
         return read(_Saved, data, place).schedule
 
 
+# of a plan, beside [join, before, after]: one value a block each
+_MORE = ("pool_prefix", "insert", "fewer_before", "fewer_after", "fewer_last")
+
+
 @dataclass(frozen=True)
 class _Saved:
     """The JSON data of a schedule; a step of its plan is [join, before, after]."""
@@ -238,15 +287,26 @@ class _Saved:
     plan: tuple[tuple[Size | None, Count, Count], ...]
     prefix: Count = 1
     joint: bool = False
+    proportional: bool = True
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    pool_prefix: tuple[bool, ...] = ()
+    insert: tuple[Count, ...] = ()
+    fewer_before: tuple[Count, ...] = ()
+    fewer_after: tuple[Count, ...] = ()
+    fewer_last: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
+        if wrong := [name for name in _MORE if len(getattr(self, name)) not in (0, len(self.plan))]:
+            raise ValueError(f"expected a value for each of {len(self.plan)} blocks in {', '.join(wrong)}")
         _ = self.schedule
 
     @property
     def schedule(self) -> MergeSchedule:
-        plan = tuple(LayerPlan(*step) for step in self.plan)
-        return MergeSchedule(self.method, self.frames, self.tokens, plan, self.prefix, self.joint)
-
-
-def _pairs_compared(patches: int) -> int:
-    return (patches // 2) * (patches - patches // 2)
+        more = {name: getattr(self, name) for name in _MORE if getattr(self, name)}
+        plan = tuple(
+            LayerPlan(*step, **{name: values[layer] for name, values in more.items()})
+            for layer, step in enumerate(self.plan)
+        )
+        settings = tuple(sorted(self.settings.items()))
+        shape = self.frames, self.tokens, plan, self.prefix, self.joint
+        return MergeSchedule(self.method, *shape, self.proportional, settings)

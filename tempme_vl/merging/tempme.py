@@ -7,8 +7,8 @@ blocks go on merging inside the clip.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tempme_vl.matching import bipartite_match
 from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge
 from tempme_vl.merging.budget import Knob, LimitKind
-from tempme_vl.merging.method import Encoder, Method
+from tempme_vl.merging.method import Behind, Encoder, Method
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
-from tempme_vl.state import TokenState
+from tempme_vl.schema import Range, Size
+from tempme_vl.state import AttentionContext, TokenState
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class IntraClipMerge(TokenMerger):
         super().__init__()
         self.pairs = pairs
 
-    def forward(self, state: TokenState, metric: Tensor) -> TokenState:
-        return apply_merge(state, bipartite_match(metric.mean(1), self.pairs, state.num_prefix))
+    def forward(self, state: TokenState, context: AttentionContext) -> TokenState:
+        return apply_merge(state, bipartite_match(context.features(), self.pairs, state.num_prefix))
 
 
 class ClipPosition(nn.Module):
@@ -167,24 +168,74 @@ class CrossClipMerge(TokenMerger):
         join: neighbouring clips joined.
         pairs: pairs merged in each joined clip.
         width: D.
+        alternate: whether the joined clips' tokens alternate, so that the two sets of a match of two clips are the two
+            clips, and no position is learnt.
     """
 
-    def __init__(self, clips: int, join: int, pairs: int, width: int):
-        super().__init__()
-        self.join, self.pairs = join, pairs
-        self.clip_position = ClipPosition(clips, width)
+    clip_position: Any
 
-    def forward(self, state: TokenState, metric: Tensor) -> TokenState:
+    def __init__(self, clips: int, join: int, pairs: int, width: int, alternate: bool = False):
+        super().__init__()
+        self.join, self.pairs, self.alternate = join, pairs, alternate
+        self.clip_position = nn.Identity() if alternate else ClipPosition(clips, width)
+
+    def forward(self, state: TokenState, context: AttentionContext) -> TokenState:
         placed = replace(state, x=self.clip_position(state.x)).join_clips(self.join)
-        compared = replace(state, x=metric).join_clips(self.join).x
+        if self.alternate:
+            placed = placed.keep(_alternating(placed, self.join))
+            compared = placed.x
+        else:
+            compared = replace(state, x=context.features()).join_clips(self.join).x
         return apply_merge(placed, bipartite_match(compared, self.pairs, placed.num_prefix))
 
 
-def layer_merge(plan: LayerPlan, clips: int, width: int) -> LayerMerge:
-    """The modules of one block; `clips` counts those before its join."""
-    before = TokenMerger() if plan.join is None else CrossClipMerge(clips, plan.join, plan.before, width)
-    after = IntraClipMerge(plan.after) if plan.after else TokenMerger()
-    return LayerMerge(before, after)
+def _alternating(state: TokenState, join: int) -> Tensor:
+    """(B*C, N - P) int64: the clips' first patch tokens, then their second ones, and so on."""
+    rows, tokens, _ = state.x.shape
+    number = torch.arange(state.num_prefix, tokens, device=state.x.device)
+    return number.unflatten(0, (join, -1)).T.flatten().expand(rows, -1)
 
 
-METHOD = Method(Options, schedule, layer_merge, published, shaped, knobs, joint=False)
+def layer_merge(schedule: MergeSchedule, layer: int, width: int) -> LayerMerge:
+    plan, alternate = schedule.plan[layer], bool(dict(schedule.settings).get("alternate"))
+    before = TokenMerger()
+    if plan.join is not None:
+        clips = schedule.layer_counts[layer].clips * plan.join
+        before = CrossClipMerge(clips, plan.join, plan.before, width, alternate)
+    return LayerMerge(before, IntraClipMerge(plan.after) if plan.after else TokenMerger())
+
+
+@dataclass(frozen=True)
+class BehindOptions:
+    """As in `Options`; one step joins as many clips as each number of merge_frames says. No positions are learnt."""
+
+    merge_frames: list[Size] = field(default_factory=lambda: [2, 2])
+    cross_percent: Annotated[int, Range(0, 100)] = 40
+    intra_percent: Annotated[int, Range(0, 100)] = 10
+
+
+def behind_schedule(frames: int, tokens: int, options: BehindOptions) -> MergeSchedule:
+    """Joined clips alternate, since frames of a grid have their tokens in the same places.
+
+    Raises:
+        ValueError: no step, or see `schedule`.
+    """
+    joins = tuple(options.merge_frames)
+    if not joins:
+        raise ValueError("merge_frames says how many clips each step joins, such as (2, 2); got none")
+    inside = Options(0, tuple(range(len(joins))), joins, options.cross_percent, options.intra_percent)
+    made = schedule(Encoder(len(joins), frames, tokens, 0), inside)
+    return replace(made, settings=(("alternate", True),))
+
+
+METHOD = Method(
+    Options,
+    schedule,
+    layer_merge,
+    published,
+    shaped,
+    knobs,
+    joint=False,
+    reads=("tokens", "keys"),
+    behind=Behind(BehindOptions, behind_schedule),
+)

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from tempme_vl.matching import bipartite_match
 from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge, no_clip_step
 from tempme_vl.merging.budget import Knob, LimitKind
-from tempme_vl.merging.method import Encoder, Method
+from tempme_vl.merging.method import Behind, Encoder, Method
 from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
-from tempme_vl.state import TokenState
+from tempme_vl.schema import Count, Layers
+from tempme_vl.state import AttentionContext, TokenState
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,27 @@ class ToMeMerge(TokenMerger):
         super().__init__()
         self.pairs = pairs
 
-    def forward(self, state: TokenState, metric: Tensor) -> TokenState:
+    def forward(self, state: TokenState, context: AttentionContext) -> TokenState:
         order: Literal["position", "similarity"] = "position" if state.num_prefix else "similarity"
-        return apply_merge(state, bipartite_match(metric.mean(1), self.pairs, state.num_prefix, order))
+        return apply_merge(state, bipartite_match(context.features(), self.pairs, state.num_prefix, order))
 
 
-def layer_merge(plan: LayerPlan, clips: int, width: int) -> LayerMerge:
+def layer_merge(schedule: MergeSchedule, layer: int, width: int) -> LayerMerge:
+    plan = schedule.plan[layer]
     no_clip_step(plan, "tome")
-    return LayerMerge(TokenMerger(), ToMeMerge(plan.after) if plan.after else TokenMerger())
+    return LayerMerge(after_attention=ToMeMerge(plan.after) if plan.after else TokenMerger())
 
 
-METHOD = Method(Options, schedule, layer_merge, published, knobs=knobs)
+@dataclass(frozen=True)
+class BehindOptions:
+    """r: pairs merged a frame in every step, or one number a step. steps: how often."""
+
+    r: Count | list[Count] = 16
+    steps: Layers = 2
+
+
+def behind_schedule(frames: int, tokens: int, options: BehindOptions) -> MergeSchedule:
+    return schedule(Encoder(options.steps, frames, tokens, 0), Options(options.r))
+
+
+METHOD = Method(Options, schedule, layer_merge, published, knobs=knobs, behind=Behind(BehindOptions, behind_schedule))

@@ -126,7 +126,7 @@ class RetrievalModel(TunableModel):
 
     def is_new_parameter(self, name: str) -> bool:
         """Whether a parameter was in no pretrained model: TempMe's clip positions, and what tuning added."""
-        return super().is_new_parameter(name) or is_of_merging(name)
+        return super().is_new_parameter(name) or is_of_merging(self, name)
 
     def input_side(self) -> list[nn.Module]:
         """Token, position and class embeddings, conv1 and ln_pre, which CLIP4Clip freezes."""

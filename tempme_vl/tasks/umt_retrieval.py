@@ -151,7 +151,7 @@ class UMTRetrievalModel(TunableModel):
 
     def is_new_parameter(self, name: str) -> bool:
         """Whether a parameter was in no pretrained model: TempMe's clip positions, and what tuning added."""
-        return super().is_new_parameter(name) or is_of_merging(name)
+        return super().is_new_parameter(name) or is_of_merging(self, name)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of all parts in the backward pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,7 @@ class Export:
 
     def tower(self) -> dict[str, Tensor]:
         """Weights of the encoder alone, under the names of `tempme_vl.backbones.base.Backbone`."""
-        own = {key: value for key, value in self.frontend.items() if ".before_attention." not in key}
-        return {key.replace(".block.", ".", 1): value for key, value in own.items()}
+        return tower_part(self.frontend)
 
     def clip_positions(self) -> dict[str, Tensor]:
         """TempMe's, by layer: (clips before the join, D)."""
@@ -162,3 +162,15 @@ def require_vocabulary(export: Export, vocabulary: Sequence[str]) -> None:
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weights under a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def tower_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a front end's weights those of its tower, under the names that they have there; a tower's stay.
+
+    In a block of a front end the tower's block stands beside the steps of merging, as "block".
+    """
+    beside = re.compile(r"blocks\.\d+\.(?!block\.)")
+    inside = re.compile(r"(blocks\.\d+)\.block\.")
+    if not any(map(inside.match, state)):
+        return dict(state)
+    return {inside.sub(r"\1.", key, count=1): value for key, value in state.items() if not beside.match(key)}

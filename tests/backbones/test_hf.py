@@ -386,19 +386,19 @@ def test_a_token_of_size_two_is_seen_as_two(name: str) -> None:
     x = torch.randn(1, 3, D, generator=torch.Generator().manual_seed(0))
     bias = torch.tensor([1.0, 1.0, 2.0]).log().view(1, 1, 1, 3)
     twice, _ = block.attention_branch(torch.cat([x, x[:, 2:]], dim=1), None)
-    sized, keys = block.attention_branch(x, bias)
+    sized, context = block.attention_branch(x, bias)
     torch.testing.assert_close(sized, twice[:, :3], rtol=0, atol=1e-5)
     assert not torch.allclose(sized, block.attention_branch(x, None)[0], atol=1e-4)
-    assert keys.shape == (1, 4, 3, D // 4)
+    assert context.keys.shape == (1, 4, 3, D // 4)
 
 
 def test_keys_come_after_their_norm() -> None:
     tower = host("internvl qk-norm")
     attention, block = tower.encoder.layer[0].attention, front(tower).blocks[0].block
     x = torch.randn(2, 5, D)
-    _, keys = block.attention_branch(x, None)
+    _, context = block.attention_branch(x, None)
     expected = attention.k_norm(attention.k_proj(tower.encoder.layer[0].layernorm_before(x)))
-    assert torch.equal(keys.transpose(1, 2).flatten(2), expected)
+    assert torch.equal(context.keys.transpose(1, 2).flatten(2), expected)
 
 
 def test_attention_pooling_counts_a_token_by_its_size() -> None:

@@ -123,8 +123,8 @@ def test_quick_gelu_is_the_usual_one_bit_for_bit(grad: bool) -> None:
 def test_attention_gives_its_keys_and_adds_the_bias() -> None:
     torch.manual_seed(0)
     attention, x = SelfAttention(8, 2), torch.randn(3, 5, 8)
-    _, keys = attention(x)
-    torch.testing.assert_close(keys.transpose(1, 2).flatten(2), attention.qkv(x)[..., 8:16])
+    _, context = attention(x)
+    torch.testing.assert_close(context.keys.transpose(1, 2).flatten(2), attention.qkv(x)[..., 8:16])
     bias = torch.zeros(3, 1, 1, 5)
     bias[..., 2] = float("-inf")
     hidden, _ = attention(x, bias)

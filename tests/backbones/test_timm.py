@@ -313,10 +313,10 @@ def test_a_token_of_size_two_is_seen_as_two(name: str) -> None:
     block, size = frontend.blocks[1].block, torch.tensor([1.0, 1.0, 2.0]).view(1, 3, 1)
     doubled = torch.cat([x, x[:, 2:]], dim=1)
     twice, _ = block.attention_branch(doubled, None)
-    sized, keys = block.attention_branch(x, size.log().view(1, 1, 1, 3))
+    sized, context = block.attention_branch(x, size.log().view(1, 1, 1, 3))
     torch.testing.assert_close(sized, twice[:, :3], rtol=0, atol=1e-5)
     assert not torch.allclose(sized, block.attention_branch(x, None)[0], atol=1e-4)
-    assert keys.shape == (1, 4, 3, D // 4)
+    assert context.keys.shape == (1, 4, 3, D // 4)
     if frontend.shape.pooling == "attention":
         torch.testing.assert_close(frontend.head(x, size), frontend.head(doubled, None), rtol=0, atol=1e-5)
         assert not torch.allclose(frontend.head(x, size), frontend.head(x, None), atol=1e-4)
@@ -325,9 +325,9 @@ def test_a_token_of_size_two_is_seen_as_two(name: str) -> None:
 def test_keys_come_after_their_norm() -> None:
     tower, x = host("qk-norm and LayerScale"), torch.randn(2, 5, D)
     block = tower.blocks[0]
-    _, keys = front(tower).blocks[0].block.attention_branch(x, None)
+    _, context = front(tower).blocks[0].block.attention_branch(x, None)
     plain = block.attn.qkv(block.norm1(x))[..., D : 2 * D].unflatten(-1, (4, -1)).transpose(1, 2)
-    torch.testing.assert_close(keys, block.attn.k_norm(plain), rtol=0, atol=1e-6)
+    torch.testing.assert_close(context.keys, block.attn.k_norm(plain), rtol=0, atol=1e-6)
 
 
 # ---- training

@@ -270,8 +270,8 @@ def test_keys_have_no_bias() -> None:
     attention = tiny("none").blocks[0].block.attn
     assert attention.qkv.bias is None and {n for n, _ in attention.bias.named_parameters()} == {"q", "v"}
     x = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0))
-    _, keys = attention(x)
-    assert torch.equal(keys.transpose(1, 2).flatten(2), attention.qkv(x)[..., D : 2 * D])
+    _, context = attention(x)
+    assert torch.equal(context.keys.transpose(1, 2).flatten(2), attention.qkv(x)[..., D : 2 * D])
     q, k, v = (attention.bias(attention.qkv(x)) - attention.qkv(x)).chunk(3, dim=-1)
     assert q.any() and not k.any() and v.any()
 

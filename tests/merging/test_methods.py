@@ -8,7 +8,7 @@ import torch
 from tempme_vl.merging import METHODS, Encoder, LayerPlan, MergeSchedule, TokenMerger, merge_layers
 from tempme_vl.merging.tempme import ClipPosition, CrossClipMerge
 from tempme_vl.merging.tome import ToMeMerge
-from tempme_vl.state import TokenState
+from tempme_vl.state import AttentionContext, TokenState
 
 
 def state(rows: int, tokens: int, clips: int, prefix: int = 1) -> TokenState:
@@ -30,7 +30,7 @@ def test_cross_clip_merging_compares_tokens_without_positions_but_merges_them_wi
     before, pairs = state(4, 7, 4), 3
     plain, placed = (CrossClipMerge(4, join, pairs, 8) for _ in range(2))
     torch.nn.init.normal_(placed.clip_position.weight, std=100)
-    expected, actual = plain(before, before.x), placed(before, before.x)
+    expected, actual = (merge(before, AttentionContext.of_tokens(before.x)) for merge in (plain, placed))
     assert torch.equal(actual.source, expected.source)
     assert torch.equal(actual.size, expected.size)
     assert not torch.allclose(actual.x, expected.x)
@@ -40,7 +40,7 @@ def test_positions_are_added_where_nothing_merges() -> None:
     before = state(4, 7, 4)
     merge = CrossClipMerge(4, 2, 0, 8)
     torch.nn.init.ones_(merge.clip_position.weight)
-    after = merge(before, before.x)
+    after = merge(before, AttentionContext.of_tokens(before.x))
     assert torch.equal(after.x, before.join_clips(2).x + 1)
     assert not after.merged and after.attention_bias is None
 
@@ -51,7 +51,7 @@ def test_tome_leaves_unmerged_tokens_by_similarity_without_cls_and_by_position_w
     # cosines of tokens 0, 2, 4, 6 with their best odd one: 0.995, 0.81, 0.98, 0.91; the first pair merges
     for prefix, kept in ((0, [4, 6, 2]), (1, [2, 6])):
         before = TokenState.start(torch.eye(8).unsqueeze(0), 1, prefix, trace_source=True)
-        after = ToMeMerge(1)(before, keys.expand(1, 2, 8, 2))
+        after = ToMeMerge(1)(before, AttentionContext(keys.expand(1, 2, 8, 2)))
         assert after.source[0, kept].tolist() == list(range(prefix, prefix + len(kept)))
 
 

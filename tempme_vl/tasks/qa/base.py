@@ -190,7 +190,7 @@ class VideoQAModel(TunableModel):
 
     def is_new_parameter(self, name: str) -> bool:
         """Whether a parameter was in no pretrained model and learns at its own rate."""
-        if super().is_new_parameter(name) or is_of_merging(name):
+        if super().is_new_parameter(name) or is_of_merging(self, name):
             return True
         if not name.startswith("head."):
             return False
