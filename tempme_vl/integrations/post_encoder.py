@@ -1,34 +1,30 @@
 """Hosts whose towers need a whole grid (windows, rotary positions, pixel shuffle): the tower runs as it is, and what it
 gives the language model merges across neighbouring frames.
 
-The plan of a method is the one it has inside a tower, a step here for a block there: TempMe joins neighbouring clips
-and merges across and inside them, ToMe merges inside each frame. Features that merge weigh as many as they hold. A
-kept token stands where the token stood that it continues, and all clips keep the same number of tokens, known ahead.
+A method does here what it does inside a tower, by the same modules, a step here for a block there: TempMe joins
+neighbouring clips and merges across and inside them, ToMe merges inside each frame. Features that merge weigh as many
+as they hold. A kept token stands where the token stood that it continues, and all clips keep the same number of
+tokens, known ahead.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, count_weights
-from tempme_vl.matching import MergeMap, bipartite_match
-from tempme_vl.merging import MergeSchedule
-from tempme_vl.schema import Count, Layers, Range, Size, read
+from tempme_vl.merging import METHODS, LayerMerge, MergeSchedule, learnt_modules, merge_layers, share_learnt
+from tempme_vl.registry import UnknownName
+from tempme_vl.schema import Range, read
+from tempme_vl.state import AttentionContext, TokenState, at_least_float32
 
 _TYPICAL = (360, 640)  # height and width of the frames that costs are told for
-
-# the options of a method, and their defaults
-OPTIONS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "tome": {"r": 16, "steps": 2},
-    "tempme": {"merge_frames": [2, 2], "cross_percent": 40, "intra_percent": 10},
-}
+_GRID = (16, 16)  # tokens of a frame, where a plan is made that no video has asked for
 
 
 @dataclass(frozen=True)
@@ -41,38 +37,76 @@ class _Saved:
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class _Options:
-    """All options of all methods; a method has some of them."""
+def options_of(method: str, given: Mapping[str, Any], place: str) -> Any:
+    """The options of a method behind a tower (`tempme_vl.merging.Behind`), the defaults filled in.
 
-    r: Count = 0
-    steps: Layers = 1
-    merge_frames: list[Size] = field(default_factory=list)
-    cross_percent: Annotated[int, Range(0, 100)] = 0
-    intra_percent: Annotated[int, Range(0, 100)] = 0
+    Args:
+        place: to name in errors.
+
+    Raises:
+        ValueError: a method that does not work there; options that are unknown, missing or no such values.
+    """
+    try:
+        kind = METHODS[method].behind_tower().options
+    except UnknownName:
+        raise
+    except ValueError as error:
+        raise ValueError(f"method {method!r} does not work behind a tower: {error}") from error
+    names = [field.name for field in fields(kind)]
+    if unknown := set(given) - set(names):
+        raise ValueError(
+            f"{place} merges behind its tower, where {method!r} takes {', '.join(names) or 'no options'}; "
+            f"got {', '.join(sorted(unknown))}"
+        )
+    return read(kind, given, f"{place}, method {method!r}")
 
 
-def make_plan(method: str, frames: int, tokens: int, options: Mapping[str, Any]) -> MergeSchedule:
+def make_plan(method: str, frames: int, tokens: int, options: Any) -> MergeSchedule:
     """The merging of one video.
 
     Args:
         frames: T, frames or temporal patches.
         tokens: S, tokens of each.
-        options: all those of `OPTIONS[method]`.
+        options: what `options_of` gave, or a mapping of some of them.
 
     Raises:
         ValueError: options that do not fit.
     """
-    if method == "tempme":
-        joins = tuple(options["merge_frames"])
-        if not joins:
-            raise ValueError("merge_frames says how many clips each step joins, such as (2, 2); got none")
-        percents = {key: options[key] for key in ("cross_percent", "intra_percent")}
-        steps = {"merge_layers": tuple(range(len(joins))), "merge_frames": joins, **percents}
-        return MergeSchedule.tempme(len(joins), frames, tokens, r=0, prefix=0, **steps)
-    if method == "tome":
-        return MergeSchedule.tome(options["steps"], frames, tokens, options["r"], prefix=0)
-    return MergeSchedule.identity(1, frames, tokens, prefix=0)
+    if isinstance(options, Mapping):
+        options = options_of(method, options, "a host")
+    schedule = METHODS[method].behind_tower().schedule(frames, tokens, options)
+    if any(plan.insert for plan in schedule.plan):
+        raise ValueError(f"method {method!r} inserts tokens, which have no place among those of a host")
+    return schedule
+
+
+class MergedStep(nn.Module):
+    """The steps of one block of a tower, where there is no block."""
+
+    def __init__(self, merge: LayerMerge):
+        super().__init__()
+        self.before_attention, self.after_attention = merge.before_attention, merge.after_attention
+        self.after_mlp = merge.after_mlp
+
+    def forward(self, state: TokenState) -> TokenState:
+        """After each step that merges, the tokens of a clip stand in the order of their places."""
+        for step in (self.before_attention, self.after_attention, self.after_mlp):
+            clips, (_, tokens, _) = state.num_clips, state.x.shape
+            state = step(state, AttentionContext.of_tokens(state.x))
+            if clips * tokens != state.num_clips * state.x.shape[1]:
+                state = in_order(state)
+        return state
+
+
+def in_order(state: TokenState) -> TokenState:
+    """The tokens of each clip by the places of those that they continue."""
+    assert state.origin is not None
+    return state.keep(state.origin.argsort(dim=1))
+
+
+def merge_steps(schedule: MergeSchedule, width: int) -> nn.ModuleList:
+    """The modules of a schedule, for features of a width."""
+    return nn.ModuleList(MergedStep(merge) for merge in merge_layers(schedule, width))
 
 
 @dataclass(frozen=True)
@@ -105,36 +139,41 @@ class ClipFeatures:
     deeper: tuple[Tensor, ...] = ()
 
 
-def merge(frames: FrameFeatures, schedule: MergeSchedule) -> ClipFeatures:
-    """Merges features by a schedule without CLS tokens, compared by themselves."""
-    source = torch.arange(frames.x.shape[0] * frames.x.shape[1], device=frames.x.device)
-    size = torch.ones_like(source, dtype=torch.promote_types(frames.x.dtype, torch.float32))
-    state = [*frames.deeper, frames.x]
-    source, size = source.view(frames.x.shape[:2]), size.view(*frames.x.shape[:2], 1)
-    for plan in schedule.plan:
-        if plan.join is not None:
-            # clips alternate, so that the two sets of a match of two clips are the two clips
-            state = [_interleave(x, plan.join) for x in state]
-            source, size = _interleave(source, plan.join), _interleave(size, plan.join)
-        for pairs in (plan.before, plan.after):
-            if pairs:
-                state, source, size = _apply(bipartite_match(state[-1], pairs, num_prefix=0), state, source, size)
-    return ClipFeatures(state[-1], source, tuple(state[:-1]))
+def merge(frames: FrameFeatures, schedule: MergeSchedule, steps: Iterable[nn.Module] | None = None) -> ClipFeatures:
+    """Merges features by a schedule without CLS tokens, compared by themselves.
+
+    Features for deeper layers follow the same matches: the mean of those of the input tokens that a token holds.
+
+    Args:
+        steps: what `merge_steps` gave; default: new ones.
+
+    Raises:
+        ValueError: tokens that continue none, and so have no place.
+    """
+    state = TokenState.start(frames.x, len(frames.x), 0, trace_source=True)
+    for step in merge_steps(schedule, frames.x.shape[-1]) if steps is None else steps:
+        state = step(state)
+    state = in_order(state)
+    assert state.source is not None and state.origin is not None
+    if (state.origin < 0).any():
+        raise ValueError(f"method {schedule.method!r} makes tokens that have no place among those of a host")
+    inputs = state.source.shape[1]
+    first = inputs * torch.arange(len(state.x), device=state.x.device).unsqueeze(1)
+    deeper = tuple(_mean_by_source(x.reshape(-1, inputs, x.shape[-1]), state) for x in frames.deeper)
+    return ClipFeatures(state.x, state.origin + first, deeper)
 
 
-def _interleave(x: Tensor, join: int) -> Tensor:
-    """(C, N, ...) -> (C / join, N * join, ...), the clips' first tokens, then their second ones, and so on."""
-    return x.unflatten(0, (-1, join)).transpose(1, 2).flatten(1, 2)
-
-
-def _apply(
-    match: MergeMap, state: Sequence[Tensor], source: Tensor, size: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Merges, and puts the tokens of each clip in the order of their positions."""
-    source, order = source.gather(1, match.base).sort(dim=1)
-    rows = torch.arange(len(source), device=source.device).unsqueeze(1)
-    merged = [match.weighted_mean(x, size)[0][rows, order] for x in state]
-    return merged, source, match.sum(size)[rows, order]
+def _mean_by_source(x: Tensor, state: TokenState) -> Tensor:
+    """(C, S, D) of input tokens -> (C, K, D), the mean over those that each token holds."""
+    source = state.source
+    assert source is not None
+    held = (source >= 0).unsqueeze(-1)
+    wide = at_least_float32(x).where(held, 0)
+    index = source.clamp(min=0).unsqueeze(-1)
+    counts, sums = (t.new_zeros(*state.x.shape[:2], t.shape[-1]) for t in (wide[..., :1], wide))
+    counts = counts.scatter_add(1, index, held.to(wide.dtype))
+    sums = sums.scatter_add(1, index.expand_as(wide), wide)
+    return (sums / counts).to(x.dtype)
 
 
 class PostEncoderHost(Host):
@@ -143,7 +182,7 @@ class PostEncoderHost(Host):
     A subclass says `tower`, `features`, `grid`, and how its prompts tell clips apart in `written`.
 
     Args:
-        options: those of the method; see `OPTIONS`.
+        options: those of the method behind a tower; see `options_of`.
 
     Raises:
         ValueError: unknown or missing ones, or a number of frames that they do not divide.
@@ -151,23 +190,15 @@ class PostEncoderHost(Host):
 
     def __init__(self, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]):
         super().__init__(model, processor, num_frames)
-        if method not in OPTIONS:
-            raise ValueError(f"unknown method {method!r}; expected one of {', '.join(OPTIONS)}")
-        unknown = set(options) - set(OPTIONS[method])
-        if unknown:
-            raise ValueError(
-                f"{type(model).__name__} merges behind its tower, where {method!r} takes "
-                f"{', '.join(OPTIONS[method]) or 'no options'}; got {', '.join(sorted(unknown))}"
-            )
-        self.method, self.options = method, {**OPTIONS[method], **options}
-        if "merge_frames" in self.options:
-            self.options["merge_frames"] = list(self.options["merge_frames"])
+        self.method, self.options = method, options_of(method, options, type(model).__name__)
         try:
-            self.plan((self.slots, 2, 2))
+            plan = self.plan((self.slots, *_GRID))
         except ValueError as error:
             if self.slot_frames == 1:
                 raise
             raise ValueError(f"{num_frames} frames are {self.slots} temporal patches to this host: {error}") from error
+        steps = merge_steps(plan, model.config.get_text_config().hidden_size)
+        self.merging = nn.ModuleDict(learnt_modules(steps))
 
     # ---- facts of a host
 
@@ -209,22 +240,28 @@ class PostEncoderHost(Host):
     @classmethod
     def restore(cls, model: Any, processor: Any, config: Mapping[str, Any]) -> Host:
         saved = read(_Saved, config, "the compression")
-        if saved.method not in OPTIONS:
-            raise ValueError(f"'method': expected one of {', '.join(OPTIONS)}; got {saved.method!r}")
-        given = asdict(read(_Options, saved.options, "'options'"))
-        options = {name: given[name] for name in saved.options}
-        if missing := OPTIONS[saved.method].keys() - options.keys():
-            raise ValueError(f"'options': expected {', '.join(OPTIONS[saved.method])}; missing {sorted(missing)}")
-        return cls(model, processor, saved.method, saved.num_frames, options)
+        if saved.method not in METHODS:
+            raise ValueError(f"'method': expected one of {', '.join(METHODS)}; got {saved.method!r}")
+        names = [field.name for field in fields(METHODS[saved.method].behind_tower().options)]
+        if missing := set(names) - saved.options.keys():
+            raise ValueError(f"'options': expected {', '.join(names)}; missing {sorted(missing)}")
+        return cls(model, processor, saved.method, saved.num_frames, saved.options)
 
     def config(self) -> dict[str, Any]:
-        return {"method": self.method, "num_frames": self.num_frames, "options": self.options}
+        return {"method": self.method, "num_frames": self.num_frames, "options": asdict(self.options)}
 
     def encode(self, videos: Sequence[SampledVideo], prompts: Sequence[str]) -> list[VisualTokens]:
         return [
-            self.visual_tokens(video, frames, merge(frames, self.plan((len(frames.x), *frames.grid))))
+            self.visual_tokens(video, frames, self.merge(frames))
             for video, frames in zip(videos, self.features(videos), strict=True)
         ]
+
+    def merge(self, frames: FrameFeatures) -> ClipFeatures:
+        """The features of a video, merged with what the method has learnt."""
+        schedule = self.plan((len(frames.x), *frames.grid))
+        steps = merge_steps(schedule, frames.x.shape[-1])
+        share_learnt(steps, self.merging)
+        return merge(frames, schedule, steps.to(frames.x.device))  # the model may have moved since
 
     def visual_tokens(self, video: SampledVideo, frames: FrameFeatures, clips: ClipFeatures) -> VisualTokens:
         """Adds what `written` wants to know: tokens of every clip, and its time in seconds."""
