@@ -121,3 +121,52 @@ def test_more_pairs_than_tokens_form() -> None:
 def test_make_schedule_refuses(method: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_schedule(method, 6, 6, 17, **options)
+
+
+MORE = (
+    LayerPlan(insert=2),
+    LayerPlan(fewer_before=3, after=1),
+    LayerPlan(join=2, before=2, fewer_after=4, pool_prefix=True),
+    LayerPlan(fewer_last=5),
+)
+
+
+def test_dropped_inserted_and_pooled_tokens_are_counted() -> None:
+    schedule = MergeSchedule("tempme", 4, 17, MORE)
+    assert [tuple(count) for count in schedule.layer_counts] == [
+        # clips, prefix, joined, attention, mlp, out, inserted
+        (4, 3, 19, 19, 19, 19, 2),
+        (4, 3, 19, 16, 15, 15, 2),
+        (2, 5, 29, 27, 23, 23, 4),
+        (2, 5, 23, 23, 23, 18, 4),
+    ]
+    assert schedule.token_counts[-1] == (2, 18) and schedule.output_tokens == 36
+    # two CLS tokens are left to be normed and projected
+    with_frames = MergeSchedule("tempme", 4, 17, (*MORE[:2], LayerPlan(2, 2, fewer_after=4), MORE[3]))
+    assert with_frames.layer_counts[-1].prefix == 6 and with_frames.changes
+
+
+def test_json_has_what_a_plan_has_and_no_more() -> None:
+    schedule = MergeSchedule("tempme", 4, 17, MORE, proportional=False, settings=(("fuse", True), ("rate", 0.7)))
+    data = json.loads(json.dumps(schedule.to_dict()))
+    assert MergeSchedule.from_dict(data) == schedule and hash(schedule) == hash(MergeSchedule.from_dict(data))
+    assert data["settings"] == {"fuse": True, "rate": 0.7} and data["fewer_last"] == [0, 0, 0, 5]
+    plain = MergeSchedule.tempme(**TEMPME).to_dict()
+    assert set(plain) == {"method", "frames", "tokens", "plan", "prefix", "joint"}
+    for damage in ({"fewer_last": [1]}, {"insert": [-1, 0, 0, 0]}, {"settings": {"a": [1]}}, {"fewer_after": [99] * 4}):
+        with pytest.raises(ValueError, match=r"schedule.*(each of 4 blocks|expected|has to stay)"):
+            MergeSchedule.from_dict({**data, **damage})
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (LayerPlan(fewer_after=16), r"layer 0 wants 16 tokens fewer after attention, but at least 1 of 16 has to stay"),
+        (LayerPlan(after=8, fewer_last=8), r"wants 8 tokens fewer behind the MLP, but at least 1 of 8"),
+        (LayerPlan(fewer_before=-1), r"wants -1 tokens fewer before attention"),
+        (LayerPlan(insert=-1), r"inserts -1 tokens"),
+    ],
+)
+def test_a_token_has_to_stay(plan: LayerPlan, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MergeSchedule("tempme", 2, 17, (plan,))
