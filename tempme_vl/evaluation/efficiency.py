@@ -103,9 +103,17 @@ def cost_table() -> list[CostRow]:
     return [cost_row(*setting) for setting in SETTINGS]
 
 
-def cost_row(backbone: str, frames: int, label: str) -> CostRow:
-    """One row of `cost_table`; names of `BACKBONES` and `METHODS`, frames that the method has a setting for."""
-    shape, (method, options), key = BACKBONES[backbone], METHODS[label], (backbone, frames, label)
+def cost_row(backbone: str, frames: int, label: str, **options: Any) -> CostRow:
+    """One row of `cost_table`.
+
+    Args:
+        backbone: a name in `BACKBONES`.
+        frames: that the method has a setting for, if it gets no options.
+        label: a name in `METHODS`, or of any method in `tempme_vl.METHODS`.
+        options: of the method, in place of its own.
+    """
+    method, usual = METHODS.get(label, (label, {}))
+    shape, options, key = BACKBONES[backbone], {**usual, **options}, (backbone, frames, label)
     schedule = make_schedule(method, LAYERS, frames, shape.tokens, shape.num_prefix, shape.joint, **options)
     return CostRow(
         *key,

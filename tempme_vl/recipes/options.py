@@ -26,8 +26,10 @@ from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
 from tempme_vl.tuning import TUNINGS, Tuning, find_tuning
 
 if TYPE_CHECKING:
+    MethodName = str
     TuningName = str
 else:
+    MethodName = Literal[tuple(METHODS)]
     TuningName = Literal[tuple(TUNINGS)]
 
 LIMITS = ("budget", "tokens")  # options that choose the merging
@@ -37,8 +39,10 @@ LIMITS = ("budget", "tokens")  # options that choose the merging
 class MergeOptions:
     """How tokens are merged."""
 
-    method: Literal["tempme", "tome", "none"] = "tempme"
+    method: MethodName = "tempme"
     """none encodes every frame by itself with all its tokens."""
+    method_options: tuple[str, ...] = ()
+    """NAME=VALUE of a method that has others than the five below."""
     num_frames: int | None = None
     """Frames sampled from each clip; default: the data set's usual number."""
     budget: float | None = None
@@ -66,7 +70,8 @@ class MergeOptions:
             "method": self.method,
             "num_frames": self.num_frames or usual_frames,
             "clip_position_std": self.clip_position_std,
-            **{name: getattr(self, name) for name in names if getattr(self, name) is not None},
+            **{name: getattr(self, name) for name in names if getattr(self, name, None) is not None},
+            **dict(map(_named_value, self.method_options)),
         }
 
 
