@@ -36,7 +36,6 @@ from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report, 
 from tempme_vl.reports import finish, write_whole
 from tempme_vl.tasks.retrieval import load_retrieval_model
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
-from tempme_vl.text.tokenizers import caption_tokenizer
 from tempme_vl.training import distributed
 
 
@@ -110,7 +109,7 @@ def read_split(options: Options) -> RetrievalSplit:
 def evaluate(options: Options, split: RetrievalSplit, device: torch.device) -> tuple[Embeddings, dict[str, Any]]:
     """Embeddings and report of a split, all ranks together and the same on every rank."""
     model = load_retrieval_model(options.checkpoint).to(device).eval()
-    captions = EvalCaptions(split, caption_tokenizer(model.vocabulary, model.config["input"]["max_words"]))
+    captions = EvalCaptions(split, model.words.tokenizer(model.config["input"]["max_words"]))
     matcher = model if isinstance(model, UMTRetrievalModel) and options.rerank else None
     sampling = options.sampling or model.config["input"]["sampling"]
     with tempfile.TemporaryDirectory() as folder:

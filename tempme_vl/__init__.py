@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from tempme_vl.families import FAMILIES
     from tempme_vl.frontend import VisualFrontend, create_frontend
     from tempme_vl.integrations import HOSTS
     from tempme_vl.merging import METHODS, MergeSchedule, make_schedule
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tempme_vl.tuning import TUNINGS
 
 __all__ = [
+    "FAMILIES",
     "HEADS",
     "HOSTS",
     "METHODS",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "tempme_vl.families": ("FAMILIES",),
     "tempme_vl.frontend": ("VisualFrontend", "create_frontend"),
     "tempme_vl.integrations": ("HOSTS",),
     "tempme_vl.merging": ("METHODS", "MergeSchedule", "make_schedule"),

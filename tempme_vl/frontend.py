@@ -15,8 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempme_vl.backbones import FAMILIES, find_family, split_name, umt
+from tempme_vl.backbones import umt
 from tempme_vl.backbones.base import Backbone, BlockAdapter
+from tempme_vl.families import FAMILIES, find_family, split_name
 from tempme_vl.merging import LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
 from tempme_vl.messages import shown
@@ -334,8 +335,8 @@ class VisualFrontend(nn.Module):
         if rest["family"] not in FAMILIES:
             raise ConfigError(f"{place}, 'family': expected one of {', '.join(FAMILIES)}; got {shown(rest['family'])}")
         schedule = MergeSchedule.from_dict(config["schedule"], f"{place}, 'schedule'")
-        family = find_family(rest["family"])
-        side = read(family.Config, rest, place).preprocess.image_size
+        family = FAMILIES[rest["family"]]
+        side = read(family.config, rest, place).preprocess.image_size
         try:
             frontend = cls(family.build_tower(rest), schedule, rest)
         except ValueError as error:
@@ -407,11 +408,22 @@ def create_frontend(
     Raises:
         ValueError: see `split_name`, the family's loader and `schedule_for`.
     """
-    family_name, model = split_name(name)
-    family = find_family(family_name)
-    tower_options = {key: options.pop(key) for key in family.TOWER_OPTIONS if key in options}
-    backbone, config = family.load_tower(model, pretrained, num_frames, **tower_options)
-    schedule = schedule_for(method, len(backbone.blocks), backbone.shape, num_frames, budget, tokens, **options)
+    family = find_family(name)
+    tower_options = {key: options.pop(key) for key in family.options if key in options}
+    backbone, config = family.load_tower(split_name(name)[1], pretrained, num_frames, **tower_options)
+    return merge_in(backbone, config, method, num_frames, clip_position_std, budget=budget, tokens=tokens, **options)
+
+
+def merge_in(
+    backbone: Backbone, config: dict[str, Any], method: str, num_frames: int, clip_position_std: float, **options: Any
+) -> VisualFrontend:
+    """A front end on a tower, with its clip positions drawn, or those that came with its weights.
+
+    Args:
+        config: the tower's JSON data.
+        options: of `schedule_for`.
+    """
+    schedule = schedule_for(method, len(backbone.blocks), backbone.shape, num_frames, **options)
     frontend = VisualFrontend(backbone, schedule, config)
     frontend.init_clip_positions(clip_position_std)
     frontend.take_clip_positions(backbone.clip_positions)

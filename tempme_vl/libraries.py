@@ -158,7 +158,14 @@ LIBRARIES: dict[str, Library] = {
         (
             Use(
                 "backbones/open_clip.py",
-                ("open_clip.transformer.VisionTransformer", "preprocess_cfg", "visual", "head_width"),
+                (
+                    "open_clip.transformer.VisionTransformer",
+                    "preprocess_cfg",
+                    "visual",
+                    "head_width",
+                    "timm_model_name",
+                    "timm_model_pretrained",
+                ),
                 "the visual tower of a model, and how it wants its pixels",
             ),
             Use(
@@ -181,10 +188,16 @@ LIBRARIES: dict[str, Library] = {
                 ),
                 "a tower is taken apart once, when it is loaded; a block's children are checked by name",
             ),
-            Use("tasks/retrieval.py", ("resblocks", "transformer", "visual"), "the number of layers"),
             Use(
                 "text/clip.py",
-                ("resblocks", "text_pool_type", "transformer"),
+                (
+                    "open_clip.transformer.TextTransformer",
+                    "attn_mask",
+                    "pool_type",
+                    "resblocks",
+                    "text_pool_type",
+                    "transformer",
+                ),
                 "the text tower, taken apart as the visual one",
             ),
             Use("backbones/timm.py", ("pool", "trunk"), "open_clip's wrapper of a tower of timm"),

@@ -19,7 +19,6 @@ from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.zero_shot import ZeroShotQA
 from tempme_vl.tasks.retrieval import RETRIEVAL, AnyRetrievalModel, load_retrieval_model
 from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL
-from tempme_vl.text.tokenizers import caption_tokenizer
 
 T = TypeVar("T")
 
@@ -137,7 +136,7 @@ class VideoRetrieval:
     def __init__(self, model: AnyRetrievalModel, device: str | torch.device = "cpu", timeout: float | None = 60.0):
         self.model, self.device = model.to(device).eval(), torch.device(device)
         given = model.config["input"]
-        self.tokenizer = caption_tokenizer(model.vocabulary, given["max_words"])
+        self.tokenizer = model.words.tokenizer(given["max_words"])
         self.reader = _reader(model.frontend, given["sampling"], timeout)
 
     def __repr__(self) -> str:

@@ -154,6 +154,9 @@ def _read(hint: Any, value: object, place: str, key: str, limits: Mapping[str, R
         return (origin or hint)(_read(part, item, place, key, limits) for part, item in zip(each, value, strict=True))
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {name: _read(parts[1], part, f"{place}, {name!r}", str(name), limits) for name, part in value.items()}
+    if hint is dict and isinstance(value, Mapping):  # of classes of other libraries: whatever plain data
+        _check_plain(value, place, key, limits, 0)
+        return dict(value)
     raise ConfigError(f"{place}: expected {_described(hint, bounds)}; got {shown(value)}")
 
 

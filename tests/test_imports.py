@@ -19,6 +19,7 @@ CORE = {
     "matching",
     "merging",
     "backbones",
+    "families",
     "frontend",
     "scheduling",
     "text",
@@ -56,8 +57,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merging": {"state", "matching", "schema", "registry"},
     "backbones": {"state", "kernels", "pretrained", "weights", "fit", "schema", "messages", "libraries"},
     "scheduling": {"merging", "backbones"},
-    "frontend": {"state", "merging", "backbones", "scheduling", "pretrained", "schema", "messages", "data"},
     "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries"},
+    "families": {"backbones", "text", "registry", "pretrained", "weights", "manifest", "schema", "libraries"},
+    "frontend": {"state", "merging", "backbones", "families", "scheduling", "pretrained", "schema", "messages", "data"},
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains
     "tuning": {"schema", "messages"},

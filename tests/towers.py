@@ -25,7 +25,7 @@ def small_clip(quick_gelu: bool = False, **vision: object) -> open_clip.CLIP:
 def tiny_frontend(schedule: MergeSchedule) -> VisualFrontend:
     """The built-in tiny tower, its clip positions random."""
     torch.manual_seed(0)
-    clip, config, _ = load_clip("tiny")
+    clip, config, *_ = load_clip("tiny")
     frontend = VisualFrontend(visual_backbone(clip.visual), schedule, config)
     frontend.init_clip_positions(0.1)
     return frontend

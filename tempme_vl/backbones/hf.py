@@ -242,13 +242,22 @@ def _json_config(architecture: str, config: Any, family: _Family, layer: int, sh
     }
 
 
-def _read_config(name: str) -> tuple[str, Any]:
-    """The class and the vision configuration of a hub id or folder."""
+def read_config(name: str) -> Any:
+    """transformers' configuration of a hub id or folder.
+
+    Raises:
+        ValueError: there is none.
+    """
     try:
         require_hub(name)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"transformers finds no configuration for {name!r}, a hub id or a folder: {error}") from error
+
+
+def _read_tower_config(name: str) -> tuple[str, Any]:
+    """The class and the vision configuration of a hub id or folder."""
+    config = read_config(name)
     if config.model_type not in _MODELS:
         raise ValueError(
             f"{name!r} is a {config.model_type!r} of {VERSION}; expected one of {', '.join(_MODELS)}. For a "
@@ -266,7 +275,7 @@ def _read_config(name: str) -> tuple[str, Any]:
     return architecture, vision
 
 
-def _preprocess(name: str, default: dict[str, Any]) -> dict[str, Any]:
+def read_preprocess(name: str, default: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the folder's own image processor, where it has one."""
     try:
         given = AutoImageProcessor.from_pretrained(name, trust_remote_code=False).to_dict()
@@ -277,9 +286,11 @@ def _preprocess(name: str, default: dict[str, Any]) -> dict[str, Any]:
     return {**default, "mean": list(mean), "std": list(std), "interpolation": interpolation}
 
 
-def _load(architecture: str, config: Any, source: str) -> nn.Module:
-    """Raises:
-    ValueError: no safetensors, or weights that lack some of the tower's.
+def load_model(architecture: str, config: Any, source: str) -> nn.Module:
+    """A model of a class of transformers, float32, from a hub id or folder.
+
+    Raises:
+        ValueError: no safetensors, or weights that lack some of the model's.
     """
     model_class = getattr(transformers, architecture)
     try:
@@ -299,9 +310,6 @@ def _load(architecture: str, config: Any, source: str) -> nn.Module:
     return model
 
 
-TOWER_OPTIONS = ("layer", "image_size")
-
-
 def load_tower(
     name: str, pretrained: str | None, num_frames: int, layer: int = -1, image_size: int | None = None
 ) -> tuple[Backbone, dict[str, Any]]:
@@ -316,14 +324,14 @@ def load_tower(
     Raises:
         ValueError: another family, weights that are missing or not safetensors, or see `backbone_of`.
     """
-    architecture, config = _read_config(name)
+    architecture, config = _read_tower_config(name)
     export = None if pretrained in (None, "default") else find_export(str(pretrained))
     if pretrained is None or export:
         tower = getattr(transformers, architecture)(config)
     else:
-        tower = _load(architecture, config, name if pretrained == "default" else pretrained)
+        tower = load_model(architecture, config, name if pretrained == "default" else pretrained)
     backbone, data = backbone_of(tower, layer, image_size)
-    data = {**data, "preprocess": _preprocess(name, data["preprocess"])}
+    data = {**data, "preprocess": read_preprocess(name, data["preprocess"])}
     if export:
         backbone.clip_positions = load_exported_tower(backbone, data, export)
     return backbone, data

@@ -1,7 +1,8 @@
-"""CLIP models of open_clip and OpenAI: by name, with weights from a tag or a file in any layout, or from a state dict.
+"""Models of open_clip and OpenAI: by name, with weights from a tag or a file in any layout, or from a state dict.
 
-The towers are taken apart in `open_clip_blocks`; layouts stand in `clip_checkpoint`, which also gives weights their
-public names back, bit for bit.
+CLIP's towers are taken apart in `open_clip_blocks`; layouts stand in `clip_checkpoint`, which also gives weights their
+public names back, bit for bit. A visual tower may be timm's, and a model may have a text tower of its own (SigLIP):
+such models are called mixed here, and their files have open_clip's own layout.
 """
 
 from __future__ import annotations
@@ -10,24 +11,29 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import open_clip
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Preprocessing, square_side
 from tempme_vl.backbones.clip_checkpoint import VISUAL, ClipWeights, name_clip, read_clip
 from tempme_vl.backbones.open_clip_blocks import tower_shape, visual_backbone
-from tempme_vl.fit import misfits
+from tempme_vl.fit import load_strictly, misfits
 from tempme_vl.libraries import undocumented
 from tempme_vl.messages import few
 from tempme_vl.pretrained import require_hub
 from tempme_vl.schema import LAYERS, SIZE, ConfigError, Range, Size, read
+from tempme_vl.weights.exports import Export, find_export, load_exported_tower
+from tempme_vl.weights.files import read_weights
 
 _PACKAGE = "open_clip_torch"
 with undocumented(_PACKAGE):
     from open_clip.transformer import VisionTransformer
+
+Clip: TypeAlias = open_clip.CLIP | open_clip.CustomTextCLIP
 
 # Small towers for the embedded data set and for tests; everything else comes from open_clip's own configurations.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -59,10 +65,14 @@ class Config:
     name: str | None = None
     text_cfg: Mapping[str, Any] | None = None
     quick_gelu: bool = False
+    custom_text: bool = False
 
     def __post_init__(self) -> None:
         vision = read(open_clip.CLIPVisionCfg, self.vision_cfg, "'vision_cfg'", _LIMITS)
-        if not isinstance(vision.width, int) or vision.width % vision.head_width:
+        if vision.timm_model_name:
+            if vision.timm_model_pretrained:
+                raise ValueError("'vision_cfg': expected timm_model_pretrained false; weights come from the folder")
+        elif not isinstance(vision.width, int) or vision.width % vision.head_width:
             raise ValueError(
                 f"'vision_cfg': expected a head_width that divides {vision.width}; got {vision.head_width}"
             )
@@ -80,52 +90,63 @@ def check_text_config(values: object, place: str) -> None:
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """The configuration of an open_clip model: embed_dim, vision_cfg, text_cfg, quick_gelu.
+    """The configuration of an open_clip model: embed_dim, vision_cfg, text_cfg, quick_gelu and, in some, custom_text.
 
     Raises:
-        ValueError: an unknown name, or a model that is not a plain CLIP ViT with its own text transformer.
+        ValueError: an unknown name, or a model whose towers are not taken apart here.
     """
     config = TINY_CONFIGS.get(name) or open_clip.get_model_config(name)
     if config is None:
         known = [*TINY_CONFIGS, *(n for n in open_clip.list_models() if n.startswith("ViT-"))]
         raise ValueError(f"open_clip has no model {name!r}; known ViTs: {', '.join(known)}")
     vision, text = config["vision_cfg"], config["text_cfg"]
-    foreign = {"timm_model_name"} & set(vision) | {"hf_model_name"} & set(text)
-    if foreign or config.get("custom_text") or not isinstance(vision.get("layers", 12), int):
-        instead = "expected a model such as 'ViT-B-32-quickgelu' or 'ViT-B-16'"
-        tower = vision.get("timm_model_name", "")
-        if "_siglip_" in tower or "_clip_" in tower:  # the plain ViTs among them
-            instead = (
-                f"its visual tower is timm's: use 'timm:{tower}', or give the `visual` of open_clip's model to "
-                "tempme_vl.backbones.timm.backbone_of"
-            )
-        raise ValueError(
-            f"{name!r} is not a plain CLIP ViT ({', '.join(foreign) or 'custom text tower or ResNet'}); {instead}"
-        )
+    foreign = ""
+    if "hf_model_name" in text:
+        foreign = f"its text tower is {text['hf_model_name']!r} of transformers"
+    elif "multimodal_cfg" in config:
+        foreign = "CoCa has a text tower with a class token, and a decoder"
+    elif not isinstance(vision.get("layers", 12), int):
+        foreign = "its visual tower is a ResNet"
+    if foreign:
+        raise ValueError(f"{name!r} cannot be taken apart: {foreign}. Expected a ViT such as 'ViT-B-16' or SigLIP's")
     return config
 
 
-class LoadedClip(NamedTuple):
-    """A CLIP model, the JSON configuration that builds it again, and the clip positions that came with its weights."""
+def is_mixed(config: Mapping[str, Any]) -> bool:
+    """Whether a model's visual tower is timm's or its text tower its own, by its configuration."""
+    return "timm_model_name" in config["vision_cfg"] or bool(config.get("custom_text"))
 
-    clip: open_clip.CLIP
+
+class LoadedClip(NamedTuple):
+    """A model, the JSON configuration that builds it again, and what else came with its weights.
+
+    Attributes:
+        clip_positions: by layer.
+        export: a folder of this package whose weights a mixed model still needs (`load_export`, `load_exported_rest`).
+    """
+
+    clip: Clip
     config: dict[str, Any]
     clip_positions: dict[str, Tensor]
+    export: Export | None = None
 
 
 def load_clip(name: str, pretrained: str | None = None) -> LoadedClip:
-    """A CLIP model, both towers.
+    """A model, both towers.
 
     Args:
-        name: an open_clip model such as "ViT-B-16-quickgelu", or "tiny".
+        name: an open_clip model such as "ViT-B-16-quickgelu" or "ViT-B-16-SigLIP", or "tiny".
         pretrained: None for random weights; a tag such as "openai" or "laion2b_s34b_b79k"; or a file or folder in any
-            layout of `clip_checkpoint.read_clip`, from which all of the model's weights are taken, as float32.
+            layout of `clip_checkpoint.read_clip`, from which all of the model's weights are taken, as float32; of a
+            mixed model in open_clip's own layout, or a folder of this package.
 
     Raises:
         ValueError: see `model_config` and `read_clip`; or weights that do not fit the model.
     """
     if pretrained is None or _is_tag(name, pretrained):
         return _load_named(name, pretrained)
+    if is_mixed(model_config(name)):
+        return _load_mixed(name, pretrained)
     weights = read_clip(pretrained)
     if not weights.text:
         raise ValueError(f"{weights.source}, {weights.layout}, holds no text tower, which {name!r} has")
@@ -133,6 +154,25 @@ def load_clip(name: str, pretrained: str | None = None) -> LoadedClip:
     clip = build_clip(config)
     _load_fitting(clip, _whole(weights), weights, name)
     return LoadedClip(clip, _json_config(name, config, clip.visual, weights), weights.clip_positions)
+
+
+def _load_mixed(name: str, path: str) -> LoadedClip:
+    """Raises:
+    ValueError: see `read_weights`; or weights that are missing, unknown or of other shapes.
+    """
+    loaded = _load_named(name, None)
+    if export := find_export(path):
+        config = {**loaded.config, "preprocess": export.config["frontend"]["preprocess"]}
+        return loaded._replace(config=config, export=export)
+    file = read_weights(path)
+    state = {key.removeprefix("module."): value for key, value in file.state.items()}
+    unused = [key for key in state if key in ("logit_bias", "text.attn_mask", "attn_mask")]
+    given = {key: value for key, value in state.items() if key not in unused}
+    if "logit_scale" in given:
+        given["logit_scale"] = given["logit_scale"].reshape(())
+    load_strictly(loaded.clip, given, f"{path} ({file.kind})")
+    _log.info("%s: %s, %d weights of %s; unused: %s", path, file.kind, len(given), name, few(unused) or "nothing")
+    return loaded
 
 
 @undocumented(_PACKAGE)
@@ -230,8 +270,11 @@ def _models_like(visual: Mapping[str, Tensor]) -> list[str]:
     names = []
     for name in [*TINY_CONFIGS, *(n for n in open_clip.list_models() if n.startswith("ViT-"))]:
         try:
-            vision = model_config(name)["vision_cfg"]
-        except ValueError:  # no plain CLIP ViT
+            config = model_config(name)
+        except ValueError:
+            continue
+        vision = config["vision_cfg"]
+        if is_mixed(config):
             continue
         if all(vision.get(key, found[key]) == found[key] for key in ("image_size", "patch_size", "width", "layers")):
             names.append(name)
@@ -239,34 +282,73 @@ def _models_like(visual: Mapping[str, Tensor]) -> list[str]:
 
 
 def _json_config(
-    name: str, config: Mapping[str, Any], visual: VisionTransformer, weights: ClipWeights | None = None
+    name: str, config: Mapping[str, Any], visual: nn.Module, weights: ClipWeights | None = None
 ) -> dict[str, Any]:
+    mixed = is_mixed(config)
     # what was built counts, not the name
-    quick_gelu = tower_shape(visual).quick_gelu
+    quick_gelu = bool(config.get("quick_gelu")) if mixed else tower_shape(visual).quick_gelu
     built = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
+    if mixed:
+        built |= {"vision_cfg": _untrained(config["vision_cfg"]), "custom_text": bool(config.get("custom_text"))}
     preprocess = {"preprocess": weights.preprocess} if weights and weights.preprocess else _preprocess(visual)
     return {"family": "open_clip", "name": name, **built, "quick_gelu": quick_gelu, **preprocess}
 
 
-def build_clip(config: Mapping[str, Any]) -> open_clip.CLIP:
-    """A randomly initialised CLIP from a configuration with embed_dim, vision_cfg, text_cfg, quick_gelu."""
-    names = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
-    return open_clip.CLIP(**{key: config[key] for key in names if key in config})
+def _untrained(vision_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A tower's configuration without weights of timm, which would be looked for on its hub."""
+    return {**vision_cfg, **({"timm_model_pretrained": False} if "timm_model_name" in vision_cfg else {})}
 
 
 @undocumented(_PACKAGE)
-def build_visual(config: Mapping[str, Any]) -> VisionTransformer:
+def build_clip(config: Mapping[str, Any]) -> Clip:
+    """A randomly initialised model from a configuration with embed_dim, vision_cfg, text_cfg, quick_gelu, custom_text.
+
+    Raises:
+        ValueError: towers that cannot be taken apart; of timm's that is said before their weights are drawn.
+    """
+    given = {key: config[key] for key in ("embed_dim", "text_cfg", "quick_gelu") if key in config}
+    given["vision_cfg"] = _untrained(config["vision_cfg"])
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    if "timm_model_name" in config["vision_cfg"]:
+        with torch.device("meta"):
+            backbone_of(kind(**given).visual)
+    return kind(**given)
+
+
+def text_of(clip: Clip) -> nn.Module:
+    """What holds the text tower of a model."""
+    return clip if isinstance(clip, open_clip.CLIP) else clip.text
+
+
+@undocumented(_PACKAGE)
+def build_visual(config: Mapping[str, Any]) -> nn.Module:
     """The randomly initialised visual tower of a configuration; it needs no text_cfg."""
     no_text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
     return build_clip({**config, "text_cfg": no_text}).visual
 
 
-def _preprocess(visual: VisionTransformer) -> dict[str, Any]:
+@undocumented(_PACKAGE)
+def backbone_of(visual: nn.Module) -> Backbone:
+    """A backbone over a visual tower of open_clip, its own or timm's.
+
+    Raises:
+        ValueError: see `visual_backbone` and `tempme_vl.backbones.timm.backbone_of`.
+    """
+    if isinstance(visual, VisionTransformer):
+        return visual_backbone(visual)
+    from tempme_vl.backbones import timm
+
+    return timm.backbone_of(visual)[0]
+
+
+@undocumented(_PACKAGE)
+def _preprocess(visual: nn.Module) -> dict[str, Any]:
     """How pixels become input, in the words of `tempme_vl.data.transforms.Preprocess`."""
-    given = getattr(visual, "preprocess_cfg", {})
+    tower: Any = visual
+    given = getattr(tower, "preprocess_cfg", {})
     return {
         "preprocess": {
-            "image_size": visual.image_size[0],
+            "image_size": tower.image_size[0],
             "mean": list(given.get("mean", CLIP_MEAN)),
             "std": list(given.get("std", CLIP_STD)),
             "resize": given.get("resize_mode", "shortest"),
@@ -365,28 +447,35 @@ def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(state)
 
 
-TOWER_OPTIONS = ()
-
-
 def load_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Backbone, dict[str, Any]]:
     """A visual tower as a backbone, with its configuration; it takes any number of frames.
 
     Args:
-        name, pretrained: as in `load_clip`, with its errors; a file without a text tower will do.
+        name, pretrained: as in `load_clip`, with its errors; a file of CLIP without a text tower will do.
     """
-    if pretrained is None or _is_tag(name, pretrained):
-        loaded = _load_named(name, pretrained)
-        return visual_backbone(loaded.clip.visual), loaded.config
+    named = pretrained is None or _is_tag(name, pretrained)
+    if pretrained is None or named or is_mixed(model_config(name)):
+        loaded = _load_named(name, pretrained) if named else _load_mixed(name, str(pretrained))
+        backbone = backbone_of(loaded.clip.visual)
+        if loaded.export:
+            tower = {key: value for key, value in loaded.config.items() if key != "text_cfg"}
+            backbone.clip_positions = load_export(backbone, tower, loaded.export)
+        return backbone, loaded.config
     weights = read_clip(pretrained)
     config = _as_trained(name, weights, with_text=False)
     visual = build_visual(config)
     _load_fitting(visual, weights.tower, weights, name)
     config = _json_config(name, config, visual, weights)
-    backbone = visual_backbone(visual)
+    backbone = backbone_of(visual)
     backbone.clip_positions = weights.clip_positions
     return backbone, config
 
 
+def load_export(backbone: Backbone, config: Mapping[str, Any], export: Export) -> dict[str, Tensor]:
+    """A mixed model's visual tower from a folder of this package; see `load_exported_tower`."""
+    return load_exported_tower(backbone, config, export, ("name",))
+
+
 def build_tower(config: Mapping[str, Any]) -> Backbone:
     """The backbone of a configuration, randomly initialised."""
-    return visual_backbone(build_visual(config))
+    return backbone_of(build_visual(config))

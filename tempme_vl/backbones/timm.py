@@ -248,9 +248,6 @@ def _preprocess(tower: Any) -> dict[str, Any]:
     }
 
 
-TOWER_OPTIONS = ("layer", "image_size", "num_classes")
-
-
 def load_tower(
     name: str,
     pretrained: str | None,

@@ -365,9 +365,6 @@ def json_config(config: UMTConfig) -> dict[str, Any]:
     return {"family": "umt", **asdict(config), "preprocess": preprocess}
 
 
-TOWER_OPTIONS = ("mode", "positions")
-
-
 def load_tower(
     name: str, pretrained: str | None, num_frames: int, mode: Mode = "clip", positions: Positions = "image"
 ) -> tuple[Backbone, dict[str, Any]]:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.backbones import split_name
 from tempme_vl.backbones.open_clip import build_visual, model_config, visual_backbone
 from tempme_vl.evaluation.efficiency import columns
+from tempme_vl.families import split_name
 from tempme_vl.frontend import VisualFrontend, create_frontend
 from tempme_vl.scheduling import schedule_for
 from tempme_vl.tasks.retrieval import create_retrieval_model

@@ -17,6 +17,7 @@ from torch import nn
 
 from tempme_vl.data.reader import ClipReader
 from tempme_vl.data.transforms import ClipTransform
+from tempme_vl.families import Family, find_family
 from tempme_vl.merging import METHODS
 from tempme_vl.pretrained import VOCABULARY_FILE, load_vocabulary
 from tempme_vl.recipes.names import BROKEN_VIDEOS
@@ -80,7 +81,8 @@ class VisualOptions(MergeOptions):
     """The visual tower and its merging."""
 
     model: str = "open_clip:ViT-B-32-quickgelu"
-    """open_clip:NAME, umt:b16 or umt:l16; open_clip:tiny and umt:tiny train from scratch in minutes."""
+    """open_clip:NAME, umt:b16, umt:l16, or hf: and a hub id or folder of CLIP, SigLIP or SigLIP 2; open_clip:tiny and
+    umt:tiny train from scratch in minutes."""
     pretrained: str = "openai"
     """open_clip's tag ("openai"); a file of OpenAI, open_clip, transformers, CLIP4Clip, TempMe or (any form) UMT; the
     OUTPUT/best of another run; or "none" for random weights."""
@@ -88,15 +90,16 @@ class VisualOptions(MergeOptions):
     """UMT's frames: apart (UMT4Clip, which TempMe needs), or attending together as in UMT itself."""
 
     @property
-    def is_umt(self) -> bool:
-        return self.model.startswith("umt:")
+    def family(self) -> Family:
+        """ValueError for a model's name without a known one."""
+        return find_family(self.model)
 
     def tower(self, usual_frames: int) -> dict[str, Any]:
         """Keywords of `tempme_vl.create_frontend` beside the name."""
         return {
             **self.merging(usual_frames),
             "pretrained": None if self.pretrained == "none" else self.pretrained,
-            **({"mode": self.mode} if self.is_umt else {}),
+            **({"mode": self.mode} if "mode" in self.family.options else {}),
         }
 
     def words(self, texts: Sequence[str], vocabulary: str | None) -> tuple[str, ...]:

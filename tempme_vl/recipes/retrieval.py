@@ -36,7 +36,6 @@ from tempme_vl.tasks.retrieval import (
     load_retrieval_model,
 )
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
-from tempme_vl.text.tokenizers import caption_tokenizer
 from tempme_vl.training.engine import Trainer
 
 
@@ -111,7 +110,7 @@ def parse(arguments: list[str] | None = None, recipe: Mapping[str, Any] | None =
         options = replace(options, tuning="full" if options.freeze == "none" else options.freeze, freeze=None)
     options.tuned()  # both say what is wrong before anything starts
     source(options)
-    if options.is_umt and options.chunks > 1:
+    if options.family.needs_vocabulary and options.chunks > 1:
         raise ValueError("--chunks caches gradients of a contrastive loss alone; UMT also matches pairs: leave it 1")
     return options
 
@@ -127,9 +126,9 @@ def main(options: Options) -> None:
     check_files(options, train, val, test)
     model = build_model(options, train).to(device)
     preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])
-    max_words = min(options.max_words or train.max_words, model.text.context_length)
+    max_words = model.text.max_words(options.max_words or train.max_words)
     model.config["input"] = {"sampling": options.sampling, "max_words": max_words}
-    tokenizer = caption_tokenizer(model.vocabulary, max_words)
+    tokenizer = model.words.tokenizer(max_words)
     reader = options.reader(model.frontend.schedule.frames, ClipTransform(preprocess), options.output)
     train_reader = replace(reader, transform=ClipTransform(preprocess, options.augment))
 
@@ -169,7 +168,7 @@ def main(options: Options) -> None:
 
 def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
     vocabulary = None
-    if options.is_umt:
+    if options.family.needs_vocabulary:
         words = [caption for captions in train.captions for caption in captions]
         vocabulary = options.words(words, options.vocabulary)
     model = create_retrieval_model(

@@ -8,26 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempme_vl.backbones import open_clip as clip_family
-from tempme_vl.backbones import split_name
-from tempme_vl.backbones.clip_checkpoint import name_clip, to_openai_names
-from tempme_vl.backbones.open_clip_blocks import tower_shape
-from tempme_vl.frontend import VisualFrontend
+from tempme_vl.families import FAMILIES, Pair, TextSide, find_family, split_name
+from tempme_vl.frontend import VisualFrontend, merge_in
 from tempme_vl.merging import MergeSchedule, is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, build, load_kind, load_model, save_model
-from tempme_vl.scheduling import schedule_for
 from tempme_vl.schema import read
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import LogitScale, contrastive_loss, gather_pairs
 from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL, UMTRetrievalModel, create_umt_retrieval_model
-from tempme_vl.text import ClipTextEncoder
+from tempme_vl.text.base import TextEncoder
+from tempme_vl.text.tokenizers import ClipWords, Words
 from tempme_vl.tuning import TunableModel, Tuning, find_tuning
-from tempme_vl.weights.exports import part_of
+from tempme_vl.weights.exports import load_exported_rest, part_of
 
 RETRIEVAL = {"retrieval": "a retrieval model"}
 
@@ -42,7 +38,7 @@ class _Saved:
     input: Inputs
 
     def __post_init__(self) -> None:
-        clip_family.check_text_config(self.text_cfg, "'text_cfg'")
+        _text_side(str(self.frontend.get("family"))).check(self.text_cfg, "'text_cfg'")
 
 
 class RetrievalModel(TunableModel):
@@ -54,6 +50,7 @@ class RetrievalModel(TunableModel):
         config: JSON data with which `from_pretrained` builds both again; its "input" says how clips and captions
             were sampled and cut in training (sampling, max_words).
         logit_scale: the logarithm of the initial temperature's inverse.
+        words: what text ids stand for; default: CLIP's byte pairs.
     """
 
     lora_parts = ("frontend", "text")
@@ -61,14 +58,15 @@ class RetrievalModel(TunableModel):
     def __init__(
         self,
         frontend: VisualFrontend,
-        text: ClipTextEncoder,
+        text: TextEncoder,
         config: Mapping[str, Any],
         logit_scale: float = math.log(1 / 0.07),
+        words: Words | None = None,
     ):
         super().__init__()
         self.frontend, self.text, self.logit_scale = frontend, text, LogitScale(logit_scale)
-        self.vocabulary: tuple[str, ...] | None = None  # CLIP's own
-        self.config: dict[str, Any] = {"input": {"sampling": "fps1", "max_words": 32}, **config}
+        self.words: Words = words or ClipWords()
+        self.config: dict[str, Any] = {"input": {"sampling": "fps1", "max_words": text.max_words(32)}, **config}
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encodes what a batch holds of either side; the one way in under DeepSpeed, which hooks this call.
@@ -91,7 +89,7 @@ class RetrievalModel(TunableModel):
         return F.normalize(self.frontend(video, frame_mask).pooled, dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) -> (B, E), L2-normalised; arguments as in `ClipTextEncoder.forward`."""
+        """(B, L) -> (B, E), L2-normalised; ids and mask as `words` gives them."""
         return F.normalize(at_least_float32(self.text(ids, mask)), dim=-1)
 
     def loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
@@ -119,10 +117,12 @@ class RetrievalModel(TunableModel):
         quick_gelu: bool = True,
     ) -> RetrievalModel:
         """A dual encoder on the weights of a whole CLIP ViT; arguments and errors as in `VisualFrontend`'s."""
-        clip, config = clip_family.clip_from_openai(state, heads, text_heads, quick_gelu)
-        model = _assemble(clip, config, schedule)
-        model.frontend.take_clip_positions(name_clip(state).clip_positions)
-        return model
+        from tempme_vl.families import open_clip
+
+        pair = open_clip.pair_from_openai(state, heads, text_heads, quick_gelu)
+        frontend = VisualFrontend(pair.backbone, schedule, pair.config)
+        frontend.take_clip_positions(pair.backbone.clip_positions)
+        return _assemble(frontend, pair)
 
     def is_new_parameter(self, name: str) -> bool:
         """Whether a parameter was in no pretrained model: TempMe's clip positions, and what tuning added."""
@@ -130,13 +130,24 @@ class RetrievalModel(TunableModel):
 
     def input_side(self) -> list[nn.Module]:
         """Token, position and class embeddings, conv1 and ln_pre, which CLIP4Clip freezes."""
-        return [self.frontend.embed, self.text.embed]
+        return [self.frontend.embed, self.text.input_side()]
 
     def openai_state_dict(self) -> dict[str, Tensor]:
         """Both towers' weights and the logit scale under open_clip's names, bit for bit; merging is left out.
 
         What tuning added is merged into them.
+
+        Raises:
+            ValueError: a model that is none of open_clip's with both towers its own.
         """
+        from tempme_vl.backbones.clip_checkpoint import to_openai_names
+        from tempme_vl.backbones.open_clip import is_mixed
+
+        given = self.frontend.config
+        if given.get("family") != "open_clip" or is_mixed(given):
+            raise ValueError(
+                f"OpenAI's names are those of CLIP; this model is of {given.get('name', given['family'])!r}"
+            )
         state = self.plain_state()
         visual = self.frontend.openai_state_dict(part_of(state, "frontend."))
         text = to_openai_names(part_of(state, "text."))
@@ -144,11 +155,13 @@ class RetrievalModel(TunableModel):
         return {**{f"visual.{key}": value for key, value in visual.items()}, **text, "logit_scale": scale}
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes config.json and model.safetensors; what tuning added is merged into plain weights.
+        """Writes config.json, model.safetensors and the words' files; what tuning added is merged into plain weights.
 
         Args:
             state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
         """
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.words.save(Path(directory))
         shared = {key: self.config[key] for key in ("text_cfg", "input")}
         config = {"kind": "retrieval", "frontend": self.frontend.full_config(), **shared}
         save_model(directory, config, self.plain_state(state))
@@ -166,8 +179,9 @@ class RetrievalModel(TunableModel):
 
         def make() -> RetrievalModel:
             frontend = VisualFrontend.from_config(config["frontend"], f"{file}, 'frontend'")
-            text = clip_family.build_clip({**config["frontend"], "text_cfg": config["text_cfg"]})
-            return cls(frontend, ClipTextEncoder(text), config)
+            side = _text_side(config["frontend"]["family"])
+            texts = side.build(config["frontend"], config["text_cfg"], Path(directory))
+            return cls(frontend, texts.tower, config, words=texts.words)
 
         return build(make, state, directory)
 
@@ -186,33 +200,35 @@ def create_retrieval_model(
     vocabulary: tuple[str, ...] | None = None,
     **options: Any,
 ) -> AnyRetrievalModel:
-    """A retrieval model by name: a dual encoder on an open_clip model, or UMT's with fusion layers.
+    """A retrieval model by name: a dual encoder of two towers, or UMT's with fusion layers.
 
     Args:
+        name: "family:model" of a model with a text tower: open_clip's CLIP, SigLIP and others, "umt:b16", or "hf:" and
+            a CLIP, SigLIP or SigLIP 2 of transformers.
         tuning: what of it trains, one of `tempme_vl.TUNINGS` or an instance with options, `Lora(rank=16)`.
-        vocabulary: words of UMT's text side (`create_umt_retrieval_model`); CLIP has its own.
+        vocabulary: words of UMT's text side (`create_umt_retrieval_model`); other models have their own.
         others: as in `tempme_vl.create_frontend`, with its errors.
 
     Raises:
-        ValueError: see `create_frontend`, `find_tuning` and the tuning's `apply`.
+        ValueError: see `create_frontend`, `find_tuning` and the tuning's `apply`; or a family without text towers.
     """
-    way = find_tuning(tuning)
-    family, model = split_name(name)
+    way, family = find_tuning(tuning), find_family(name)
     made: AnyRetrievalModel
-    if family == "umt":
+    if family.needs_vocabulary:
         if vocabulary is None:
-            raise ValueError("UMT's text side needs its vocabulary: see tempme_vl.text.tokenizers.bert_vocabulary")
+            raise ValueError(
+                f"the text side of {name!r} needs its vocabulary: see tempme_vl.text.tokenizers.bert_vocabulary"
+            )
         made = create_umt_retrieval_model(
             name, vocabulary, pretrained, method, num_frames, clip_position_std, **options
         )
-    elif family == "open_clip":
-        clip, config, clip_positions = clip_family.load_clip(model, pretrained)
-        shape, layers = tower_shape(clip.visual), len(clip.visual.transformer.resblocks)
-        schedule = schedule_for(method, layers, shape, num_frames, **options)
-        made = _assemble(clip, config, schedule, clip_position_std)
-        made.frontend.take_clip_positions(clip_positions)
     else:
-        raise ValueError(f"retrieval needs a text tower, which only open_clip and umt models have; got {name!r}")
+        family_name, model = split_name(name)
+        side = _text_side(family_name)
+        tower_options = {key: options.pop(key) for key in side.options if key in options}
+        pair = side.load(model, pretrained, num_frames, **tower_options)
+        frontend = merge_in(pair.backbone, pair.config, method, num_frames, clip_position_std, **options)
+        made = _assemble(frontend, pair)
     made.tune(way)
     return made
 
@@ -227,11 +243,26 @@ def load_retrieval_model(directory: str | Path) -> AnyRetrievalModel:
     return (UMTRetrievalModel if kind in UMT_RETRIEVAL else RetrievalModel).from_pretrained(directory)
 
 
-def _assemble(
-    clip: open_clip.CLIP, config: dict[str, Any], schedule: MergeSchedule, clip_position_std: float = 0.0
-) -> RetrievalModel:
-    text, initial = ClipTextEncoder(clip), clip.logit_scale.item()
-    tower = {key: value for key, value in config.items() if key != "text_cfg"}
-    frontend = VisualFrontend(clip_family.visual_backbone(clip.visual), schedule, tower)
-    frontend.init_clip_positions(clip_position_std)
-    return RetrievalModel(frontend, text, config, initial)
+def _text_side(family: str) -> TextSide:
+    """Raises:
+    ValueError: a family without one.
+    """
+    side = FAMILIES[family].texts
+    if side is None:
+        known = [name for name in FAMILIES if FAMILIES[name].texts is not None or FAMILIES[name].needs_vocabulary]
+        raise ValueError(
+            f"retrieval needs a text tower, which no model of {family!r} has; models of {', '.join(known)} have one"
+        )
+    return side
+
+
+def _assemble(frontend: VisualFrontend, pair: Pair) -> RetrievalModel:
+    config = {**pair.config, "text_cfg": pair.text_config}
+    model = RetrievalModel(frontend, pair.texts.tower, config, pair.log_scale, pair.texts.words)
+    if pair.export is None:
+        return model
+    if pair.export.kind in RETRIEVAL:
+        load_exported_rest(model, pair.export)
+    else:
+        raise ValueError(f"{pair.export.folder} holds a {pair.export.kind} model, without a text tower for retrieval")
+    return model

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempme_vl.backbones import split_name
 from tempme_vl.backbones.umt import Mode
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
+from tempme_vl.families import split_name
 from tempme_vl.frontend import VisualFrontend, create_frontend
 from tempme_vl.merging import MergeSchedule, is_of_merging
-from tempme_vl.pretrained import CONFIG_FILE, build, load_model, load_vocabulary, save_model, save_vocabulary
+from tempme_vl.pretrained import CONFIG_FILE, build, load_model, load_vocabulary, save_model
 from tempme_vl.schema import read
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.inputs import Inputs
@@ -35,6 +35,7 @@ from tempme_vl.tasks.losses import (
 )
 from tempme_vl.tasks.umt_text import TEXT_OF, load_bert_side
 from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt
+from tempme_vl.text.tokenizers import BertWords
 from tempme_vl.tuning import TunableModel
 from tempme_vl.weights.exports import find_export, load_exported_rest, part_of, require_vocabulary
 
@@ -64,7 +65,6 @@ class UMTRetrievalModel(TunableModel):
         config: JSON data; its "input" says how clips and captions were sampled and cut in training.
     """
 
-    lora_targets = ("qkv", "query", "key", "value")
     lora_parts = ("frontend", "text", "fusion")
 
     def __init__(
@@ -77,11 +77,16 @@ class UMTRetrievalModel(TunableModel):
     ):
         super().__init__()
         width = text.shape.width
-        self.frontend, self.text, self.fusion, self.vocabulary = frontend, text, fusion, vocabulary
+        self.frontend, self.text, self.fusion, self.words = frontend, text, fusion, BertWords(vocabulary)
         self.text_proj = nn.Linear(width, frontend.shape.embed_dim)
         self.match_head = nn.Linear(width, 2)
         self.temperature = Temperature()
         self.config: dict[str, Any] = {"input": {"sampling": "segment", "max_words": 32}, **(config or {})}
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words that text ids stand for, in order."""
+        return self.words.vocabulary
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encodes what a batch holds of either side; with both sides it also matches them with hard negatives.
@@ -171,7 +176,7 @@ class UMTRetrievalModel(TunableModel):
             "input": self.config["input"],
         }
         Path(directory).mkdir(parents=True, exist_ok=True)
-        save_vocabulary(directory, self.vocabulary)
+        self.words.save(Path(directory))
         save_model(directory, config, self.plain_state(state))
 
     @classmethod

@@ -1,5 +1,6 @@
 """Text towers by family."""
 
+from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.bert import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt, bert_to_umt
 from tempme_vl.text.clip import ClipTextEncoder
 from tempme_vl.text.decoder import BertDecoder, QuestionKeys, decoder_to_umt, load_umt_decoder
@@ -11,6 +12,7 @@ __all__ = [
     "BertTextEncoder",
     "ClipTextEncoder",
     "QuestionKeys",
+    "TextEncoder",
     "VideoKeys",
     "bert_from_umt",
     "bert_to_umt",

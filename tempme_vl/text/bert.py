@@ -18,6 +18,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from tempme_vl.fit import misfits
+from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.bert_layer import (
     BertEmbeddings,
     BertLayer,
@@ -29,17 +30,14 @@ from tempme_vl.text.bert_layer import (
 )
 
 
-class BertTextEncoder(nn.Module):
+class BertTextEncoder(TextEncoder):
     """Embeddings and the layers before the first fusion layer; random weights, N(0, 0.02) as BERT's."""
 
-    context_length: int
-
     def __init__(self, shape: BertShape):
-        super().__init__()
-        self.shape, self.context_length = shape, shape.positions
+        super().__init__(shape.positions)
+        self.shape = shape
         self.embeddings = BertEmbeddings(shape)
         self.layers = nn.ModuleList(BertLayer(shape) for _ in range(shape.fusion_layer))
-        self.grad_checkpointing = False
         self.apply(partial(initialise, std=shape.init_std))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -53,17 +51,16 @@ class BertTextEncoder(nn.Module):
             (B, L, D) states; those of real words do not depend on the padding.
 
         Raises:
-            ValueError: more words than there are positions, or a mask of another shape.
+            ValueError: see `TextEncoder.check`.
         """
-        if ids.ndim != 2 or ids.shape[1] > self.context_length or ids.shape != mask.shape:
-            raise ValueError(
-                f"expected ids and mask (B, L) with L <= {self.context_length}; "
-                f"got {tuple(ids.shape)} and {tuple(mask.shape)}"
-            )
+        self.check(ids, mask)
         x, words = self.embeddings(ids), attention_mask(mask)
         for layer in self.layers:
             x = run_layer(layer, self.grad_checkpointing, x, words)
         return x
+
+    def input_side(self) -> nn.Module:
+        return self.embeddings
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Tokenizers with padding masks: CLIP's byte pairs and BERT's word pieces."""
+"""Tokenizers with padding masks: CLIP's byte pairs, BERT's word pieces, and those of transformers.
+
+A model keeps its `Words`: what makes its tokenizers, and goes into its folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from open_clip import SimpleTokenizer
@@ -14,8 +18,9 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
-from tempme_vl.pretrained import VOCABULARY_FILE, hub_file
+from tempme_vl.pretrained import VOCABULARY_FILE, hub_file, save_vocabulary
 
+TOKENIZER = "tokenizer"  # the folder of a saved one
 PAD, UNKNOWN, START, END, _ = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -82,9 +87,77 @@ class WordPieceTokenizer:
         return ids, (torch.arange(self.max_words) < len(words)).long()
 
 
-def caption_tokenizer(vocabulary: tuple[str, ...] | None, max_words: int) -> ClipTokenizer | WordPieceTokenizer:
-    """The tokenizer of a model for captions: CLIP's own, or BERT's on a vocabulary."""
-    return ClipTokenizer(max_words) if vocabulary is None else WordPieceTokenizer(vocabulary, max_words)
+@dataclass
+class PaddedTokenizer:
+    """A text -> ids and mask, both (max_words,) int64, by a tokenizer of transformers, cut and padded as it does.
+
+    Args:
+        encode: transformers' tokenizer.
+        lower: write texts in lower case first, as SigLIP 2 was trained.
+    """
+
+    encode: Any
+    max_words: int
+    lower: bool = False
+
+    def __call__(self, text: str) -> tuple[Tensor, Tensor]:
+        text = text.lower() if self.lower else text
+        options = {"padding": "max_length", "truncation": True, "max_length": self.max_words}
+        made = self.encode(text, **options, return_attention_mask=True)
+        return torch.tensor(made["input_ids"]), torch.tensor(made["attention_mask"])
+
+
+Tokenizing = Callable[[str], tuple[Tensor, Tensor]]
+
+
+class Words(Protocol):
+    """The words of a model."""
+
+    def tokenizer(self, max_words: int) -> Tokenizing:
+        """What makes a text ids and mask, both (max_words,) int64."""
+
+    def save(self, directory: Path) -> None:
+        """Writes them into a model's folder."""
+
+
+@dataclass(frozen=True)
+class ClipWords:
+    """CLIP's byte pairs, which come with open_clip."""
+
+    def tokenizer(self, max_words: int) -> Tokenizing:
+        return ClipTokenizer(max_words)
+
+    def save(self, directory: Path) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class BertWords:
+    """Word pieces; see `WordPieceTokenizer`."""
+
+    vocabulary: tuple[str, ...] = field(repr=False)
+
+    def tokenizer(self, max_words: int) -> Tokenizing:
+        return WordPieceTokenizer(self.vocabulary, max_words)
+
+    def save(self, directory: Path) -> None:
+        """vocab.txt."""
+        save_vocabulary(directory, self.vocabulary)
+
+
+@dataclass(frozen=True)
+class PretrainedWords:
+    """A tokenizer of transformers; see `PaddedTokenizer`."""
+
+    encode: Any = field(repr=False)
+    lower: bool = False
+
+    def tokenizer(self, max_words: int) -> Tokenizing:
+        return PaddedTokenizer(self.encode, max_words, self.lower)
+
+    def save(self, directory: Path) -> None:
+        """A folder `TOKENIZER`, in transformers' format."""
+        self.encode.save_pretrained(str(directory / TOKENIZER))
 
 
 def clean_text(text: str) -> str:

@@ -40,11 +40,12 @@ class TunableModel(nn.Module):
 
     Attributes:
         tuning: the one that is.
-        lora_targets: the last names of the linear layers that LoRA is added to by default.
+        lora_targets: the last names of the linear layers that LoRA is added to by default: queries, keys and values,
+            fused or apart, as the towers of all families name them.
         lora_parts: the parts of the model that they are looked for in, by their names.
     """
 
-    lora_targets: ClassVar[tuple[str, ...]] = ("qkv",)
+    lora_targets: ClassVar[tuple[str, ...]] = ("qkv", "q_proj", "k_proj", "v_proj", "query", "key", "value")
     lora_parts: ClassVar[tuple[str, ...]]
 
     def __init__(self) -> None:

@@ -19,6 +19,8 @@ from tempme_vl.schema import ConfigError, read_json
 
 _log = logging.getLogger(__name__)
 
+# what transformers writes into its configurations beside what describes a model
+_NOTES = {"dtype", "torch_dtype", "transformers_version", "architectures"}
 _POSITION = ".before_attention.clip_position.weight"
 
 
@@ -113,7 +115,7 @@ def load_exported_tower(
     differ = [
         f"{key} {theirs.get(key)!r} instead of {config.get(key)!r}"
         for key in sorted({*theirs, *config} - free)
-        if theirs.get(key) != config.get(key)
+        if _without_notes(theirs.get(key)) != _without_notes(config.get(key))
     ]
     if differ:
         raise ValueError(f"{export.folder} holds another tower: {few(differ)}")
@@ -127,6 +129,10 @@ def load_exported_tower(
         ", ".join(f"{part} ({count})" for part, count in rest.items()) or "nothing",
     )
     return export.clip_positions()
+
+
+def _without_notes(value: Any) -> Any:
+    return {key: part for key, part in value.items() if key not in _NOTES} if isinstance(value, Mapping) else value
 
 
 def load_exported_rest(model: nn.Module, export: Export, anew: Sequence[str] = ()) -> None:

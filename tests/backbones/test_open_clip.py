@@ -12,7 +12,6 @@ from torch import nn
 from towers import random_video, small_clip, tempme_schedule, tiny_frontend
 
 from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
-from tempme_vl.backbones import split_name
 from tempme_vl.backbones.base import QuickGELU, SelfAttention, square_side
 from tempme_vl.backbones.open_clip import (
     clip_from_openai,
@@ -21,6 +20,7 @@ from tempme_vl.backbones.open_clip import (
     visual_from_openai,
 )
 from tempme_vl.backbones.open_clip_blocks import OpenClipBlock, visual_backbone
+from tempme_vl.families import split_name
 from tempme_vl.tasks.retrieval import RetrievalModel
 from tempme_vl.text import ClipTextEncoder
 
@@ -57,7 +57,8 @@ def test_real_towers_equal_open_clip_and_export_back(original: open_clip.CLIP) -
     assert (embedded - captions).abs().max() <= 1e-6 * captions.abs().max()
 
     assert_same_state(frontend.openai_state_dict(), original.visual.state_dict())
-    model = RetrievalModel(frontend, text, {}, original.logit_scale.item())
+    config = {"family": "open_clip", "vision_cfg": {}}
+    model = RetrievalModel(VisualFrontend(backbone, schedule, config), text, {}, original.logit_scale.item())
     assert_same_state(model.openai_state_dict(), original.state_dict())
 
 
@@ -168,10 +169,15 @@ def test_unknown_modules_are_refused() -> None:
         ("own:ViT-B-32", r"got 'own:ViT-B-32' \(known families"),
         ("open_clip:", r"got 'open_clip:'"),
         ("open_clip:ViT-B-33", r"open_clip has no model 'ViT-B-33'; known ViTs: tiny, .*ViT-B-32"),
-        ("open_clip:RN50", r"'RN50' is not a plain CLIP ViT .*expected a model such as"),
-        ("open_clip:ViT-B-16-SigLIP", r"is not a plain CLIP ViT \(.*'timm:vit_base_patch16_siglip_224', or give"),
-        ("open_clip:convnext_base", r"'convnext_base' is not a plain CLIP ViT \(timm_model_name\); expected a model"),
-        ("open_clip:coca_ViT-B-32", r"not a plain CLIP ViT"),
+        ("open_clip:RN50", r"'RN50' cannot be taken apart: its visual tower is a ResNet"),
+        ("open_clip:convnext_base", r"expected timm's VisionTransformer; got ConvNeXt"),
+        (
+            "open_clip:EVA02-B-16",
+            r"expected timm's VisionTransformer; got Eva .*rotate by position \(EVA02",
+        ),
+        ("open_clip:EVA01-g-14", r"expected timm's VisionTransformer; got Eva "),
+        ("open_clip:coca_ViT-B-32", r"cannot be taken apart: CoCa has a text tower with a class token"),
+        ("open_clip:roberta-ViT-B-32", r"cannot be taken apart: its text tower is 'roberta-base' of transformers"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:

@@ -15,7 +15,6 @@ from towers import random_video
 from tempme_vl.tasks.qa.zero_shot import ZeroShotQA
 from tempme_vl.tasks.retrieval import create_retrieval_model
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
-from tempme_vl.text.tokenizers import caption_tokenizer
 
 FRAMES = umt_runs.FRAMES
 CLIPS = {"video": random_video(FRAMES, videos=4), "frame_mask": torch.ones(4, FRAMES)}
@@ -48,7 +47,7 @@ def asked_options(model: ZeroShotQA, filler: str = "word44") -> dict[str, Tensor
 def scores_text_by_text(family: str, video: int, texts: list[str]) -> Tensor:
     """(K,) by the retrieval model itself, one video and one text at a time."""
     model = retrieval(family)
-    tokenizer = caption_tokenizer(model.vocabulary, 32)
+    tokenizer = model.words.tokenizer(32)
     of_video = model({name: value[video][None] for name, value in CLIPS.items()})
     similarity, match = [], []
     for text in texts:
@@ -147,7 +146,7 @@ def test_answers_about_a_video_equal_those_about_what_was_kept_of_it(family: str
 def test_a_template_makes_the_texts(family: str) -> None:
     plain = ZeroShotQA(retrieval(family), ANSWERS)
     turned = ZeroShotQA(retrieval(family), ANSWERS, template="{answer} word33 {question}")
-    tokenizer = caption_tokenizer(retrieval(family).vocabulary, 32)
+    tokenizer = retrieval(family).words.tokenizer(32)
     for model, texts in (
         (plain, [f"word2 {answer}" for answer in ANSWERS]),
         (turned, [f"{answer} word33 word2" for answer in ANSWERS]),

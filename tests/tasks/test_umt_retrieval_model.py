@@ -23,6 +23,7 @@ from tempme_vl.tasks import umt_retrieval
 from tempme_vl.tasks.losses import matching_loss, same_pairs, soft_contrastive_loss
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text import bert_to_umt
+from tempme_vl.text.tokenizers import BertWords
 
 
 def loss_of(model: UMTRetrievalModel, batch: dict[str, Tensor], seed: int = 0) -> Tensor:
@@ -236,7 +237,7 @@ def test_saved_model_comes_back(mode: str, tmp_path: Path) -> None:
     nn.init.constant_(saved.temperature.temperature, 0.2)
     saved.config["input"]["max_words"] = 17
     # line separators of Unicode are word pieces of BERT too
-    saved.vocabulary = (*VOCABULARY[:-3], "\u2028", "\x85", "é")
+    saved.words = BertWords((*VOCABULARY[:-3], "\u2028", "\x85", "é"))
     saved.save_pretrained(tmp_path)
     loaded = UMTRetrievalModel.from_pretrained(tmp_path).eval()
     assert loaded.vocabulary == saved.vocabulary and loaded.config["input"] == saved.config["input"]

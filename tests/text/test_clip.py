@@ -98,11 +98,9 @@ def test_too_long_or_of_two_shapes() -> None:
         text(torch.ones(2, 12, dtype=torch.int64), torch.ones(2, 11))
 
 
-@pytest.mark.parametrize("change", [{"pool_type": "last"}, {"proj_bias": True}, {"proj_type": "none"}])
+@pytest.mark.parametrize("change", [{"pool_type": "first"}, {"pool_type": "eos"}, {"proj_type": "none"}])
 def test_other_pooling_is_refused(change: dict) -> None:
     vision = {"image_size": 8, "layers": 1, "width": 8, "head_width": 8, "patch_size": 8}
     text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1, **change}
-    with pytest.raises(
-        ValueError, match=r"expected a CLIP text tower pooled at the end token with a projection matrix"
-    ):
+    with pytest.raises(ValueError, match=r"expected a text tower pooled at the end token .*, with a projection; this"):
         ClipTextEncoder(open_clip.CLIP(8, vision, text))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tempme_vl.backbones import split_name
 from tempme_vl.backbones.umt_checkpoint import read_checkpoint
+from tempme_vl.families import find_family, split_name
 from tempme_vl.frontend import create_frontend
 from tempme_vl.pretrained import load_answers
 from tempme_vl.tasks.qa.base import QAHead, VideoQAModel
@@ -92,7 +92,7 @@ def create_qa_model(
         made = DecoderHead(questions, decoder, answers, rule, candidates, answer_words)
     if family != "umt":  # UMT's has seen videos
         made.new_parameters = (*made.new_parameters, "" if text_pretrained is None else r"\.fusion\..*crossattention")
-    qa_model = VideoQAModel(frontend, made, {"sampling": "segment" if family == "umt" else "uniform"})
+    qa_model = VideoQAModel(frontend, made, {"sampling": find_family(name).sampling})
     if export:
         _load_head(qa_model, vocabulary, export)
     return qa_model
@@ -159,4 +159,4 @@ def create_llm_qa_model(
         train_llm,
         source,
     )
-    return VideoQAModel(frontend, head, {"sampling": "segment" if split_name(name)[0] == "umt" else "uniform"})
+    return VideoQAModel(frontend, head, {"sampling": find_family(name).sampling})

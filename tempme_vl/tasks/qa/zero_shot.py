@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tempme_vl.tasks.retrieval import AnyRetrievalModel
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
-from tempme_vl.text.tokenizers import caption_tokenizer
 
 MATCH_SHARE = 0.7  # UMT on MSRVTT-MC: 0.7 softmax(matching) + 0.3 softmax(similarity)
 
@@ -41,8 +40,8 @@ class ZeroShotQA(nn.Module):
         self.frontend = retrieval.frontend
         self.input = retrieval.config["input"]
         self.kept: tuple[str, ...] = ("video", "tokens") if isinstance(retrieval, UMTRetrievalModel) else ("video",)
-        max_words = min(self.input["max_words"], retrieval.text.context_length)
-        self._tokenizer = caption_tokenizer(retrieval.vocabulary, max_words)
+        max_words = retrieval.text.max_words(self.input["max_words"])
+        self._tokenizer = retrieval.words.tokenizer(max_words)
 
     def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
         """Ids and mask (K, L) of the texts of all options, or of all answers.
