@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tempme_vl.command import at_least, run
+from tempme_vl.command_line import Command
 from tempme_vl.evaluation.efficiency import columns, fusion_macs
 from tempme_vl.evaluation.measure import device_name
 from tempme_vl.evaluation.rerank import REST, Reranked, rerank
@@ -152,4 +153,4 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    run(main, Options)
+    run(Command("", Options, main))

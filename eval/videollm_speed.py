@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.command import at_least, run
+from tempme_vl.command_line import Command
 from tempme_vl.evaluation.measure import device_name, paired_times, synchronize
 from tempme_vl.integrations import Compressed, SampledVideo, compress
 from tempme_vl.integrations.base import input_device, input_dtype, pooled, prefill_gflops
@@ -424,4 +425,4 @@ def format_rows(rows: Sequence[Mapping[str, Any]], depth: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main, Options)
+    run(Command("", Options, main))

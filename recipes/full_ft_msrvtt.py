@@ -23,7 +23,7 @@ Your own clips (one JSON object a line: file, caption or captions, optional star
 """
 
 from tempme_vl.command import run
-from tempme_vl.recipes.retrieval import main, parse
+from tempme_vl.recipes.options.retrieval import RETRIEVAL
 
 if __name__ == "__main__":
-    run(main, parse)
+    run(RETRIEVAL)  # the recipe: tempme_vl/recipes/retrieval.py; its loop: tempme_vl/recipes/loop.py

@@ -6,73 +6,8 @@
 Expected: per-frame encoding finds the axis of a motion but not its direction (R@1 near 50), TempMe finds both.
 """
 
-from __future__ import annotations
-
-import json
-import os
-import shutil
-import socket
-import subprocess
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
 from tempme_vl.command import run
-
-RECIPE = Path(__file__).resolve().parent / "full_ft_msrvtt.py"
-METHODS = {"none": "per-frame mean pooling", "tome": "ToMe", "tempme": "TempMe"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Train three models alike on the embedded data set "motion" and print their table."""
-
-    output: Path = Path("runs/demo")
-    """Each model's run folder goes below it; runs that are there already are started anew."""
-    seed: int = 0
-    ranks: int = max(1, min(2, len(os.sched_getaffinity(0))))
-    """Processes started by the deepspeed launcher; by default one a core, two at most."""
-
-
-def main(options: Options) -> None:
-    start, reports = time.perf_counter(), {}
-    for method in METHODS:
-        folder = options.output / f"{method}-seed{options.seed}"
-        shutil.rmtree(folder, ignore_errors=True)
-        ranks = ["--num_accelerators", str(options.ranks), "--master_port", str(free_port())]
-        command = ["deepspeed", *ranks, str(RECIPE), "--method", method]
-        command += ["--output", str(folder), "--seed", str(options.seed), "--data-root", "runs/motion-data"]
-        done = subprocess.run([*command, "--dataset", "motion"])
-        if done.returncode:  # the run has said why
-            raise ValueError(f"training {METHODS[method]} ended with exit code {done.returncode}")
-        reports[method] = json.loads((folder / "report.json").read_text())
-    print(table(reports))
-    print(f"\n{time.perf_counter() - start:.0f} s in all, seed {options.seed}, {options.ranks} ranks")
-
-
-def free_port() -> int:
-    """A port that nothing else uses, so that the demo runs beside other trainings."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def table(reports: dict[str, dict]) -> str:
-    """A Markdown table of the runs' reports."""
-    one = next(iter(reports.values()))
-    lines = [
-        f"{one['split']}: {one['videos']} clips; best epoch chosen on {one['selected_on']}",
-        "",
-        "| method | t2v R@1 | R@5 | R@10 | R-Sum | v2t R@1 | R@5 | R@10 | R-Sum | tokens | GFLOPs | train s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for method, report in reports.items():
-        scores = [report[way][key] for way in ("t2v", "v2t") for key in ("r1", "r5", "r10", "rsum")]
-        cells = [METHODS[method], *(f"{score:.1f}" for score in scores)]
-        cells += [f"{report['output_tokens']} of {report['input_tokens']}", f"{report['gflops']:.4f}"]
-        lines.append("| " + " | ".join([*cells, f"{report['train_seconds']:.0f}"]) + " |")
-    return "\n".join(lines)
-
+from tempme_vl.recipes.demo import DEMO
 
 if __name__ == "__main__":
-    run(main, Options)
+    run(DEMO)

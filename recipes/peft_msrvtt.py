@@ -10,14 +10,8 @@ MSRVTT-1kA, ViT-B/32, on 8 A100 (not yet measured; the paper reports R@1 46.1 fo
     deepspeed --num_gpus 8 recipes/peft_msrvtt.py --data-root /data/msrvtt
 """
 
-from functools import partial
-
 from tempme_vl.command import run
-from tempme_vl.recipes import retrieval
-from tempme_vl.recipes.presets import PEFT
-from tempme_vl.recipes.retrieval import main
-
-parse = partial(retrieval.parse, recipe=PEFT, suffix="-lora")
+from tempme_vl.recipes.options.retrieval import PEFT
 
 if __name__ == "__main__":
-    run(main, parse)
+    run(PEFT)  # the recipe: tempme_vl/recipes/retrieval.py; its loop: tempme_vl/recipes/loop.py

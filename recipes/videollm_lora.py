@@ -21,7 +21,7 @@ What was trained is in OUTPUT/best: tempme_vl.tasks.videollm.load_video_llm("OUT
 """
 
 from tempme_vl.command import run
-from tempme_vl.recipes.videollm import main, parse
+from tempme_vl.recipes.options.videollm import VIDEOLLM
 
 if __name__ == "__main__":
-    run(main, parse)
+    run(VIDEOLLM)  # the recipe: tempme_vl/recipes/videollm.py; its loop: tempme_vl/recipes/loop.py

@@ -20,7 +20,7 @@ Your own questions (one JSON object a line: file, question, answer or answers, o
 """
 
 from tempme_vl.command import run
-from tempme_vl.recipes.videoqa import main, parse
+from tempme_vl.recipes.options.videoqa import VIDEOQA
 
 if __name__ == "__main__":
-    run(main, parse)
+    run(VIDEOQA)  # the recipe: tempme_vl/recipes/videoqa.py; its loop: tempme_vl/recipes/loop.py

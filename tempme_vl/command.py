@@ -1,7 +1,7 @@
-"""How the scripts of recipes/ and eval/ start and how they fail: a user's mistake is one line on stderr, exit code 2.
+"""How commands start and how they fail: a user's mistake is one line on stderr, exit code 2.
 
 if __name__ == "__main__":
-    run(main, Options)
+    run(RETRIEVAL)
 """
 
 from __future__ import annotations
@@ -15,35 +15,42 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from typing import TypeVar
-
-import tyro
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tempme_vl import together
+from tempme_vl.command_line import Command
 from tempme_vl.processes import end_workers
 from tempme_vl.reports import RESULTS
 
-T = TypeVar("T")
 MISTAKE, INTERRUPTED = 2, 130  # exit codes; an error of the program itself ends with Python's 1
 TRACEBACK = "TEMPME_VL_TRACEBACK"  # environment variable: 1 shows where a user's mistake was noticed
 FIRST_RANK_SECONDS = 5.0  # to end in, after a mistake that all ranks make
 
 
-def run(main: Callable[[T], object], options: type[T] | Callable[[], T]) -> None:
-    """Parses the command line and calls `main` with the options.
+def run(command: Command[Any], arguments: Sequence[str] | None = None, module: str | None = None) -> None:
+    """Reads a command's options and runs it, see `Command.parse`; errors end the process as `ending` has it."""
+
+    def start() -> None:
+        # only the first rank shows --help
+        with contextlib.nullcontext() if _rank() == 0 else contextlib.redirect_stdout(io.StringIO()):
+            options = command.parse(arguments, module)
+        command.load()(options)
+
+    ending(start)
+
+
+def ending(start: Callable[[], object]) -> None:
+    """Calls `start`, and ends the process with what a user is told of an error.
 
     What a user can put right (see `is_mistake`) ends in one line on stderr and exit code 2, Ctrl-C in one line and 130;
     the environment variable TEMPME_VL_TRACEBACK=1 shows the traceback too. Any other error keeps its traceback and
     exit code 1. Of several ranks that make the same mistake the first prints. Messages of the package's loggers are
     shown on the first rank's stderr.
-
-    Args:
-        options: a dataclass, which tyro parses, or a function that parses.
     """
     log_to_screen()
     try:
-        main(_parsed(options))
+        start()
         return
     except (Exception, KeyboardInterrupt) as error:
         end_workers()
@@ -102,27 +109,6 @@ class _Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.name != RESULTS:
             print(self.format(record), file=sys.stderr, flush=True)
-
-
-def _parsed(options: type[T] | Callable[[], T]) -> T:
-    """Options of the command line; tyro's box around a mistake becomes one line. Only the first rank shows --help."""
-    errors = io.StringIO()
-    help_text = contextlib.nullcontext() if _rank() == 0 else contextlib.redirect_stdout(io.StringIO())
-    try:
-        with help_text, contextlib.redirect_stderr(errors):
-            return tyro.cli(options) if isinstance(options, type) else options()
-    except SystemExit as end:
-        if not end.code:
-            raise
-        text = re.sub(r"\x1b\[[0-9;]*m", "", errors.getvalue())
-        errors = io.StringIO()  # said anew
-        # ╭─ title ─╮ │ what is wrong │ ├ a rule, then the help of an option
-        lines = [line.strip("│ \t") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-        rules = [number for number, line in enumerate(lines) if line and not line.strip("─")]
-        said = " ".join(line for line in lines[: rules[0] if rules else None] if line)
-        raise ValueError(f"{said} (--help lists the options)" if said else f"exit code {end.code}") from None
-    finally:
-        sys.stderr.write(errors.getvalue())
 
 
 def _rank() -> int:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from tempme_vl import command, reports
+from tempme_vl.command_line import Command
 from tempme_vl.data.video import VideoError
 
 
@@ -72,13 +74,13 @@ def main(options: Options) -> None:
     reports.show("a result")
 
 
-def start(arguments: list[str], parse: Any = Options, seconds: float = 60, traceback: str = "") -> None:
+def start(arguments: list[str], defaults: Any = None, seconds: float = 60, traceback: str = "") -> None:
     sys.argv = ["some_command.py", *arguments]
     command.FIRST_RANK_SECONDS = seconds
     os.environ[command.TRACEBACK] = traceback
-    command.run(main, parse)
+    command.run(Command("some", Options, main, defaults=defaults or (lambda arguments: {})))
 
 
-def own_parser() -> Options:
+def own_defaults(arguments: Sequence[str]) -> dict[str, Any]:
     print("a warning of the parser", file=sys.stderr)
     raise ValueError("options that miss each other")

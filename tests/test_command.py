@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_runs import own_parser, start
+from command_runs import own_defaults, start
 from training.processes import exit_codes
 from training.processes import start as start_process
 
@@ -38,8 +38,8 @@ def test_a_mistake_is_one_line(arguments: tuple[str, ...], line: str, tmp_path: 
     ("arguments", "said"),
     [
         ((), "--kind"),
-        (("--kind", "value", "--workers", "many"), "invalid literal for int() with base 10: 'many'"),
-        (("--kind", "value", "--worker", "3"), "--worker"),
+        (("--kind", "value", "--workers", "many"), "--workers: invalid INT value: 'many'"),
+        (("--kind", "value", "--worker", "3"), "unknown: --worker 3; did you mean --workers?"),
     ],
     ids=["missing", "no number", "unknown"],
 )
@@ -49,8 +49,8 @@ def test_a_command_line_that_does_not_parse_is_one_line(arguments: tuple[str, ..
     assert lines[0].startswith("error: ") and said in lines[0] and "─" not in lines[0]
 
 
-def test_a_parser_of_ones_own_may_warn_and_refuse(tmp_path: Path) -> None:
-    codes, lines = ended(tmp_path / "log", parse=own_parser)
+def test_defaults_of_ones_own_may_warn_and_refuse(tmp_path: Path) -> None:
+    codes, lines = ended(tmp_path / "log", defaults=own_defaults)
     assert (codes, lines) == ([2], ["a warning of the parser", "error: options that miss each other"])
 
 

@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "together": {"processes"},
     # how commands start and fail, and what they leave behind
     "reports": {"__init__"},
-    "command": {"reports", "processes", "together"},
+    "command_line": set(),
+    "command": {"command_line", "reports", "processes", "together"},
     "libraries": set(),
     # what a front end is made of
     "merging": {"state", "matching", "schema", "registry"},
@@ -66,10 +67,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE,
-    "evaluation": CORE | {"tasks", "data", "processes"},  # of data: splits and predictions, to score them
+    # of data: splits and predictions, to score them; of training: ranks
+    "evaluation": CORE | {"tasks", "pipeline", "data", "training", "processes", "reports", "command", "command_line"},
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
-    "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports", "command"},
+    "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports", "command", "command_line"},
+    # the command, which knows all others
+    "cli": {"__init__", "command", "command_line", "recipes", "evaluation"},
     "lmms_eval": {"integrations", "data", "libraries"},
     # side shelves, which know no model and not each other
     "data": {"messages"},

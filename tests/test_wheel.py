@@ -79,7 +79,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], check=True)
     shutil.rmtree(source)
     (wheel,) = wheels.glob("*.whl")
-    assert {"tempme_vl/py.typed"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {"tempme_vl/py.typed", "tempme_vl/training/ds/zero1.json"} <= set(zipfile.ZipFile(wheel).namelist())
 
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"
@@ -112,6 +112,28 @@ def test_an_installed_wheel_works_outside_the_repository(installed: Path) -> Non
     assert said["tokens"][0] == said["tokens"][1] < 4 * 16
     assert said["host"] == [1]
     assert (said["r1"], said["accuracy"]) == (100.0, 50.0)
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_counts_outside_the_repository(installed: Path) -> None:
+    command, folder = installed.with_name("tempme-vl"), installed.parents[2] / "empty"
+    folder.mkdir()
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([str(command), *arguments], cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "train retrieval" in run("--help") and "--deepspeed-config PATH" in run("train", "videoqa", "--help")
+    run("efficiency", "--json", "costs.json")
+    rows = json.loads((folder / "costs.json").read_text())["costs"]
+    assert [row["output_tokens"] for row in rows if (row["backbone"], row["method"]) == ("B/32", "tempme")][0] == 97
+    said = run("train", "retrieval", "--max-steps", "2", "--output", "run", "--deepspeed-config", "zero2")
+    assert "stopped after 2 of" in said
+    steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == [1, 2]
+    assert json.loads((folder / "run" / "options.json").read_text())["deepspeed_config"] == "zero2"
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tempme_vl.recipes.options import TrainingOptions
+from tempme_vl.recipes.options.shared import RunOptions
 from tempme_vl.recipes.start import say
 from tempme_vl.training.engine import Trainer
 
@@ -25,7 +25,7 @@ class Trained:
 
 
 def fit(
-    options: TrainingOptions, trainer: Trainer, model: Any, validate: Callable[[], tuple[float, dict[str, Any]]] | None
+    options: RunOptions, trainer: Trainer, model: Any, validate: Callable[[], tuple[float, dict[str, Any]]] | None
 ) -> Trained | None:
     """Trains to the end, or as far as the options say; OUTPUT/best is the model after its best epoch.
 

@@ -14,7 +14,7 @@ from tempme_vl.evaluation.videoqa import accuracy_by, table
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.recipes.loop import Trained
 from tempme_vl.recipes.names import BROKEN_VIDEOS
-from tempme_vl.recipes.options import RecipeOptions
+from tempme_vl.recipes.options.shared import RecipeOptions
 from tempme_vl.reports import finish, write_json
 from tempme_vl.training import distributed
 from tempme_vl.training.engine import Trainer

@@ -15,7 +15,7 @@ from tempme_vl.data.broken import MissingVideosError, check_videos
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.recipes.names import MISSING_VIDEOS
-from tempme_vl.recipes.options import RecipeOptions, VisualOptions
+from tempme_vl.recipes.options.shared import RecipeOptions, VisualOptions
 from tempme_vl.reports import provenance, write_json, write_whole
 from tempme_vl.training import distributed
 from tempme_vl.training.config import TrainConfig
@@ -23,7 +23,7 @@ from tempme_vl.training.config import TrainConfig
 # Options that may be others when a run is continued: where things lie, how they are read and stored, what is shown. The
 # content of the annotations and of the DeepSpeed file counts instead of their paths, and what a precision stands for.
 MAY_CHANGE = {
-    *("output", "resume", "max_steps", "save_every", "tensorboard", "workers", "local_rank"),
+    *("output", "resume", "max_steps", "save_every", "tensorboard", "workers"),
     *("data_root", "video_root", "annotations", "most_missing", "on_broken"),
     *("frame_cache", "cache_memory", "decoder", "decode_timeout", "clip_memory"),
     *("deepspeed_config", "precision", "grad_checkpointing", "eval_batch_size"),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
-import tyro
 from torch.utils.data import Dataset
 
 from tempme_vl.data.questions import TrainQuestions, most_options
@@ -23,9 +21,9 @@ from tempme_vl.integrations import Host
 from tempme_vl.integrations.base import prefill_gflops
 from tempme_vl.integrations.post_encoder import PostEncoderHost
 from tempme_vl.integrations.tiny import tiny_host
+from tempme_vl.recipes.build import clip_reader, merging, optimizer
 from tempme_vl.recipes.loop import fit
-from tempme_vl.recipes.options import LIMITS, RecipeOptions, first_look, merged_by
-from tempme_vl.recipes.presets import DEEPSPEED, FROM_SCRATCH, MOTION
+from tempme_vl.recipes.options.videollm import Options
 from tempme_vl.recipes.report import about_run, write_answers
 from tempme_vl.recipes.start import announce, begin, check_files, facts
 from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_host, load_video_llm
@@ -33,77 +31,6 @@ from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import latest_checkpoint
 from tempme_vl.training.engine import Trainer
 from tempme_vl.training.folder import claim
-
-
-@dataclass(frozen=True)
-class Options(RecipeOptions):
-    """Fine-tune a compressed video-language model on questions.
-
-    The defaults shown are those of the data set and the host: --help together with --data-root, --dataset or --host
-    shows its own. The options in use are written to OUTPUT/options.json.
-    """
-
-    dataset: Literal["motion", "msrvtt_qa", "msvd_qa", "activitynet_qa", "jsonl"] = "msrvtt_qa"
-    """Default: motion, the embedded data set; msrvtt_qa as soon as --data-root is given."""
-    host: str = "LanguageBind/Video-LLaVA-7B-hf"
-    """A folder or hub name of a video-language model of transformers, one of tempme_vl.integrations.HOSTS; or
-    tiny:VideoLlava, tiny:Qwen2_5_VL: random, with the words of the training questions, written to OUTPUT/host.
-    Hosts that merge behind their tower have no --r (of TempMe) and no --merge-layers."""
-    lora_rank: int = 16
-    """LoRA on all linear layers of the language model; 0 for none. Its update is scaled by 1, whatever the rank."""
-    train_frontend: bool = False
-    """Train the tower and the clip positions, too."""
-    prompt: str | None = None
-    """With {question} and the host's placeholder for a video; default: the host's own chat format, or LLaVA's."""
-    answer_tokens: int = 16
-    """The most tokens of a written answer."""
-    image_size: int = 224
-    """Pixels of the square frames that the host's own preprocessing gets."""
-    eval_batch_size: int = 16
-    """Questions asked at once on each rank."""
-
-
-# What differs from the defaults above.
-TUNING: dict[str, Any] = {  # the rates of LLaVA's projector and of its LoRA
-    "num_frames": 8,
-    "epochs": 1,
-    "lr": 2e-5,
-    "lr_new": 2e-4,
-    "warmup": 0.03,
-    "weight_decay": 0.0,
-    "beta2": 0.999,
-    "augment": "none",
-    "sampling": "uniform",
-}
-_TINY = {key: value for key, value in FROM_SCRATCH.items() if key not in ("model", "pretrained")}
-TINY: dict[str, Any] = {
-    **_TINY,
-    "train_frontend": True,
-    "image_size": 32,
-    "eval_batch_size": 64,
-    "answer_tokens": 8,
-    "epochs": 3,
-    "lr_new": 4e-3,
-}
-HOSTS: dict[str, dict[str, Any]] = {
-    "tiny:VideoLlava": TINY,
-    "tiny:Qwen2_5_VL": {**TINY, "r": None, "merge_layers": None, "merge_frames": (2, 2)},
-}
-
-
-def parse(arguments: list[str] | None = None) -> Options:
-    """Options from the command line, on top of the defaults of their data set and host."""
-    given = first_look(arguments, ("dataset", "data-root", "host", "method", *LIMITS))
-    dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
-    host = given.host or ("tiny:VideoLlava" if dataset == "motion" else Options.host)
-    preset = {**HOSTS.get(host, TUNING), "host": host}
-    if dataset == "motion":
-        preset |= {key: value for key, value in MOTION.items() if key in Options.__dataclass_fields__}
-    if given.dataset is None:  # a given one is for tyro to check
-        preset["dataset"] = dataset
-    preset["output"] = Path("runs") / f"{dataset}-videollm-{given.method or 'tempme'}"
-    preset["deepspeed_config"] = DEEPSPEED / "zero1.json"
-    return tyro.cli(Options, args=arguments, default=Options(**merged_by(preset, given)))
 
 
 def main(options: Options) -> None:
@@ -118,14 +45,14 @@ def main(options: Options) -> None:
     source = prepare_host(options, train)
     model = build_model(options, source, dtype).to(device)
     host = model.compressed.host
-    reader = options.reader(host.num_frames, ClipTransform(as_they_are(options)), options.output)
+    reader = clip_reader(options, host.num_frames, ClipTransform(as_they_are(options)))
     train_reader = replace(reader, transform=ClipTransform(as_they_are(options), options.augment))
 
     trainer = Trainer(
         model,
-        options.build_optimizer(model, model.is_new_parameter),
+        optimizer(options, model, model.is_new_parameter),
         TrainQuestions(train, train_reader, model.tokenizer(), options.seed),
-        options.config(),
+        options,
         facts(options, model.compressed.describe(), train=train, val=val, test=test),
     )
     splits = [split for split in (train, val, test) if split is not None]
@@ -179,7 +106,7 @@ def build_model(options: Options, source: str, dtype: torch.dtype) -> VideoLLM:
         answer_tokens=options.answer_tokens,
         source=source,
         input={"sampling": options.sampling, "image_size": options.image_size},
-        **options.merging(8),
+        **merging(options, 8),
     )
     built.set_grad_checkpointing(options.grad_checkpointing)
     return built

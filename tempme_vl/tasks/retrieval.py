@@ -22,7 +22,8 @@ from tempme_vl.tasks.losses import LogitScale, contrastive_loss, gather_pairs
 from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.tokenizers import ClipWords, Words
-from tempme_vl.tuning import TunableModel, Tuning, find_tuning
+from tempme_vl.tuning import Tuning, find_tuning
+from tempme_vl.tuning.model import TunableModel
 from tempme_vl.weights.exports import load_exported_rest, part_of
 
 RETRIEVAL = {"retrieval": "a retrieval model"}

@@ -36,7 +36,7 @@ from tempme_vl.tasks.losses import (
 from tempme_vl.tasks.umt_text import TEXT_OF, load_bert_side
 from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt
 from tempme_vl.text.tokenizers import BertWords
-from tempme_vl.tuning import TunableModel
+from tempme_vl.tuning.model import TunableModel
 from tempme_vl.weights.exports import find_export, load_exported_rest, part_of, require_vocabulary
 
 _log = logging.getLogger(__name__)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from tempme_vl.tuning.base import TunableModel, Tuning
+from tempme_vl.tuning.base import Tuning
+
+if TYPE_CHECKING:
+    from tempme_vl.tuning.model import TunableModel
 
 
 @dataclass(frozen=True)

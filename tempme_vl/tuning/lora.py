@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from tempme_vl.tuning.base import Tuning
 
-from tempme_vl.tuning.base import TunableModel, Tuning
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tempme_vl.tuning.model import TunableModel
 
 _ADDED = ".lora_"
 _WRAPPED = ".base_model.model."  # of a part that peft wraps and saves itself, such as a language model (`Lora.wrap`)

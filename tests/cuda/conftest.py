@@ -1,3 +1,3 @@
-"""Makes the recipes importable, and the data that they are tested on."""
+"""The data that the recipes are tested on."""
 
 from recipes.conftest import data as data

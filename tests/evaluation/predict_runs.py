@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import runpy
 import sys
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import tyro
 
 from tempme_vl.data.motion import render_motion
 from tempme_vl.data.videoqa import QASplit, answer_vocabulary, read_split
+from tempme_vl.evaluation.options import EVAL_VIDEOQA
 from tempme_vl.evaluation.predict import predict
 from tempme_vl.pipeline import VideoQA
 from tempme_vl.tasks.qa.create import create_qa_model
@@ -74,11 +73,7 @@ def predicted_by_rank(*args: Any) -> dict[str, str]:
 
 def score(arguments: list[str]) -> None:
     """eval/videoqa.py's command line."""
-    spec = importlib.util.spec_from_file_location("eval_videoqa", COMMAND)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(tyro.cli(module.Options, args=arguments))
+    EVAL_VIDEOQA.load()(EVAL_VIDEOQA.parse(arguments))
 
 
 def run_script(script: Path, arguments: list[str | Path]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,9 @@ from tempme_vl.data import motion
 from tempme_vl.data.motion import render_motion
 from tempme_vl.data.retrieval import EvalCaptions, EvalClips
 from tempme_vl.data.video import VideoError
+from tempme_vl.evaluation import retrieval_command as command
 from tempme_vl.evaluation.metrics import dual_softmax, multi_caption_metrics, retrieval_metrics
+from tempme_vl.evaluation.options import RetrievalOptions
 from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
 from tempme_vl.text.tokenizers import ClipTokenizer, word_vocabulary
@@ -31,15 +31,6 @@ NUM_TEST = 7
 render_small = partial(
     render_motion, num_train=8, num_test=NUM_TEST, num_order_train=0, num_order_val=0, num_order_test=0
 )
-
-
-@pytest.fixture(scope="module")
-def command():
-    spec = importlib.util.spec_from_file_location("eval_retrieval", COMMAND)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +50,12 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def run(command, checkpoint, data):
+def run(checkpoint, data):
     """run(...) -> embeddings and report of the rendered test split, with other options where given."""
 
     def evaluate(**options):
         given = {"dataset": "msrvtt", "data_root": data, "sampling": "uniform", "workers": 0, **options}
-        chosen = command.Options(checkpoint, **given)
+        chosen = RetrievalOptions(checkpoint=checkpoint, **given)
         return command.evaluate(chosen, command.read_split(chosen), CPU)
 
     return evaluate
@@ -90,9 +81,9 @@ def random_embeddings(captions_per_video: list[int], width: int = 6, seed: int =
     return Embeddings(unit(video), unit(text), torch.tensor(owners), torch.ones(len(video), dtype=torch.bool))
 
 
-def test_embeddings_and_report_are_those_of_the_functions(run, command, checkpoint, data):
+def test_embeddings_and_report_are_those_of_the_functions(run, checkpoint, data):
     embeddings, report = run()
-    options = command.Options(checkpoint, "msrvtt", data)
+    options = RetrievalOptions(checkpoint=checkpoint, dataset="msrvtt", data_root=data)
     split, model = command.read_split(options), RetrievalModel.from_pretrained(checkpoint).eval()
     preprocess = command.Preprocess.from_dict(model.frontend.config["preprocess"])
     reader = command.ClipReader(4, command.ClipTransform(preprocess), "uniform", timeout=None, on_broken="raise")
@@ -107,15 +98,21 @@ def test_embeddings_and_report_are_those_of_the_functions(run, command, checkpoi
     assert report["broken_videos"] == {}
 
 
-def test_umt_is_re_ranked(command, data, tmp_path, one_broken):
+def test_umt_is_re_ranked(data, tmp_path, one_broken):
     """The report holds both rankings; a broken video is nobody's candidate in either."""
-    split = command.read_split(command.Options(tmp_path, "msrvtt", data))
+    split = command.read_split(RetrievalOptions(checkpoint=tmp_path, dataset="msrvtt", data_root=data))
     vocabulary = word_vocabulary([caption for captions in split.captions for caption in captions])
     torch.manual_seed(0)
     model = create_retrieval_model("umt:tiny", None, "none", 4, vocabulary=vocabulary, mode="joint")
     model.save_pretrained(tmp_path / "best")
-    options = command.Options(
-        tmp_path / "best", "msrvtt", one_broken, sampling="uniform", workers=0, rerank=3, decode_timeout=None
+    options = RetrievalOptions(
+        checkpoint=tmp_path / "best",
+        dataset="msrvtt",
+        data_root=one_broken,
+        sampling="uniform",
+        workers=0,
+        rerank=3,
+        decode_timeout=None,
     )
     embeddings, report = command.evaluate(options, command.read_split(options), CPU)
     assert embeddings.tokens.shape == (NUM_TEST, 4 * 16, 64) and embeddings.states.shape[0] == NUM_TEST
@@ -128,24 +125,24 @@ def test_umt_is_re_ranked(command, data, tmp_path, one_broken):
     assert plain.tokens is None and "reranked" not in report
 
 
-def test_motion_is_rendered_where_asked(command, checkpoint, tmp_path, monkeypatch):
+def test_motion_is_rendered_where_asked(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(motion, "render_motion", render_small)
     monkeypatch.chdir(tmp_path)
-    assert len(command.read_split(command.Options(checkpoint, "motion")).clips) == NUM_TEST
+    assert len(command.read_split(RetrievalOptions(checkpoint=checkpoint, dataset="motion")).clips) == NUM_TEST
     assert (tmp_path / "runs" / "motion-data" / "motion.json").is_file()
 
 
-def test_options_that_miss_each_other(command, checkpoint):
+def test_options_that_miss_each_other(checkpoint):
     with pytest.raises(ValueError, match="--dataset jsonl needs --annotations FILE and --video-root"):
-        command.read_split(command.Options(checkpoint, "jsonl"))
+        command.read_split(RetrievalOptions(checkpoint=checkpoint, dataset="jsonl"))
     with pytest.raises(ValueError, match="--dataset didemo needs --data-root"):
-        command.read_split(command.Options(checkpoint, "didemo"))
+        command.read_split(RetrievalOptions(checkpoint=checkpoint, dataset="didemo"))
 
 
-def test_saved_embeddings_are_unit_vectors_and_give_the_metrics(run, command, checkpoint, data, tmp_path):
+def test_saved_embeddings_are_unit_vectors_and_give_the_metrics(run, checkpoint, data, tmp_path):
     embeddings, report = run()
     file = tmp_path / "out" / "embeddings.safetensors"
-    split = command.read_split(command.Options(checkpoint, "msrvtt", data))
+    split = command.read_split(RetrievalOptions(checkpoint=checkpoint, dataset="msrvtt", data_root=data))
     command.save_embeddings(file, embeddings, split)
     saved = load_file(file)
     for side in ("video", "text"):
@@ -184,7 +181,7 @@ def test_dual_softmax_is_that_of_the_whole_matrix(run):
     assert report["t2v"] != plain["t2v"]
 
 
-def test_unreadable_videos_are_counted_and_rank_last(run, command, one_broken):
+def test_unreadable_videos_are_counted_and_rank_last(run, one_broken):
     embeddings, report = run(data_root=one_broken)
     assert embeddings.valid.tolist() == [True, False] + [True] * (NUM_TEST - 2)
     assert (report["videos"], report["captions"], report["unreadable_videos"]) == (NUM_TEST, NUM_TEST, 1)
@@ -211,7 +208,7 @@ def test_unreadable_videos_are_an_error_when_asked(run, one_broken):
         run(data_root=one_broken, on_broken="raise")
 
 
-def test_several_captions_give_both_definitions(run, command, data, tmp_path):
+def test_several_captions_give_both_definitions(run, data, tmp_path):
     annotations = tmp_path / "clips.jsonl"
     lines = [{"file": f"video{i}.mp4", "captions": [f"a thing {i} {j}" for j in range(1 + i % 3)]} for i in range(6)]
     annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -279,6 +276,6 @@ def test_the_result_is_shown_though_no_file_can_be_written(checkpoint, data, tmp
         ({"decode_timeout": float("nan")}, "--decode-timeout must be above 0; got nan"),
     ],
 )
-def test_numbers_that_mean_nothing_are_refused_before_anything_starts(command, options, message, tmp_path):
+def test_numbers_that_mean_nothing_are_refused_before_anything_starts(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        command.main(command.Options(tmp_path / "none", "msrvtt", **options))
+        command.main(RetrievalOptions(checkpoint=tmp_path / "none", dataset="msrvtt", **options))

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from evaluation.predict_runs import COMMAND, FRAMES, NUM_QUESTIONS, create, predicted, read, render_few, score
+from evaluation.predict_runs import FRAMES, NUM_QUESTIONS, create, predicted, read, render_few, score
 from training.processes import exit_codes, start
 
 from tempme_vl.data import motion
 from tempme_vl.data.videoqa import answer_vocabulary
+from tempme_vl.evaluation import videoqa_command as command
+from tempme_vl.evaluation.options import VideoQAOptions
 from tempme_vl.evaluation.videoqa import accuracy, read_predictions, table
-
-
-@pytest.fixture(scope="module")
-def command() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("eval_videoqa", COMMAND)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +95,13 @@ def test_a_choice_among_options_of_ones_own(data: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "frames").glob("*.npy"))) == 1
 
 
-def test_motion_is_rendered_where_asked(command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_motion_is_rendered_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(motion, "render_motion", render_few)
     monkeypatch.chdir(tmp_path)
-    split = command.split_of(command.Options(checkpoint=tmp_path, dataset="motion"))
+    split = command.split_of(VideoQAOptions(checkpoint=tmp_path, dataset="motion"))
     assert (split.name, len(split.questions)) == ("motion/test", NUM_QUESTIONS)
     assert (tmp_path / "runs" / "motion-data" / "motion.json").is_file()
-    val = command.split_of(command.Options(checkpoint=tmp_path, dataset="motion", split="val"))
+    val = command.split_of(VideoQAOptions(checkpoint=tmp_path, dataset="motion", split="val"))
     assert val.name == "motion/val"
 
 
@@ -130,25 +118,25 @@ def test_motion_is_rendered_where_asked(command: ModuleType, tmp_path: Path, mon
         ("annotations", "expected either --predictions, a file, or --checkpoint, the folder of a model"),
     ],
 )
-def test_options_that_miss_each_other(command: ModuleType, given: str, message: str) -> None:
+def test_options_that_miss_each_other(given: str, message: str) -> None:
     places = {name: Path("a") for name in ("checkpoint", "predictions", "video_root")}
     values = {**places, "annotations": Path("a.jsonl"), "other": Path("a.json"), "dataset": "msrvtt_qa"}
     options = {name.replace("other", "annotations"): values[name] for name in given.split()}
     with pytest.raises(ValueError, match=message):
-        command.main(command.Options(**options))
+        command.main(VideoQAOptions(**options))
 
 
-def test_sizes_of_a_vocabulary(command: ModuleType, tmp_path: Path) -> None:
+def test_sizes_of_a_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "v.txt").write_text("man\ndog\n")
     vocabulary = {"vocabulary": tmp_path / "v.txt"}
-    assert command.vocabulary_of(command.Options()) is None
-    assert command.vocabulary_of(command.Options(**vocabulary)) == ("man", "dog")
-    assert command.vocabulary_of(command.Options(**vocabulary, vocabulary_size=1)) == ("man",)
+    assert command.vocabulary_of(VideoQAOptions()) is None
+    assert command.vocabulary_of(VideoQAOptions(**vocabulary)) == ("man", "dog")
+    assert command.vocabulary_of(VideoQAOptions(**vocabulary, vocabulary_size=1)) == ("man",)
     for size in (0, 3):
         with pytest.raises(ValueError, match=rf"v\.txt has 2 answers; got --vocabulary-size {size}"):
-            command.vocabulary_of(command.Options(**vocabulary, vocabulary_size=size))
+            command.vocabulary_of(VideoQAOptions(**vocabulary, vocabulary_size=size))
     with pytest.raises(ValueError, match="--vocabulary-size needs --vocabulary"):
-        command.vocabulary_of(command.Options(vocabulary_size=3))
+        command.vocabulary_of(VideoQAOptions(vocabulary_size=3))
 
 
 def test_models_and_answers_that_do_not_fit(data: Path, tmp_path: Path) -> None:
@@ -171,8 +159,6 @@ def test_models_and_answers_that_do_not_fit(data: Path, tmp_path: Path) -> None:
         ({"decode_timeout": -1.0}, "--decode-timeout must be above 0; got -1.0"),
     ],
 )
-def test_numbers_that_mean_nothing_are_refused(
-    command: ModuleType, options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_numbers_that_mean_nothing_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        command.main(command.Options(checkpoint=tmp_path / "none", dataset="motion", **options))
+        command.main(VideoQAOptions(checkpoint=tmp_path / "none", dataset="motion", **options))

@@ -1,11 +1,8 @@
-"""Makes the recipes importable, which are scripts outside the package; the data that they are tested on."""
+"""The data that the recipes are tested on."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
 
 @pytest.fixture(scope="package")

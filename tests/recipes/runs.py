@@ -10,25 +10,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import full_ft_msrvtt
-import peft_msrvtt
 import torch
-import videollm_lora
-import videoqa
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training.processes import RECIPES, exit_codes, start
 
+from tempme_vl.command_line import Command
 from tempme_vl.data import motion
 from tempme_vl.data.motion import render_motion
 from tempme_vl.data.videoqa import read_split
+from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL
+from tempme_vl.recipes.options.videollm import VIDEOLLM
+from tempme_vl.recipes.options.videoqa import VIDEOQA
 from tempme_vl.tasks.qa import load_qa_model
 from tempme_vl.tasks.retrieval import load_retrieval_model
 from tempme_vl.tasks.videollm import load_video_llm
 from tempme_vl.training.engine import Trainer
 
 NUM_TEST = 8
-MODULES: dict[str, Any] = {module.__name__: module for module in (full_ft_msrvtt, peft_msrvtt, videoqa, videollm_lora)}
+COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM)}
 UMT = {"model": "umt:tiny", "mode": "clip", "deepspeed_config": RECIPES / "ds" / "zero2.json"}
 
 
@@ -37,7 +37,7 @@ class Case:
     """A recipe with options that make 6 steps an epoch of the rendered clips.
 
     Attributes:
-        recipe: the module's name.
+        recipe: the command's name.
         load: reads the exported model.
         report: some of what report.json holds in the end.
         options: of every run; None for one that the recipe does not have.
@@ -79,7 +79,7 @@ PLACES = {"ROOT": "motion", "VIDEOS": "motion/videos", "SPLITS": "splits.jsonl",
 OWN_QUESTIONS = {"dataset": "jsonl", "video_root": "VIDEOS"}
 CASES = {
     "retrieval": Case(
-        "full_ft_msrvtt",
+        "train retrieval",
         load_retrieval_model,
         {
             "split": "msrvtt/test_1k",
@@ -93,7 +93,7 @@ CASES = {
         {"holdout": 0},
     ),
     "umt": Case(
-        "full_ft_msrvtt",
+        "train retrieval",
         load_retrieval_model,
         {"split": "msrvtt/test_1k", "videos": NUM_TEST, "broken_videos": {}, "method": "tempme"},
         {"dataset": "msrvtt", "data_root": "ROOT", **UMT, "rerank": 3},
@@ -101,7 +101,7 @@ CASES = {
         {"holdout": 0},
     ),
     "lora": Case(
-        "peft_msrvtt",
+        "train peft",
         load_retrieval_model,
         {"split": "msrvtt/test_1k", "videos": NUM_TEST, "broken_videos": {}, "method": "tempme"},
         {"dataset": "msrvtt", "data_root": "ROOT"},
@@ -110,7 +110,7 @@ CASES = {
         {"deepspeed_config": RECIPES / "ds" / "zero2.json"},
     ),
     "classifier": Case(
-        "videoqa",
+        "train videoqa",
         load_qa_model,
         {
             "split": "splits/test",
@@ -126,7 +126,7 @@ CASES = {
         {"annotations": "ONE SPLIT"},
     ),
     "decoder": Case(
-        "videoqa",
+        "train videoqa",
         load_qa_model,
         {"split": "splits/test", "selected_on": "splits/val", "total": NUM_TEST, "missing": 0, "head": "decoder"},
         {**OWN_QUESTIONS, "head": "decoder"},
@@ -135,7 +135,7 @@ CASES = {
         UMT,
     ),
     "videollm": Case(
-        "videollm_lora",
+        "train videollm",
         load_video_llm,
         {
             "split": "splits/test",
@@ -205,6 +205,10 @@ def assert_same_checkpoint(left: Path, right: Path) -> None:
     assert compared > 100
 
 
+def start_recipe(command: Command[Any], arguments: list[str]) -> None:
+    command.load()(command.parse(arguments))
+
+
 def train(recipe: str, arguments: list[str], die_at: int | None = None, number: int = signal.SIGKILL) -> None:
     """A recipe's command line; the first rank sends itself a signal in the update after step `die_at`."""
     update = Trainer.update
@@ -215,13 +219,13 @@ def train(recipe: str, arguments: list[str], die_at: int | None = None, number: 
         return update(self, *args)
 
     Trainer.update = deadly  # type: ignore[method-assign]
-    MODULES[recipe].main(MODULES[recipe].parse(arguments))
+    start_recipe(COMMANDS[recipe], arguments)
 
 
 def train_on_rendered(arguments: list[str]) -> None:
     """The video QA recipe on the embedded data set as --data-root holds it, whatever its size."""
     motion.render_motion = lambda root: root  # type: ignore[assignment, misc]
-    videoqa.main(videoqa.parse(arguments))
+    start_recipe(VIDEOQA, arguments)
 
 
 def train_on_nan(recipe: str, arguments: list[str], bad_step: int) -> None:
@@ -235,4 +239,4 @@ def train_on_nan(recipe: str, arguments: list[str], bad_step: int) -> None:
         return update(self, batch, loss)
 
     Trainer.update = broken  # type: ignore[method-assign]
-    MODULES[recipe].main(MODULES[recipe].parse(arguments))
+    start_recipe(COMMANDS[recipe], arguments)

@@ -7,17 +7,18 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import peft_msrvtt
 import pytest
 import torch
 from recipes.runs import CASES, assert_same_checkpoint, latest
 
 from tempme_vl.data.datasets import USUAL_SPLITS, SplitNames
 from tempme_vl.data.splits import Clip, RetrievalSplit
-from tempme_vl.recipes.retrieval import Options, build_model, parse, source
+from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL, Options
+from tempme_vl.recipes.retrieval import build_model
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.tuning import Lora
 
+parse = RETRIEVAL.parse
 TIMES = ("train_seconds", "train_steps", "date")
 
 
@@ -53,7 +54,7 @@ def test_defaults_follow_the_data_set_and_the_model() -> None:
     for dataset in set(USUAL_SPLITS) - {"motion"}:
         options = parse(["--dataset", dataset, "--data-root", "x", "--annotations", "a", "--video-root", "v"])
         assert (options.dataset, options.output) == (dataset, Path(f"runs/{dataset}-tempme"))
-        assert (options.config().batch_size, options.config().output) == (128, options.output)
+        assert (options.batch_size, options.output) == (128, options.output)
 
 
 def test_ways_of_tuning_and_their_older_name() -> None:
@@ -70,7 +71,7 @@ def test_ways_of_tuning_and_their_older_name() -> None:
         parse(["--tuning-options", "rank"])
     with pytest.raises(ValueError, match="tuning 'full': unknown keys 'rank'"):
         parse(["--tuning-options", "rank=4"])
-    paper = peft_msrvtt.parse(["--data-root", "x"])
+    paper = PEFT.parse(["--data-root", "x"])
     assert (paper.tuned(), paper.lr_new, paper.optimizer, paper.epochs) == (Lora(), 6e-4, "adamw_tempme", 5)
     assert (paper.schedule, paper.decay, paper.beta2, paper.warmup) == ("cosine_from_zero", "all", 0.999, 0.1)
     assert paper.output == Path("runs/msrvtt-tempme-lora")
@@ -102,7 +103,7 @@ def test_missing_options_are_named() -> None:
 
 def read(options: Options) -> Any:
     names = SplitNames(options.train_split, options.val_split, options.test_split, options.holdout)
-    return source(options).read_all(names, options.seed)
+    return options.source().read_all(names, options.seed)
 
 
 def test_jsonl_splits(tmp_path: Path) -> None:

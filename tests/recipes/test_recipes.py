@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes.runs import CASES, MODULES, assert_same_checkpoint, latest, losses, train_on_nan
+from recipes.runs import CASES, COMMANDS, assert_same_checkpoint, latest, losses, train_on_nan
 from training.processes import LIMIT, RECIPES, exit_codes, free_port, start
 
 from tempme_vl.training.checkpoint import Tensors
@@ -190,9 +190,9 @@ def test_broken_clip_is_trained_around_and_reported(
 )
 def test_help_names_every_option(recipe: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        MODULES[recipe].parse(["--help"])
+        COMMANDS[recipe].parse(["--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0
-    for name in vars(MODULES[recipe].parse([])):
+    for name in vars(COMMANDS[recipe].parse([])):
         assert f"--{name.replace('_', '-')}" in shown
     assert said in shown

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from recipes.runs import CASES, MODULES, latest, write_lines
+from recipes.runs import CASES, COMMANDS, latest, write_lines
 
 from tempme_vl.data.splits import Clip, RetrievalSplit
 from tempme_vl.recipes.start import MAY_CHANGE, content, facts
@@ -49,9 +49,9 @@ def test_other_options_are_refused_and_what_may_change_goes_on(data: Path, tmp_p
     assert latest(output) == "step-00000002"
 
 
-@pytest.mark.parametrize("recipe", MODULES)
+@pytest.mark.parametrize("recipe", COMMANDS)
 def test_an_option_is_compared_unless_it_is_listed(recipe: str) -> None:
-    options = MODULES[recipe].parse([])
+    options = COMMANDS[recipe].parse([])
     names = set(type(options).__dataclass_fields__)
     # what the engine compares itself
     engine = {"chunks", "epochs", "batch_size", "warmup", "lr_floor", "schedule", "clip_grad", "seed"}
@@ -59,7 +59,7 @@ def test_an_option_is_compared_unless_it_is_listed(recipe: str) -> None:
     assert compared | MAY_CHANGE | engine >= names
     assert not compared & MAY_CHANGE
     assert {"method", "r", "merge_layers", "lr", "lr_new", "weight_decay", "optimizer", "augment"} <= compared
-    assert {name for module in MODULES.values() for name in vars(module.parse([]))} >= MAY_CHANGE
+    assert {name for command in COMMANDS.values() for name in vars(command.parse([]))} >= MAY_CHANGE
 
 
 def test_the_content_of_a_split_counts_and_not_where_it_lies() -> None:

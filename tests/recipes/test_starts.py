@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from recipes.runs import CASES, MODULES, write_lines
+from recipes.runs import CASES, COMMANDS, write_lines
 
 from tempme_vl.recipes import retrieval
+from tempme_vl.recipes.build import merging
 from tempme_vl.recipes.start import check_numbers
 
 
-@pytest.mark.parametrize("recipe", MODULES)
+@pytest.mark.parametrize("recipe", COMMANDS)
 def test_numbers_that_mean_nothing_are_refused(recipe: str) -> None:
-    options = MODULES[recipe].parse([])
+    options = COMMANDS[recipe].parse([])
     check_numbers(replace(options, epochs=0, workers=0, warmup=0.0, clip_grad=0.0, most_missing=1.0))
     for name, value, words in (
         ("workers", -1, "--workers must be 0 or more; got -1"),
@@ -33,14 +34,14 @@ def test_numbers_that_mean_nothing_are_refused(recipe: str) -> None:
             check_numbers(replace(options, **{name: value}))
 
 
-@pytest.mark.parametrize("recipe", MODULES)
+@pytest.mark.parametrize("recipe", COMMANDS)
 def test_a_budget_takes_the_place_of_a_presets_merging(recipe: str) -> None:
-    parse = MODULES[recipe].parse
-    preset = parse([]).merging(8)
+    parse = COMMANDS[recipe].parse
+    preset = merging(parse([]), 8)
     assert {"r", "merge_layers", "cross_percent"} < preset.keys()
     common = {key: preset[key] for key in ("method", "num_frames", "clip_position_std")}
-    assert parse(["--budget", "0.5"]).merging(8) == {**common, "budget": 0.5}
-    assert parse(["--tokens", "30", "--r", "2"]).merging(8) == {**common, "tokens": 30, "r": 2}
+    assert merging(parse(["--budget", "0.5"]), 8) == {**common, "budget": 0.5}
+    assert merging(parse(["--tokens", "30", "--r", "2"]), 8) == {**common, "tokens": 30, "r": 2}
 
 
 @pytest.mark.parametrize("case", [CASES["retrieval"], CASES["classifier"]], ids=lambda case: case.recipe)
@@ -78,9 +79,9 @@ def test_no_epochs_evaluate_the_model_as_it_starts(data: Path, tmp_path: Path) -
     assert (report["train_steps"], report["selected_step"], report["videos"]) == (0, 0, 8)
     assert {"versions", "date", "command"} <= report.keys()
 
-    options = retrieval.parse(arguments)
+    options = COMMANDS["train retrieval"].parse(arguments)
     torch.manual_seed(options.seed)
-    train = retrieval.source(options).read(options.train_split)
+    train = options.source().read(options.train_split)
     start = retrieval.build_model(options, train).state_dict()
     exported = case.load(tmp_path / "run" / "best").state_dict()
     assert start.keys() == exported.keys()

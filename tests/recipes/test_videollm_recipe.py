@@ -16,9 +16,13 @@ from training.processes import RECIPES
 from tempme_vl.data.videoqa import read_jsonl
 from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.integrations.tiny import TINY
-from tempme_vl.recipes.videollm import HOSTS, cost, parse
+from tempme_vl.recipes.build import merging
+from tempme_vl.recipes.options.presets import ANY, PRESETS
+from tempme_vl.recipes.options.videollm import VIDEOLLM
+from tempme_vl.recipes.videollm import cost
 from tempme_vl.tasks.videollm import load_video_llm
 
+parse = VIDEOLLM.parse
 CASE = CASES["videollm"]
 TIMES = ("train_seconds", "train_steps", "date")
 
@@ -28,14 +32,14 @@ def test_defaults_follow_the_data_set_and_the_host() -> None:
     assert (motion.dataset, motion.host, motion.train_frontend) == ("motion", "tiny:VideoLlava", True)
     assert (motion.image_size, motion.clip_position_std, motion.decode_timeout) == (32, 0.5, None)
     assert motion.output == Path("runs/motion-videollm-tempme") and motion.lora_rank == 16
-    assert motion.deepspeed_config == RECIPES / "ds" / "zero1.json"
+    assert motion.deepspeed_config == Path("zero1")
     real = parse(["--data_root", "x", "--method", "none"])
     assert (real.dataset, real.host) == ("msrvtt_qa", "LanguageBind/Video-LLaVA-7B-hf")
     assert (real.train_frontend, real.image_size, real.clip_position_std) == (False, 224, 0.0)
     assert (real.lr, real.lr_new, real.output.name) == (2e-5, 2e-4, "msrvtt_qa-videollm-none")
-    assert real.merging(8) == {"method": "none", "num_frames": 8, "clip_position_std": 0.0}
+    assert merging(real, 8) == {"method": "none", "num_frames": 8, "clip_position_std": 0.0}
     qwen = parse(["--host", "tiny:Qwen2_5_VL", "--train-frontend"])
-    assert qwen.merging(8) == {
+    assert merging(qwen, 8) == {
         "method": "tempme",
         "num_frames": 8,
         "clip_position_std": 0.5,
@@ -44,7 +48,7 @@ def test_defaults_follow_the_data_set_and_the_host() -> None:
         "intra_percent": 10,
     }
     assert not parse(["--no-train-frontend"]).train_frontend
-    assert {f"tiny:{name}" for name in TINY} == set(HOSTS)
+    assert {f"tiny:{name}" for name in TINY} == set(PRESETS["videollm"]) - {ANY}
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def train_config(output: Path, stage: str = "zero0", **changes: Any) -> TrainCon
         file = output / f"rank{distributed.rank()}.json"
         file.write_text(json.dumps(settings))
     defaults = {"epochs": 3, "batch_size": 8, "workers": 0, "resume": "never"}
-    return TrainConfig(output=output, deepspeed=file, **{**defaults, **changes})
+    return TrainConfig(output=output, deepspeed_config=file, **{**defaults, **changes})
 
 
 def small_trainer(output: Path, stage: str, optimizer: str, task: str = "retrieval", **changes: Any) -> Trainer:

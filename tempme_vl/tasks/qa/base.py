@@ -20,7 +20,7 @@ from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, save_model
 from tempme_vl.tasks.losses import gather_rows
-from tempme_vl.tuning import TunableModel
+from tempme_vl.tuning.model import TunableModel
 
 
 class QAHead(nn.Module):

@@ -1,0 +1,103 @@
+"""What merging saves, computed and measured (`tempme-vl efficiency`, eval/efficiency.py)."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from tempme_vl.command import at_least
+from tempme_vl.evaluation.efficiency import cost_table, format_costs, format_fusion, fusion_table
+from tempme_vl.evaluation.measure import (
+    Peak,
+    Workload,
+    build_steps,
+    device_name,
+    format_measured,
+    measured_rows,
+    paired_times,
+    peak_memory,
+)
+from tempme_vl.evaluation.options import EfficiencyOptions
+from tempme_vl.reports import provenance, show, write_json
+
+
+def main(options: EfficiencyOptions) -> None:
+    at_least(1, frames=options.frames, batch=options.batch, repeats=options.repeats, threads=options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    costs, fusion = cost_table(), fusion_table()
+    show(f"{format_costs(costs)}\n\n{format_fusion(fusion)}")
+    report: dict[str, Any] = {
+        "costs": [{**asdict(row), "deviation_percent": row.deviation} for row in costs],
+        "fusion": [{**asdict(row), "saved_percent": row.saved} for row in fusion],
+    }
+    if options.measure:
+        report["measured"] = measure(options)
+    if options.json is not None:
+        write_json(options.json, {**report, **provenance()})
+
+
+def measure(options: EfficiencyOptions) -> dict[str, Any]:
+    """Measures, prints the table and says what it holds for; returns the same as JSON data."""
+    work = workload(options)
+    names = options.rows or work.rows
+    if unknown := set(names) - set(work.rows):
+        raise ValueError(
+            f"--rows {' '.join(sorted(unknown))}: not of {'training ' if options.train else ''}{options.model}; "
+            f"expected some of {', '.join(work.rows)}"
+        )
+    # memory first: on a GPU this process would take its share
+    memory = {name: peak_in_fresh_process(work, name) for name in names}
+    times = paired_times(build_steps(work, names), options.repeats, work.device)
+    rows = measured_rows(times, memory)
+    setting = {
+        "model": options.model,
+        "frames": options.frames,
+        "batch": options.batch,
+        "what": what(work),
+        "schedule": ", ".join(f"{key} {value}" for key, value in work.options["tempme"].items()) or "default",
+        "dtype": f"{options.dtype} autocast" if options.train and options.dtype != "float32" else options.dtype,
+        "device": device_name(work.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "turns": options.repeats,
+    }
+    memory_kind = "max_memory_allocated" if work.device.type == "cuda" else "resident set size"
+    show(
+        f"\nMeasured on this machine, and true of it alone: {', '.join(f'{k} {v}' for k, v in setting.items())}\n"
+        f"Medians of times and of paired ratios; peak memory ({memory_kind}) of each row in a process of its own.\n"
+        f"{format_measured(rows)}"
+    )
+    return {"setting": setting, "rows": [asdict(row) for row in rows]}
+
+
+def what(work: Workload) -> str:
+    if not work.train:
+        return "forward of the visual tower"
+    trained = "visual and text tower, VTC and VTM" if work.family == "umt" else "input embeddings frozen"
+    return f"full fine-tuning step, {trained}"
+
+
+def workload(options: EfficiencyOptions) -> Workload:
+    names = ("r", "merge_layers", "merge_frames", "cross_percent", "intra_percent")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return Workload(
+        options.model,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        options.frames,
+        options.batch,
+        options.train,
+        getattr(torch, options.dtype),
+        {"tempme": given, "tome": {name: given[name] for name in given if name == "r"}},
+    )
+
+
+def peak_in_fresh_process(work: Workload, row: str) -> Peak:
+    """The memory of one row, measured where no other has left any: a process's peak never goes back."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (torch.get_num_threads(),)) as process:
+        return process.submit(peak_memory, work, row).result()

@@ -1,0 +1,165 @@
+"""Options of the commands that evaluate and measure; plain data, read from a command line without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tempme_vl.command_line import Command, Example
+from tempme_vl.data.options import DataOptions
+
+DATASETS = ("motion", "msrvtt", "msvd", "activitynet", "didemo", "lsmdc", "jsonl")
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[DATASETS]
+
+ROWS = Literal["open_clip", "none", "tome", "tempme", "joint", "clip", "clip+tempme"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """How clips are read."""
+
+    batch_size: int = 32
+    """Clips, captions or questions that a rank takes at once, 1 or more."""
+    workers: int = 2
+    """Loader processes a rank; 0 loads in the rank's own."""
+    frame_cache: Path | None = None
+    """Folder that keeps decoded frames for the next evaluation."""
+    decode_timeout: float | None = 60.0
+    """Seconds after which a decoder is ended."""
+
+
+@dataclass(frozen=True)
+class RetrievalOptions(DataOptions, ReadingOptions):
+    """Evaluate a retrieval checkpoint on one split of a data set, in both directions.
+
+    The number of frames and the preprocessing are the checkpoint's.
+    """
+
+    checkpoint: Path
+    """Folder that a retrieval model's save_pretrained wrote, such as a training run's OUTPUT/best."""
+    dataset: DatasetName
+    split: str | None = None
+    """Default: the test split (msrvtt test_1k, activitynet val_1); of jsonl without any splits all clips."""
+    sampling: Literal["fps1", "uniform", "segment"] | None = None
+    """Which frames. Default: as in training."""
+    dual_softmax: bool = False
+    """Reweight scores by a softmax over all queries of the split; named in the report."""
+    rerank: int = 128
+    """UMT: candidates of each query that the fusion layers rank anew, both ways; 0 leaves it out."""
+    save_embeddings: Path | None = None
+    """Write the L2-normalised embeddings of clips and captions to this .safetensors file."""
+    json: Path | None = None
+    """Write the report to this file."""
+    on_broken: Literal["record", "raise"] = "record"
+    """Videos that cannot be read: counted, listed and never found, or an error."""
+
+
+@dataclass(frozen=True)
+class VideoQAOptions(DataOptions, ReadingOptions):
+    """Accuracy, overall and by type of question, in percent. Questions without a prediction count as wrong."""
+
+    predictions: Path | None = None
+    """Answers by question id: a JSON object or list, JSON lines, or a csv file."""
+    prediction_key: str | None = None
+    """The key or column of --predictions that holds the answers. Default: pred, prediction, output, response or
+    another of tempme_vl.evaluation.predictions, else answer; the report says which."""
+    id_key: str | None = None
+    """The one that holds the question's id. Default: question_id, id, qid or questionId."""
+    checkpoint: Path | None = None
+    """Or the folder of a model, such as a training run's OUTPUT/best, to predict them."""
+    annotations: Path | None = None
+    """The questions of the split with their answers: .json, .csv or .jsonl. A model's videos: --video-root."""
+    split: str | None = None
+    """Of a .jsonl file, the lines of this split only; of --dataset, "test" by default."""
+    vocabulary: Path | None = None
+    """The answers the model can give, from the training split, the most frequent first: a JSON list or a text file
+    with one a line. Gives the ceiling; a --checkpoint has its own."""
+    vocabulary_size: int | None = None
+    """Take that many answers from the front of --vocabulary."""
+    normalize: bool = False
+    """Compare without case, punctuation and leading articles, as is usual for generated answers. Default: exact."""
+    json: Path | None = None
+    """Write the report to this file."""
+    dataset: Literal["motion", "msrvtt_qa", "msvd_qa", "activitynet_qa"] | None = None
+    """For --checkpoint, instead of --annotations."""
+    save_predictions: Path | None = None
+    """Write what a --checkpoint answers to this file, as --predictions reads it."""
+
+
+@dataclass(frozen=True)
+class EfficiencyOptions:
+    """GFLOPs and tokens of merging methods beside the paper's; with --measure, times and memory of this machine."""
+
+    json: Path | None = None
+    """Also write all numbers to this file."""
+    measure: bool = False
+    """Time the rows in turn, on a GPU if there is one, with random weights and input."""
+    train: bool = False
+    """Measure one full-fine-tuning step (forward, backward, AdamW) of the retrieval model, not the tower's forward."""
+    rows: tuple[ROWS, ...] = ()
+    """The rows to measure, the first being the reference; default: all that the model has (open_clip's tower does not
+    train alone; UMT has joint, clip and clip+tempme)."""
+    model: str = "open_clip:ViT-B-32-quickgelu"
+    """open_clip:NAME, open_clip:tiny, or umt:b16, umt:l16, umt:tiny."""
+    frames: int = 12
+    """Of a video."""
+    batch: int = 1
+    """Videos."""
+    repeats: int = 15
+    """Turns that count; one more before them warms up."""
+    threads: int | None = None
+    """CPU threads; default: torch's choice."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in a forward pass; training keeps float32 weights and autocasts."""
+    r: int | None = None
+    """Pairs merged a frame in each early block (TempMe, ToMe). These five default to the paper's for B/32, B/16, and
+    for UMT B/16 to a fit, not the paper's setting."""
+    merge_layers: tuple[int, ...] | None = None
+    """Blocks that join clips."""
+    merge_frames: tuple[int, ...] | None = None
+    """Neighbouring clips joined in each of them."""
+    cross_percent: int | None = None
+    """Percent of tokens merged across clips there."""
+    intra_percent: int | None = None
+    """Percent of tokens merged inside the clips from there on."""
+
+
+EVAL_RETRIEVAL = Command(
+    "eval retrieval",
+    RetrievalOptions,
+    "tempme_vl.evaluation.retrieval_command:main",
+    (
+        Example("what the first try of training wrote", "--checkpoint runs/motion-tempme/best --dataset motion"),
+        Example(
+            "MSRVTT 1k-A",
+            "--checkpoint runs/msrvtt-tempme/best --dataset msrvtt --data-root /data/msrvtt --json report.json",
+            gpus=8,
+        ),
+    ),
+)
+EVAL_VIDEOQA = Command(
+    "eval videoqa",
+    VideoQAOptions,
+    "tempme_vl.evaluation.videoqa_command:main",
+    (
+        Example(
+            "anybody's predictions, without torch",
+            "--predictions predictions.json --annotations MSRVTT-QA/test_qa.json --json report.json",
+        ),
+        Example("a model", "--checkpoint runs/motion-decoder-tempme/best --dataset motion"),
+    ),
+)
+EFFICIENCY = Command(
+    "efficiency",
+    EfficiencyOptions,
+    "tempme_vl.evaluation.efficiency_command:main",
+    (
+        Example("computed, beside the paper's numbers"),
+        Example("the tower's forward pass on this machine", "--measure --model open_clip:ViT-B-16-quickgelu"),
+        Example("a step of full fine-tuning", "--measure --train --batch 2 --repeats 5"),
+    ),
+)

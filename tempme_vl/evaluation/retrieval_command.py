@@ -1,0 +1,128 @@
+"""The evaluation of a retrieval checkpoint on one split (`tempme-vl eval retrieval`, eval/retrieval.py)."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from tempme_vl.command import at_least
+from tempme_vl.data.datasets import Source, usual_splits
+from tempme_vl.data.options import MOTION_ROOT
+from tempme_vl.data.reader import ClipReader
+from tempme_vl.data.retrieval import EvalCaptions, EvalClips
+from tempme_vl.data.splits import RetrievalSplit
+from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.evaluation.options import RetrievalOptions
+from tempme_vl.evaluation.reading import all_broken, check_reading, decode_timeout, own_log, unreadable
+from tempme_vl.evaluation.rerank import rerank_embeddings
+from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report, table
+from tempme_vl.reports import finish, write_whole
+from tempme_vl.tasks.retrieval import load_retrieval_model
+from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
+from tempme_vl.training import distributed
+
+
+def main(options: RetrievalOptions) -> None:
+    at_least(0, rerank=options.rerank)
+    check_reading(options)
+    device = distributed.initialize()
+    split = read_split(options)
+    embeddings, report = evaluate(options, split, device)
+    if not distributed.is_main():
+        return
+    file = options.save_embeddings
+    more = [] if file is None else [partial(save_embeddings, file, embeddings, split)]
+    finish(describe(report), report, options.json, *more)
+
+
+def read_split(options: RetrievalOptions) -> RetrievalSplit:
+    """The split to evaluate.
+
+    Raises:
+        ValueError: options that miss each other, and what the reader of the data set raises.
+    """
+    default = MOTION_ROOT if options.dataset == "motion" else None
+    source = Source(options.dataset, options.data_root or default, options.video_root, options.annotations)
+    return source.read(options.split or usual_splits(options.dataset).test)
+
+
+def evaluate(
+    options: RetrievalOptions, split: RetrievalSplit, device: torch.device
+) -> tuple[Embeddings, dict[str, Any]]:
+    """Embeddings and report of a split, all ranks together and the same on every rank."""
+    model = load_retrieval_model(options.checkpoint).to(device).eval()
+    captions = EvalCaptions(split, model.words.tokenizer(model.config["input"]["max_words"]))
+    matcher = model if isinstance(model, UMTRetrievalModel) and options.rerank else None
+    sampling = options.sampling or model.config["input"]["sampling"]
+    with own_log() as log:
+        reader = ClipReader(
+            model.frontend.schedule.frames,
+            ClipTransform(Preprocess.from_dict(model.frontend.config["preprocess"])),
+            sampling=sampling,
+            timeout=decode_timeout(options),
+            on_broken=options.on_broken,
+            broken_log=log,
+            cache=options.frame_cache,
+        )
+        embeddings = embed(
+            model,
+            EvalClips(split.clips, reader),
+            captions,
+            captions.video_of_caption,
+            device,
+            options.batch_size,
+            options.workers,
+            keep_tokens=matcher is not None,
+        )
+        broken = all_broken(log)
+    report = {
+        "checkpoint": str(options.checkpoint),
+        "split": split.name,
+        "note": split.note,
+        "num_frames": reader.num_frames,
+        "sampling": sampling,
+        "ranks": distributed.world_size(),
+        **retrieval_report(embeddings, options.dual_softmax),
+        **({"reranked": rerank_embeddings(matcher, embeddings, device, options.rerank)} if matcher else {}),
+        "broken_videos": broken,
+    }
+    return embeddings, report
+
+
+def save_embeddings(file: Path, embeddings: Embeddings, split: RetrievalSplit) -> None:
+    """Writes video (V, E), text (Q, E), video_of_caption (Q,), valid (V,); ids and captions in the metadata."""
+    tensors = {
+        "video": embeddings.video,
+        "text": embeddings.text,
+        "video_of_caption": embeddings.video_of_caption,
+        "valid": embeddings.valid,
+    }
+    metadata = {
+        "split": split.name,
+        "video_ids": json.dumps([clip.video_id for clip in split.clips]),
+        "captions": json.dumps([caption for texts in split.captions for caption in texts]),
+    }
+    write_whole(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report to read: what was evaluated and how, the metrics, and the videos that could not be read."""
+    lines = [
+        f"{report['split']}: {report['videos']} videos, {report['captions']} captions, "
+        f"{report['unreadable_videos']} videos could not be read",
+        f"checkpoint {report['checkpoint']}, {report['num_frames']} frames ({report['sampling']}), "
+        f"dual softmax {'over all queries of the split' if report['dual_softmax'] else 'not used'}",
+        table(
+            {
+                "dual softmax" if report["dual_softmax"] else "plain": report,
+                "re-ranked": report.get("reranked", {}),
+            }
+        ),
+    ]
+    lines[1:1] = [report["note"]] if report["note"] else []
+    return "\n".join([*lines, *unreadable(report)])

@@ -1,0 +1,134 @@
+"""Options of the retrieval recipes (tempme_vl/recipes/retrieval.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tempme_vl.command_line import Command, Example, first_look
+from tempme_vl.data.datasets import USUAL_SPLITS, Source, usual_splits
+from tempme_vl.recipes.options.presets import preset
+from tempme_vl.recipes.options.shared import VisualOptions
+
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[tuple(USUAL_SPLITS)]
+
+
+@dataclass(frozen=True)
+class Options(VisualOptions):
+    """Fine-tune CLIP or UMT with TempMe for text-video retrieval.
+
+    The defaults shown are those of the data set and the model: --help together with --data-root, --dataset or --model
+    shows its own. The options in use are written to OUTPUT/options.json.
+    """
+
+    dataset: DatasetName = "msrvtt"
+    """Default: motion, the embedded data set; msrvtt as soon as --data-root is given."""
+    train_split: str = "train"
+    """For example train_9k or train_7k on MSRVTT."""
+    val_split: str | None = None
+    """The data set's own validation split, to choose the best epoch by; else see holdout."""
+    test_split: str = "test"
+    """Looked at once, after training. For example test_1k or test_full on MSRVTT."""
+    holdout: int = 0
+    """Clips taken away from train to choose the best epoch by; 0 without a val_split takes the last epoch."""
+    vocabulary: str | None = None
+    """UMT's words: a folder with vocab.txt or a hub name; default: those of the training captions."""
+    max_words: int | None = None
+    """Words kept of a caption, start and end included; default: the data set's usual 32 or 64."""
+    freeze: Literal["none", "clip4clip"] | None = None
+    """The older name of --tuning: none is full."""
+    rerank: int = 128
+    """UMT: candidates of each query that the fusion layers rank anew in the test, both ways; 0 leaves it out."""
+
+    def source(self) -> Source:
+        """Where the data set lies.
+
+        Raises:
+            ValueError: what it needs is not given.
+        """
+        return Source(self.dataset, self.data_root, self.video_root, self.annotations)
+
+
+def defaults(arguments: Sequence[str], recipe: str = "retrieval", suffix: str = "") -> dict[str, Any]:
+    """The defaults of the data set and the model that a command line names.
+
+    Args:
+        recipe: in PRESETS.
+        suffix: of the run folder's name.
+
+    Raises:
+        ValueError: an unknown data set, or both names of an option.
+    """
+    given = first_look(arguments, ("dataset", "data-root", "model", "method", "tuning", "freeze"))
+    if given.tuning and given.freeze:
+        raise ValueError("--freeze is the older name of --tuning (none is full): give one of them")
+    dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt")
+    model = given.model or ("open_clip:tiny" if dataset == "motion" else Options.model)
+    splits = usual_splits(dataset)
+    return {
+        **preset(recipe, Options, model, dataset, arguments),
+        "dataset": dataset,
+        "model": model,
+        "train_split": splits.train,
+        "val_split": splits.val,
+        "test_split": splits.test,
+        "holdout": splits.holdout,
+        "output": Path("runs") / f"{dataset}-{given.method or Options.method}{suffix}",
+    }
+
+
+def checked(options: Options) -> Options:
+    """With the older name of --tuning resolved.
+
+    Raises:
+        ValueError: options that miss each other.
+    """
+    if options.freeze is not None:
+        options = replace(options, tuning="full" if options.freeze == "none" else options.freeze, freeze=None)
+    options.tuned()  # both say what is wrong before anything starts
+    options.source()
+    if options.chunks > 1:
+        from tempme_vl.families import find_family  # which imports torch
+
+        if find_family(options.model).needs_vocabulary:
+            raise ValueError("--chunks caches gradients of a contrastive loss alone; UMT also matches pairs: leave it 1")
+    return options
+
+
+RETRIEVAL = Command(
+    "train retrieval",
+    Options,
+    "tempme_vl.recipes.retrieval:main",
+    (
+        Example("a first try, on any machine: renders its own small data set; 2 minutes on 2 CPU cores"),
+        Example(
+            "MSRVTT-1kA, ViT-B/16",
+            "--data-root /data/msrvtt --model open_clip:ViT-B-16-quickgelu --deepspeed-config zero2",
+            gpus=8,
+        ),
+        Example("your own clips", "--dataset jsonl --annotations clips.jsonl --video-root clips/"),
+    ),
+    defaults,
+    checked,
+)
+PEFT = Command(
+    "train peft",
+    Options,
+    "tempme_vl.recipes.retrieval:main",
+    (
+        Example(
+            "a first try, on any machine: joins the clips of the demo's frame-wise model",
+            "--pretrained runs/demo/none-seed0/best --lr-new 1e-2",
+        ),
+        Example("MSRVTT-1kA, ViT-B/32", "--data-root /data/msrvtt", gpus=8),
+    ),
+    partial(defaults, recipe="peft", suffix="-lora"),
+    checked,
+    summary="Fine-tune little of CLIP with TempMe: LoRA and the clip positions, the paper's main table.",
+)

@@ -1,0 +1,160 @@
+"""The options that recipes share: data, tower and merging, tuning, reading clips, training.
+
+A recipe's own options are a dataclass that inherits from those here; its command line shows them in groups.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from tempme_vl.data.options import DataOptions
+from tempme_vl.training.config import TrainConfig
+from tempme_vl.tuning import TUNINGS, Tuning, find_tuning
+
+if TYPE_CHECKING:
+    TuningName = str
+else:
+    TuningName = Literal[tuple(TUNINGS)]
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How tokens are merged."""
+
+    method: str = "tempme"
+    """tempme, tome, or none, which encodes every frame by itself with all its tokens; or another of tempme_vl.METHODS,
+    which packages can add to."""
+    method_options: tuple[str, ...] = ()
+    """NAME=VALUE of a method that has others than the five below."""
+    num_frames: int | None = None
+    """Frames sampled from each clip; default: the data set's usual number."""
+    budget: float | None = None
+    """Share of the GFLOPs without merging to stay below: chooses what is not given of the five options of merging.
+    Default, where neither the paper nor a preset has a setting: 0.6."""
+    tokens: int | None = None
+    """Tokens of a video to stay below, instead of a budget."""
+    r: int | None = None
+    """Pairs merged a frame in each early block (ImgMe, ToMe). These five default to the paper's for B/32, B/16."""
+    merge_layers: tuple[int, ...] | None = None
+    """Blocks that join clips (ClipMe)."""
+    merge_frames: tuple[int, ...] | None = None
+    """Neighbouring clips joined in each of them."""
+    cross_percent: int | None = None
+    """Percent of tokens merged across clips there."""
+    intra_percent: int | None = None
+    """Percent of tokens merged inside the clips from there on."""
+    clip_position_std: float = 0.0
+    """Clip positions start as N(0, std^2): 0 for pretrained weights, 0.5 from scratch."""
+
+
+@dataclass(frozen=True)
+class TowerOptions:
+    """The visual tower."""
+
+    model: str = "open_clip:ViT-B-32-quickgelu"
+    """open_clip:NAME, umt:b16, umt:l16, or hf: and a hub id or folder of CLIP, SigLIP or SigLIP 2; open_clip:tiny and
+    umt:tiny train from scratch in minutes."""
+    pretrained: str = "openai"
+    """open_clip's tag ("openai"); a file of OpenAI, open_clip, transformers, CLIP4Clip, TempMe or (any form) UMT; the
+    OUTPUT/best of another run; or "none" for random weights."""
+    mode: Literal["clip", "joint"] = "clip"
+    """UMT's frames: apart (UMT4Clip, which TempMe needs), or attending together as in UMT itself."""
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """What of the model trains."""
+
+    tuning: TuningName = "full"
+    """full: everything. clip4clip: all but token, position and class embeddings, conv1 and ln_pre, as its authors do;
+    CLIP only. lora: low-rank updates of all queries, keys and values, and TempMe's clip positions."""
+    tuning_options: tuple[str, ...] = ()
+    """NAME=VALUE of the tuning's own; for lora rank=8 (the default), alpha (the rank) and dropout=0."""
+
+    def tuned(self) -> Tuning:
+        """The way of tuning.
+
+        Raises:
+            ValueError: see `find_tuning`.
+        """
+        return find_tuning(self.tuning, dict(map(named_value, self.tuning_options)))
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How clips are read."""
+
+    sampling: Literal["fps1", "uniform", "segment"] = "fps1"
+    """Which frames: one a second (TempMe), evenly, or UMT's segments."""
+    augment: Literal["none", "randaugment", "crop_flip"] = "randaugment"
+    """crop_flip mirrors clips: not where texts say left or right."""
+    on_broken: Literal["record", "raise"] = "record"
+    """Videos that cannot be read: listed in OUTPUT/broken_videos.jsonl and counted, or an error."""
+    most_missing: float = 0.1
+    """Share of the videos that may be missing; if more are, OUTPUT/missing_videos.txt lists them and nothing starts."""
+    frame_cache: str = "none"
+    """"memory", a folder, or "none": keeps decoded frames, the main speed-up of later epochs."""
+    cache_memory: float = 4.0
+    """GiB of --frame-cache memory, which a rank's workers share; further clips are decoded each time."""
+    decoder: Literal["auto", "pyav", "decord"] = "auto"
+    """pyav (a new FFmpeg), decord (an FFmpeg of 2018, not for files of strangers); auto tries both in that order."""
+    decode_timeout: float | None = 60.0
+    """Seconds after which a decoder is ended; None decodes without a guard."""
+    clip_memory: float | None = 2.0
+    """GiB that reading one clip may take; more makes it a broken one. None: no limit."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer."""
+
+    lr: float = 1e-7
+    """Peak rate of pretrained weights."""
+    lr_new: float = 1e-4
+    """Peak rate of new modules."""
+    optimizer: Literal["adamw", "bertadam", "adamw_tempme", "sgd"] = "adamw"
+    """adamw is torch's, which every recipe uses by default. CLIP4Clip's published rule is --optimizer bertadam
+    --schedule cosine_whole --decay no_bias (on ZeRO stage 0, fp32); TempMe's is --optimizer adamw_tempme
+    --schedule cosine_from_zero --decay all --beta2 0.999. sgd is plain, for comparing runs exactly."""
+    weight_decay: float = 0.2
+    """Of the weights that --decay names."""
+    decay: Literal["matrices", "no_bias", "all"] = "matrices"
+    """What decays: matrices, not norms, biases and the logit scale; all without "bias" in their names, as in
+    CLIP4Clip's code; or all, as in TempMe's."""
+    beta2: float = 0.98
+    """Adam's."""
+
+
+@dataclass(frozen=True)
+class RunOptions(TrainConfig):
+    """Memory and trial runs."""
+
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass to save memory."""
+    max_steps: int | None = None
+    """Stop after this many steps; the schedule stays that of the whole run."""
+
+
+@dataclass(frozen=True)
+class RecipeOptions(DataOptions, MergeOptions, ReadingOptions, OptimizerOptions, RunOptions):
+    """What every recipe has."""
+
+    dataset: str = "motion"
+
+
+@dataclass(frozen=True)
+class VisualOptions(TowerOptions, TuningOptions, RecipeOptions):
+    """What recipes have that begin with a visual tower."""
+
+
+def named_value(option: str) -> tuple[str, Any]:
+    """ "rank=16" as ("rank", 16)."""
+    name, equals, text = option.partition("=")
+    if not equals:
+        raise ValueError(f"expected NAME=VALUE; got {option!r}")
+    try:
+        return name, json.loads(text)
+    except ValueError:  # a word
+        return name, text

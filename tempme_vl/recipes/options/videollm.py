@@ -1,0 +1,71 @@
+"""Options of the recipe for video-language models (tempme_vl/recipes/videollm.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tempme_vl.command_line import Command, Example, first_look
+from tempme_vl.recipes.options.presets import preset
+from tempme_vl.recipes.options.shared import RecipeOptions
+
+
+@dataclass(frozen=True)
+class Options(RecipeOptions):
+    """Fine-tune a compressed video-language model on questions.
+
+    The defaults shown are those of the data set and the host: --help together with --data-root, --dataset or --host
+    shows its own. The options in use are written to OUTPUT/options.json.
+    """
+
+    dataset: Literal["motion", "msrvtt_qa", "msvd_qa", "activitynet_qa", "jsonl"] = "msrvtt_qa"
+    """Default: motion, the embedded data set; msrvtt_qa as soon as --data-root is given."""
+    host: str = "LanguageBind/Video-LLaVA-7B-hf"
+    """A folder or hub name of a video-language model of transformers, one of tempme_vl.integrations.HOSTS; or
+    tiny:VideoLlava, tiny:Qwen2_5_VL: random, with the words of the training questions, written to OUTPUT/host.
+    Hosts that merge behind their tower have no --r (of TempMe) and no --merge-layers."""
+    lora_rank: int = 16
+    """LoRA on all linear layers of the language model; 0 for none. Its update is scaled by 1, whatever the rank."""
+    train_frontend: bool = False
+    """Train the tower and the clip positions, too."""
+    prompt: str | None = None
+    """With {question} and the host's placeholder for a video; default: the host's own chat format, or LLaVA's."""
+    answer_tokens: int = 16
+    """The most tokens of a written answer."""
+    image_size: int = 224
+    """Pixels of the square frames that the host's own preprocessing gets."""
+    eval_batch_size: int = 16
+    """Questions asked at once on each rank."""
+
+
+def defaults(arguments: Sequence[str]) -> dict[str, Any]:
+    """The defaults of the data set and the host that a command line names."""
+    given = first_look(arguments, ("dataset", "data-root", "host", "method"))
+    dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
+    host = given.host or ("tiny:VideoLlava" if dataset == "motion" else Options.host)
+    return {
+        **preset("videollm", Options, host, dataset, arguments),
+        "dataset": dataset,
+        "host": host,
+        "output": Path("runs") / f"{dataset}-videollm-{given.method or Options.method}",
+    }
+
+
+VIDEOLLM = Command(
+    "train videollm",
+    Options,
+    "tempme_vl.recipes.videollm:main",
+    (
+        Example("a first try, on any machine: a tiny random Video-LLaVA on a small data set that it renders itself"),
+        Example(
+            "Video-LLaVA-7B on MSRVTT-QA; the schedule is an example",
+            "--data-root /data/msrvtt --host LanguageBind/Video-LLaVA-7B-hf --r 8 --merge-layers 16 18 20 "
+            "--merge-frames 2 2 2 --cross-percent 30 --intra-percent 10 --train-frontend --deepspeed-config zero2",
+            gpus=8,
+        ),
+    ),
+    defaults,
+    without=("chunks",),
+)

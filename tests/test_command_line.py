@@ -1,0 +1,159 @@
+"""Command lines: what they are read into, what --help shows of them, and what is imported to do so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from tempme_vl.cli import COMMANDS
+from tempme_vl.command_line import Command, Example
+from tempme_vl.data.datasets import USUAL_SPLITS
+from tempme_vl.evaluation.options import DATASETS
+from tempme_vl.merging import METHODS
+from tempme_vl.recipes.options.presets import SETTING
+from tempme_vl.recipes.options.shared import MergeOptions
+from tempme_vl.tasks.qa import HEADS
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "train retrieval": "recipes/full_ft_msrvtt.py",
+    "train peft": "recipes/peft_msrvtt.py",
+    "train videoqa": "recipes/videoqa.py",
+    "train videollm": "recipes/videollm_lora.py",
+    "eval retrieval": "eval/retrieval.py",
+    "eval videoqa": "eval/videoqa.py",
+    "efficiency": "eval/efficiency.py",
+    "demo": "recipes/motion_demo.py",
+}
+HEAVY = {"torch", "deepspeed", "transformers", "open_clip", "timm", "peft", "torchvision"}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How long it takes."""
+
+    steps: int | None = None
+    """Updates,
+    100 % of them."""
+    rate: float = 0.5
+    keep: bool = True
+
+
+@dataclass(frozen=True)
+class Options(Shared):
+    """What this is for.
+
+    More about it.
+    """
+
+    kind: Literal["a", "none"] | None = None
+    """Which one."""
+    layers: tuple[int, ...] = ()
+    file: Path | None = None
+    hidden: int = 3
+
+
+COMMAND = Command("do it", Options, print, (Example("eight", "--steps 3", gpus=8),), without=("hidden",))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", {}),
+        ("--steps 3 --rate=1e-3 --file a/b", {"steps": 3, "rate": 1e-3, "file": Path("a/b")}),
+        ("--layers 2 3 --no-keep", {"layers": (2, 3), "keep": False}),
+        ("--layers", {"layers": ()}),
+        ("--kind none --steps none", {"kind": "none", "steps": None}),
+        ("--kind None --file None --no_keep --keep", {"kind": None, "file": None, "keep": True}),
+        ("--local_rank=1 --rate -1", {"rate": -1.0}),
+        ("--steps 1 --steps 2", {"steps": 2}),
+    ],
+)
+def test_what_is_read(given: str, expected: dict[str, Any]) -> None:
+    assert COMMAND.parse(given.split()) == Options(**expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--steps many", r"^--steps: invalid INT value: 'many' \(--help lists the options\)$"),
+        ("--kind b", "^--kind: invalid choice: 'b'"),
+        ("--step 3", r"^unknown: --step 3; did you mean --steps\?"),
+        ("--hidden 3", "unknown: --hidden 3"),
+        ("a word", "unknown: a word"),
+        ("--rate", "--rate: expected one argument"),
+        ("--rate none", "--rate: invalid FLOAT value: 'none'"),
+    ],
+)
+def test_what_is_refused(given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        COMMAND.parse(given.split())
+
+
+def test_help_has_groups_defaults_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        COMMAND.parse(["--help"], module="some.module")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    first, _, shared = shown.partition("\nHow long it takes:\n")
+    assert first.startswith("usage: tempme-vl do it [options]\n\nWhat this is for.\n\nMore about it.\n")
+    assert "  --kind {a,none}    Which one.\n" in first and "--layers INT ..." in first and "--file PATH" in first
+    assert "--steps INT" in shared and "Updates, 100 % of them." in shared and "--rate" not in first
+    assert "(default: 0.5)" in shared and "--keep, --no-keep" in shared and "(default: on)" in shared
+    assert "hidden" not in shown and "local" not in shown and "None" not in shown
+    examples = "examples:\n  # eight\n  deepspeed --num_gpus 8 --module some.module do it --steps 3\n"
+    assert shown.endswith(examples)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_imports_no_framework_and_explains_every_option(command: Command[Any]) -> None:
+    code = f"""
+import sys, tempme_vl.cli
+sys.argv = ["tempme-vl", *{command.name.split()}, "--help"]
+try:
+    tempme_vl.cli.main()
+except SystemExit as end:
+    assert not end.code
+assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    lines = done.stdout.splitlines()
+    options = [number for number, line in enumerate(lines) if line.startswith("  --")]
+    assert len(options) == len(fields(command.options)) - len(command.without)
+    for number in options:  # its text is on the same line, or on the next
+        beside = len(lines[number].split("  ")) > 2
+        assert beside or lines[number + 1].startswith(" " * 20), lines[number]
+    assert "\nexamples:\n" in done.stdout and f"tempme-vl {command.name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_the_command(name: str) -> None:
+    script = SCRIPTS[name]
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    command = next(command for command in COMMANDS if command.name == name)
+    assert done.stdout.startswith(f"usage: {script} [options]\n\n") and f"python {script}" in done.stdout
+    assert command.about.split(":")[0].split()[-1] in done.stdout
+    assert f"--module tempme_vl.cli {name}" not in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_examples_can_be_read_and_what_runs_is_there(command: Command[Any]) -> None:
+    for example in command.examples:
+        command.parse(example.options.split())
+    assert callable(command.load())
+
+
+def test_names_that_are_written_out_are_those_of_the_tables() -> None:
+    """Reading them from the tables would import torch, or a decoder."""
+    assert set(DATASETS) == set(USUAL_SPLITS)
+    qa = next(command for command in COMMANDS if command.name == "train videoqa")
+    assert all(qa.parse(["--head", head]).head == head for head in HEADS)
+    assert {name for method in METHODS.values() for name in method.option_names} == set(SETTING)
+    assert set(SETTING) < {field.name for field in fields(MergeOptions)}
