@@ -180,18 +180,19 @@ def _add(section: Any, field: Field[Any], hint: Any, text: str, default: Any) ->
         hint: the field's type.
         default: MISSING where it must be given.
     """
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
-    optional, kind = kinds != [hint], kinds[0]
+    optional = NoneType in get_args(hint)
+    kind = next(kind for kind in get_args(hint) if kind is not NoneType) if optional else hint
+    several = get_origin(kind) is tuple
+    kind = get_args(kind)[0] if several else kind
     how: dict[str, Any] = {"type": _reader(kind, optional), "metavar": WORDS.get(kind)}
     if kind is bool:
         how = {"action": _Switch}
     elif get_origin(kind) is Literal:
         names = get_args(kind)
-        how = {"type": _reader(str, optional), "metavar": f"{{{','.join(names)}}}"}
-        how["choices"] = [*names, None] if optional else names
-    elif get_origin(kind) is tuple:
-        item = get_args(kind)[0]
-        how = {"type": _reader(item, optional), "metavar": WORDS[item], "nargs": "*", "action": _Several}
+        choices = [*names, None] if optional else names
+        how = {"type": _reader(str, optional), "metavar": f"{{{','.join(names)}}}", "choices": choices}
+    if several:
+        how |= {"nargs": "*", "action": _Several}
     if default is MISSING:
         how["required"] = True
         text = f"{text} (required)"

@@ -54,6 +54,7 @@ class Options(Shared):
     kind: Literal["a", "none"] | None = None
     """Which one."""
     layers: tuple[int, ...] = ()
+    kinds: tuple[Literal["a", "b"], ...] = ()
     file: Path | None = None
     hidden: int = 3
 
@@ -67,7 +68,7 @@ COMMAND = Command("do it", Options, print, (Example("eight", "--steps 3", gpus=8
         ("", {}),
         ("--steps 3 --rate=1e-3 --file a/b", {"steps": 3, "rate": 1e-3, "file": Path("a/b")}),
         ("--layers 2 3 --no-keep", {"layers": (2, 3), "keep": False}),
-        ("--layers", {"layers": ()}),
+        ("--layers --kinds b a", {"layers": (), "kinds": ("b", "a")}),
         ("--kind none --steps none", {"kind": "none", "steps": None}),
         ("--kind None --file None --no_keep --keep", {"kind": None, "file": None, "keep": True}),
         ("--local_rank=1 --rate -1", {"rate": -1.0}),
@@ -83,6 +84,7 @@ def test_what_is_read(given: str, expected: dict[str, Any]) -> None:
     [
         ("--steps many", r"^--steps: invalid INT value: 'many' \(--help lists the options\)$"),
         ("--kind b", "^--kind: invalid choice: 'b'"),
+        ("--kinds a c", "^--kinds: invalid choice: 'c'"),
         ("--step 3", r"^unknown: --step 3; did you mean --steps\?"),
         ("--hidden 3", "unknown: --hidden 3"),
         ("a word", "unknown: a word"),
@@ -102,7 +104,7 @@ def test_help_has_groups_defaults_and_examples(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     first, _, shared = shown.partition("\nHow long it takes:\n")
     assert first.startswith("usage: tempme-vl do it [options]\n\nWhat this is for.\n\nMore about it.\n")
-    assert "  --kind {a,none}    Which one.\n" in first and "--layers INT ..." in first and "--file PATH" in first
+    assert "  --kind {a,none}    Which one.\n" in first and "--kinds {a,b} ..." in first and "--file PATH" in first
     assert "--steps INT" in shared and "Updates, 100 % of them." in shared and "--rate" not in first
     assert "(default: 0.5)" in shared and "--keep, --no-keep" in shared and "(default: on)" in shared
     assert "hidden" not in shown and "local" not in shown and "None" not in shown

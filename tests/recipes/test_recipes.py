@@ -183,9 +183,9 @@ def test_broken_clip_is_trained_around_and_reported(
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ("full_ft_msrvtt", "Gradient caching"),
-        ("videoqa", "the first word twice"),
-        ("videollm_lora", "LoRA on all linear layers"),
+        ("train retrieval", "Gradient caching"),
+        ("train videoqa", "the first word twice"),
+        ("train videollm", "LoRA on all linear layers"),
     ],
 )
 def test_help_names_every_option(recipe: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +193,6 @@ def test_help_names_every_option(recipe: str, said: str, capsys: pytest.CaptureF
         COMMANDS[recipe].parse(["--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0
-    for name in vars(COMMANDS[recipe].parse([])):
+    for name in set(vars(COMMANDS[recipe].parse([]))) - set(COMMANDS[recipe].without):
         assert f"--{name.replace('_', '-')}" in shown
-    assert said in shown
+    assert said in " ".join(shown.split())

@@ -184,7 +184,7 @@ def test_a_damaged_deepspeed_file_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "own.json"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"own\.json: "):
-        deepspeed_config(replace(config, deepspeed=file), 2, CPU)
+        deepspeed_config(replace(config, deepspeed_config=file), 2, CPU)
 
 
 def test_log_survives_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
@@ -210,18 +210,18 @@ def test_deepspeed_configuration_is_filled(tmp_path: Path) -> None:
 def test_deepspeed_configuration_errors(tmp_path: Path) -> None:
     config = train_config(tmp_path)
     with pytest.raises(ValueError, match=r"no DeepSpeed configuration at .*nowhere.json; see recipes/ds/"):
-        deepspeed_config(replace(config, deepspeed=tmp_path / "nowhere.json"), 4, CPU)
+        deepspeed_config(replace(config, deepspeed_config=tmp_path / "nowhere.json"), 4, CPU)
     with pytest.raises(ValueError, match=r"precision is .*got 'fp16'"):
         deepspeed_config(replace(config, precision="fp16"), 4, CPU)
     own = tmp_path / "own.json"
     for key, value in (("train_micro_batch_size_per_gpu", 3), ("gradient_clipping", 5.0), ("bf16", {"enabled": True})):
         own.write_text(json.dumps({"zero_optimization": {"stage": 1}, key: value}))
         with pytest.raises(ValueError, match=f'own.json sets {key}; leave it "auto"'):
-            deepspeed_config(replace(config, deepspeed=own), 4, CPU)
+            deepspeed_config(replace(config, deepspeed_config=own), 4, CPU)
     for settings, said in (
         ({"fp16": {"enabled": True}}, "fp16"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),
     ):
         own.write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=f"own.json .*{said}"):
-            deepspeed_config(replace(config, deepspeed=own), 4, CPU)
+            deepspeed_config(replace(config, deepspeed_config=own), 4, CPU)

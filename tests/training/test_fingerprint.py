@@ -38,7 +38,7 @@ def trained(output: Path, facts: dict[str, Any], *cases: dict[str, Any]) -> list
         if settings is not None:
             file = output / "own.json"
             file.write_text(json.dumps({**json.loads(config.deepspeed.read_text()), **settings}))
-            config = dataclasses.replace(config, deepspeed=file)
+            config = dataclasses.replace(config, deepspeed_config=file)
         return Trainer(model, optimizer, Numbers(), config, facts)
 
     first = trainer()
