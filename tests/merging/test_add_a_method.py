@@ -24,7 +24,8 @@ from tempme_vl import METHODS, VisualFrontend, create_frontend
 from tempme_vl.evaluation.efficiency import cost_row
 from tempme_vl.integrations import compress, load_compressed
 from tempme_vl.merging import is_of_merging
-from tempme_vl.recipes.options import MergeOptions
+from tempme_vl.recipes.build import merging
+from tempme_vl.recipes.options.shared import MergeOptions
 from tempme_vl.tasks.retrieval import create_retrieval_model
 from tempme_vl.training import distributed
 from tempme_vl.training.engine import Trainer
@@ -94,8 +95,8 @@ def test_it_can_be_exported(method: str) -> None:
 @each
 def test_recipes_and_tables_know_it(method: str) -> None:
     given = tuple(f"{name}={json.dumps(value)}" for name, value in OPTIONS[method].items())
-    merging = MergeOptions(method=method, method_options=given).merging(FRAMES)
-    frontend = create_frontend("open_clip:tiny", **merging)
+    keywords = merging(MergeOptions(method=method, method_options=given), FRAMES)
+    frontend = create_frontend("open_clip:tiny", **keywords)
     assert frontend.schedule.method == method and method in tempme_vl.METHODS
     row = cost_row("B/32", 12, method, **OPTIONS[method])
     assert row.output_tokens < row.input_tokens and row.gflops < cost_row("B/32", 12, "none").gflops

@@ -37,7 +37,7 @@ def trained(output: Path, facts: dict[str, Any], *cases: dict[str, Any]) -> list
         config = train_config(output, **{"batch_size": 4, **changes})
         if settings is not None:
             file = output / "own.json"
-            file.write_text(json.dumps({**json.loads(config.deepspeed.read_text()), **settings}))
+            file.write_text(json.dumps({**json.loads(config.deepspeed_config.read_text()), **settings}))
             config = dataclasses.replace(config, deepspeed_config=file)
         return Trainer(model, optimizer, Numbers(), config, facts)
 
