@@ -29,6 +29,9 @@ MAY_CHANGE = {
     *("deepspeed_config", "precision", "grad_checkpointing", "eval_batch_size"),
 }
 
+# Options that came later, with the value that changes nothing: runs from before do not record them.
+LATER: dict[str, Any] = {"method_options": ()}
+
 
 def begin(options: RecipeOptions) -> torch.device:
     """Refuses numbers that mean nothing, joins the ranks and seeds torch."""
@@ -83,8 +86,10 @@ def facts(options: RecipeOptions, model: Any, **splits: Any) -> dict[str, Any]:
     """
     engine = {field.name for field in fields(TrainConfig)}
     names = [field.name for field in fields(options) if field.name not in MAY_CHANGE | engine]
+    chosen = {name: getattr(options, name) for name in names}
+    chosen = {name: value for name, value in chosen.items() if name not in LATER or value != LATER[name]}
     contents = {role: "none" if split is None else content(split) for role, split in splits.items()}
-    return {**{name: getattr(options, name) for name in names}, "model_config": model, "annotations": contents}
+    return {**chosen, "model_config": model, "annotations": contents}
 
 
 def content(split: Any) -> str:
