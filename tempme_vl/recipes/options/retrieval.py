@@ -97,7 +97,9 @@ def checked(options: Options) -> Options:
         from tempme_vl.families import find_family  # which imports torch
 
         if find_family(options.model).needs_vocabulary:
-            raise ValueError("--chunks caches gradients of a contrastive loss alone; UMT also matches pairs: leave it 1")
+            raise ValueError(
+                "--chunks caches gradients of a contrastive loss alone; UMT also matches pairs: leave it 1"
+            )
     return options
 
 
