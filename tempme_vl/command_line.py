@@ -151,9 +151,6 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_on_hyphens=False)
 
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        return f"{action.metavar} ..." if action.nargs == "*" else super()._format_args(action, default_metavar)
-
 
 class _Several(argparse.Action):
     """Values as a tuple, or None."""

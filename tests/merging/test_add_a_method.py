@@ -84,6 +84,7 @@ def test_a_front_end_counts_saves_and_loads(method: str, tmp_path: Path) -> None
 
 
 @each
+@pytest.mark.slow
 def test_it_can_be_exported(method: str) -> None:
     frontend = create_frontend("open_clip:tiny", method=method, num_frames=FRAMES, **OPTIONS[method]).eval()
     with torch.no_grad():
