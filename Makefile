@@ -1,4 +1,4 @@
-# make demo       train three models alike on the embedded data set and print the table (6 to 8 minutes on 2 cores)
+# make demo       train three models alike on the embedded data set and print the table (12 to 20 minutes on 2 cores)
 # make test       lint, types, import directions, tests
 # make test-all   the same, then the slow tests
 # make test-cuda  the tests that need a GPU, alone (make test skips them where there is none)
