@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from training.processes import ROOT, SCRIPTS
 
 from tempme_vl.cli import COMMANDS
 from tempme_vl.command_line import Command, Example
@@ -19,17 +20,6 @@ from tempme_vl.recipes.options.presets import SETTING
 from tempme_vl.recipes.options.shared import MergeOptions
 from tempme_vl.tasks.qa import HEADS
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = {
-    "train retrieval": "recipes/full_ft_msrvtt.py",
-    "train peft": "recipes/peft_msrvtt.py",
-    "train videoqa": "recipes/videoqa.py",
-    "train videollm": "recipes/videollm_lora.py",
-    "eval retrieval": "eval/retrieval.py",
-    "eval videoqa": "eval/videoqa.py",
-    "efficiency": "eval/efficiency.py",
-    "demo": "recipes/motion_demo.py",
-}
 HEAVY = {"torch", "deepspeed", "transformers", "open_clip", "timm", "peft", "torchvision"}
 
 

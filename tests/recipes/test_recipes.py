@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from recipes.runs import CASES, COMMANDS, assert_same_checkpoint, latest, losses, train_on_nan
-from training.processes import LIMIT, RECIPES, exit_codes, free_port, start
+from training.processes import LIMIT, ROOT, SCRIPTS, exit_codes, free_port, start
 
 from tempme_vl.training.checkpoint import Tensors
 
@@ -97,7 +97,7 @@ def stop_through_launcher(recipe: str, output: Path, parts: list[str], log: Path
         environment.pop(name, None)
     with log.open("a") as stream:
         runner = subprocess.Popen(
-            [sys.executable, *command, str(RECIPES / f"{recipe}.py"), *parts],
+            [sys.executable, *command, str(ROOT / SCRIPTS[recipe]), *parts],
             stdout=stream,
             stderr=stream,
             env=environment,

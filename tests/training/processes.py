@@ -21,7 +21,18 @@ from typing import Any
 import torch
 
 TESTS = Path(__file__).resolve().parents[1]
-RECIPES = TESTS.parent / "recipes"
+ROOT = TESTS.parent
+RECIPES = ROOT / "recipes"
+SCRIPTS = {  # by the name of the command
+    "train retrieval": "recipes/full_ft_msrvtt.py",
+    "train peft": "recipes/peft_msrvtt.py",
+    "train videoqa": "recipes/videoqa.py",
+    "train videollm": "recipes/videollm_lora.py",
+    "eval retrieval": "eval/retrieval.py",
+    "eval videoqa": "eval/videoqa.py",
+    "efficiency": "eval/efficiency.py",
+    "demo": "recipes/motion_demo.py",
+}
 SERVER = multiprocessing.get_context("forkserver")
 LIMIT = 400.0  # seconds, of which a run needs some ten where nothing else runs
 PRELOAD = ["training.preload"]
