@@ -2,7 +2,8 @@
 
 A field `merge_layers: tuple[int, ...] | None = None` is the option --merge-layers 2 3 4, the text below it its help.
 Classes of options are joined by inheritance: each that declares fields is a group of the help, headed by the first line
-of its docstring. Reading options and --help import only what the options do, so that no module of options needs torch.
+of its docstring. A field `Annotated[str, REGISTRY]` is one of the registry's names, those registered meanwhile
+included. Reading options and --help import only what the options do, so that no module of options needs torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import NoneType
-from typing import Any, Generic, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 WORDS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
@@ -75,7 +76,7 @@ class Command(Generic[T]):
         said = inspect.cleandoc(self.options.__doc__ or "").partition("\n\n")
         parser = _Parser(self._program(module), f"{self.about}{said[1]}{said[2]}", text)
         defaults = self.defaults(arguments)
-        hints, texts = get_type_hints(self.options), _texts(self.options)
+        hints, texts = get_type_hints(self.options, include_extras=True), _texts(self.options)
         for group, members in _groups(self.options):
             section = parser.add_argument_group(group) if group else parser
             for field in members:
@@ -181,13 +182,14 @@ def _add(section: Any, field: Field[Any], hint: Any, text: str, default: Any) ->
     kind = next(kind for kind in get_args(hint) if kind is not NoneType) if optional else hint
     several = get_origin(kind) is tuple
     kind = get_args(kind)[0] if several else kind
-    how: dict[str, Any] = {"type": _reader(kind, optional), "metavar": WORDS.get(kind)}
+    how: dict[str, Any]
     if kind is bool:
         how = {"action": _Switch}
-    elif get_origin(kind) is Literal:
-        names = get_args(kind)
+    elif names := _names(kind):
         choices = [*names, None] if optional else names
         how = {"type": _reader(str, optional), "metavar": f"{{{','.join(names)}}}", "choices": choices}
+    else:
+        how = {"type": _reader(kind, optional), "metavar": WORDS.get(kind)}
     if several:
         how |= {"nargs": "*", "action": _Several}
     if default is MISSING:
@@ -197,6 +199,13 @@ def _add(section: Any, field: Field[Any], hint: Any, text: str, default: Any) ->
         text = f"{text} (default: {_shown(default)})"
     name = f"--{field.name.replace('_', '-')}"
     section.add_argument(name, dest=field.name, default=argparse.SUPPRESS, help=text.strip().replace("%", "%%"), **how)
+
+
+def _names(kind: Any) -> tuple[str, ...]:
+    """Those that a value has to be one of."""
+    if get_origin(kind) is Annotated:
+        return tuple(kind.__metadata__[0])
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def _reader(kind: Any, optional: bool) -> Callable[[str], Any]:

@@ -32,11 +32,13 @@ class Registry(Mapping[str, T], Generic[T]):
         kind: what the things are, in errors: "method".
         group: of entry points: "tempme_vl.methods".
         type_: a class that every thing must be an instance or a subclass of.
-        own: the package's things; one that is imported only when it is asked for as "module:attribute", or "module".
+        own: the package's things; each and `type_` may be "module:attribute", imported only when it is asked for.
     """
 
-    def __init__(self, kind: str, group: str, type_: type[Any], own: Mapping[str, T | str]):
-        self.kind, self.group, self.type = kind, group, type_
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a type may name it: `Annotated[str, REGISTRY] | None`
+
+    def __init__(self, kind: str, group: str, type_: type[Any] | str, own: Mapping[str, T | str]):
+        self.kind, self.group, self._type = kind, group, type_
         self._things: dict[str, T | str | EntryPoint] = dict(own)
         self._installed = False  # whether entry points were looked up, which takes some 10 ms
 
@@ -108,20 +110,26 @@ class Registry(Mapping[str, T], Generic[T]):
                     f"the {self.kind} {name!r} of {_package(thing)} ({thing.value}) cannot be imported: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-        module, _, attribute = thing.partition(":")
-        found: Any = import_module(module)
-        return getattr(found, attribute) if attribute else found
+        return _imported(thing)
 
     def _checked(self, name: str, thing: Any) -> Any:
-        if isinstance(thing, self.type) or (isinstance(thing, type) and issubclass(thing, self.type)):
+        expected = self._type = _imported(self._type) if isinstance(self._type, str) else self._type
+        if isinstance(thing, expected) or (isinstance(thing, type) and issubclass(thing, expected)):
             return thing
-        raise ValueError(f"expected a {self.type.__name__} as the {self.kind} {name!r}; got {type(thing).__name__}")
+        raise ValueError(f"expected a {expected.__name__} as the {self.kind} {name!r}; got {type(thing).__name__}")
 
     def _unknown(self, name: str) -> UnknownName:
         return UnknownName(
             f"unknown {self.kind} {name!r}; expected one of {', '.join(self)} (other packages add theirs by entry "
             f"points {self.group!r})"
         )
+
+
+def _imported(place: str) -> Any:
+    """What "module:attribute" names, or the module alone."""
+    module, _, attribute = place.partition(":")
+    found: Any = import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def _package(point: EntryPoint) -> str:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from training.processes import ROOT, SCRIPTS
@@ -18,6 +18,7 @@ from tempme_vl.evaluation.options import DATASETS
 from tempme_vl.merging import METHODS
 from tempme_vl.recipes.options.presets import SETTING
 from tempme_vl.recipes.options.shared import MergeOptions
+from tempme_vl.registry import Registry
 from tempme_vl.tasks.qa import HEADS
 
 HEAVY = {"torch", "deepspeed", "transformers", "open_clip", "timm", "peft", "torchvision"}
@@ -149,3 +150,26 @@ def test_names_that_are_written_out_are_those_of_the_tables() -> None:
     assert all(qa.parse(["--head", head]).head == head for head in HEADS)
     assert {name for method in METHODS.values() for name in method.option_names} == set(SETTING)
     assert set(SETTING) < {field.name for field in fields(MergeOptions)}
+
+
+THINGS: Registry[int] = Registry("thing", "tempme_vl.of_tests", int, {"one": 1})
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Of a registry."""
+
+    thing: Annotated[str, THINGS] = "one"
+    other: Annotated[str, THINGS] | None = None
+
+
+def test_names_of_a_registry_are_read_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    command = Command("choose", Chosen, print)
+    with pytest.raises(ValueError, match="--thing: invalid choice: 'two'"):
+        command.parse(["--thing", "two"])
+    THINGS.register("two", 2)
+    assert command.parse(["--thing", "two", "--other", "one"]) == Chosen("two", "one")
+    assert command.parse(["--other", "None"]) == Chosen()
+    with pytest.raises(SystemExit):
+        command.parse(["--help"])
+    assert "--thing {one,two}" in capsys.readouterr().out

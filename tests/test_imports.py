@@ -32,6 +32,7 @@ CORE = {
     "libraries",
     "tuning",
     "registry",
+    "registries",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
@@ -41,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # saved folders
     "messages": set(),
     "registry": set(),
+    "registries": {"registry"},  # by name, and imports what a name stands for when it is asked for
     "schema": {"data", "messages"},  # of data: how text and JSON are read
     "manifest": {"schema"},
     "fit": {"messages"},
@@ -55,11 +57,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command": {"command_line", "reports", "processes", "together"},
     "libraries": set(),
     # what a front end is made of
-    "merging": {"state", "matching", "schema", "registry"},
+    "merging": {"state", "matching", "schema", "registries"},
     "backbones": {"state", "kernels", "pretrained", "weights", "fit", "schema", "messages", "libraries"},
     "scheduling": {"merging", "backbones"},
     "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries"},
-    "families": {"backbones", "text", "registry", "pretrained", "weights", "manifest", "schema", "libraries"},
+    "families": {"backbones", "text", "registries", "pretrained", "weights", "manifest", "schema", "libraries"},
     "frontend": {"state", "merging", "backbones", "families", "scheduling", "pretrained", "schema", "messages", "data"},
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains
@@ -79,18 +81,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"messages"},
     "training": {"processes", "together", "manifest", "schema", "libraries"},
 }
+# above a part, and named there for a type checker alone: what its mappings hold
+TYPES: dict[str, set[str]] = {"registries": {"merging", "families"}}
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed
 HEAVY = {"deepspeed", "peft", "timm", "decord"}  # and not always needed
 
 
-def imports(path: Path, everywhere: bool = True) -> set[str]:
-    """Dotted names that a file imports anywhere, or outside of functions, `from a import b` as a.b."""
+def imports(path: Path, functions: bool = True, types: bool = True) -> set[str]:
+    """Dotted names that a file imports, `from a import b` as a.b.
+
+    Args:
+        functions: also in functions.
+        types: also for a type checker alone.
+    """
     found = set()
     tree = ast.parse(path.read_text())
-    inside = {id(node) for part in ast.walk(tree) if isinstance(part, ast.FunctionDef) for node in ast.walk(part)}
+    left = [part for part in ast.walk(tree) if isinstance(part, ast.FunctionDef) and not functions]
+    left += [] if types else [part for part in ast.walk(tree) if isinstance(part, ast.If) and _asks_for_types(part)]
+    outside = {id(node) for part in left for node in ast.walk(part)}
     for node in ast.walk(tree):
-        if not everywhere and id(node) in inside:
+        if id(node) in outside:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -98,6 +109,10 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
             assert node.level == 0, f"{path} imports relatively; write the package's name"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def _asks_for_types(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" and not node.orelse
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +143,9 @@ def test_files_are_found() -> None:
 def test_package_imports_downwards(path: Path) -> None:
     own = path.relative_to(ROOT / "tempme_vl").parts[0].removesuffix(".py")
     used = {part(name) for name in imports(path) if name.split(".")[0] == "tempme_vl"} - {own}
-    assert used <= MAY_IMPORT[own], f"{own} may import {sorted(MAY_IMPORT[own])}, not {sorted(used - MAY_IMPORT[own])}"
+    named = TYPES.get(own, set())
+    assert used - named <= MAY_IMPORT[own], f"{own} may import {sorted(MAY_IMPORT[own])}, not {sorted(used - named)}"
+    assert not named & {part(name) for name in imports(path, types=False)}
 
 
 @pytest.mark.parametrize("path", PACKAGE + SCRIPT_FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -152,7 +169,7 @@ def test_the_package_offers_its_names_on_first_use() -> None:
 def test_heavy_libraries_are_imported_where_they_are_used() -> None:
     """Inside functions; timm also by the file that is about its towers."""
     for path in PACKAGE:
-        tops = {name.split(".")[0] for name in imports(path, everywhere=False)}
+        tops = {name.split(".")[0] for name in imports(path, functions=False)}
         allowed = {"timm"} if path.parts[-2:] == ("backbones", "timm.py") else set()
         assert not tops & HEAVY - allowed, path
 
@@ -192,3 +209,20 @@ def test_the_table_itself_has_no_circle() -> None:
         ready = {name for name, below in MAY_IMPORT.items() if below <= done} - done
         assert ready, f"a circle among {sorted(set(MAY_IMPORT) - done)}"
         done |= ready
+
+
+def test_modules_have_no_circle_either() -> None:
+    """Of single files, with what they import inside functions, and without what a type checker alone reads."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE}
+
+    def below(name: str, path: Path) -> set[str]:
+        found = imports(path, types=False)
+        return {other if other in files else other.rpartition(".")[0] for other in found} & set(files) - {name}
+
+    left = {name: below(name, path) for name, path in files.items()}
+    assert left["tempme_vl.merging"] >= {"tempme_vl.merging.base", "tempme_vl.registries"}
+    while left:
+        ready = [name for name, names in left.items() if not names & set(left)]
+        assert ready, f"a circle among {sorted(left)}"
+        for name in ready:
+            del left[name]

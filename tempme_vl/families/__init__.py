@@ -1,18 +1,12 @@
-"""Families of towers by name. A new one is a file with a `Family`, and a line in `FAMILIES`; from outside the package
-`FAMILIES.register("mine", FAMILY)`, or an entry point of the group "tempme_vl.families"."""
+"""Families of towers. A new one is a file with a `Family`, and a line in `tempme_vl.registries`; from outside the
+package `FAMILIES.register("mine", FAMILY)`, or an entry point of the group "tempme_vl.families"."""
 
 from __future__ import annotations
 
 from tempme_vl.families.base import Family, Pair, Texts, TextSide
-from tempme_vl.registry import Registry
+from tempme_vl.registries import FAMILIES
 
 __all__ = ["FAMILIES", "Family", "Pair", "TextSide", "Texts", "find_family", "split_name"]
-
-# each is imported when a tower of it is wanted, with the library that it takes them from
-_OWN = ("open_clip", "umt", "hf", "timm")
-FAMILIES: Registry[Family] = Registry(
-    "family", "tempme_vl.families", Family, {name: f"tempme_vl.families.{name}:FAMILY" for name in _OWN}
-)
 
 
 def split_name(name: str) -> tuple[str, str]:

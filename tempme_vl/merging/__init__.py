@@ -1,17 +1,16 @@
-"""Merging methods. A new one is a file with a `Method` and its line in `METHODS`, or, from outside of the package,
-`METHODS.register("name", METHOD)` or an entry point of the group "tempme_vl.methods" (`tempme_vl.registry`)."""
+"""Merging methods. A new one is a file with a `Method`, and a line in `tempme_vl.registries`; from outside the package
+`METHODS.register("name", METHOD)`, or an entry point of the group "tempme_vl.methods"."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
 
-from tempme_vl.merging import none, tempme, tome
 from tempme_vl.merging.base import LayerMerge, TokenMerger, is_of_merging, learnt_modules, share_learnt
 from tempme_vl.merging.budget import Limit, fit
-from tempme_vl.merging.method import Behind, Encoder, Method
-from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
-from tempme_vl.registry import Registry
+from tempme_vl.merging.method import Behind, Method
+from tempme_vl.merging.schedule import Encoder, LayerPlan, MergeSchedule
+from tempme_vl.registries import METHODS
 
 __all__ = [
     "METHODS",
@@ -33,13 +32,6 @@ __all__ = [
 
 # The first of the ways to stay below a limit that reaches this share of it is taken, the paper's setting before others.
 NEAR = 0.99
-
-METHODS: Registry[Method] = Registry(
-    "method",
-    "tempme_vl.methods",
-    Method,
-    {"none": none.METHOD, "tome": tome.METHOD, "tempme": tempme.METHOD},
-)
 
 
 def make_schedule(

@@ -8,22 +8,11 @@ from typing import Any, Literal
 
 from tempme_vl.merging.base import LayerMerge
 from tempme_vl.merging.budget import Knob, LimitKind
-from tempme_vl.merging.schedule import LayerCount, LayerPlan, MergeSchedule
+from tempme_vl.merging.schedule import Encoder, LayerCount, LayerPlan, MergeSchedule
 from tempme_vl.schema import Layers
 
 # Of a step's context: the tokens or keys, or what attention made of them
 Reading = Literal["tokens", "keys", "cls_rows", "column_sums"]
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """What a schedule needs to know of an encoder; see `MergeSchedule`."""
-
-    layers: int
-    frames: int
-    tokens: int
-    prefix: int = 1
-    joint: bool = False
 
 
 def pair_matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tempme_vl.merging.base import LayerMerge
-from tempme_vl.merging.method import Behind, Encoder, Method
-from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
+from tempme_vl.merging.method import Behind, Method
+from tempme_vl.merging.schedule import Encoder, LayerPlan, MergeSchedule
 
 
 @dataclass(frozen=True)

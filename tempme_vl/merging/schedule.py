@@ -7,9 +7,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, NamedTuple
 
+from tempme_vl.registries import METHODS
 from tempme_vl.schema import Count, Range, Size, read
 
 Setting = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What a schedule needs to know of an encoder; see `MergeSchedule`."""
+
+    layers: int
+    frames: int
+    tokens: int
+    prefix: int = 1
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,9 +141,8 @@ class MergeSchedule:
         cls, layers: int = 12, frames: int = 12, tokens: int = 50, r: int = 2, prefix: int = 1, joint: bool = False
     ) -> MergeSchedule:
         """ToMe in every block of every frame; see `tempme_vl.merging.tome.schedule`."""
-        from tempme_vl.merging import Encoder, tome
-
-        return tome.schedule(Encoder(layers, frames, tokens, prefix, joint), tome.Options(r))
+        method = METHODS["tome"]
+        return method.schedule(Encoder(layers, frames, tokens, prefix, joint), method.options(r))
 
     @classmethod
     def tempme(
@@ -147,10 +158,9 @@ class MergeSchedule:
         prefix: int = 1,
     ) -> MergeSchedule:
         """TempMe's ImgMe and ClipMe; see `tempme_vl.merging.tempme.schedule`."""
-        from tempme_vl.merging import Encoder, tempme
-
-        options = tempme.Options(r, merge_layers, merge_frames, cross_percent, intra_percent)
-        return tempme.schedule(Encoder(layers, frames, tokens, prefix), options)
+        method = METHODS["tempme"]
+        options = method.options(r, merge_layers, merge_frames, cross_percent, intra_percent)
+        return method.schedule(Encoder(layers, frames, tokens, prefix), options)
 
     @property
     def clips(self) -> int:
@@ -221,8 +231,6 @@ class MergeSchedule:
                 The last two read all tokens but the prefix. Attention pooling counts as a block with one query, for
                 every frame, or for every clip that is left where tokens were merged.
         """
-        from tempme_vl.merging import METHODS
-
         matching = METHODS[self.method].matching
         patches = self.tokens - self.prefix
         patch_size = patch_size or round(image_size / math.sqrt(patches))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tempme_vl.matching import bipartite_match
 from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge
 from tempme_vl.merging.budget import Knob, LimitKind
-from tempme_vl.merging.method import Behind, Encoder, Method
-from tempme_vl.merging.schedule import LayerPlan, MergeSchedule
+from tempme_vl.merging.method import Behind, Method
+from tempme_vl.merging.schedule import Encoder, LayerPlan, MergeSchedule
 from tempme_vl.schema import Range, Size
 from tempme_vl.state import AttentionContext, TokenState
 

@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tempme_vl.data.options import DataOptions
+from tempme_vl.registries import METHODS
 from tempme_vl.training.config import TrainConfig
 from tempme_vl.tuning import TUNINGS, Tuning, find_tuning
-
-if TYPE_CHECKING:
-    TuningName = str
-else:
-    TuningName = Literal[tuple(TUNINGS)]
 
 
 @dataclass(frozen=True)
 class MergeOptions:
     """How tokens are merged."""
 
-    method: str = "tempme"
-    """tempme, tome, or none, which encodes every frame by itself with all its tokens; or another of tempme_vl.METHODS,
-    which packages can add to."""
+    method: Annotated[str, METHODS] = "tempme"
+    """Of merging, those of installed packages included; none encodes every frame by itself with all its tokens."""
     method_options: tuple[str, ...] = ()
     """NAME=VALUE of a method that has others than the five below."""
     num_frames: int | None = None
@@ -67,7 +62,7 @@ class TowerOptions:
 class TuningOptions:
     """What of the model trains."""
 
-    tuning: TuningName = "full"
+    tuning: Annotated[str, TUNINGS] = "full"
     """full: everything. clip4clip: all but token, position and class embeddings, conv1 and ln_pre, as its authors do;
     CLIP only. lora: low-rank updates of all queries, keys and values, and TempMe's clip positions."""
     tuning_options: tuple[str, ...] = ()

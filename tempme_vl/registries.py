@@ -1,0 +1,42 @@
+"""Everything that can be chosen by name, on one page. A new thing is a file, and a line here.
+
+Nothing is imported before it is asked for, so that command lines list the names without torch. Other packages add
+theirs by entry points of the groups, programs by `register` (`tempme_vl.registry`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tempme_vl.registry import Registry
+
+if TYPE_CHECKING:
+    from tempme_vl.families.base import Family
+    from tempme_vl.merging.method import Method
+
+__all__ = ["FAMILIES", "METHODS"]
+
+# how tokens become fewer: docs/add_a_method.md
+METHODS: Registry[Method] = Registry(
+    "method",
+    "tempme_vl.methods",
+    "tempme_vl.merging.method:Method",
+    {
+        "none": "tempme_vl.merging.none:METHOD",
+        "tome": "tempme_vl.merging.tome:METHOD",
+        "tempme": "tempme_vl.merging.tempme:METHOD",
+    },
+)
+
+# towers, of a library or of a line of models: docs/add_a_backbone.md
+FAMILIES: Registry[Family] = Registry(
+    "family",
+    "tempme_vl.families",
+    "tempme_vl.families.base:Family",
+    {
+        "open_clip": "tempme_vl.families.open_clip:FAMILY",
+        "umt": "tempme_vl.families.umt:FAMILY",
+        "hf": "tempme_vl.families.hf:FAMILY",
+        "timm": "tempme_vl.families.timm:FAMILY",
+    },
+)
