@@ -5,6 +5,7 @@
 # make lint       ruff and mypy alone
 # make oldest     the whole test suite with the lowest versions that pyproject.toml allows, and its column of docs/versions.md
 # make newest     the same with the newest of everything, whatever constraints.txt says
+# make floors     draw docs/floors.svg anew, of the table of imports
 # make versions   the same with the locked versions, and all that builds on transformers in five versions of it
 # make lock       write constraints.txt anew; UPGRADE=--upgrade for the newest versions, else what fits stays
 #
@@ -23,7 +24,7 @@ UPGRADE ?=
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
 
-.PHONY: demo test test-all test-cuda lint oldest newest versions lock
+.PHONY: demo test test-all test-cuda lint floors oldest newest versions lock
 
 demo: $(READY)
 	$(RUN) $(BIN)/python recipes/motion_demo.py
@@ -41,6 +42,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+floors: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/floors.py
 
 oldest newest: $(READY)
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venvs/$@

@@ -226,3 +226,10 @@ def test_modules_have_no_circle_either() -> None:
         assert ready, f"a circle among {sorted(left)}"
         for name in ready:
             del left[name]
+
+
+def test_the_picture_of_the_floors_is_of_this_table() -> None:
+    from floors import PICTURE, floors, picture
+
+    assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": set()}) == [["c", "d"], ["b"], ["a"]]
+    assert PICTURE.read_text() == picture(MAY_IMPORT), "draw it anew: make floors"
