@@ -23,10 +23,10 @@ from torch import Tensor
 
 from tempme_vl.command import at_least, run
 from tempme_vl.command_line import Command
-from tempme_vl.evaluation.efficiency import columns, fusion_macs
+from tempme_vl.evaluation.efficiency import fusion_macs
 from tempme_vl.evaluation.measure import device_name
 from tempme_vl.evaluation.rerank import REST, Reranked, rerank
-from tempme_vl.reports import show, write_json
+from tempme_vl.reports import format_columns, show, write_json
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel, create_umt_retrieval_model
 
 VOCABULARY = ("[PAD]",)  # no caption is read: fusion takes the states of words
@@ -134,7 +134,7 @@ def measure(
 
 def format_rows(rows: Sequence[Row]) -> str:
     """A plain-text table; ratios are those of times a pair."""
-    return columns(
+    return format_columns(
         [
             {
                 "tokens": str(row.tokens),

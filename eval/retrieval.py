@@ -9,8 +9,8 @@ MSRVTT 1k-A, then with dual softmax (another setting: it sees all queries at onc
     deepspeed --num_gpus 8 eval/retrieval.py --checkpoint runs/msrvtt-tempme/best --dataset msrvtt \
         --data-root /data/msrvtt --dual-softmax
 
-Your own clips (one JSON object a line: file, caption or captions, optional start, end, split):
-    python eval/retrieval.py --checkpoint DIR --dataset jsonl --annotations clips.jsonl --video-root clips/
+Your own videos (one JSON object a line: file, caption or captions, optional start, end, split):
+    python eval/retrieval.py --checkpoint DIR --dataset jsonl --annotations videos.jsonl --video-root videos/
 """
 
 from tempme_vl.command import run

@@ -18,8 +18,8 @@ TempMe's own weights, or CLIP4Clip's, evaluated as they are; and a second stage 
     deepspeed recipes/full_ft_msrvtt.py --data-root /data/msrvtt --pretrained best.pth --epochs 0
     deepspeed recipes/full_ft_msrvtt.py --dataset didemo --data-root /data/didemo --pretrained runs/msrvtt-tempme/best
 
-Your own clips (one JSON object a line: file, caption or captions, optional start, end, split):
-    deepspeed recipes/full_ft_msrvtt.py --dataset jsonl --annotations clips.jsonl --video-root clips/
+Your own videos (one JSON object a line: file, caption or captions, optional start, end, split):
+    deepspeed recipes/full_ft_msrvtt.py --dataset jsonl --annotations videos.jsonl --video-root videos/
 """
 
 from tempme_vl.command import run

@@ -14,7 +14,7 @@ Qwen2.5-VL, which merges behind its tower (not yet measured):
         --merge-frames 2 2 --frame-cache /data/frames --grad-checkpointing --deepspeed-config recipes/ds/zero2.json
 
 Your own questions (one JSON object a line: file, question, answer or answers, optional options, start, end, split):
-    deepspeed recipes/videollm_lora.py --dataset jsonl --annotations questions.jsonl --video-root clips/ \
+    deepspeed recipes/videollm_lora.py --dataset jsonl --annotations questions.jsonl --video-root videos/ \
         --host tiny:Qwen2_5_VL
 
 What was trained is in OUTPUT/best: tempme_vl.tasks.videollm.load_video_llm("OUTPUT/best") reads it.

@@ -16,7 +16,7 @@ A language model of transformers that reads the merged tokens, with LoRA (not ye
         --pretrained openai --head llm --llm /models/llama --lora-rank 16 --deepspeed-config recipes/ds/zero2.json
 
 Your own questions (one JSON object a line: file, question, answer or answers, optional options, start, end, split):
-    deepspeed recipes/videoqa.py --dataset jsonl --annotations questions.jsonl --video-root clips/
+    deepspeed recipes/videoqa.py --dataset jsonl --annotations questions.jsonl --video-root videos/
 """
 
 from tempme_vl.command import run

@@ -147,18 +147,18 @@ class VisualFrontend(nn.Module):
             VideoError: a file that cannot be read.
             ValueError: frames in another form, or a front end whose preprocessing is not known.
         """
-        from tempme_vl.data.reader import ClipReader
+        from tempme_vl.data.reader import VideoReader
         from tempme_vl.data.sampling import uniform
-        from tempme_vl.data.splits import Clip
-        from tempme_vl.data.transforms import ClipTransform, Preprocess
+        from tempme_vl.data.splits import Video
+        from tempme_vl.data.transforms import Preprocess, VideoTransform
 
         if "preprocess" not in self.config:
             raise ValueError("this front end's preprocessing is not known: give VisualFrontend the tower's `config`")
-        transform = ClipTransform(Preprocess.from_dict(self.config["preprocess"]))
+        transform = VideoTransform(Preprocess.from_dict(self.config["preprocess"]))
         if isinstance(video, np.ndarray):
             return transform(video[uniform(max(len(video), 1), self.schedule.frames)] if len(video) else video)
-        reader = ClipReader(self.schedule.frames, transform, sampling=sampling, on_broken="raise")
-        return reader(Clip(str(video), Path(video))).video
+        reader = VideoReader(self.schedule.frames, transform, sampling=sampling, on_broken="raise")
+        return reader(Video(str(video), Path(video))).video
 
     def patches(self, values: Tensor) -> Tensor:
         """Leaves the CLS tokens and registers of every clip out of a value a token, such as `FrontendOutput.tokens`.

@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tempme_vl.data.reader import ClipReader
-from tempme_vl.data.splits import Clip
-from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.reader import VideoReader
+from tempme_vl.data.splits import Video
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.data.video import Frames, read_frames
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.pretrained import load_kind
@@ -48,7 +48,7 @@ class VideoQA:
     """A question answering model with what reads its videos.
 
         qa = VideoQA.from_pretrained("runs/motion-decoder-tempme/best")
-        qa.answer("clip.mp4", "which way does the object move")
+        qa.answer("video.mp4", "which way does the object move")
 
     Args:
         model: trained to answer questions, or a retrieval model that does so zero-shot.
@@ -114,7 +114,7 @@ class VideoQA:
             ValueError: a model that needs options, or other ones.
         """
         asked = self.model.tokenize(question, None, options)
-        asked["video"] = self.reader(Clip(str(video), Path(video), start, end)).video
+        asked["video"] = self.reader(Video(str(video), Path(video), start, end)).video
         asked["frame_mask"] = torch.ones(len(asked["video"]))
         prediction = self.model({name: value[None].to(self.device) for name, value in asked.items()})["prediction"]
         (row,) = prediction.tolist()
@@ -159,21 +159,21 @@ class VideoRetrieval:
             raise ValueError(f"expected a list of texts; got the text {texts!r}: give [text]")
         return self._encode("text", texts, self._words, batch_size)
 
-    def encode_video(self, videos: Sequence[str | Path | Clip], batch_size: int = 8) -> Tensor:
+    def encode_video(self, videos: Sequence[str | Path | Video], batch_size: int = 8) -> Tensor:
         """(V, E) float32 on the CPU, L2-normalised; UMT's are the mean of normalised frames, not normalised again.
 
         Args:
-            videos: files, or parts of them: `Clip(name, path, start, end)`, in seconds.
+            videos: files, or parts of them: `Video(name, path, start, end)`, in seconds.
 
         Raises:
             VideoError: a file that cannot be read.
         """
         if isinstance(videos, str | Path):
             raise ValueError(f"expected a list of videos; got {str(videos)!r}: give [video]")
-        clips = [video if isinstance(video, Clip) else Clip(str(video), Path(video)) for video in videos]
-        return self._encode("video", clips, self._frames, batch_size)
+        parts = [video if isinstance(video, Video) else Video(str(video), Path(video)) for video in videos]
+        return self._encode("video", parts, self._frames, batch_size)
 
-    def similarity(self, texts: Sequence[str] | Tensor, videos: Sequence[str | Path | Clip] | Tensor) -> Tensor:
+    def similarity(self, texts: Sequence[str] | Tensor, videos: Sequence[str | Path | Video] | Tensor) -> Tensor:
         """(T, V), -1 to 1, by which evaluation ranks; of either side the embeddings may be given instead."""
         text_TE = texts if isinstance(texts, Tensor) else self.encode_text(texts)
         video_VE = videos if isinstance(videos, Tensor) else self.encode_video(videos)
@@ -183,9 +183,9 @@ class VideoRetrieval:
         ids, mask = self.tokenizer(text)
         return {"text_ids": ids, "text_mask": mask}
 
-    def _frames(self, clip: Clip) -> dict[str, Tensor]:
-        video = self.reader(clip).video
-        return {"video": video, "frame_mask": torch.ones(len(video))}
+    def _frames(self, video: Video) -> dict[str, Tensor]:
+        frames = self.reader(video).video
+        return {"video": frames, "frame_mask": torch.ones(len(frames))}
 
     @torch.inference_mode()
     def _encode(
@@ -205,9 +205,9 @@ def _shown(frontend: VisualFrontend) -> str:
     return f"{schedule.method}: {schedule.frames} frames, {schedule.output_tokens} of {given} tokens"
 
 
-def _reader(frontend: VisualFrontend, sampling: str, timeout: float | None) -> ClipReader:
-    transform = ClipTransform(Preprocess.from_dict(frontend.config["preprocess"]))
-    return ClipReader(frontend.schedule.frames, transform, sampling=sampling, timeout=timeout, on_broken="raise")
+def _reader(frontend: VisualFrontend, sampling: str, timeout: float | None) -> VideoReader:
+    transform = VideoTransform(Preprocess.from_dict(frontend.config["preprocess"]))
+    return VideoReader(frontend.schedule.frames, transform, sampling=sampling, timeout=timeout, on_broken="raise")
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

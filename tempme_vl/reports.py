@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -48,6 +48,13 @@ def show(text: str) -> None:
     """Prints a result on stdout, and gives it to the logger RESULTS, which the screen does not repeat."""
     print(text, flush=True)
     _log.info(text)
+
+
+def format_columns(lines: Sequence[Mapping[str, str]]) -> str:
+    """A plain-text table under the keys of the first line."""
+    width = {name: max(len(name), *(len(line[name]) for line in lines)) for name in lines[0]}
+    shown = [dict(zip(width, width, strict=True)), *lines]
+    return "\n".join("  ".join(line[name].rjust(width[name]) for name in width) for line in shown)
 
 
 def write_json(file: Path, content: Any, indent: int = 2) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from towers import tempme_schedule, tiny_frontend
 
 from tempme_vl import VideoQA, VideoRetrieval, read_video
-from tempme_vl.data.splits import Clip
+from tempme_vl.data.splits import Video
 from tempme_vl.data.video import VideoError
 from tempme_vl.data.videoqa import answer_vocabulary
 from tempme_vl.tasks.qa import VideoQAModel
@@ -60,7 +60,7 @@ def test_a_question_about_a_file_is_answered(kind: str, folders: dict[str, Path]
     answer = qa.answer(video, QUESTION)
     assert isinstance(answer, str) and (not qa.answers or answer in qa.answers)
     # by the model itself, on frames read with the rule that it was trained with
-    frames, valid, _ = qa.reader(Clip("v", video))
+    frames, valid, _ = qa.reader(Video("v", video))
     assert valid and frames.shape == (FRAMES, 3, 32, 32) and qa.reader.sampling == qa.model.input["sampling"]
     asked = {"video": frames, "frame_mask": torch.ones(FRAMES), **qa.model.tokenize(QUESTION)}
     with torch.no_grad():
@@ -128,10 +128,10 @@ def test_texts_are_compared_with_videos(kind: str, folders: dict[str, Path], dat
     # one by one, in another order, and a part of a file
     torch.testing.assert_close(retrieval.encode_text(texts[1:2]), text[1:2], rtol=0, atol=1e-5)
     torch.testing.assert_close(retrieval.encode_video(files[::-1], 1), video.flip(0), rtol=0, atol=1e-5)
-    whole, part = retrieval.encode_video([Clip("a", files[2]), Clip("a", files[2], end=1.0)])
+    whole, part = retrieval.encode_video([Video("a", files[2]), Video("a", files[2], end=1.0)])
     assert not torch.allclose(whole, part, atol=1e-4)
     assert retrieval.similarity([], files).shape == (0, 3)
-    batch = {"video": retrieval.reader(Clip("a", files[0])).video[None], "frame_mask": torch.ones(1, FRAMES)}
+    batch = {"video": retrieval.reader(Video("a", files[0])).video[None], "frame_mask": torch.ones(1, FRAMES)}
     with torch.no_grad():
         torch.testing.assert_close(retrieval.model(batch)["video"], video[:1], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"expected a list of texts; got the text 'a red.*give \[text\]"):

@@ -15,7 +15,7 @@ FILES = {"train": "train.json", "val_1": "val_1.json"}
 def read_split(root: str | Path, split: str, video_root: str | Path | None = None) -> RetrievalSplit:
     """Reads train.json or val_1.json: `{id: {"duration", "timestamps", "sentences"}}`; 10,009 and 4,917 videos.
 
-    The caption is all sentences joined by a space, the clip 0 to ceil(duration) seconds; 64 words, 64 frames.
+    The caption is all sentences joined by a space, the video 0 to ceil(duration) seconds; 64 words, 64 frames.
     "val_1" is what papers test on. The public id lists hold a few ids without annotations, and are not needed.
     """
     split = known_split("activitynet", split, FILES)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from tempme_vl.data.splits import Clip
+from tempme_vl.data.splits import Video
 from tempme_vl.messages import few
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class MissingVideosError(ValueError):
         return str(self.args[0])
 
 
-def check_videos(clips: Iterable[Clip], most_missing: float = 0.0) -> list[Path]:
+def check_videos(videos: Iterable[Video], most_missing: float = 0.0) -> list[Path]:
     """The videos that are not there, each path once, in order. Only looks for the files: no video is opened.
 
     Args:
@@ -39,7 +39,7 @@ def check_videos(clips: Iterable[Clip], most_missing: float = 0.0) -> list[Path]
     """
     if not 0 <= most_missing <= 1:
         raise ValueError(f"most_missing is a share from 0 to 1; got {most_missing}")
-    paths = list(dict.fromkeys(clip.path for clip in clips))
+    paths = list(dict.fromkeys(video.path for video in videos))
     missing = [path for path in paths if not path.is_file()]
     if len(missing) > most_missing * len(paths):
         raise MissingVideosError(
@@ -51,9 +51,9 @@ def check_videos(clips: Iterable[Clip], most_missing: float = 0.0) -> list[Path]
 
 
 class BrokenLog:
-    """JSON lines about clips that could not be read, and about those that could be again, by any number of processes.
+    """JSON lines about videos that could not be read, and about those that could be again, by any number of processes.
 
-    A process writes one line when it first meets a broken clip. When any later reads it, as after its file was
+    A process writes one line when it first meets a broken video. When any later reads it, as after its file was
     repaired, a line with "repaired" takes it off the list.
     """
 
@@ -63,18 +63,18 @@ class BrokenLog:
         self._listed: dict[str, str] = {}
         self._size = 0
 
-    def add(self, clip: Clip, cause: str) -> None:
+    def add(self, video: Video, cause: str) -> None:
         """Raises OSError that names the log when it cannot be written: it is part of the results."""
         self._refresh()
-        if clip.video_id not in self._written or clip.video_id not in self._listed:
-            self._written.add(clip.video_id)
-            self._write({"video_id": clip.video_id, "path": str(clip.path), "cause": cause})
+        if video.video_id not in self._written or video.video_id not in self._listed:
+            self._written.add(video.video_id)
+            self._write({"video_id": video.video_id, "path": str(video.path), "cause": cause})
 
-    def remove(self, clip: Clip) -> None:
-        """Takes a clip that was read off the list; costs one look at the size of the file."""
+    def remove(self, video: Video) -> None:
+        """Takes a video that was read off the list; costs one look at the size of the file."""
         self._refresh()
-        if clip.video_id in self._listed:
-            self._write({"video_id": clip.video_id, "path": str(clip.path), "repaired": True})
+        if video.video_id in self._listed:
+            self._write({"video_id": video.video_id, "path": str(video.path), "repaired": True})
 
     def _refresh(self) -> None:
         try:
@@ -97,8 +97,8 @@ class BrokenLog:
             raise OSError(error.errno, f"{error.strerror} while listing {entry['path']}", str(self.path)) from error
 
 
-def broken_clips(log: Path) -> dict[str, str]:
-    """What a broken log lists: video id -> cause, each clip once whichever processes met it.
+def broken_videos(log: Path) -> dict[str, str]:
+    """What a broken log lists: video id -> cause, each video once whichever processes met it.
 
     Lines that are cut off, as by a full disk or a killed process, are left out with a warning.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tempme_vl.data import activitynet, didemo, lsmdc, motion, msrvtt, msvd
-from tempme_vl.data.jsonl import jsonl_names, jsonl_splits, read_jsonl
+from tempme_vl.data.jsonl import jsonl_names, jsonl_splits, read_caption_lines
 from tempme_vl.data.splits import RetrievalSplit, holdout_validation, known_split, noted, trained_on
 
 
@@ -31,7 +31,7 @@ DATASETS: dict[str, Callable[[str | Path, str, str | Path | None], RetrievalSpli
 class SplitNames:
     """Which splits a data set is usually trained, chosen and tested on.
 
-    `holdout`: clips taken out of `train` to choose checkpoints by, where there is no `val`.
+    `holdout`: videos taken out of `train` to choose checkpoints by, where there is no `val`.
     """
 
     train: str = "train"
@@ -100,15 +100,15 @@ class Source:
             return load_split(self.dataset, self.root, split or usual_splits(self.dataset).test, self.video_root)
         assert self.annotations is not None and self.video_root is not None
         if split not in (None, "train", "test") or jsonl_splits(self.annotations):
-            return read_jsonl(self.annotations, self.video_root, split or "test")
-        everything = read_jsonl(self.annotations, self.video_root)
-        return noted(everything, f"all clips of {self.annotations}, which has no splits: perhaps they were trained on")
+            return read_caption_lines(self.annotations, self.video_root, split or "test")
+        everything = read_caption_lines(self.annotations, self.video_root)
+        return noted(everything, f"all videos of {self.annotations}, which has no splits: perhaps they were trained on")
 
     def read_all(self, names: SplitNames, seed: int) -> tuple[RetrievalSplit, RetrievalSplit | None, RetrievalSplit]:
         """Training, validation and test split; what is held out of training is drawn from `seed`.
 
         Where no line of a JSON-lines file has a split, all lines train; without its usual test split training is
-        tested. A clip that is trained on and validated or tested makes that split's note, which is logged too.
+        tested. A video that is trained on and validated or tested makes that split's note, which is logged too.
         ValueError for other names that are not there; lists those that are.
         """
         if self.dataset != "jsonl":
@@ -118,11 +118,11 @@ class Source:
             assert self.annotations is not None and self.video_root is not None
             file, videos = self.annotations, self.video_root
             lines = jsonl_names(file, names.train, names.val, names.test)
-            train = read_jsonl(file, videos, lines.train)
-            val = None if lines.val is None else read_jsonl(file, videos, lines.val)
-            test = train if lines.test is None else read_jsonl(file, videos, lines.test)
+            train = read_caption_lines(file, videos, lines.train)
+            val = None if lines.val is None else read_caption_lines(file, videos, lines.val)
+            test = train if lines.test is None else read_caption_lines(file, videos, lines.test)
         if val is None and names.holdout:
             train, val = holdout_validation(train, names.holdout, seed)
         if val is not None:
-            val = noted(val, trained_on(train.clips, val.clips))
-        return train, val, noted(test, trained_on(train.clips, test.clips))
+            val = noted(val, trained_on(train.videos, val.videos))
+        return train, val, noted(test, trained_on(train.videos, test.videos))

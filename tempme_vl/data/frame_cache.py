@@ -28,7 +28,7 @@ class FrameCache:
     """Frames and their times by key, a file each, in a folder that any number of processes use at once.
 
     A damaged file is removed and made anew, a file that cannot be written is not kept: both are warnings that name
-    the file, and never end a run. Nothing is thrown out of a full cache, since every clip of an epoch is as likely to
+    the file, and never end a run. Nothing is thrown out of a full cache, since every video of an epoch is as likely to
     be wanted again as any other.
 
     Args:
@@ -63,13 +63,13 @@ class FrameCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._warn("cannot be read", f"{file} cannot be read, its clip is decoded instead: {error}")
+            self._warn("cannot be read", f"{file} cannot be read, its video is decoded instead: {error}")
             return None
         entry = _unpack(data, shape)
         if entry is not None and self.mapped and len(self._known) < MOST_MAPPED:
             self._known[key] = entry
         if entry is None:
-            logger.warning("%s is damaged: it is removed, and its clip decoded again", file)
+            logger.warning("%s is damaged: it is removed, and its video decoded again", file)
             with contextlib.suppress(OSError):
                 file.unlink()
         return entry
@@ -90,7 +90,7 @@ class FrameCache:
             finally:
                 partial.unlink(missing_ok=True)
         except OSError as error:
-            self._warn("cannot be kept", f"{file} cannot be written, clips are decoded each time instead: {error}")
+            self._warn("cannot be kept", f"{file} cannot be written, videos are decoded each time instead: {error}")
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
@@ -116,14 +116,14 @@ class FrameCache:
             total = int(stream.read() or b"0") + size
             if total > self.limit:
                 full = f"the frame cache {self.folder} is full with {self.limit / 2**30:.3g} GiB"
-                self._warn("full", f"{full}: further clips are decoded each time. Allow more, or use a folder")
+                self._warn("full", f"{full}: further videos are decoded each time. Allow more, or use a folder")
                 return False
             stream.truncate(0)
             stream.write(str(total).encode())
         return True
 
     def _warn(self, kind: str, message: str) -> None:
-        """Once a process for each kind: one full disk concerns every clip."""
+        """Once a process for each kind: one full disk concerns every video."""
         if kind not in self._said:
             self._said.add(kind)
             logger.warning(message)

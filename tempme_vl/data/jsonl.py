@@ -1,4 +1,4 @@
-"""Anybody's own clips: one JSON object a line."""
+"""Anybody's own videos: one JSON object a line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from tempme_vl.data.files import AnnotationError, as_id, as_seconds, as_text, as_texts, errors_at, json_lines
-from tempme_vl.data.splits import Clip, RetrievalSplit, resolve_split
+from tempme_vl.data.splits import RetrievalSplit, Video, resolve_split
 from tempme_vl.messages import shown
 
 _log = logging.getLogger(__name__)
 
 
-def read_jsonl(
+def read_caption_lines(
     annotations: str | Path,
     video_root: str | Path,
     split: str | None = None,
@@ -26,27 +26,27 @@ def read_jsonl(
     """Reads lines like `{"file": "a.mp4", "caption": "a dog runs", "split": "train"}`.
 
     Keys: `file` (relative to `video_root`), `caption` or `captions` (a list), and optionally `start`, `end`
-    (seconds), `split`, `id`; others are ignored. Lines with the same file, start and end are one clip with several
+    (seconds), `split`, `id`; others are ignored. Lines with the same file, start and end are one video with several
     captions. `split` keeps the lines of that split, by its name or a usual synonym; None keeps all.
     AnnotationError names the file and the line; for a split that no line has it lists those that there are.
     """
     path, root = Path(annotations), Path(video_root)
-    clips: dict[tuple[Path, float | None, float | None], tuple[Clip, list[str]]] = {}
+    videos: dict[tuple[Path, float | None, float | None], tuple[Video, list[str]]] = {}
     split, entries = jsonl_entries(path, split)
     for place, entry in entries:
         with errors_at(place):
-            clip = clip_of(entry, root)
+            video = video_of(entry, root)
             if "id" in entry:
-                clip = replace(clip, video_id=as_id(entry["id"]))
-            known, texts = clips.setdefault((clip.path, clip.start, clip.end), (clip, []))
-            if known.video_id != clip.video_id:
-                raise ValueError(f"this clip had the id {known.video_id!r} before, and now {clip.video_id!r}")
+                video = replace(video, video_id=as_id(entry["id"]))
+            known, texts = videos.setdefault((video.path, video.start, video.end), (video, []))
+            if known.video_id != video.video_id:
+                raise ValueError(f"this video had the id {known.video_id!r} before, and now {video.video_id!r}")
             texts.extend(_captions(entry))
     with errors_at(str(path)):
         return RetrievalSplit(
             name=f"{path.stem}/{split or 'all'}",
-            clips=tuple(clip for clip, _ in clips.values()),
-            captions=tuple(tuple(texts) for _, texts in clips.values()),
+            videos=tuple(video for video, _ in videos.values()),
+            captions=tuple(tuple(texts) for _, texts in videos.values()),
             max_words=max_words,
             num_frames=num_frames,
         )
@@ -131,7 +131,7 @@ def jsonl_names(
     return names
 
 
-def clip_of(entry: dict[str, Any], root: Path) -> Clip:
+def video_of(entry: dict[str, Any], root: Path) -> Video:
     """The file and part of it that a line speaks of; its id is the file's name, with the part if there is one."""
     file = as_text("file", entry.get("file"))
     if ".." in PurePath(file).parts or file != file.strip():
@@ -139,7 +139,7 @@ def clip_of(entry: dict[str, Any], root: Path) -> Clip:
     start, end = (None if entry.get(key) is None else as_seconds(key, entry[key]) for key in ("start", "end"))
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"end must be greater than start; got start={start}, end={end}")
-    return Clip(file if (start, end) == (None, None) else f"{file}@{start}-{end}", root / file, start, end)
+    return Video(file if (start, end) == (None, None) else f"{file}@{start}-{end}", root / file, start, end)
 
 
 def _captions(entry: dict[str, Any]) -> list[str]:

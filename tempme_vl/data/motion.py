@@ -1,7 +1,7 @@
-"""The embedded data set "motion": small rendered clips that cannot be told apart without looking at time.
+"""The embedded data set "motion": small rendered videos that cannot be told apart without looking at time.
 
-A clip and its time reversal hold the same set of single frames and differ only in their order: an object moves left
-or right along the same places, or two objects appear in turn. The clips are real H.264 files in the file layout of
+A video and its time reversal hold the same set of single frames and differ only in their order: an object moves left
+or right along the same places, or two objects appear in turn. The videos are real H.264 files in the file layout of
 MSRVTT and MSRVTT-QA, rendered from a seed on first use.
 """
 
@@ -48,7 +48,7 @@ BACKGROUNDS = {"black": (4, 4, 4), "navy": (4, 8, 95), "brown": (84, 46, 6)}  # 
 SHAPES = ("square", "ring", "triangle", "cross")  # a filled circle is hard to tell from a square at 32 pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-# One sentence a clip, and none about the background: with four paraphrases and 288 meanings the direction was not
+# One sentence a video, and none about the background: with four paraphrases and 288 meanings the direction was not
 # learnt in the minutes that the demo has (docs/LOG.md).
 MOVE_CAPTIONS = ("a {color} {shape} moves {direction}",)
 ORDER_CAPTIONS = (
@@ -73,7 +73,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class MoveClip:
+class MoveVideo:
     """`thing` moves through its place, from `extent` pixels before it to `extent` pixels behind it."""
 
     thing: Thing
@@ -83,7 +83,7 @@ class MoveClip:
 
     def pictures(self) -> list[Thing]:
         dx, dy = DIRECTIONS[self.direction]
-        # exactly antisymmetric in time, so that the reversed clip is the same bit for bit
+        # exactly antisymmetric in time, so that the reversed video is the same bit for bit
         steps = [(2 * i - (NUM_PICTURES - 1)) / (NUM_PICTURES - 1) * self.extent for i in range(NUM_PICTURES)]
         thing = self.thing
         return [
@@ -96,7 +96,7 @@ class MoveClip:
 
 
 @dataclass(frozen=True)
-class OrderClip:
+class OrderVideo:
     """`first` is seen in the first half, `second`, of another colour and shape, in the second half."""
 
     first: Thing
@@ -116,13 +116,13 @@ class OrderClip:
         return [template.format(**words) for template in ORDER_CAPTIONS]
 
 
-Clip = MoveClip | OrderClip
-Entry = tuple[str, Clip]  # MSRVTT's name of the split ("train", "validate", "test") and the clip
+MotionVideo = MoveVideo | OrderVideo
+Entry = tuple[str, MotionVideo]  # MSRVTT's name of the split ("train", "validate", "test") and the video
 
 
-def render_frames(clip: Clip) -> np.ndarray:
-    """The clip before compression: uint8 (NUM_FRAMES, SIZE, SIZE, 3), RGB."""
-    things = clip.pictures()
+def render_frames(video: MotionVideo) -> np.ndarray:
+    """The video before compression: uint8 (NUM_FRAMES, SIZE, SIZE, 3), RGB."""
+    things = video.pictures()
     middle = (SIZE - 1) / 2
     pixel = np.arange(SIZE, dtype=np.float32) - middle
     x = pixel[None, None, :] - _column(thing.x for thing in things)
@@ -135,7 +135,7 @@ def render_frames(clip: Clip) -> np.ndarray:
     # One pixel of linear fall-off around the outline is the anti-aliasing.
     coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
     color = np.array([COLORS[thing.color] for thing in things], dtype=np.float32)[:, None, None, :]
-    background = np.array(BACKGROUNDS[clip.background], dtype=np.float32)
+    background = np.array(BACKGROUNDS[video.background], dtype=np.float32)
     pictures = np.rint(background + coverage * (color - background)).astype(np.uint8)
     return np.repeat(pictures, HOLD, axis=0)
 
@@ -198,10 +198,10 @@ def render_motion(
 
     Args:
         root: a new or empty folder, or one that an earlier call made.
-        num_train: "move" clips in MSRVTT_train.9k.csv. The first 7010/9000 of them, MSRVTT's own share, make
-            MSRVTT_train.7k.csv; the last 5 % are the questions' validation clips, in no training question.
-        num_test: clips in MSRVTT_JSFUSION_test.csv, one per caption; all captions differ, so 96 at most.
-        num_order_train, num_order_val, num_order_test: "order" clips, which only the questions ask about.
+        num_train: "move" videos in MSRVTT_train.9k.csv. The first 7010/9000 of them, MSRVTT's own share, make
+            MSRVTT_train.7k.csv; the last 5 % are the questions' validation videos, in no training question.
+        num_test: videos in MSRVTT_JSFUSION_test.csv, one per caption; all captions differ, so 96 at most.
+        num_order_train, num_order_val, num_order_test: "order" videos, which only the questions ask about.
 
     Raises:
         ValueError: on impossible numbers, a folder of other parameters, or a folder that is not of this kind.
@@ -215,7 +215,7 @@ def render_motion(
         "num_order_test": num_order_test,
     }
     if num_train < 1 or min(parameters.values()) < 0:
-        raise ValueError(f"motion needs a training clip at least and no negative number; got {parameters}")
+        raise ValueError(f"motion needs a training video at least and no negative number; got {parameters}")
     root = Path(root)
     description = {
         "name": "motion",
@@ -227,7 +227,7 @@ def render_motion(
     }
     if _is_finished(root, description):
         return root
-    entries = _draw_clips(**parameters)
+    entries = _draw_videos(**parameters)
     with _lock(root):
         if not _is_finished(root, description):  # another process may have finished while this one waited
             shutil.rmtree(root / "videos", ignore_errors=True)
@@ -239,10 +239,10 @@ def render_motion(
     return root
 
 
-def _draw_clips(
+def _draw_videos(
     seed: int, num_train: int, num_test: int, num_order_train: int, num_order_val: int, num_order_test: int
 ) -> list[Entry]:
-    """All clips in the order of their numbers: retrieval training, retrieval test, then the order clips."""
+    """All videos in the order of their numbers: retrieval training, retrieval test, then the order videos."""
     rng = np.random.default_rng([seed, 0])
     combinations = list(itertools.product(COLORS, SHAPES, DIRECTIONS))
     if num_test > len(combinations):
@@ -260,43 +260,43 @@ def _draw_clips(
     ]
 
 
-def _random_move(rng: np.random.Generator, color: str, shape: str, direction: str) -> MoveClip:
+def _random_move(rng: np.random.Generator, color: str, shape: str, direction: str) -> MoveVideo:
     # Everything drawn here is independent of the sign of the direction. A long path and little scatter let a
     # small model learn the direction within minutes; at its ends the outline may just leave the frame.
     along, across = rng.uniform(-1.5, 1.5), rng.uniform(-4, 4)
     x, y = (along, across) if direction in ("left", "right") else (across, along)
     thing = Thing(color, shape, x, y, radius=rng.uniform(11, 14))
-    return MoveClip(thing, direction, extent=rng.uniform(15, 17), background=_random_background(rng))
+    return MoveVideo(thing, direction, extent=rng.uniform(15, 17), background=_random_background(rng))
 
 
-def _random_order(rng: np.random.Generator) -> OrderClip:
+def _random_order(rng: np.random.Generator) -> OrderVideo:
     colors = rng.choice(list(COLORS), size=2, replace=False).tolist()
     shapes = rng.choice(SHAPES, size=2, replace=False).tolist()
     first, second = (
         Thing(color, shape, rng.uniform(-8, 8), rng.uniform(-8, 8), rng.uniform(11, 14))
         for color, shape in zip(colors, shapes, strict=True)
     )
-    return OrderClip(first, second, background=_random_background(rng))
+    return OrderVideo(first, second, background=_random_background(rng))
 
 
 def _random_background(rng: np.random.Generator) -> str:
     return str(rng.choice(list(BACKGROUNDS)))
 
 
-def _questions(clip: Clip, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Question and answer pairs; the first of a move clip and both of an order clip need time."""
-    if isinstance(clip, MoveClip):
+def _questions(video: MotionVideo, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Question and answer pairs; the first of a move video and both of an order video need time."""
+    if isinstance(video, MoveVideo):
         appearance = [
-            ("what color is the object", clip.thing.color),
-            ("what shape is the object", clip.thing.shape),
-            ("what color is the background", clip.background),
+            ("what color is the object", video.thing.color),
+            ("what shape is the object", video.thing.shape),
+            ("what color is the background", video.background),
         ]
         left_out = rng.integers(len(appearance))
         return [
-            ("which way does the object move", clip.direction),
+            ("which way does the object move", video.direction),
             *(pair for i, pair in enumerate(appearance) if i != left_out),
         ]
-    things = {"first": clip.first, "last": clip.second}
+    things = {"first": video.first, "last": video.second}
     by_color, by_shape = rng.choice(list(things), size=2).tolist()
     return [
         (f"which color appears {by_color}", things[by_color].color),
@@ -320,8 +320,8 @@ _KINDS = {
 
 def _write_videos(folder: Path, entries: list[Entry]) -> None:
     def write(number: int) -> None:
-        _, clip = entries[number]
-        write_video(folder / f"video{number}.mp4", render_frames(clip))
+        _, video = entries[number]
+        write_video(folder / f"video{number}.mp4", render_frames(video))
 
     # Threads and not processes: much of the time is inside the encoder, which releases the interpreter lock, and
     # a caller needs no `if __name__ == "__main__"`.
@@ -335,12 +335,12 @@ def _write_annotations(root: Path, entries: list[Entry], rng: np.random.Generato
     sentences: list[dict[str, Any]] = []
     questions: dict[str, list[dict[str, Any]]] = {"train": [], "validate": [], "test": []}
     question_ids = itertools.count()
-    for number, (split, clip) in enumerate(entries):
-        category = int(isinstance(clip, OrderClip))
+    for number, (split, video) in enumerate(entries):
+        category = int(isinstance(video, OrderVideo))
         videos.append({"video_id": f"video{number}", "id": number, "category": category, "split": split})
-        for caption in clip.captions()[: 1 if split == "test" else None]:
+        for caption in video.captions()[: 1 if split == "test" else None]:
             sentences.append({"video_id": f"video{number}", "caption": caption, "sen_id": len(sentences)})
-        for question, answer in _questions(clip, rng):
+        for question, answer in _questions(video, rng):
             pair = {"answer": answer, "category_id": category, "id": next(question_ids)}
             questions[split].append({**pair, "question": question, "video_id": number})
     _write_text(root / "MSRVTT_data.json", json.dumps({"videos": videos, "sentences": sentences}))

@@ -1,4 +1,4 @@
-"""MSR-VTT (Xu et al., CVPR 2016): 10,000 clips with 20 captions each, in the layout of CLIP4Clip's files."""
+"""MSR-VTT (Xu et al., CVPR 2016): 10,000 videos with 20 captions each, in the layout of CLIP4Clip's files."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ VIDEO_FOLDERS = ("MSRVTT_Videos", "all", "TrainValVideo")
 def read_split(root: str | Path, split: str, video_root: str | Path | None = None) -> RetrievalSplit:
     """Reads a split. Needs MSRVTT_data.json (but for "test_1k") and the csv file of the split, under `root`.
 
-    "train_9k", "train_7k": 9,000 and 7,010 clips with all their captions. "test_1k": the 1k-A test, one caption
-    per clip (995 of them unique). "test_full": the 2,990 clips marked "test" with 20 captions each. There is no
+    "train_9k", "train_7k": 9,000 and 7,010 videos with all their captions. "test_1k": the 1k-A test, one caption
+    per video (995 of them unique). "test_full": the 2,990 videos marked "test" with 20 captions each. There is no
     validation split: hold one out with `splits.holdout_validation`. ValueError names what is missing.
     """
     split = known_split("msrvtt", split, SPLITS)
@@ -59,7 +59,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
         with errors_at(place):
             video_id = as_file_id(row["video_id"])
             if video_id in seen:
-                raise ValueError(f"{video_id} again; expected one row per clip")
+                raise ValueError(f"{video_id} again; expected one row per video")
             for column in columns:
                 as_text(column, row[column])
         seen.add(video_id)

@@ -1,4 +1,4 @@
-"""MSVD (Chen and Dolan, ACL 2011): 1,970 clips, about 40 captions each, many of them per test clip too."""
+"""MSVD (Chen and Dolan, ACL 2011): 1,970 videos, about 40 captions each, many of them per test video too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPLITS = ("train", "val", "test")
 def read_split(root: str | Path, split: str, video_root: str | Path | None = None) -> RetrievalSplit:
     """Reads captions_msvd.json (`{id: [captions]}`) and {train,val,test}_list.txt under `root`.
 
-    1,200 / 100 / 670 clips. Pickled captions of other layouts are not read: unpickling runs foreign code.
+    1,200 / 100 / 670 videos. Pickled captions of other layouts are not read: unpickling runs foreign code.
     """
     split = known_split("msvd", split, SPLITS)
     captions_path, list_path = find_annotations(root, ["captions_msvd.json", f"{split}_list.txt"], ("msvd_data",))

@@ -1,4 +1,4 @@
-"""Questions about clips as torch datasets: to train on, and to ask about clips that are encoded already."""
+"""Questions about videos as torch datasets: to train on, and to ask about videos that are encoded already."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tempme_vl.data.reader import ClipReader
+from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.sampling import sample_generator
 from tempme_vl.data.videoqa import QASplit, Question
 from tempme_vl.messages import few
@@ -18,7 +18,7 @@ Tokenize = Callable[[str, str | None, Sequence[str]], dict[str, Tensor]]  # ques
 
 
 class TrainQuestions(Dataset):
-    """Every question with its clip, addressed by (epoch, index).
+    """Every question with its video, addressed by (epoch, index).
 
     Everything random of a sample, also which of several right answers is taken, is drawn from (seed, epoch, index),
     so neither ranks, workers nor a resumed run change it.
@@ -30,7 +30,7 @@ class TrainQuestions(Dataset):
         ValueError: questions with and without options in one split.
     """
 
-    def __init__(self, split: QASplit, reader: ClipReader, tokenize: Tokenize, seed: int = 0):
+    def __init__(self, split: QASplit, reader: VideoReader, tokenize: Tokenize, seed: int = 0):
         self.split, self.reader, self.tokenize, self.seed = split, reader, tokenize, seed
         self.most_options = most_options(split)
 
@@ -41,7 +41,7 @@ class TrainQuestions(Dataset):
         epoch, index = key
         question = self.split.questions[index]
         rng = sample_generator(self.seed, epoch, index)
-        read = self.reader(question.clip, rng)
+        read = self.reader(question.video, rng)
         right = [answer for answer in question.answers if not question.options or answer in question.options]
         answer = right[int(rng.integers(len(right)))]
         return {
@@ -50,18 +50,18 @@ class TrainQuestions(Dataset):
             "times": read.times,
             **_tokenized(self.tokenize, question, answer, self.most_options),
             "valid": int(read.valid),
-            "name": f"{question.question_id} ({question.clip.video_id})",
+            "name": f"{question.question_id} ({question.video.video_id})",
         }
 
 
 class AskedQuestions(Dataset):
-    """The questions of a split in order, each with what was kept of its clip.
+    """The questions of a split in order, each with what was kept of its video.
 
     Items: the tensors of `kept`, what `tokenize` gives without an answer, option_valid (K,) as in training.
 
     Args:
-        kept: name -> (V, ...), rows of encoded clips.
-        rows: the row of each question's clip.
+        kept: name -> (V, ...), rows of encoded videos.
+        rows: the row of each question's video.
     """
 
     def __init__(self, split: QASplit, kept: Mapping[str, Tensor], rows: Sequence[int], tokenize: Tokenize):
@@ -72,8 +72,8 @@ class AskedQuestions(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        of_clip = {name: tensor[self.rows[index]] for name, tensor in self.kept.items()}
-        return of_clip | _tokenized(self.tokenize, self.split.questions[index], None, self.most_options)
+        of_video = {name: tensor[self.rows[index]] for name, tensor in self.kept.items()}
+        return of_video | _tokenized(self.tokenize, self.split.questions[index], None, self.most_options)
 
 
 def most_options(split: QASplit) -> int:

@@ -1,4 +1,4 @@
-"""From a clip to the encoder's input: decode, cache, transform, and account for what cannot be read."""
+"""From a video to the encoder's input: decode, cache, transform, and account for what cannot be read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempme_vl.data.broken import BrokenLog, broken_clips
+from tempme_vl.data.broken import BrokenLog, broken_videos
 from tempme_vl.data.frame_cache import FrameCache, memory_cache
-from tempme_vl.data.splits import Clip
-from tempme_vl.data.transforms import ClipTransform
+from tempme_vl.data.splits import Video
+from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.video import BACKENDS, VideoError, read_frames
 
-__all__ = ["ClipReader", "VideoInput", "broken_clips"]
+__all__ = ["VideoInput", "VideoReader", "broken_videos"]
 
 
 class VideoInput(NamedTuple):
@@ -25,8 +25,8 @@ class VideoInput(NamedTuple):
 
     Attributes:
         video: (F, 3, S, S) float32.
-        valid: whether the frames are real; black ones stand for a clip that could not be read.
-        times: (F,) float32, seconds after the clip's start (`Clip.start`, or the file's first frame), never falling.
+        valid: whether the frames are real; black ones stand for a video that could not be read.
+        times: (F,) float32, seconds after the video's start (`Video.start`, or the file's first frame), never falling.
             A frame that began before the start and is still shown there has time 0. Invalid frames are 1 s apart.
     """
 
@@ -36,8 +36,8 @@ class VideoInput(NamedTuple):
 
 
 @dataclass
-class ClipReader:
-    """Reads clips as input of a `VisualFrontend`.
+class VideoReader:
+    """Reads videos as input of a `VisualFrontend`.
 
     Args:
         num_frames: F.
@@ -45,20 +45,20 @@ class ClipReader:
         sampling: a name in `tempme_vl.data.sampling.SAMPLING`.
         timeout: seconds a decoder may take before it is ended; None decodes in this process without a limit.
         backend: "auto", "pyav" or "decord", see `read_frames`.
-        memory_gib: GiB that reading one clip may take, see `read_frames`; None: no limit.
+        memory_gib: GiB that reading one video may take, see `read_frames`; None: no limit.
         on_broken: "raise" a VideoError, or "record" it in `broken_log` and give black, invalid frames.
-        broken_log: JSON lines, one for each broken clip that a process meets; see `BrokenLog`.
-        cache: "memory", a folder, or None: keeps the resized frames of clips that are sampled the same every time.
+        broken_log: JSON lines, one for each broken video that a process meets; see `BrokenLog`.
+        cache: "memory", a folder, or None: keeps the resized frames of videos that are sampled the same every time.
             It is the main speed-up of training: decoding costs far more than everything else here. "memory" is shared
             with the workers of this process; a folder, which may lie in /dev/shm, with all that are given it.
-        cache_gib: GiB that "memory" may take; further clips are decoded each time.
+        cache_gib: GiB that "memory" may take; further videos are decoded each time.
 
     Raises:
         ValueError: on_broken is neither, "record" without a broken_log, or limits that are not positive.
     """
 
     num_frames: int
-    transform: ClipTransform
+    transform: VideoTransform
     sampling: str = "fps1"
     timeout: float | None = 60.0
     backend: str = "auto"
@@ -87,34 +87,34 @@ class ClipReader:
         elif self._kept is None or self._kept.limit != int(self.cache_gib * 2**30):
             self._kept = memory_cache(int(self.cache_gib * 2**30))
 
-    def __call__(self, clip: Clip, rng: np.random.Generator | None = None) -> VideoInput:
-        """The clip's frames (F, 3, S, S) float32, whether they are real, and `.times` (F,) in seconds.
+    def __call__(self, video: Video, rng: np.random.Generator | None = None) -> VideoInput:
+        """The video's frames (F, 3, S, S) float32, whether they are real, and `.times` (F,) in seconds.
 
         Args:
             rng: draws random sampling and augmentation; None for evaluation.
 
         Raises:
-            VideoError: an unreadable clip, with on_broken="raise".
+            VideoError: an unreadable video, with on_broken="raise".
             OSError: the broken_log cannot be written.
         """
         try:
-            pixels, times = self._pixels(clip, rng)
+            pixels, times = self._pixels(video, rng)
         except VideoError as error:
             if self.on_broken == "raise":
                 raise
-            self._broken().add(clip, error.cause)
+            self._broken().add(video, error.cause)
             size = self.transform.preprocess.image_size
             return VideoInput(torch.zeros(self.num_frames, 3, size, size), False, torch.arange(self.num_frames).float())
         if self.on_broken == "record":
-            self._broken().remove(clip)
+            self._broken().remove(video)
         return VideoInput(self.transform(pixels, rng), True, torch.from_numpy(times).float())
 
-    def _pixels(self, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
+    def _pixels(self, video: Video, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
         """Frames (F, H, W, 3) uint8 and their times (F,) float64, from the cache where they are there."""
         random_frames = rng is not None and self.sampling == "segment"
         if self._kept is None or random_frames or self.transform.augment == "crop_flip":
-            return self._decode(clip, rng)
-        key, size = self._key(clip), self.transform.preprocess.image_size
+            return self._decode(video, rng)
+        key, size = self._key(video), self.transform.preprocess.image_size
         shape = (self.num_frames, size, size, 3)
         kept = self._kept.get(key, shape)
         if kept is not None:
@@ -122,17 +122,17 @@ class ClipReader:
         with self._kept.alone(key):
             kept = self._kept.get(key, shape)
             if kept is None:
-                kept = self._decode(clip, rng)
+                kept = self._decode(video, rng)
                 self._kept.put(key, *kept)
         return kept
 
-    def _decode(self, clip: Clip, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
+    def _decode(self, video: Video, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
         frames = read_frames(
-            clip.path,
+            video.path,
             self.num_frames,
             sampling=self.sampling,
-            start=clip.start,
-            end=clip.end,
+            start=video.start,
+            end=video.end,
             backend=self.backend,
             timeout=self.timeout,
             memory_gib=self.memory_gib,
@@ -140,16 +140,16 @@ class ClipReader:
             fit=None if self.transform.augment == "crop_flip" else self.transform.preprocess.fit,
             rng=rng,
         )
-        return frames.pixels, np.maximum(frames.times - (clip.start or 0.0), 0.0)
+        return frames.pixels, np.maximum(frames.times - (video.start or 0.0), 0.0)
 
-    def _key(self, clip: Clip) -> str:
+    def _key(self, video: Video) -> str:
         """Everything the cached pixels depend on; a file that changes gets another key."""
         try:
-            stat = clip.path.stat()
+            stat = video.path.stat()
         except OSError as error:
-            raise VideoError(clip.path, str(error)) from error
+            raise VideoError(video.path, str(error)) from error
         preprocess = self.transform.preprocess
-        parts = (clip.path.resolve(), stat.st_size, stat.st_mtime_ns, clip.start, clip.end, self.num_frames)
+        parts = (video.path.resolve(), stat.st_size, stat.st_mtime_ns, video.start, video.end, self.num_frames)
         how = (self.sampling, preprocess.image_size, preprocess.resize, preprocess.interpolation)
         return hashlib.blake2b(repr(("pixels and times", parts, how)).encode(), digest_size=16).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Which raw frames of a clip are read: pure functions from a frame count to F sorted frame indices."""
+"""Which raw frames of a video are read: pure functions from a frame count to F sorted frame indices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
 def uniform(num_raw: int, num_frames: int) -> np.ndarray:
     """`num_frames` indices from the first to the last raw frame, evenly spaced and truncated.
 
-    Returns (num_frames,) int64, sorted; indices repeat where the clip has fewer raw frames.
+    Returns (num_frames,) int64, sorted; indices repeat where the video has fewer raw frames.
     """
     _check(num_raw, num_frames)
     return np.linspace(0, num_raw - 1, num_frames).astype(np.int64)
@@ -28,7 +28,7 @@ def frames_per_second(num_raw: int, fps: float, num_frames: int) -> np.ndarray:
     """One frame a second, the rule of TempMe's code.
 
     Every `max(1, round(fps))`-th frame is a candidate. More candidates than `num_frames`: that many of them,
-    uniformly. Fewer: uniform over all raw frames, so that short clips are still covered whole.
+    uniformly. Fewer: uniform over all raw frames, so that short videos are still covered whole.
     Returns (num_frames,) int64, sorted.
     """
     _check(num_raw, num_frames)

@@ -1,4 +1,4 @@
-"""A retrieval split (clips and their captions), a validation part held out of it, and finding files on disk."""
+"""A retrieval split (videos and their captions), a validation part held out of it, and finding files on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VIDEO_EXTENSIONS = (
 
 
 @dataclass(frozen=True)
-class Clip:
+class Video:
     """A video file or a part of one; `start` and `end` in seconds, None for its beginning and end."""
 
     video_id: str
@@ -36,31 +36,31 @@ class Clip:
 
 @dataclass(frozen=True)
 class RetrievalSplit:
-    """Clips with their captions, e.g. "msrvtt/train_9k".
+    """Videos with their captions, e.g. "msrvtt/train_9k".
 
-    `captions[i]` are the captions of `clips[i]`; `max_words` and `num_frames` are the data set's usual limits. `note`
-    is what a report must say beside scores on this split, such as that its clips were trained on; empty if nothing.
-    ValueError for unequal lengths, clips without captions, empty captions or two clips with one id.
+    `captions[i]` are the captions of `videos[i]`; `max_words` and `num_frames` are the data set's usual limits. `note`
+    is what a report must say beside scores on this split, such as that its videos were trained on; empty if nothing.
+    ValueError for unequal lengths, videos without captions, empty captions or two videos with one id.
     """
 
     name: str
-    clips: tuple[Clip, ...]
+    videos: tuple[Video, ...]
     captions: tuple[tuple[str, ...], ...]
     max_words: int = 32
     num_frames: int = 12
     note: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.clips) != len(self.captions):
-            raise ValueError(f"{self.name}: {len(self.clips)} clips but captions of {len(self.captions)}")
-        if not self.clips:
-            raise ValueError(f"{self.name}: no clips")
-        both = zip(self.clips, self.captions, strict=True)
-        bad = [clip.video_id for clip, texts in both if not texts or not all(map(str.strip, texts))]
+        if len(self.videos) != len(self.captions):
+            raise ValueError(f"{self.name}: {len(self.videos)} videos but captions of {len(self.captions)}")
+        if not self.videos:
+            raise ValueError(f"{self.name}: no videos")
+        both = zip(self.videos, self.captions, strict=True)
+        bad = [video.video_id for video, texts in both if not texts or not all(map(str.strip, texts))]
         if bad:
-            raise ValueError(f"{self.name}: {len(bad)} clips have no caption or an empty one: {few(bad)}")
-        if twice := repeated([clip.video_id for clip in self.clips]):
-            raise ValueError(f"{self.name}: {len(twice)} clip ids occur more than once: {few(twice)}")
+            raise ValueError(f"{self.name}: {len(bad)} videos have no caption or an empty one: {few(bad)}")
+        if twice := repeated([video.video_id for video in self.videos]):
+            raise ValueError(f"{self.name}: {len(twice)} video ids occur more than once: {few(twice)}")
 
     @property
     def num_captions(self) -> int:
@@ -68,40 +68,40 @@ class RetrievalSplit:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """(clip index, index among its captions) of every caption, in order."""
-        return [(clip, caption) for clip, texts in enumerate(self.captions) for caption in range(len(texts))]
+        """(video index, index among its captions) of every caption, in order."""
+        return [(video, caption) for video, texts in enumerate(self.captions) for caption in range(len(texts))]
 
 
-def holdout_validation(split: RetrievalSplit, num_clips: int, seed: int) -> tuple[RetrievalSplit, RetrievalSplit]:
-    """Takes `num_clips` random whole clips out of a training split, for choosing checkpoints.
+def holdout_validation(split: RetrievalSplit, num_videos: int, seed: int) -> tuple[RetrievalSplit, RetrievalSplit]:
+    """Takes `num_videos` random whole videos out of a training split, for choosing checkpoints.
 
-    Returns (train, val), both in the order of `split`. Train keeps all captions of its clips. Val keeps one caption
-    per clip, as the 1k test has: clip by clip the caption that fewest other held-out clips have too and that is not
+    Returns (train, val), both in the order of `split`. Train keeps all captions of its videos. Val keeps one caption
+    per video, as the 1k test has: video by video the caption that fewest other held-out videos have too and that is not
     taken yet, so that captions are unique wherever the annotations allow it.
     """
-    total = len(split.clips)
-    if not 0 < num_clips < total:
-        raise ValueError(f"{split.name} has {total} clips; expected to hold out 1 to {total - 1}, got {num_clips}")
-    held_out = set(np.random.default_rng(seed).choice(total, num_clips, replace=False).tolist())
+    total = len(split.videos)
+    if not 0 < num_videos < total:
+        raise ValueError(f"{split.name} has {total} videos; expected to hold out 1 to {total - 1}, got {num_videos}")
+    held_out = set(np.random.default_rng(seed).choice(total, num_videos, replace=False).tolist())
     owners = Counter(text for i in held_out for text in set(split.captions[i]))
     chosen: dict[int, str] = {}
     taken: set[str] = set()
-    # Clips with the fewest captions first: they have the least choice.
+    # Videos with the fewest captions first: they have the least choice.
     for i in sorted(held_out, key=lambda i: (len(set(split.captions[i])), i)):
         chosen[i] = min(split.captions[i], key=lambda text: (text in taken, owners[text]))
         taken.add(chosen[i])
     kept = [i for i in range(total) if i not in held_out]
-    suffix = f"{num_clips} held out, seed {seed}"
+    suffix = f"{num_videos} held out, seed {seed}"
     train = replace(
         split,
         name=f"{split.name} without {suffix}",
-        clips=tuple(split.clips[i] for i in kept),
+        videos=tuple(split.videos[i] for i in kept),
         captions=tuple(split.captions[i] for i in kept),
     )
     val = replace(
         split,
         name=f"{split.name}, {suffix}",
-        clips=tuple(split.clips[i] for i in sorted(held_out)),
+        videos=tuple(split.videos[i] for i in sorted(held_out)),
         captions=tuple((chosen[i],) for i in sorted(held_out)),
     )
     return train, val
@@ -138,11 +138,11 @@ def known_split(dataset: str, wanted: str, known: Iterable[str]) -> str:
     return split
 
 
-def trained_on(train: Iterable[Clip], clips: Iterable[Clip]) -> str:
-    """What a report must say beside scores on `clips` of which some are training clips too; empty if none is."""
-    seen, asked = ({(clip.path, clip.start, clip.end) for clip in part} for part in (train, clips))
+def trained_on(train: Iterable[Video], videos: Iterable[Video]) -> str:
+    """What a report must say beside scores on `videos` of which some are training videos too; empty if none is."""
+    seen, asked = ({(video.path, video.start, video.end) for video in part} for part in (train, videos))
     shared = len(seen & asked)
-    return f"{shared} of these {len(asked)} clips were trained on: no scores on unseen clips" if shared else ""
+    return f"{shared} of these {len(asked)} videos were trained on: no scores on unseen videos" if shared else ""
 
 
 def noted(split: _Noted, note: str) -> _Noted:
@@ -153,9 +153,9 @@ def noted(split: _Noted, note: str) -> _Noted:
     return replace(split, note=note)
 
 
-def missing_videos(split: RetrievalSplit) -> list[Clip]:
-    """The clips whose file does not exist, in order."""
-    return [clip for clip in split.clips if not clip.path.is_file()]
+def missing_videos(split: RetrievalSplit) -> list[Video]:
+    """The videos whose file does not exist, in order."""
+    return [video for video in split.videos if not video.path.is_file()]
 
 
 def find_annotations(root: str | Path, names: Sequence[str], folders: Sequence[str] = ()) -> list[Path]:
@@ -217,7 +217,7 @@ def locate_videos(
         fitting = files.get(video_id, [place / f"{video_id}.mp4"])
         # a link to a file, or the same file below two links, is one file
         if len(fitting) > 1 and len({os.path.realpath(path) for path in fitting}) > 1:
-            raise ValueError(f"several files fit the clip {video_id}: {few(fitting)}; keep one, or set video_root")
+            raise ValueError(f"several files fit the video {video_id}: {few(fitting)}; keep one, or set video_root")
         paths.append(fitting[0])
     return paths
 
@@ -264,7 +264,7 @@ def make_split(
     AnnotationError names the file `source`; ValueError as `locate_videos`.
     """
     paths = locate_videos(captions, root, video_root, folders)
-    clips = tuple(Clip(i, path, *(times[i] if times else ())) for i, path in zip(captions, paths, strict=True))
+    videos = tuple(Video(i, path, *(times[i] if times else ())) for i, path in zip(captions, paths, strict=True))
     texts = tuple(tuple(text.strip() for text in captions[i]) for i in captions)
     with errors_at(str(source)):
-        return RetrievalSplit(name, clips, texts, max_words, num_frames)
+        return RetrievalSplit(name, videos, texts, max_words, num_frames)

@@ -1,7 +1,7 @@
-"""Transforms of whole clips: CLIP's preprocessing as open_clip does it, and two training augmentations.
+"""Transforms of whole videos: CLIP's preprocessing as open_clip does it, and two training augmentations.
 
 Letters: F frames, H W raw size, S image size. Every random choice is drawn from the caller's generator, once
-per clip, so that all frames are changed alike.
+per video, so that all frames are changed alike.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
-class ClipTransform:
+class VideoTransform:
     """(F, H, W, 3) uint8 frames -> (F, 3, S, S) float32, normalised.
 
     `augment`:
       "none"         evaluation; equal to `open_clip.image_transform(S, is_train=False)` on each frame.
       "randaugment"  resized as above, then RandAugment with TempMe's magnitude 7, 4 operations, noise 0.5.
       "crop_flip"    random crop of 50 to 100% of the area scaled to S x S, then a horizontal flip in half of the
-                     clips (UMT). Must not be used where captions tell left from right: a flip makes them wrong.
+                     videos (UMT). Must not be used where captions tell left from right: a flip makes them wrong.
     """
 
     preprocess: Preprocess = Preprocess()
@@ -121,7 +121,7 @@ def random_crop_flip(
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.5, 1.0),
 ) -> np.ndarray:
-    """One random crop (share of the area in `scale`, aspect 3:4 to 4:3) and one flip for the whole clip.
+    """One random crop (share of the area in `scale`, aspect 3:4 to 4:3) and one flip for the whole video.
 
     (F, H, W, 3) uint8 -> (F, S, S, 3) uint8.
     """

@@ -37,7 +37,7 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class Frames:
-    """Decoded frames of one clip."""
+    """Decoded frames of one video."""
 
     pixels: np.ndarray  # (F, H, W, 3) uint8 RGB
     indices: np.ndarray  # (F,) int64, sorted: positions in the whole file, in presentation order
@@ -75,7 +75,7 @@ def read_frames(
         fit: the size that frames are brought to while they are read (`Preprocess.fit`); None: as they are.
 
     Of several video streams the one that FFmpeg calls best is read, usually the default one. Rotation by multiples
-    of 90 degrees is applied; alpha and the sample aspect ratio are ignored. Short clips repeat frames.
+    of 90 degrees is applied; alpha and the sample aspect ratio are ignored. Short videos repeat frames.
 
     Raises:
         VideoError: the file is missing, no regular file, broken, too short, too slow or too large.

@@ -29,9 +29,9 @@ from tempme_vl.data.files import (
     read_text,
     repeated,
 )
-from tempme_vl.data.jsonl import clip_of, jsonl_entries, jsonl_names
+from tempme_vl.data.jsonl import jsonl_entries, jsonl_names, video_of
 from tempme_vl.data.splits import (
-    Clip,
+    Video,
     find_annotations,
     find_either,
     known_split,
@@ -47,10 +47,10 @@ CSV_COLUMNS = ("video", "question", "answer", "qid")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip. Each of `answers` is right; `options` are a multiple choice's, else empty."""
+    """A question about a video. Each of `answers` is right; `options` are a multiple choice's, else empty."""
 
     question_id: str
-    clip: Clip
+    video: Video
     question: str
     answers: tuple[str, ...]
     options: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Question:
 class QASplit:
     """The questions of a split, e.g. "msrvtt_qa/test".
 
-    `note` is what a report must say beside scores on this split, such as that its clips were trained on.
+    `note` is what a report must say beside scores on this split, such as that its videos were trained on.
     ValueError for no questions, ids that occur more than once, empty questions, a question without an answer or with
     an empty one, and options that are fewer than two, not distinct or without a right answer.
     """
@@ -125,7 +125,7 @@ def read_questions(path: str | Path, split: str | None = None) -> QASplit:
     """Reads one annotation file of any known layout. Videos are not looked for; their ids are the file's.
 
     - .csv: `video,question,answer,qid`, further columns ignored (MSRVTT-QA; its `type` is the video's category)
-    - .jsonl: as `read_jsonl`; `split` keeps the lines of that split
+    - .jsonl: as `read_question_lines`; `split` keeps the lines of that split
     - .json: `[{"id", "video_id", "question", "answer"}]` (MSRVTT-QA, MSVD-QA), or ActivityNet-QA's questions
       NAME_q.json, `[{"question_id", "video_name", "question"}]`, whose answers are read from NAME_a.json beside it
 
@@ -133,7 +133,7 @@ def read_questions(path: str | Path, split: str | None = None) -> QASplit:
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        return read_jsonl(path, "", split)
+        return read_question_lines(path, "", split)
     if split is not None:
         raise ValueError(f"{path} holds one split; only lines of a .jsonl file can be chosen by split={split!r}")
     questions = tuple(_read_file(path))
@@ -149,7 +149,7 @@ def read_split(dataset: str, root: str | Path, split: str, video_root: str | Pat
 
     - msrvtt_qa: {split}_qa.json or {split}.csv; 158,581 / 12,278 / 72,821 questions on 6,513 / 497 / 2,990 videos
     - msvd_qa: {split}_qa.json; 30,933 / 6,415 / 13,157. With youtube_mapping.txt (`name vid7`) ids are the names of
-      the original clips, without it "vid7".
+      the original videos, without it "vid7".
     - activitynet_qa: {split}_q.json and {split}_a.json; 32,000 / 18,000 / 8,000 on 3,200 / 1,800 / 800 videos
     - motion: rendered under `root` first
 
@@ -160,14 +160,14 @@ def read_split(dataset: str, root: str | Path, split: str, video_root: str | Pat
         raise ValueError(f"unknown QA data set {dataset!r}; known: {', '.join(_DATASETS)}")
     split = known_split(dataset, split, SPLITS)
     source, questions, video_id_of, video_folders = _DATASETS[dataset](root, split)
-    ids = {raw: video_id_of(raw) for raw in dict.fromkeys(q.clip.video_id for q in questions)}
+    ids = {raw: video_id_of(raw) for raw in dict.fromkeys(q.video.video_id for q in questions)}
     paths = locate_videos(ids.values(), root, video_root, video_folders)
-    clips = {raw: Clip(ids[raw], path) for raw, path in zip(ids, paths, strict=True)}
+    videos = {raw: Video(ids[raw], path) for raw, path in zip(ids, paths, strict=True)}
     with errors_at(str(source)):
-        return QASplit(f"{dataset}/{split}", tuple(replace(q, clip=clips[q.clip.video_id]) for q in questions))
+        return QASplit(f"{dataset}/{split}", tuple(replace(q, video=videos[q.video.video_id]) for q in questions))
 
 
-def read_jsonl(annotations: str | Path, video_root: str | Path, split: str | None = None) -> QASplit:
+def read_question_lines(annotations: str | Path, video_root: str | Path, split: str | None = None) -> QASplit:
     """Reads lines like `{"file": "a.mp4", "question": "what runs", "answer": "dog", "split": "train"}`.
 
     Keys: `file` (relative to `video_root`), `question`, `answer` or `answers` (a list, each of them right), and
@@ -191,10 +191,10 @@ def read_splits(
     """Training, validation and test questions of a data set as in `read_split`, or of "jsonl": a file of one's own.
 
     Of a JSON-lines file the lines with the splits "train", "val" and "test" (or a usual synonym) are taken; where no
-    line has a split all train, and where none has a test split training is tested. Clips that are trained on and
+    line has a split all train, and where none has a test split training is tested. Videos that are trained on and
     validated or tested make that split's note, which is logged too.
 
-    ValueError as in `read_split` and `read_jsonl`, and where what a data set needs is not given.
+    ValueError as in `read_split` and `read_question_lines`, and where what a data set needs is not given.
     """
     if dataset != "jsonl":
         if root is None:
@@ -205,13 +205,13 @@ def read_splits(
         if annotations is None or video_root is None:
             raise ValueError("--dataset jsonl needs --annotations FILE and --video-root FOLDER")
         names = jsonl_names(annotations)
-        train = read_jsonl(annotations, video_root, names.train)
-        val = None if names.val is None else read_jsonl(annotations, video_root, names.val)
-        test = train if names.test is None else read_jsonl(annotations, video_root, names.test)
-    seen = [question.clip for question in train.questions]
+        train = read_question_lines(annotations, video_root, names.train)
+        val = None if names.val is None else read_question_lines(annotations, video_root, names.val)
+        test = train if names.test is None else read_question_lines(annotations, video_root, names.test)
+    seen = [question.video for question in train.questions]
     if val is not None:
-        val = noted(val, trained_on(seen, (question.clip for question in val.questions)))
-    return train, val, noted(test, trained_on(seen, (question.clip for question in test.questions)))
+        val = noted(val, trained_on(seen, (question.video for question in val.questions)))
+    return train, val, noted(test, trained_on(seen, (question.video for question in test.questions)))
 
 
 def _read_file(path: Path) -> list[Question]:
@@ -256,15 +256,15 @@ def _question(entry: dict[str, Any], keys: tuple[str, str, str, str]) -> Questio
     video_id = as_file_id(entry[video])
     return Question(
         as_id(entry[question_id]),
-        _clip(video_id),
+        _video(video_id),
         as_text(question, entry[question]).strip(),
         (as_text(answer, entry[answer]),),
     )
 
 
-@lru_cache(maxsize=8192)  # files ask tens of questions about a clip
-def _clip(video_id: str) -> Clip:
-    return Clip(video_id, Path(video_id))
+@lru_cache(maxsize=8192)  # files ask tens of questions about a video
+def _video(video_id: str) -> Video:
+    return Video(video_id, Path(video_id))
 
 
 def _jsonl_question(entry: dict[str, Any], root: Path, line: str) -> Question:
@@ -273,7 +273,7 @@ def _jsonl_question(entry: dict[str, Any], root: Path, line: str) -> Question:
     answers = as_texts("answers", entry["answers"]) if "answers" in entry else (as_text("answer", entry["answer"]),)
     options = as_texts("options", entry["options"]) if "options" in entry else ()
     question = as_text("question", entry.get("question")).strip()
-    return Question(as_id(entry.get("id", line)), clip_of(entry, root), question, answers, options)
+    return Question(as_id(entry.get("id", line)), video_of(entry, root), question, answers, options)
 
 
 # the file, its questions with its own video ids, what those become, the usual folders of the videos
@@ -300,7 +300,7 @@ def _msvd(root: str | Path, split: str) -> _Source:
     if not os.path.lexists(mapping):
         return path, questions, lambda n: f"vid{n}", video_folders
     names = _youtube_names(mapping)
-    if unknown := sorted({q.clip.video_id for q in questions if f"vid{q.clip.video_id}" not in names}):
+    if unknown := sorted({q.video.video_id for q in questions if f"vid{q.video.video_id}" not in names}):
         raise AnnotationError(f"{path}: {len(unknown)} videos are not in {mapping}: {few(unknown)}")
     return path, questions, lambda n: names[f"vid{n}"], video_folders
 

@@ -5,12 +5,13 @@ No model is needed; `tempme_vl.evaluation.measure` takes times and memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.merging import make_schedule
+from tempme_vl.reports import format_columns
 from tempme_vl.scheduling import tower_gflops
 from tempme_vl.text import BertShape
 
@@ -142,7 +143,7 @@ def format_costs(rows: Sequence[CostRow]) -> str:
         }
         for row in rows
     ]
-    return f"{columns(lines)}\n\n{NOTES}"
+    return f"{format_columns(lines)}\n\n{NOTES}"
 
 
 def fusion_macs(tokens: int, words: int = 32, shape: BertShape | None = None, cached: bool = False) -> int:
@@ -212,16 +213,9 @@ def format_fusion(rows: Sequence[FusionRow]) -> str:
     ]
     return (
         "Fusion of one video with one caption of 32 words: linear layers and attention products (fusion_macs), with\n"
-        f"the video's keys and values computed for the pair, or cached by video.\n{columns(lines)}"
+        f"the video's keys and values computed for the pair, or cached by video.\n{format_columns(lines)}"
     )
 
 
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def columns(lines: Sequence[Mapping[str, str]]) -> str:
-    """A plain-text table under the keys of the first line."""
-    width = {name: max(len(name), *(len(line[name]) for line in lines)) for name in lines[0]}
-    shown = [dict(zip(width, width, strict=True)), *lines]
-    return "\n".join("  ".join(line[name].rjust(width[name]) for name in width) for line in shown)

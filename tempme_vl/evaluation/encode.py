@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from tempme_vl.processes import become_worker
+from tempme_vl.training import distributed
 
 Encoder = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 GATHERED_BYTES = 2**26  # of a rank at once, on the device
@@ -50,7 +51,7 @@ def encode_all(
     keep: Sequence[str],
     batch_size: int = 32,
     workers: int = 2,
-    label: str = "clips",
+    label: str = "videos",
 ) -> dict[str, Tensor]:
     """What a model makes of all items, in their order; every rank gets the whole result on the CPU.
 
@@ -59,12 +60,12 @@ def encode_all(
     total = len(dataset)  # type: ignore[arg-type]
     shards = even_shards(total)
     own = encode_own(encode, dataset, device, keep, shards, batch_size, workers, label)
-    return {name: gather_ranks(rows, device)[:total] for name, rows in own.items()}
+    return {name: gather_on_cpu(rows, device)[:total] for name, rows in own.items()}
 
 
 def even_shards(total: int) -> list[list[int]]:
     """Numbers of items for every rank, in order and equally many; where there are too few the last one repeats."""
-    _, world = rank_and_world()
+    world = distributed.world_size()
     per_rank = -(-total // world)
     return [[min(rank * per_rank + i, total - 1) for i in range(per_rank)] for rank in range(world)]
 
@@ -78,7 +79,7 @@ def encode_own(
     shards: Sequence[Sequence[int]],
     batch_size: int = 32,
     workers: int = 2,
-    label: str = "clips",
+    label: str = "videos",
 ) -> dict[str, Tensor]:
     """What a model makes of the items of this rank, on the CPU.
 
@@ -91,7 +92,7 @@ def encode_own(
         workers: loader processes a rank; 0 loads in this one.
         label: for the progress bar.
     """
-    rank, _ = rank_and_world()
+    rank = distributed.rank()
     own, longest = list(shards[rank]), max(map(len, shards))
     own += own[-1:] * (longest - len(own))
     loader = DataLoader(
@@ -122,12 +123,12 @@ def encode_own(
     return kept
 
 
-def gather_ranks(rows: Tensor, device: torch.device) -> Tensor:
+def gather_on_cpu(rows: Tensor, device: torch.device) -> Tensor:
     """The rows of all ranks, equally many each, in the order of the ranks.
 
     They lie on the CPU and pass through `device`, which is where ranks can exchange them, some at a time.
     """
-    _, world = rank_and_world()
+    world = distributed.world_size()
     if world == 1:
         return rows
     gathered = torch.empty(world, *rows.shape, dtype=rows.dtype)
@@ -139,8 +140,3 @@ def gather_ranks(rows: Tensor, device: torch.device) -> Tensor:
         for rank, part in enumerate(parts):
             gathered[rank, first : first + step] = part
     return gathered.flatten(0, 1)
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are: 0 and 1 without torch.distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from tempme_vl.backbones.open_clip import build_visual, model_config, visual_backbone
-from tempme_vl.evaluation.efficiency import columns
 from tempme_vl.families import split_name
 from tempme_vl.frontend import VisualFrontend, create_frontend
+from tempme_vl.reports import format_columns
 from tempme_vl.scheduling import schedule_for
 from tempme_vl.tasks.retrieval import create_retrieval_model
 
@@ -239,7 +239,7 @@ def measured_rows(times: Mapping[str, Sequence[float]], memory: Mapping[str, Pea
 
 def format_measured(rows: Sequence[MeasuredRow]) -> str:
     """A plain-text table; ratios are relative to the first row."""
-    return columns(
+    return format_columns(
         [
             {
                 "row": row.name,

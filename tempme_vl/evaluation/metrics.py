@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tempme_vl.reports import format_columns
+
 RECALL_AT = (1, 5, 10)
 
 Targets = Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
@@ -193,14 +195,11 @@ def dual_softmax(similarity: Tensor | np.ndarray, temperature: float = 100.0) ->
     return scores * torch.softmax(temperature * scores, dim=0)
 
 
-def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def format_metrics(rows: Mapping[str, Mapping[str, float]]) -> str:
     """A plain-text table: one line per named row of metrics, the columns in the order of the first row."""
-    columns = list(next(iter(rows.values()), {}))
-    width = max((len(name) for name in rows), default=0)
-    lines = [" ".join([" " * width, *(f"{column:>11}" for column in columns)])]
-    for name, values in rows.items():
-        lines.append(" ".join([name.ljust(width), *(f"{values[column]:>11.2f}" for column in columns)]))
-    return "\n".join(lines)
+    return format_columns(
+        [{"": name, **{metric: f"{value:.2f}" for metric, value in row.items()}} for name, row in rows.items()]
+    )
 
 
 def _matrix(similarity: Tensor | np.ndarray) -> Tensor:

@@ -19,11 +19,11 @@ ROWS = Literal["open_clip", "none", "tome", "tempme", "joint", "clip", "clip+tem
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
-    """How clips are read."""
+class LoadingOptions:
+    """How videos are read."""
 
     batch_size: int = 32
-    """Clips, captions or questions that a rank takes at once, 1 or more."""
+    """Videos, captions or questions that a rank takes at once, 1 or more."""
     workers: int = 2
     """Loader processes a rank; 0 loads in the rank's own."""
     frame_cache: Path | None = None
@@ -33,7 +33,7 @@ class ReadingOptions:
 
 
 @dataclass(frozen=True)
-class RetrievalOptions(DataOptions, ReadingOptions):
+class RetrievalOptions(DataOptions, LoadingOptions):
     """Evaluate a retrieval checkpoint on one split of a data set, in both directions.
 
     The number of frames and the preprocessing are the checkpoint's.
@@ -43,7 +43,7 @@ class RetrievalOptions(DataOptions, ReadingOptions):
     """Folder that a retrieval model's save_pretrained wrote, such as a training run's OUTPUT/best."""
     dataset: DatasetName
     split: str | None = None
-    """Default: the test split (msrvtt test_1k, activitynet val_1); of jsonl without any splits all clips."""
+    """Default: the test split (msrvtt test_1k, activitynet val_1); of jsonl without any splits all videos."""
     sampling: Literal["fps1", "uniform", "segment"] | None = None
     """Which frames. Default: as in training."""
     dual_softmax: bool = False
@@ -51,7 +51,7 @@ class RetrievalOptions(DataOptions, ReadingOptions):
     rerank: int = 128
     """UMT: candidates of each query that the fusion layers rank anew, both ways; 0 leaves it out."""
     save_embeddings: Path | None = None
-    """Write the L2-normalised embeddings of clips and captions to this .safetensors file."""
+    """Write the L2-normalised embeddings of videos and captions to this .safetensors file."""
     json: Path | None = None
     """Write the report to this file."""
     on_broken: Literal["record", "raise"] = "record"
@@ -59,7 +59,7 @@ class RetrievalOptions(DataOptions, ReadingOptions):
 
 
 @dataclass(frozen=True)
-class VideoQAOptions(DataOptions, ReadingOptions):
+class VideoQAOptions(DataOptions, LoadingOptions):
     """Accuracy, overall and by type of question, in percent. Questions without a prediction count as wrong."""
 
     predictions: Path | None = None

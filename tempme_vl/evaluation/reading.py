@@ -1,4 +1,4 @@
-"""What the evaluations of checkpoints share: how their clips are read, and which could not be."""
+"""What the evaluations of checkpoints share: how their videos are read, and which could not be."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def check_reading(options: Options) -> None:
 
 
 def decode_timeout(options: Options) -> float | None:
-    """Seconds; clips that we rendered ourselves need no guard."""
+    """Seconds; videos that we rendered ourselves need no guard."""
     return None if options.dataset == "motion" else options.decode_timeout
 
 
 @contextmanager
 def own_log() -> Iterator[Path]:
-    """A rank's own file for broken clips; what it holds goes into the report."""
+    """A rank's own file for broken videos; what it holds goes into the report."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / "broken.jsonl"
 
 
 def all_broken(log: Path) -> dict[str, str]:
-    """The broken clips of all ranks, each with its cause."""
-    from tempme_vl.data.reader import broken_clips  # which needs torch, and predictions are scored without
+    """The broken videos of all ranks, each with its cause."""
+    from tempme_vl.data.reader import broken_videos  # which needs torch, and predictions are scored without
     from tempme_vl.training import distributed
 
-    return {name: cause for found in distributed.gather_objects(broken_clips(log)) for name, cause in found.items()}
+    return {name: cause for found in distributed.gather_objects(broken_videos(log)) for name, cause in found.items()}
 
 
 def unreadable(report: Mapping[str, Any]) -> list[str]:
-    """A line for each broken clip of a report."""
+    """A line for each broken video of a report."""
     return [f"could not read {name}: {cause}" for name, cause in report.get("broken_videos", {}).items()]

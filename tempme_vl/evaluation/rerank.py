@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tempme_vl.evaluation.encode import Rows, gather_ranks, rank_and_world
+from tempme_vl.evaluation.encode import Rows, gather_on_cpu
 from tempme_vl.evaluation.metrics import captions_of_videos, max_pool_captions, retrieval_metrics
 from tempme_vl.evaluation.retrieval import Embeddings
+from tempme_vl.training import distributed
 
 REST = -100.0
 """The score of pairs that are not re-ranked (UMT), below every match logit that a trained matcher gives."""
@@ -112,7 +113,7 @@ def rerank(
     of_videos = _best(similarity.T, top_k) & valid[:, None]  # (V, Q)
     wanted = of_videos | of_captions.T
 
-    rank, world = rank_and_world()
+    rank, world = distributed.rank(), distributed.world_size()
     shares = _shares(tokens, valid, world)
     share = shares[rank]
     # a pair that no rank scores stays NaN, which the metrics refuse, rather than a score that looks real
@@ -133,7 +134,8 @@ def rerank(
     bar.close()
 
     matched = torch.full((num_videos, num_captions), torch.nan)
-    for videos, rows in zip(shares, gather_ranks(scores.cpu(), device).unflatten(0, (world, len(scores))), strict=True):
+    gathered = gather_on_cpu(scores.cpu(), device).unflatten(0, (world, len(scores)))
+    for videos, rows in zip(shares, gathered, strict=True):
         matched[videos] = rows[: len(videos)]
     return Reranked(
         t2v=matched.T.where(of_captions, REST).masked_fill(~valid, -torch.inf),

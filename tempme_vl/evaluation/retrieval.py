@@ -1,6 +1,6 @@
 """Retrieval evaluation: encode a split over all ranks, score in chunks, report.
 
-Letters: V clips, Q captions, E embedding width.
+Letters: V videos, Q captions, E embedding width.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tempme_vl.evaluation.encode import Encoder, Rows, encode_all, encode_own, even_shards, gather_ranks, rank_and_world
+from tempme_vl.evaluation.encode import Encoder, Rows, encode_all, encode_own, even_shards, gather_on_cpu
 from tempme_vl.evaluation.metrics import (
     captions_of_videos,
     concatenate,
-    format_table,
+    format_metrics,
     max_pool_captions,
     rank_statistics,
     summarize,
 )
+from tempme_vl.training import distributed
 
 DUAL_SOFTMAX_SCALE = 100.0
 DIRECTIONS = ("t2v", "v2t", "v2t_any_caption", "v2t_max_pooled")
@@ -35,7 +36,7 @@ class Embeddings:
         video: (V, E) float32, L2-normalised (UMT: the mean over frames of normalised embeddings).
         text: (Q, E) float32, L2-normalised.
         video_of_caption: (Q,) int64.
-        valid: (V,) bool, False for clips that could not be read; they stay in every denominator and are never
+        valid: (V,) bool, False for videos that could not be read; they stay in every denominator and are never
             found: their queries are lost (`rank_statistics`), and as candidates they come last.
         tokens, states, text_mask: (V, M, D), (Q, L, D_text) and (Q, L), what re-ranking compares; kept if asked for.
             Of the tokens a rank has those of the videos that it encoded.
@@ -52,7 +53,7 @@ class Embeddings:
 
 def embed(
     encode: Encoder,
-    clips: Dataset,
+    videos: Dataset,
     captions: Dataset,
     video_of_caption: list[int],
     device: torch.device,
@@ -60,27 +61,27 @@ def embed(
     workers: int = 2,
     keep_tokens: bool = False,
 ) -> Embeddings:
-    """Encodes all clips and captions, each rank its share; every rank gets the whole result on the CPU, but for tokens.
+    """Encodes videos and captions, each rank its share; every rank gets the whole result on the CPU, but for tokens.
 
     Args:
         encode: a retrieval model or DeepSpeed engine in eval mode; maps a batch to "video" or "text" (B, E).
-        clips: items with video, frame_mask, valid; captions: items with text_ids, text_mask.
+        videos: items with video, frame_mask, valid; captions: items with text_ids, text_mask.
         workers: loader processes a rank; 0 loads in this one.
         keep_tokens: keep what `tempme_vl.evaluation.rerank` needs.
     """
-    of_clips = ("video", "valid", *(("tokens",) if keep_tokens else ()))
+    of_videos = ("video", "valid", *(("tokens",) if keep_tokens else ()))
     of_captions = ("text", *(("states", "text_mask") if keep_tokens else ()))
-    total = len(clips)  # type: ignore[arg-type]
+    total = len(videos)  # type: ignore[arg-type]
     shards = even_shards(total)
-    clip = encode_own(encode, clips, device, of_clips, shards, batch_size, workers)
-    tokens = clip.pop("tokens", None)
-    clip = {name: gather_ranks(rows, device)[:total] for name, rows in clip.items()}
+    video = encode_own(encode, videos, device, of_videos, shards, batch_size, workers)
+    tokens = video.pop("tokens", None)
+    video = {name: gather_on_cpu(rows, device)[:total] for name, rows in video.items()}
     caption = encode_all(encode, captions, device, of_captions, batch_size, workers, "captions")
     return Embeddings(
-        clip["video"],
+        video["video"],
         caption["text"],
         torch.tensor(video_of_caption),
-        clip["valid"].bool(),
+        video["valid"].bool(),
         None if tokens is None else _rows(tokens, total),
         caption.get("states"),
         caption.get("text_mask"),
@@ -89,8 +90,7 @@ def embed(
 
 def _rows(own: Tensor, total: int) -> Rows:
     """Of the shards of `even_shards`, without what repeats in the last one."""
-    rank, _ = rank_and_world()
-    first = min(rank * len(own), total)
+    first = min(distributed.rank() * len(own), total)
     return Rows(own[: total - first], first, total)
 
 
@@ -145,7 +145,7 @@ def selection_score(report: Mapping[str, Any]) -> float:
 
 
 def _text_rows(e: Embeddings, dual_softmax: bool, chunk: int) -> Iterator[tuple[int, Tensor]]:
-    """(first caption, scores of `chunk` captions against all clips); unreadable clips score -inf."""
+    """(first caption, scores of `chunk` captions against all videos); unreadable videos score -inf."""
     for first, rows in _score_rows(e.text, e.video, dual_softmax, chunk):
         yield first, rows.masked_fill(~e.valid, -torch.inf)
 
@@ -167,7 +167,7 @@ def _score_rows(
         yield first, scores.masked_fill(unread[first : first + chunk, None], 0.0)
 
 
-def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+def format_retrieval(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """The metrics of named reports, a line for each direction."""
     rows = {
         f"{name} {direction}": report[direction]
@@ -175,4 +175,4 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
         for direction in DIRECTIONS
         if direction in report
     }
-    return format_table(rows)
+    return format_metrics(rows)

@@ -13,14 +13,14 @@ from safetensors.torch import save
 from tempme_vl.command import at_least
 from tempme_vl.data.datasets import Source, usual_splits
 from tempme_vl.data.options import MOTION_ROOT
-from tempme_vl.data.reader import ClipReader
-from tempme_vl.data.retrieval import EvalCaptions, EvalClips
+from tempme_vl.data.reader import VideoReader
+from tempme_vl.data.retrieval import EvalCaptions, EvalVideos
 from tempme_vl.data.splits import RetrievalSplit
-from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.evaluation.options import RetrievalOptions
 from tempme_vl.evaluation.reading import all_broken, check_reading, decode_timeout, own_log, unreadable
 from tempme_vl.evaluation.rerank import rerank_embeddings
-from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report, table
+from tempme_vl.evaluation.retrieval import Embeddings, embed, format_retrieval, retrieval_report
 from tempme_vl.reports import finish, write_whole
 from tempme_vl.tasks.retrieval import load_retrieval_model
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
@@ -31,16 +31,16 @@ def main(options: RetrievalOptions) -> None:
     at_least(0, rerank=options.rerank)
     check_reading(options)
     device = distributed.initialize()
-    split = read_split(options)
+    split = split_of(options)
     embeddings, report = evaluate(options, split, device)
     if not distributed.is_main():
         return
     file = options.save_embeddings
     more = [] if file is None else [partial(save_embeddings, file, embeddings, split)]
-    finish(describe(report), report, options.json, *more)
+    finish(format_evaluation(report), report, options.json, *more)
 
 
-def read_split(options: RetrievalOptions) -> RetrievalSplit:
+def split_of(options: RetrievalOptions) -> RetrievalSplit:
     """The split to evaluate.
 
     Raises:
@@ -60,9 +60,9 @@ def evaluate(
     matcher = model if isinstance(model, UMTRetrievalModel) and options.rerank else None
     sampling = options.sampling or model.config["input"]["sampling"]
     with own_log() as log:
-        reader = ClipReader(
+        reader = VideoReader(
             model.frontend.schedule.frames,
-            ClipTransform(Preprocess.from_dict(model.frontend.config["preprocess"])),
+            VideoTransform(Preprocess.from_dict(model.frontend.config["preprocess"])),
             sampling=sampling,
             timeout=decode_timeout(options),
             on_broken=options.on_broken,
@@ -71,7 +71,7 @@ def evaluate(
         )
         embeddings = embed(
             model,
-            EvalClips(split.clips, reader),
+            EvalVideos(split.videos, reader),
             captions,
             captions.video_of_caption,
             device,
@@ -104,20 +104,20 @@ def save_embeddings(file: Path, embeddings: Embeddings, split: RetrievalSplit) -
     }
     metadata = {
         "split": split.name,
-        "video_ids": json.dumps([clip.video_id for clip in split.clips]),
+        "video_ids": json.dumps([video.video_id for video in split.videos]),
         "captions": json.dumps([caption for texts in split.captions for caption in texts]),
     }
     write_whole(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
-def describe(report: dict[str, Any]) -> str:
+def format_evaluation(report: dict[str, Any]) -> str:
     """The report to read: what was evaluated and how, the metrics, and the videos that could not be read."""
     lines = [
         f"{report['split']}: {report['videos']} videos, {report['captions']} captions, "
         f"{report['unreadable_videos']} videos could not be read",
         f"checkpoint {report['checkpoint']}, {report['num_frames']} frames ({report['sampling']}), "
         f"dual softmax {'over all queries of the split' if report['dual_softmax'] else 'not used'}",
-        table(
+        format_retrieval(
             {
                 "dual softmax" if report["dual_softmax"] else "plain": report,
                 "re-ranked": report.get("reranked", {}),

@@ -61,7 +61,7 @@ def accuracy(
     for question in split.questions:
         kind = question_type(question.question)
         total[kind] += 1
-        answers_of[question.clip.video_id, question.question].add(question.answers)
+        answers_of[question.video.video_id, question.question].add(question.answers)
         if (prediction := predictions.get(question.question_id)) is not None:
             correct[kind] += _same(prediction, question.answers, normalize)
     return {
@@ -105,7 +105,7 @@ def normalize_answer(answer: str) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
-def table(report: Mapping[str, Any]) -> str:
+def format_accuracy(report: Mapping[str, Any]) -> str:
     """The report of `accuracy` to read."""
     lines = [
         f"{report['split']}: {report['total']} questions, {report['missing']} without a prediction and "

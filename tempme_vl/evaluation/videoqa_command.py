@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 from tempme_vl.data.options import MOTION_ROOT
-from tempme_vl.data.videoqa import QASplit, read_jsonl, read_questions, read_split, read_vocabulary
+from tempme_vl.data.videoqa import QASplit, read_question_lines, read_questions, read_split, read_vocabulary
 from tempme_vl.evaluation.options import VideoQAOptions
 from tempme_vl.evaluation.predictions import load_predictions
 from tempme_vl.evaluation.reading import all_broken, check_reading, decode_timeout, own_log, unreadable
-from tempme_vl.evaluation.videoqa import accuracy, table
+from tempme_vl.evaluation.videoqa import accuracy, format_accuracy
 from tempme_vl.reports import finish, write_json
 
 
@@ -34,7 +34,7 @@ def main(options: VideoQAOptions) -> None:
         report, predictions = scored
         if options.save_predictions is not None:
             more = [partial(write_json, options.save_predictions, predictions, indent=0)]
-    finish("\n".join([table(report), *unreadable(report)]), report, options.json, *more)
+    finish("\n".join([format_accuracy(report), *unreadable(report)]), report, options.json, *more)
 
 
 def score_predictions(options: VideoQAOptions) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def split_of(options: VideoQAOptions) -> QASplit:
     assert options.annotations is not None
     if options.annotations.suffix != ".jsonl" or options.video_root is None:
         raise ValueError(f"expected a .jsonl file and --video-root; got {options.annotations} (else use --dataset)")
-    return read_jsonl(options.annotations, options.video_root, options.split)
+    return read_question_lines(options.annotations, options.video_root, options.split)
 
 
 def vocabulary_of(options: VideoQAOptions) -> tuple[str, ...] | None:

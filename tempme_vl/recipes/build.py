@@ -1,4 +1,4 @@
-"""What the options of a recipe stand for: keywords of a tower, words, the reader of clips, the optimizer."""
+"""What the options of a recipe stand for: keywords of a tower, words, the reader of videos, the optimizer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tempme_vl.data.reader import ClipReader
-from tempme_vl.data.transforms import ClipTransform
+from tempme_vl.data.reader import VideoReader
+from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.families import find_family
 from tempme_vl.merging import METHODS
 from tempme_vl.pretrained import VOCABULARY_FILE, load_vocabulary
@@ -50,9 +50,9 @@ def words_of(options: VisualOptions, texts: Sequence[str], vocabulary: str | Non
     return word_vocabulary(texts)
 
 
-def clip_reader(options: RecipeOptions, num_frames: int, transform: ClipTransform) -> ClipReader:
-    """Without augmentation; broken clips are listed in the run folder."""
-    return ClipReader(
+def video_reader(options: RecipeOptions, num_frames: int, transform: VideoTransform) -> VideoReader:
+    """Without augmentation; broken videos are listed in the run folder."""
+    return VideoReader(
         num_frames,
         transform,
         sampling=options.sampling,

@@ -45,7 +45,7 @@ def main(options: Options) -> None:
         if done.returncode:  # the run has said why
             raise ValueError(f"training {METHODS[method]} ended with exit code {done.returncode}")
         reports[method] = json.loads((folder / "report.json").read_text())
-    print(table(reports))
+    print(format_demo(reports))
     print(f"\n{time.perf_counter() - start:.0f} s in all, seed {options.seed}, {options.ranks} ranks")
 
 
@@ -56,11 +56,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def table(reports: dict[str, dict]) -> str:
+def format_demo(reports: dict[str, dict]) -> str:
     """A Markdown table of the runs' reports."""
     one = next(iter(reports.values()))
     lines = [
-        f"{one['split']}: {one['videos']} clips; best epoch chosen on {one['selected_on']}",
+        f"{one['split']}: {one['videos']} videos; best epoch chosen on {one['selected_on']}",
         "",
         "| method | t2v R@1 | R@5 | R@10 | R-Sum | v2t R@1 | R@5 | R@10 | R-Sum | tokens | GFLOPs | train s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from tempme_vl.data.motion import question_kind
-from tempme_vl.data.reader import broken_clips
+from tempme_vl.data.reader import broken_videos
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.videoqa import QASplit
-from tempme_vl.evaluation.videoqa import accuracy_by, table
+from tempme_vl.evaluation.videoqa import accuracy_by, format_accuracy
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.recipes.loop import Trained
 from tempme_vl.recipes.names import BROKEN_VIDEOS
@@ -48,7 +48,7 @@ def about_run(options: RecipeOptions, trainer: Trainer, trained: Trained, val: S
         "train_seconds": trained.seconds,
         "train_steps": trainer.step - trained.start_step,
         "ranks": distributed.world_size(),
-        "broken_videos": broken_clips(options.output / BROKEN_VIDEOS),
+        "broken_videos": broken_videos(options.output / BROKEN_VIDEOS),
     }
 
 
@@ -69,7 +69,7 @@ def write_report(options: RecipeOptions, report: dict[str, Any], shown: str, *mo
 
 def write_answers(options: RecipeOptions, report: dict[str, Any], predictions: dict[str, str], test: QASplit) -> None:
     """`write_report` of a model that answers questions, and OUTPUT/predictions.json."""
-    shown = [table(report)]
+    shown = [format_accuracy(report)]
     if options.dataset == "motion":
         report["by_kind"] = accuracy_by(predictions, test, question_kind)
         shown += [f"{kind:<10}{count:>10}{percent:>12.2f}" for kind, (percent, count) in report["by_kind"].items()]

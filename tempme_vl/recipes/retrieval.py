@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from tempme_vl.data.datasets import SplitNames
-from tempme_vl.data.reader import ClipReader
-from tempme_vl.data.retrieval import EvalCaptions, EvalClips, TrainPairs
+from tempme_vl.data.reader import VideoReader
+from tempme_vl.data.retrieval import EvalCaptions, EvalVideos, TrainPairs
 from tempme_vl.data.splits import RetrievalSplit
-from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.evaluation.rerank import rerank_embeddings
-from tempme_vl.evaluation.retrieval import DIRECTIONS, embed, retrieval_report, selection_score, table
+from tempme_vl.evaluation.retrieval import DIRECTIONS, embed, format_retrieval, retrieval_report, selection_score
 from tempme_vl.families import find_family
-from tempme_vl.recipes.build import clip_reader, optimizer, tower, words_of
+from tempme_vl.recipes.build import optimizer, tower, video_reader, words_of
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.retrieval import Options
 from tempme_vl.recipes.report import about_run, cost, write_report
@@ -39,8 +39,8 @@ def main(options: Options) -> None:
     max_words = model.text.max_words(options.max_words or train.max_words)
     model.config["input"] = {"sampling": options.sampling, "max_words": max_words}
     tokenizer = model.words.tokenizer(max_words)
-    reader = clip_reader(options, model.frontend.schedule.frames, ClipTransform(preprocess))
-    train_reader = replace(reader, transform=ClipTransform(preprocess, options.augment))
+    reader = video_reader(options, model.frontend.schedule.frames, VideoTransform(preprocess))
+    train_reader = replace(reader, transform=VideoTransform(preprocess, options.augment))
 
     trainer = Trainer(
         model,
@@ -50,9 +50,9 @@ def main(options: Options) -> None:
         facts(options, model.frontend.full_config(), train=train, val=val, test=test),
     )
     data = (
-        f"train {train.name}: {len(train.clips)} clips, {train.num_captions} captions; "
-        f"validation {'none' if val is None else f'{val.name}: {len(val.clips)} clips'}; "
-        f"test {test.name}: {len(test.clips)} clips"
+        f"train {train.name}: {len(train.videos)} videos, {train.num_captions} captions; "
+        f"validation {'none' if val is None else f'{val.name}: {len(val.videos)} videos'}; "
+        f"test {test.name}: {len(test.videos)} videos"
     )
     announce(options, in_words(options, model.frontend), data)
 
@@ -73,7 +73,7 @@ def main(options: Options) -> None:
     }
     rows = {options.method: report, f"re-ranked {options.rerank}": report.get("reranked", {})}
     heading = f"{test.name}: {test.note}" if test.note else test.name
-    write_report(options, report, f"{heading}\n{table(rows)}")
+    write_report(options, report, f"{heading}\n{format_retrieval(rows)}")
 
 
 def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
@@ -91,7 +91,7 @@ def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
 def evaluate(
     encoder: Any,
     split: RetrievalSplit,
-    reader: ClipReader,
+    reader: VideoReader,
     tokenizer: Any,
     device: torch.device,
     workers: int,
@@ -100,9 +100,9 @@ def evaluate(
     """Metrics of a split, all ranks together; `encoder` is a model or, without re-ranking, its DeepSpeed engine."""
     encoder.eval()
     captions, rerank = EvalCaptions(split, tokenizer), rerank if isinstance(encoder, UMTRetrievalModel) else 0
-    clips = EvalClips(split.clips, reader)
+    videos = EvalVideos(split.videos, reader)
     embeddings = embed(
-        encoder, clips, captions, captions.video_of_caption, device, workers=workers, keep_tokens=rerank > 0
+        encoder, videos, captions, captions.video_of_caption, device, workers=workers, keep_tokens=rerank > 0
     )
     report = {"split": split.name, "note": split.note, **retrieval_report(embeddings)}
     return {**report, "reranked": rerank_embeddings(encoder, embeddings, device, rerank)} if rerank else report

@@ -32,6 +32,9 @@ MAY_CHANGE = {
 # Options that came later, with the value that changes nothing: runs from before do not record them.
 LATER: dict[str, Any] = {"method_options": ()}
 
+# Fields of splits and questions as checkpoints have them in the hash of their annotations.
+RECORDED = {"videos": "clips", "video": "clip"}
+
 
 def begin(options: RecipeOptions) -> torch.device:
     """Refuses numbers that mean nothing, joins the ranks and seeds torch."""
@@ -60,10 +63,10 @@ def check_files(options: RecipeOptions, *splits: Any) -> None:
     Raises:
         ValueError: more than --most-missing are not there; OUTPUT/missing_videos.txt lists them.
     """
-    clips = [clip for split in splits if split is not None for clip in clips_of(split)]
+    videos = [video for split in splits if split is not None for video in videos_of(split)]
     file = options.output / MISSING_VIDEOS
     try:
-        missing = check_videos(clips, options.most_missing)
+        missing = check_videos(videos, options.most_missing)
     except MissingVideosError as error:
         if distributed.is_main():
             write_whole(file, "".join(f"{path}\n" for path in error.paths).encode())
@@ -72,9 +75,9 @@ def check_files(options: RecipeOptions, *splits: Any) -> None:
         say(f"{len(missing)} videos are missing, among them {missing[0]}; they count as not found in evaluation")
 
 
-def clips_of(split: Any) -> list[Any]:
-    """The clips of a split of captions or questions."""
-    return [question.clip for question in split.questions] if isinstance(split, QASplit) else split.clips
+def videos_of(split: Any) -> list[Any]:
+    """The videos of a split of captions or questions."""
+    return [question.video for question in split.questions] if isinstance(split, QASplit) else split.videos
 
 
 def facts(options: RecipeOptions, model: Any, **splits: Any) -> dict[str, Any]:
@@ -93,10 +96,12 @@ def facts(options: RecipeOptions, model: Any, **splits: Any) -> dict[str, Any]:
 
 
 def content(split: Any) -> str:
-    """Hash of a split's clips, texts and times; of its files only the names, so that a data set may move."""
+    """Hash of a split's videos, texts and times; of its files only the names, so that a data set may move."""
 
     def plain(value: Any) -> Any:
-        return value.name if isinstance(value, Path) else vars(value)
+        if isinstance(value, Path):
+            return value.name
+        return {RECORDED.get(name, name): part for name, part in vars(value).items()}
 
     return hashlib.blake2b(json.dumps(split, default=plain).encode(), digest_size=8).hexdigest()
 

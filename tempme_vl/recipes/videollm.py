@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import Dataset
 
 from tempme_vl.data.questions import TrainQuestions, most_options
-from tempme_vl.data.reader import ClipReader
-from tempme_vl.data.retrieval import EvalClips
-from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.reader import VideoReader
+from tempme_vl.data.retrieval import EvalVideos
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.data.videoqa import QASplit, read_splits
 from tempme_vl.evaluation.encode import encode_all
 from tempme_vl.evaluation.videoqa import accuracy
@@ -21,7 +21,7 @@ from tempme_vl.integrations import Host
 from tempme_vl.integrations.base import prefill_gflops
 from tempme_vl.integrations.post_encoder import PostEncoderHost
 from tempme_vl.integrations.tiny import tiny_host
-from tempme_vl.recipes.build import clip_reader, merging, optimizer
+from tempme_vl.recipes.build import merging, optimizer, video_reader
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.videollm import Options
 from tempme_vl.recipes.report import about_run, write_answers
@@ -45,8 +45,8 @@ def main(options: Options) -> None:
     source = prepare_host(options, train)
     model = build_model(options, source, dtype).to(device)
     host = model.compressed.host
-    reader = clip_reader(options, host.num_frames, ClipTransform(as_they_are(options)))
-    train_reader = replace(reader, transform=ClipTransform(as_they_are(options), options.augment))
+    reader = video_reader(options, host.num_frames, VideoTransform(as_they_are(options)))
+    train_reader = replace(reader, transform=VideoTransform(as_they_are(options), options.augment))
 
     trainer = Trainer(
         model,
@@ -57,7 +57,7 @@ def main(options: Options) -> None:
     )
     splits = [split for split in (train, val, test) if split is not None]
     data = "\n".join(f"{split.name}: {len(split.questions)} questions" for split in splits)
-    announce(options, describe(model, options.image_size), data)
+    announce(options, host_in_words(model, options.image_size), data)
 
     def validate() -> tuple[float, dict[str, Any]]:
         assert val is not None
@@ -72,7 +72,7 @@ def main(options: Options) -> None:
     report |= {
         "host": options.host,
         **about_run(options, trainer, trained, val),
-        **cost(host, options.image_size),
+        **host_cost(host, options.image_size),
     }
     write_answers(options, report, predictions, test)
 
@@ -117,24 +117,24 @@ def as_they_are(options: Options) -> Preprocess:
     return Preprocess(options.image_size, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
 
 
-class NumberedClips(Dataset):
-    """Clips with the number of each."""
+class NumberedVideos(Dataset):
+    """Videos with the number of each."""
 
-    def __init__(self, clips: EvalClips):
-        self.clips = clips
+    def __init__(self, videos: EvalVideos):
+        self.videos = videos
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self.videos)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.clips[index], "number": index}
+        return {**self.videos[index], "number": index}
 
 
 def evaluate(
     model: VideoLLM,
     encode: Any,
     split: QASplit,
-    reader: ClipReader,
+    reader: VideoReader,
     device: torch.device,
     batch_size: int,
     workers: int,
@@ -147,16 +147,16 @@ def evaluate(
         asked = [prompts[number] for number in batch["number"].tolist()]
         return encode({"video": batch["video"], "times": batch["times"], "prompt": asked})
 
-    clips = NumberedClips(EvalClips([question.clip for question in split.questions], reader))
-    found = encode_all(write, clips, device, ("prediction", "valid"), batch_size, workers, label="questions")
+    videos = NumberedVideos(EvalVideos([question.video for question in split.questions], reader))
+    found = encode_all(write, videos, device, ("prediction", "valid"), batch_size, workers, label="questions")
     rows = zip(split.questions, found["prediction"].tolist(), found["valid"].tolist(), strict=True)
-    # questions about clips that could not be read, and those that nothing was written to, have no answer
+    # questions about videos that could not be read, and those that nothing was written to, have no answer
     answers = {question.question_id: model.text(row) for question, row, valid in rows if valid}
     predictions = {question_id: text for question_id, text in answers.items() if text}
     return accuracy(predictions, split, normalize=True), predictions
 
 
-def cost(host: Host, side: int) -> dict[str, Any]:
+def host_cost(host: Host, side: int) -> dict[str, Any]:
     """Tokens and GFLOPs of a video with frames of side x side pixels, the host's own and ours; a multiply-add is 1.
 
     Hosts that merge behind their tower run it as it is; its GFLOPs are left out.
@@ -171,8 +171,8 @@ def cost(host: Host, side: int) -> dict[str, Any]:
     return {"output_tokens": ours, "host_tokens": native, **towers, **prefill}
 
 
-def describe(model: VideoLLM, side: int) -> str:
-    weights, tokens = list(model.parameters()), cost(model.compressed.host, side)
+def host_in_words(model: VideoLLM, side: int) -> str:
+    weights, tokens = list(model.parameters()), host_cost(model.compressed.host, side)
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     return (
         f"{model.compressed.describe()}\nframes of {side} x {side} pixels: {tokens['host_tokens']} visual tokens -> "

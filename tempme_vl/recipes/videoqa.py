@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from tempme_vl.data.questions import TrainQuestions, most_options
-from tempme_vl.data.reader import ClipReader
-from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.reader import VideoReader
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.data.videoqa import QASplit, answer_vocabulary, coverage, read_splits
 from tempme_vl.evaluation.predict import predict
 from tempme_vl.evaluation.videoqa import accuracy
-from tempme_vl.recipes.build import clip_reader, optimizer, tower, words_of
+from tempme_vl.recipes.build import optimizer, tower, video_reader, words_of
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.videoqa import Options
 from tempme_vl.recipes.report import about_run, cost, write_answers
@@ -34,8 +34,8 @@ def main(options: Options) -> None:
     answers = () if free else answer_vocabulary(train, options.num_answers)
     model = build_model(options, train, answers).to(device)
     preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])
-    reader = clip_reader(options, model.frontend.schedule.frames, ClipTransform(preprocess))
-    train_reader = replace(reader, transform=ClipTransform(preprocess, options.augment))
+    reader = video_reader(options, model.frontend.schedule.frames, VideoTransform(preprocess))
+    train_reader = replace(reader, transform=VideoTransform(preprocess, options.augment))
 
     trainer = Trainer(
         model,
@@ -106,7 +106,7 @@ def build_bert(options: Options, train: QASplit, answers: tuple[str, ...]) -> Vi
 
 
 def evaluate(
-    model: VideoQAModel, encode: Any, split: QASplit, reader: ClipReader, device: torch.device, workers: int
+    model: VideoQAModel, encode: Any, split: QASplit, reader: VideoReader, device: torch.device, workers: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Accuracy and predictions on a split, all ranks together; `encode` is the model or its DeepSpeed engine."""
     encode.eval()

@@ -12,7 +12,7 @@ Sampling = Literal["uniform", "fps1", "segment"]  # the names of `tempme_vl.data
 
 @dataclass(frozen=True)
 class Inputs:
-    """The "input" of a configuration: how clips and captions were sampled and cut in training.
+    """The "input" of a configuration: how videos and captions were sampled and cut in training.
 
     Attributes:
         sampling: of frames.

@@ -48,7 +48,7 @@ class RetrievalModel(TunableModel):
     Args:
         frontend: the visual tower.
         text: the text tower.
-        config: JSON data with which `from_pretrained` builds both again; its "input" says how clips and captions
+        config: JSON data with which `from_pretrained` builds both again; its "input" says how videos and captions
             were sampled and cut in training (sampling, max_words).
         logit_scale: the logarithm of the initial temperature's inverse.
         words: what text ids stand for; default: CLIP's byte pairs.

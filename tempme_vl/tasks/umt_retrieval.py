@@ -62,7 +62,7 @@ class UMTRetrievalModel(TunableModel):
         frontend: the visual tower; its normed tokens are what captions attend to in fusion.
         text, fusion: BERT's lower and upper layers.
         vocabulary: the words that text ids stand for, in order.
-        config: JSON data; its "input" says how clips and captions were sampled and cut in training.
+        config: JSON data; its "input" says how videos and captions were sampled and cut in training.
     """
 
     lora_parts = ("frontend", "text", "fusion")

@@ -80,7 +80,7 @@ class VideoLLM(nn.Module):
         prompt: text with {question} and the host's placeholder; default: `default_prompt`.
         answer_tokens: the most tokens of a written answer.
         source: name or folder of the host model, found again from there; needed only for saving.
-        input: JSON data, how clips were read in training.
+        input: JSON data, how videos were read in training.
 
     Raises:
         ValueError: a prompt without {question} or the placeholder once each.
@@ -125,7 +125,7 @@ class VideoLLM(nn.Module):
         if self.compressed.host.uses_time and "times" not in batch:
             raise ValueError(
                 f"{type(self.compressed.host.model).__name__} is told when frames were shown: expected 'times' in the "
-                f"batch, (B, F) seconds of the frames, as ClipReader gives them; got {', '.join(batch)}"
+                f"batch, (B, F) seconds of the frames, as VideoReader gives them; got {', '.join(batch)}"
             )
         if "answer" in batch:
             return {"losses": self._losses(batch)}

@@ -22,7 +22,7 @@ from towers import random_video
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones import umt
 from tempme_vl.backbones.umt import UMTConfig, from_umt_names, model_config, position_table, sinusoid_table
-from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 
 TINY = "umt:tiny"  # 6 layers, 16 tokens of width 64 a frame
 F, N, D = 6, 16, 64
@@ -545,7 +545,7 @@ def test_pixels_are_normalised_as_image_net_and_squashed() -> None:
     size = config["image_size"]
     wide = np.full((1, size, 2 * size, 3), 255, dtype=np.uint8)
     wide[:, :, : size // 4] = 0
-    pixels = ClipTransform(Preprocess.from_dict(config))(wide)
+    pixels = VideoTransform(Preprocess.from_dict(config))(wide)
     white = (1 - torch.tensor(published.mean)) / torch.tensor(published.std)
     black = -torch.tensor(published.mean) / torch.tensor(published.std)
     torch.testing.assert_close(pixels[0, :, size // 2, -1], white)

@@ -199,7 +199,7 @@ CASES: dict[str, Case] = {
                 {"file": "c.mp4", "caption": SENTENCES[3], "split": "test", "start": 3},
             )
         },
-        lambda root: jsonl.read_jsonl(root / "mine.jsonl", root / "videos"),
+        lambda root: jsonl.read_caption_lines(root / "mine.jsonl", root / "videos"),
         {**OF_CLIPS, ("*", "caption"): "text", ("*", "captions"): "texts"},
     ),
     "jsonl questions": Case(
@@ -209,7 +209,7 @@ CASES: dict[str, Case] = {
                 {"file": "b.mp4", "question": "who", "answers": ["man", "boy"], "options": ["boy", "café"], "id": 7},
             )
         },
-        lambda root: videoqa.read_jsonl(root / "mine.jsonl", root / "videos"),
+        lambda root: videoqa.read_question_lines(root / "mine.jsonl", root / "videos"),
         {
             **OF_CLIPS,
             ("*", "question"): "text",
@@ -327,20 +327,20 @@ def check_whole(case: Case, files: dict[str, bytes], result: Any) -> None:
         assert result and all(map(is_fine_text, result)) and len(set(result)) == len(result)
         return
     if isinstance(result, RetrievalSplit):
-        clips, said = list(result.clips), [text for captions in result.captions for text in captions]
-        ids = [clip.video_id for clip in clips]
+        videos, said = list(result.videos), [text for captions in result.captions for text in captions]
+        ids = [video.video_id for video in videos]
         assert all(result.captions)
     else:
-        clips, said = [q.clip for q in result.questions], [q.question for q in result.questions]
+        videos, said = [q.video for q in result.questions], [q.question for q in result.questions]
         said += [text for q in result.questions for text in (*q.answers, *q.options)]
         ids = [q.question_id for q in result.questions]
     assert len(set(ids)) == len(ids) > 0
     assert all(is_fine_id(i) for i in ids) and all(map(is_fine_text, said))
-    for clip in clips:
-        assert is_fine_id(clip.video_id) and ".." not in clip.path.parts
-        for seconds in (clip.start, clip.end):
+    for video in videos:
+        assert is_fine_id(video.video_id) and ".." not in video.path.parts
+        for seconds in (video.start, video.end):
             assert seconds is None or (math.isfinite(seconds) and 0 <= seconds < 1e7)
-        assert clip.end is None or clip.end > (clip.start or 0)
+        assert video.end is None or video.end > (video.start or 0)
     for name, content in files.items():
         if name.endswith(".csv") and "LSMDC" not in name:
             text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")

@@ -1,4 +1,4 @@
-"""Questions as torch datasets: to train on, and to ask about clips that are encoded already."""
+"""Questions as torch datasets: to train on, and to ask about videos that are encoded already."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from clips import different, write_clip
 from torch import Tensor
 from torch.utils.data import DataLoader
+from video_files import different, write_video
 
 from tempme_vl.data.questions import AskedQuestions, TrainQuestions, most_options
-from tempme_vl.data.reader import ClipReader, broken_clips
-from tempme_vl.data.splits import Clip
-from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.reader import VideoReader, broken_videos
+from tempme_vl.data.splits import Video
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.data.videoqa import QASplit, Question
 from tempme_vl.training.sampler import StepSampler
 
@@ -44,16 +44,16 @@ def tokenize(question: str, answer: str | None, options: Sequence[str]) -> dict[
 
 
 @pytest.fixture
-def clips(tmp_path: Path) -> list[Clip]:
-    """Two clips, and one that is no video."""
-    paths = [write_clip(tmp_path / f"{name}.mp4", num_frames=n) for name, n in (("a", 20), ("b", 30))]
+def videos(tmp_path: Path) -> list[Video]:
+    """Two videos, and one that is no video."""
+    paths = [write_video(tmp_path / f"{name}.mp4", num_frames=n) for name, n in (("a", 20), ("b", 30))]
     (tmp_path / "c.mp4").write_bytes(b"no video")
-    return [Clip(path.stem, path) for path in (*paths, tmp_path / "c.mp4")]
+    return [Video(path.stem, path) for path in (*paths, tmp_path / "c.mp4")]
 
 
 @pytest.fixture
-def split(clips: list[Clip]) -> QASplit:
-    a, b, c = clips
+def split(videos: list[Video]) -> QASplit:
+    a, b, c = videos
     return QASplit(
         "toy/train",
         (
@@ -67,9 +67,9 @@ def split(clips: list[Clip]) -> QASplit:
 
 
 @pytest.fixture
-def choices(clips: list[Clip]) -> QASplit:
+def choices(videos: list[Video]) -> QASplit:
     """Two, four and three options; of three right answers to the second question two are options."""
-    a, b, _ = clips
+    a, b, _ = videos
     return QASplit(
         "toy/choices",
         (
@@ -81,9 +81,9 @@ def choices(clips: list[Clip]) -> QASplit:
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> ClipReader:
-    transform = ClipTransform(Preprocess(image_size=16), "randaugment")
-    return ClipReader(4, transform, timeout=None, broken_log=tmp_path / "broken.jsonl", cache="memory")
+def reader(tmp_path: Path) -> VideoReader:
+    transform = VideoTransform(Preprocess(image_size=16), "randaugment")
+    return VideoReader(4, transform, timeout=None, broken_log=tmp_path / "broken.jsonl", cache="memory")
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
@@ -96,8 +96,8 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 # ---- to train on
 
 
-def test_every_question_is_a_sample_with_its_clip(split: QASplit, reader: ClipReader) -> None:
-    plain = replace(reader, transform=ClipTransform(Preprocess(image_size=16)))
+def test_every_question_is_a_sample_with_its_video(split: QASplit, reader: VideoReader) -> None:
+    plain = replace(reader, transform=VideoTransform(Preprocess(image_size=16)))
     questions = TrainQuestions(split, plain, tokenize)
     items = [questions[0, index] for index in range(len(questions))]
     assert [item["name"] for item in items] == ["7 (a)", "3 (b)", "5 (a)", "9 (c)", "4 (b)"]
@@ -105,22 +105,22 @@ def test_every_question_is_a_sample_with_its_clip(split: QASplit, reader: ClipRe
     for item, question in zip(items, split.questions, strict=True):
         assert as_text(item["answer_ids"]) in question.answers
         assert (item["video"].shape, item["frame_mask"].tolist()) == ((4, 3, 16, 16), [1] * 4)
-        assert torch.equal(item["times"], plain(question.clip).times) and item["times"].diff().gt(0).all()
+        assert torch.equal(item["times"], plain(question.video).times) and item["times"].diff().gt(0).all()
         assert "option_valid" not in item
     assert torch.equal(items[0]["video"], items[2]["video"]) and not torch.equal(items[0]["video"], items[1]["video"])
 
 
-def test_a_broken_clip_is_a_sample_that_is_not_valid(split: QASplit, reader: ClipReader) -> None:
+def test_a_broken_video_is_a_sample_that_is_not_valid(split: QASplit, reader: VideoReader) -> None:
     questions = TrainQuestions(split, reader, tokenize)
     items = [questions[0, index] for index in range(len(questions))]
     assert [item["valid"] for item in items] == [1, 1, 1, 0, 1]
     assert not items[3]["video"].any() and as_text(items[3]["answer_ids"]) == "this"
-    assert reader.broken_log is not None and list(broken_clips(reader.broken_log)) == ["c"]
+    assert reader.broken_log is not None and list(broken_videos(reader.broken_log)) == ["c"]
     (batch,) = DataLoader(questions, batch_size=5, sampler=[(0, index) for index in range(5)])
     assert batch["valid"].tolist() == [1, 1, 1, 0, 1]
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone(split: QASplit, reader: ClipReader) -> None:
+def test_a_sample_depends_on_seed_epoch_and_index_alone(split: QASplit, reader: VideoReader) -> None:
     first, second = TrainQuestions(split, reader, tokenize, 3), TrainQuestions(split, replace(reader), tokenize, 3)
     _ = [second[1, index] for index in range(3)]  # what was read before, and what is cached, does not matter
     for epoch in range(6):
@@ -129,22 +129,22 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(split: QASplit, reader: 
     other_seed = TrainQuestions(split, reader, tokenize, 4)
     assert different([first[epoch, 1]["video"] for epoch in range(4)]) == 4
     assert different([part[0, 1]["video"] for part in (first, other_seed)]) == 2
-    assert different([first[0, index]["video"] for index in (0, 2)]) == 2, "two questions about one clip"
+    assert different([first[0, index]["video"] for index in (0, 2)]) == 2, "two questions about one video"
     by_seed = [[as_text(part[epoch, 1]["answer_ids"]) for epoch in range(20)] for part in (first, other_seed)]
     assert by_seed[0] != by_seed[1]
 
 
 def test_neighbouring_seeds_share_no_epoch(tmp_path: Path) -> None:
     """Nor does anything else that sums up alike: every seed, epoch and question has draws of its own."""
-    long = Clip("long", write_clip(tmp_path / "long.mp4", num_frames=120))
+    long = Video("long", write_video(tmp_path / "long.mp4", num_frames=120))
     split = QASplit("toy/train", tuple(Question(str(i), long, "what", ("a", "b")) for i in range(2)))
-    reader = ClipReader(6, ClipTransform(Preprocess(image_size=16)), "segment", timeout=None, on_broken="raise")
+    reader = VideoReader(6, VideoTransform(Preprocess(image_size=16)), "segment", timeout=None, on_broken="raise")
     parts = [TrainQuestions(split, reader, tokenize, seed) for seed in range(2)]
     videos = [part[epoch, index]["video"] for part in parts for epoch in range(2) for index in range(2)]
     assert different(videos) == 8
 
 
-def test_each_right_answer_is_drawn_equally_often(split: QASplit, choices: QASplit, reader: ClipReader) -> None:
+def test_each_right_answer_is_drawn_equally_often(split: QASplit, choices: QASplit, reader: VideoReader) -> None:
     for asked, expected in ((split, {"man", "boy", "a person"}), (choices, {"boy", "man"})):
         questions = TrainQuestions(asked, reader, tokenize)
         drawn = Counter(as_text(questions[epoch, 1]["answer_ids"]) for epoch in range(120))
@@ -152,7 +152,7 @@ def test_each_right_answer_is_drawn_equally_often(split: QASplit, choices: QASpl
         assert min(drawn.values()) > 0.6 * 120 / len(expected)
 
 
-def test_loader_processes_give_the_same_batches(choices: QASplit, reader: ClipReader) -> None:
+def test_loader_processes_give_the_same_batches(choices: QASplit, reader: VideoReader) -> None:
     def batches(workers: int) -> list[dict[str, Any]]:
         sampler = StepSampler(3, 3, 2, seed=0)
         return list(DataLoader(TrainQuestions(choices, reader, tokenize), batch_sampler=sampler, num_workers=workers))
@@ -165,7 +165,7 @@ def test_loader_processes_give_the_same_batches(choices: QASplit, reader: ClipRe
 # ---- options
 
 
-def rows_of(dataset: str, asked: QASplit, reader: ClipReader) -> list[dict[str, Any]]:
+def rows_of(dataset: str, asked: QASplit, reader: VideoReader) -> list[dict[str, Any]]:
     if dataset == "training":
         questions = TrainQuestions(asked, reader, tokenize)
         return [questions[0, index] for index in range(len(questions))]
@@ -174,7 +174,7 @@ def rows_of(dataset: str, asked: QASplit, reader: ClipReader) -> list[dict[str, 
 
 
 @pytest.mark.parametrize("dataset", ["training", "asking"])
-def test_options_are_filled_up_to_the_longest_list(dataset: str, choices: QASplit, reader: ClipReader) -> None:
+def test_options_are_filled_up_to_the_longest_list(dataset: str, choices: QASplit, reader: VideoReader) -> None:
     """By real words, which attention needs, and marked, so that nobody chooses them."""
     assert most_options(choices) == 4
     for item, question in zip(rows_of(dataset, choices, reader), choices.questions, strict=True):
@@ -187,14 +187,14 @@ def test_options_are_filled_up_to_the_longest_list(dataset: str, choices: QASpli
 
 
 @pytest.mark.parametrize("dataset", ["training", "asking"])
-def test_questions_with_and_without_options_do_not_mix(dataset: str, choices: QASplit, reader: ClipReader) -> None:
+def test_questions_with_and_without_options_do_not_mix(dataset: str, choices: QASplit, reader: VideoReader) -> None:
     plain = replace(choices.questions[1], options=())
     mixed = replace(choices, questions=(choices.questions[0], plain, choices.questions[2]))
     with pytest.raises(ValueError, match="toy/choices: 1 questions have no options, others do: 2"):
         rows_of(dataset, mixed, reader)
 
 
-def test_without_options_there_are_none(split: QASplit, reader: ClipReader) -> None:
+def test_without_options_there_are_none(split: QASplit, reader: VideoReader) -> None:
     assert most_options(split) == 0
     assert all("option_valid" not in item for item in rows_of("asking", split, reader))
 
@@ -202,7 +202,7 @@ def test_without_options_there_are_none(split: QASplit, reader: ClipReader) -> N
 # ---- to ask
 
 
-def test_questions_are_asked_in_order_about_what_was_kept_of_their_clips(split: QASplit) -> None:
+def test_questions_are_asked_in_order_about_what_was_kept_of_their_videos(split: QASplit) -> None:
     kept = {"tokens": torch.randn(3, 5, 2), "size": torch.rand(3, 5, 1)}
     rows = [2, 0, 2, 1, 0]
     asked = AskedQuestions(split, kept, rows, tokenize)

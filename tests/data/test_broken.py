@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tempme_vl.data.broken import BrokenLog, MissingVideosError, broken_clips, check_videos
-from tempme_vl.data.splits import Clip
+from tempme_vl.data.broken import BrokenLog, MissingVideosError, broken_videos, check_videos
+from tempme_vl.data.splits import Video
 
 
 def test_missing_videos_are_listed_once_and_too_many_are_an_error(tmp_path: Path) -> None:
@@ -22,10 +22,10 @@ def test_missing_videos_are_listed_once_and_too_many_are_an_error(tmp_path: Path
     os.mkfifo(tmp_path / "fifo")  # opening it would wait for ever
     (tmp_path / "link").symlink_to(tmp_path / "a")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
-    here = [Clip(name, tmp_path / name) for name in (*"abcdefgh", "link")]
+    here = [Video(name, tmp_path / name) for name in (*"abcdefgh", "link")]
     absent = [tmp_path / name for name in ("x", "folder", "fifo", "nowhere")]
-    gone = [Clip(path.name, path) for path in absent]
-    parts = [Clip("x@1", tmp_path / "x", 1.0, 2.0), Clip("a@1", tmp_path / "a", 1.0, 2.0)]
+    gone = [Video(path.name, path) for path in absent]
+    parts = [Video("x@1", tmp_path / "x", 1.0, 2.0), Video("a@1", tmp_path / "a", 1.0, 2.0)]
     assert check_videos(here) == []
     assert check_videos([]) == []
     assert check_videos([*gone, *here, *parts], most_missing=4 / 13) == absent
@@ -41,7 +41,7 @@ def test_missing_videos_are_listed_once_and_too_many_are_an_error(tmp_path: Path
             check_videos(here, share)
 
 
-A, B, C = (Clip(name, Path(f"{name}.mp4")) for name in "abc")
+A, B, C = (Video(name, Path(f"{name}.mp4")) for name in "abc")
 
 
 def test_what_can_be_read_again_leaves_the_list_whichever_process_reads_it(tmp_path: Path) -> None:
@@ -52,16 +52,16 @@ def test_what_can_be_read_again_leaves_the_list_whichever_process_reads_it(tmp_p
     one.add(A, "cut")
     one.add(A, "cut")
     one.add(B, "empty")
-    assert broken_clips(path) == {"a": "cut", "b": "empty"}
+    assert broken_videos(path) == {"a": "cut", "b": "empty"}
     other.remove(C)
     other.remove(A)
     other.remove(A)
-    assert broken_clips(path) == {"b": "empty"}
+    assert broken_videos(path) == {"b": "empty"}
     one.add(A, "cut again")  # it broke once more
-    assert broken_clips(path) == {"b": "empty", "a": "cut again"}
+    assert broken_videos(path) == {"b": "empty", "a": "cut again"}
     one.remove(A)
     BrokenLog(path).remove(B)  # a run that goes on
-    assert broken_clips(path) == {}
+    assert broken_videos(path) == {}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["video_id"], line.get("cause"), line.get("repaired")) for line in lines] == [
         ("a", "cut", None),
@@ -75,21 +75,21 @@ def test_what_can_be_read_again_leaves_the_list_whichever_process_reads_it(tmp_p
 
 def test_a_line_that_is_cut_off_costs_that_line_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "broken.jsonl"
-    for clip in (A, B):
-        BrokenLog(path).add(clip, "cut")
+    for video in (A, B):
+        BrokenLog(path).add(video, "cut")
     whole = path.read_bytes()
     last = len(whole.splitlines()[-1])
     for length in range(len(whole) - last, len(whole) - 1):
         path.write_bytes(whole[:length])
         caplog.clear()
-        assert broken_clips(path) == {"a": "cut"}
+        assert broken_videos(path) == {"a": "cut"}
         warned = [record for record in caplog.records if record.levelno == logging.WARNING]
         assert len(warned) == 1 and f"{path}, line 2" in caplog.text
         BrokenLog(path).add(C, "empty")  # the next line is whole again
-        assert broken_clips(path) == {"a": "cut", "c": "empty"}
+        assert broken_videos(path) == {"a": "cut", "c": "empty"}
     for damage in (b"[]\n", b"{}\n", b"null\n", b"\xff\xfe\n", b'{"video_id": ["a"], "cause": "x"}\n', b"\x00\x00"):
         path.write_bytes(damage + b"\n" + whole)
-        assert broken_clips(path) == {"a": "cut", "b": "cut"}
+        assert broken_videos(path) == {"a": "cut", "b": "cut"}
 
 
 def test_a_full_disk_is_an_error_that_names_the_log_and_the_video(tmp_path: Path) -> None:
@@ -102,4 +102,4 @@ def test_a_full_disk_is_an_error_that_names_the_log_and_the_video(tmp_path: Path
             BrokenLog(path).add(B, "cut")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert broken_clips(path) == {"a": "cut"}
+    assert broken_videos(path) == {"a": "cut"}

@@ -33,30 +33,30 @@ def test_msrvtt(tmp_path, folder):
     write_msrvtt(tmp_path / folder)
     train = load_split("msrvtt", tmp_path, "train_9k")
     assert train.name == "msrvtt/train_9k"
-    assert [clip.video_id for clip in train.clips] == ["video0", "video2", "video1"]
+    assert [video.video_id for video in train.videos] == ["video0", "video2", "video1"]
     assert train.captions[1] == ("caption 2 0", "caption 2 1", "caption 2 2")
-    assert train.clips[0].path == tmp_path / "videos" / "video0.mp4"
+    assert train.videos[0].path == tmp_path / "videos" / "video0.mp4"
     assert (train.max_words, train.num_frames) == (32, 12)
-    assert [clip.video_id for clip in load_split("msrvtt", tmp_path, "train_7k").clips] == ["video1"]
+    assert [video.video_id for video in load_split("msrvtt", tmp_path, "train_7k").videos] == ["video1"]
     test = load_split("msrvtt", tmp_path, "test_1k")
-    assert (test.clips[0].video_id, test.captions) == ("video5", (("a, b",), ("c",)))
+    assert (test.videos[0].video_id, test.captions) == ("video5", (("a, b",), ("c",)))
     full = load_split("msrvtt", tmp_path, "test_full")
-    assert [clip.video_id for clip in full.clips] == ["video4", "video5"] and full.num_captions == 6
+    assert [video.video_id for video in full.videos] == ["video4", "video5"] and full.num_captions == 6
 
 
 def test_msrvtt_videos_are_found_by_stem(tmp_path):
     write_msrvtt(tmp_path)
     write(tmp_path / "MSRVTT_Videos" / "video5.webm", "")
-    clips = load_split("msrvtt", tmp_path, "test_1k").clips
-    assert [clip.path.name for clip in clips] == ["video5.webm", "video4.mp4"]
-    elsewhere = load_split("msrvtt", tmp_path, "test_1k", video_root=tmp_path).clips
+    videos = load_split("msrvtt", tmp_path, "test_1k").videos
+    assert [video.path.name for video in videos] == ["video5.webm", "video4.mp4"]
+    elsewhere = load_split("msrvtt", tmp_path, "test_1k", video_root=tmp_path).videos
     assert elsewhere[0].path == tmp_path / "MSRVTT_Videos" / "video5.webm"
 
 
 def test_msrvtt_mistakes_are_named(tmp_path):
     write_msrvtt(tmp_path)
     write(tmp_path / "MSRVTT_train.9k.csv", "video_id\nvideo0\nvideo99\n")
-    with pytest.raises(ValueError, match="1 clips have no caption or an empty one: video99"):
+    with pytest.raises(ValueError, match="1 videos have no caption or an empty one: video99"):
         load_split("msrvtt", tmp_path, "train_9k")
     write(tmp_path / "MSRVTT_train.7k.csv", "name\nvideo0\n")
     with pytest.raises(ValueError, match=r"7k\.csv: expected the columns video_id; found \['name'\]"):
@@ -73,7 +73,7 @@ def test_msvd(tmp_path):
     write(tmp_path / "captions_msvd.json", {"x_1_2": ["a", "b"], "y_3_4": ["c"], "z_5_6": ["d"]})
     write(tmp_path / "test_list.txt", "y_3_4\nx_1_2\n")
     test = load_split("msvd", tmp_path, "test")
-    assert [clip.video_id for clip in test.clips] == ["y_3_4", "x_1_2"]
+    assert [video.video_id for video in test.videos] == ["y_3_4", "x_1_2"]
     assert test.captions == (("c",), ("a", "b"))
     write(tmp_path / "train_list.txt", "z_5_6\nw\n")
     with pytest.raises(ValueError, match=r"train_list\.txt: 1 ids have no captions in .*captions_msvd\.json, e\.g\. w"):
@@ -85,7 +85,7 @@ def test_activitynet_joins_sentences_and_rounds_the_duration_up(tmp_path):
     write(tmp_path / "val_1.json", {"v_abc": video})
     val = load_split("activitynet", tmp_path, "val_1")
     assert val.captions == (("A woman dances. She ends.",),)
-    assert (val.clips[0].video_id, val.clips[0].start, val.clips[0].end) == ("v_abc", 0.0, 83.0)
+    assert (val.videos[0].video_id, val.videos[0].start, val.videos[0].end) == ("v_abc", 0.0, 83.0)
     assert (val.max_words, val.num_frames) == (64, 64)
 
 
@@ -97,9 +97,9 @@ def test_didemo_from_paragraphs_or_single_descriptions(tmp_path):
     ]
     write(tmp_path / "val_data.json", entries)
     val = load_split("didemo", tmp_path, "val")
-    assert [clip.video_id for clip in val.clips] == ["1@N_2_ab", "3@N_4_cd"]
+    assert [video.video_id for video in val.videos] == ["1@N_2_ab", "3@N_4_cd"]
     assert val.captions == (("first. second",), ("other",))
-    assert {(clip.start, clip.end) for clip in val.clips} == {(0.0, 31.0)}
+    assert {(video.start, video.end) for video in val.videos} == {(0.0, 31.0)}
     assert (val.max_words, val.num_frames) == (64, 64)
     rows = 'success,video_path,starts,ends,text,formatted_data\nTrue,/some/where/1@N_2_ab.avi,t,t,"a, b",x\n'
     write(tmp_path / "didemo_val_label.tmass.csv", rows)
@@ -107,15 +107,15 @@ def test_didemo_from_paragraphs_or_single_descriptions(tmp_path):
 
 
 def test_lsmdc(tmp_path):
-    clip = "3086_UGLY_TRUTH_00.23.23.000-00.23.28.886"
-    line = f'{clip}\t00.23.23.000\t00.23.28.886\t00.23.23.000\t00.23.28.886\tSOMEONE says "stop.\n'
+    video = "3086_UGLY_TRUTH_00.23.23.000-00.23.28.886"
+    line = f'{video}\t00.23.23.000\t00.23.28.886\t00.23.23.000\t00.23.28.886\tSOMEONE says "stop.\n'
     write(tmp_path / "LSMDC16_challenge_1000_publictect.csv", line)
-    write(tmp_path / "videos" / "3086_UGLY_TRUTH" / f"{clip}.avi", "")
+    write(tmp_path / "videos" / "3086_UGLY_TRUTH" / f"{video}.avi", "")
     test = load_split("lsmdc", tmp_path, "test")
     assert test.captions == (('SOMEONE says "stop.',),)
-    assert test.clips[0].path == tmp_path / "videos" / "3086_UGLY_TRUTH" / f"{clip}.avi"
+    assert test.videos[0].path == tmp_path / "videos" / "3086_UGLY_TRUTH" / f"{video}.avi"
     write(tmp_path / "LSMDC16_challenge_1000_publictect.csv", line + "half a line\n")
-    with pytest.raises(ValueError, match=r"publictect\.csv, line 2: expected clip, 4 times and a sentence"):
+    with pytest.raises(ValueError, match=r"publictect\.csv, line 2: expected video, 4 times and a sentence"):
         load_split("lsmdc", tmp_path, "test")
 
 

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from clips import write_clip
+from video_files import write_video
 
 from tempme_vl.data import decoder, video
 from tempme_vl.data.decoder_process import DecoderProcess, DecoderTimeout
@@ -49,7 +49,7 @@ def faulty(tmp_path, monkeypatch):
 
 
 def test_with_and_without_a_limit_the_frames_are_the_same(tmp_path):
-    path = write_clip(tmp_path / "a.mp4")
+    path = write_video(tmp_path / "a.mp4")
     here, there = read_frames(path, 6), read_frames(path, 6, timeout=60)
     np.testing.assert_array_equal(here.pixels, there.pixels)
     np.testing.assert_array_equal(here.indices, there.indices)
@@ -58,7 +58,7 @@ def test_with_and_without_a_limit_the_frames_are_the_same(tmp_path):
 
 
 def test_a_hanging_decoder_is_stopped_and_the_next_call_works(tmp_path, faulty):
-    good, bad = write_clip(tmp_path / "good.mp4"), write_clip(tmp_path / "hang.mp4")
+    good, bad = write_video(tmp_path / "good.mp4"), write_video(tmp_path / "hang.mp4")
     read_frames(good, 4, timeout=60)  # the process has started
     began = time.monotonic()
     with pytest.raises(VideoError, match=r"hang\.mp4: decoding did not finish within 0\.6 s"):
@@ -68,19 +68,19 @@ def test_a_hanging_decoder_is_stopped_and_the_next_call_works(tmp_path, faulty):
 
 
 def test_decord_answers_when_only_pyav_hangs(tmp_path, faulty):
-    path = write_clip(tmp_path / "hang pyav.mp4")
+    path = write_video(tmp_path / "hang pyav.mp4")
     assert read_frames(path, 4, timeout=6).backend == "decord"
 
 
 def test_a_crash_is_an_error_and_the_next_call_works(tmp_path, faulty):
-    good, bad = write_clip(tmp_path / "good.mp4"), write_clip(tmp_path / "crash.mp4")
+    good, bad = write_video(tmp_path / "good.mp4"), write_video(tmp_path / "crash.mp4")
     with pytest.raises(VideoError, match=r"crash\.mp4.*pyav: the decoder crashed \(signal 6\); decord: the decoder"):
         read_frames(bad, 4, timeout=60)
     assert read_frames(good, 4, timeout=60).backend == "pyav"
 
 
 def test_a_process_that_was_killed_says_nothing_of_its_video(tmp_path, faulty):
-    path = write_clip(tmp_path / "killed.mp4")
+    path = write_video(tmp_path / "killed.mp4")
     frames = read_frames(path, 4, timeout=60)
     np.testing.assert_array_equal(frames.pixels, read_frames(path, 4).pixels)
     assert (tmp_path / "killed.mp4.seen").exists()
@@ -92,7 +92,7 @@ class Interruption(Exception):
 
 @pytest.mark.parametrize("delay", [0.0001, 0.001, 0.003, 0.01, 0.05, 0.2])
 def test_an_interrupted_call_leaves_no_answer_for_the_next(tmp_path, faulty, delay):
-    slow, other = write_clip(tmp_path / "slow.mp4"), write_clip(tmp_path / "other.mp4", 30, height=48)
+    slow, other = write_video(tmp_path / "slow.mp4"), write_video(tmp_path / "other.mp4", 30, height=48)
     expected = read_frames(other, 4)
     read_frames(other, 4, timeout=60)  # the process has started
 
@@ -113,7 +113,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(tmp_path, faulty, del
 
 
 def test_a_signal_handler_may_read_a_video_itself(tmp_path, faulty):
-    slow, other = write_clip(tmp_path / "slow.mp4"), write_clip(tmp_path / "other.mp4", 30, height=48)
+    slow, other = write_video(tmp_path / "slow.mp4"), write_video(tmp_path / "other.mp4", 30, height=48)
     read_frames(other, 4, timeout=60)
     inside = []
     before = signal.signal(signal.SIGALRM, lambda *_: inside.append(read_frames(other, 4, timeout=60)))
@@ -129,7 +129,7 @@ def test_a_signal_handler_may_read_a_video_itself(tmp_path, faulty):
 
 def test_what_is_wrong_in_an_exchange_does_not_outlive_it(tmp_path, faulty, monkeypatch):
     """Any exception, not only a signal's: here, no memory for the answer."""
-    slow, other = write_clip(tmp_path / "slow.mp4"), write_clip(tmp_path / "other.mp4", 30, height=48)
+    slow, other = write_video(tmp_path / "slow.mp4"), write_video(tmp_path / "other.mp4", 30, height=48)
     read_frames(other, 4, timeout=60)
     with monkeypatch.context() as patch:
         patch.setattr(decoder, "read_message", lambda stream: (_ for _ in ()).throw(MemoryError))
@@ -140,7 +140,7 @@ def test_what_is_wrong_in_an_exchange_does_not_outlive_it(tmp_path, faulty, monk
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process maps")
 def test_the_child_cannot_grow_beyond_the_limit(tmp_path, faulty):
-    greedy, good = write_clip(tmp_path / "greedy.mp4"), write_clip(tmp_path / "good.mp4")
+    greedy, good = write_video(tmp_path / "greedy.mp4"), write_video(tmp_path / "good.mp4")
     with pytest.raises(VideoError, match=r"greedy\.mp4: it takes more than the 0\.5 GiB of memory that are allowed"):
         read_frames(greedy, 4, timeout=60, memory_gib=0.5)
     assert read_frames(good, 4, timeout=60, memory_gib=0.5).pixels.shape == (4, 64, 96, 3)
@@ -149,7 +149,7 @@ def test_the_child_cannot_grow_beyond_the_limit(tmp_path, faulty):
 
 
 def test_the_terminal_interrupt_does_not_end_the_child(tmp_path, faulty):
-    path = write_clip(tmp_path / "a.mp4")
+    path = write_video(tmp_path / "a.mp4")
     read_frames(path, 4, timeout=60)
     first = faulty._process
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -159,11 +159,11 @@ def test_the_terminal_interrupt_does_not_end_the_child(tmp_path, faulty):
 
 
 def test_what_libraries_print_does_not_enter_the_protocol(tmp_path, faulty):
-    assert read_frames(write_clip(tmp_path / "noise.mp4"), 4, timeout=60).pixels.shape == (4, 64, 96, 3)
+    assert read_frames(write_video(tmp_path / "noise.mp4"), 4, timeout=60).pixels.shape == (4, 64, 96, 3)
 
 
 def test_the_child_lives_on_between_calls_and_is_given_up_after_a_fork(tmp_path, faulty):
-    path = write_clip(tmp_path / "a.mp4")
+    path = write_video(tmp_path / "a.mp4")
     read_frames(path, 4, timeout=60)
     first = faulty._process
     read_frames(path, 4, timeout=60)

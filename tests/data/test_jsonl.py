@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tempme_vl.data.jsonl import read_jsonl
+from tempme_vl.data.jsonl import read_caption_lines
 
 
 def write(path, *entries):
@@ -19,17 +19,17 @@ def test_captions_times_ids_and_splits(tmp_path):
         {"file": "sub/b.mp4", "caption": "one", "start": 1, "end": 2.5, "split": "train"},
         {"file": "sub/b.mp4", "caption": "two", "start": 2.5, "split": "test", "id": "second"},
     )
-    train = read_jsonl(path, tmp_path / "videos", "train")
+    train = read_caption_lines(path, tmp_path / "videos", "train")
     assert train.name == "mine/train"
     assert train.captions == (("a dog", "runs", "barks"), ("one",))
-    assert train.clips[0].path == tmp_path / "videos" / "a.mp4"
-    assert (train.clips[1].start, train.clips[1].end) == (1.0, 2.5)
-    test = read_jsonl(path, tmp_path / "videos", "test", max_words=7, num_frames=4)
-    assert (test.clips[0].video_id, test.clips[0].start, test.clips[0].end) == ("second", 2.5, None)
+    assert train.videos[0].path == tmp_path / "videos" / "a.mp4"
+    assert (train.videos[1].start, train.videos[1].end) == (1.0, 2.5)
+    test = read_caption_lines(path, tmp_path / "videos", "test", max_words=7, num_frames=4)
+    assert (test.videos[0].video_id, test.videos[0].start, test.videos[0].end) == ("second", 2.5, None)
     assert (test.max_words, test.num_frames) == (7, 4)
-    everything = read_jsonl(path, tmp_path / "videos")
-    assert everything.name == "mine/all" and len(everything.clips) == 3
-    assert len({clip.video_id for clip in everything.clips}) == 3
+    everything = read_caption_lines(path, tmp_path / "videos")
+    assert everything.name == "mine/all" and len(everything.videos) == 3
+    assert len({video.video_id for video in everything.videos}) == 3
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_captions_times_ids_and_splits(tmp_path):
 def test_errors_name_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "mine.jsonl", {"file": "good.mp4", "caption": "fine"}, line)
     with pytest.raises(ValueError, match=rf"mine\.jsonl, line 2: .*{message}"):
-        read_jsonl(path, tmp_path)
+        read_caption_lines(path, tmp_path)
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
     path = write(tmp_path / "mine.jsonl", {"file": "a.mp4", "caption": "a", "split": "train"})
     with pytest.raises(ValueError, match="no lines with split 'test'; splits found: train"):
-        read_jsonl(path, tmp_path, "test")
+        read_caption_lines(path, tmp_path, "test")
     with pytest.raises(ValueError, match="no lines"):
-        read_jsonl(write(tmp_path / "empty.jsonl", ""), tmp_path)
+        read_caption_lines(write(tmp_path / "empty.jsonl", ""), tmp_path)
     with pytest.raises(ValueError, match="no such file"):
-        read_jsonl(tmp_path / "none.jsonl", tmp_path)
+        read_caption_lines(tmp_path / "none.jsonl", tmp_path)

@@ -1,4 +1,4 @@
-"""The motion data set: only the order of frames tells a clip from its reversal, and the files are MSRVTT's."""
+"""The motion data set: only the order of frames tells a video from its reversal, and the files are MSRVTT's."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tempme_vl.data import motion
-from tempme_vl.data.motion import COLORS, DIRECTIONS, SHAPES, MoveClip, OrderClip, Thing, render_frames
+from tempme_vl.data.motion import COLORS, DIRECTIONS, SHAPES, MoveVideo, OrderVideo, Thing, render_frames
 
 SMALL = {"num_train": 40, "num_test": 12, "num_order_train": 10, "num_order_val": 4, "num_order_test": 4}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -41,24 +41,24 @@ def root(tmp_path_factory) -> Path:
     return motion.render_motion(tmp_path_factory.mktemp("motion"), **SMALL)
 
 
-def reversible_clips():
+def reversible_videos():
     for direction, opposite in OPPOSITE.items():
-        clip = MoveClip(ODD, direction, extent=12.3, background="navy")
-        yield pytest.param(clip, dataclasses.replace(clip, direction=opposite), id=direction)
+        video = MoveVideo(ODD, direction, extent=12.3, background="navy")
+        yield pytest.param(video, dataclasses.replace(video, direction=opposite), id=direction)
     other = Thing("yellow", "cross", x=-4.1, y=6.2, radius=9.4)
-    yield pytest.param(OrderClip(ODD, other, "black"), OrderClip(other, ODD, "black"), id="order")
+    yield pytest.param(OrderVideo(ODD, other, "black"), OrderVideo(other, ODD, "black"), id="order")
 
 
-@pytest.mark.parametrize(("clip", "opposite"), reversible_clips())
-def test_reversed_clip_holds_the_same_frames(clip, opposite, tmp_path):
-    frames, reverse = render_frames(clip), render_frames(opposite)
+@pytest.mark.parametrize(("video", "opposite"), reversible_videos())
+def test_reversed_video_holds_the_same_frames(video, opposite, tmp_path):
+    frames, reverse = render_frames(video), render_frames(opposite)
     assert frames.shape == (motion.NUM_FRAMES, motion.SIZE, motion.SIZE, 3) and frames.dtype == np.uint8
     assert np.array_equal(frames[::-1], reverse)
     assert not np.array_equal(frames, reverse)
 
-    motion.write_video(tmp_path / "clip.mp4", frames)
+    motion.write_video(tmp_path / "video.mp4", frames)
     motion.write_video(tmp_path / "reverse.mp4", reverse)
-    decoded, decoded_reverse = decode(tmp_path / "clip.mp4"), decode(tmp_path / "reverse.mp4")
+    decoded, decoded_reverse = decode(tmp_path / "video.mp4"), decode(tmp_path / "reverse.mp4")
     assert np.array_equal(decoded[::-1], decoded_reverse), "compression gives the direction of time away"
     assert np.abs(decoded.astype(int) - frames).mean() < 4, "compression changes the picture too much"
 
@@ -72,17 +72,17 @@ def test_reversed_clip_holds_the_same_frames(clip, opposite, tmp_path):
         pytest.param(np.arange(16), id="all"),
     ],
 )
-@pytest.mark.parametrize(("clip", "opposite"), reversible_clips())
-def test_sampled_frames_do_not_depend_on_the_direction(clip, opposite, indices):
-    def as_set(clip):
-        return Counter(frame.tobytes() for frame in render_frames(clip)[indices])
+@pytest.mark.parametrize(("video", "opposite"), reversible_videos())
+def test_sampled_frames_do_not_depend_on_the_direction(video, opposite, indices):
+    def as_set(video):
+        return Counter(frame.tobytes() for frame in render_frames(video)[indices])
 
-    assert as_set(clip) == as_set(opposite)
+    assert as_set(video) == as_set(opposite)
 
 
 def test_object_moves_the_way_it_is_called():
     for direction, (dx, dy) in DIRECTIONS.items():
-        frames = render_frames(MoveClip(ODD, direction, extent=12.0, background="black")).astype(float).sum(-1)
+        frames = render_frames(MoveVideo(ODD, direction, extent=12.0, background="black")).astype(float).sum(-1)
         weights = frames - frames.min()
         total = weights.sum((1, 2))
         pixel = np.arange(motion.SIZE)
@@ -94,7 +94,7 @@ def test_object_moves_the_way_it_is_called():
 def test_shapes_and_colors_differ_at_half_the_size():
     pictures = {}
     for shape in SHAPES:
-        frame = render_frames(MoveClip(Thing("red", shape, 0, 0, 9.0), "left", 10.0, "black"))[8, ..., 0]
+        frame = render_frames(MoveVideo(Thing("red", shape, 0, 0, 9.0), "left", 10.0, "black"))[8, ..., 0]
         pictures[shape] = frame.reshape(32, 2, 32, 2).mean((1, 3)) > 100
     for a, b in [(a, b) for a in SHAPES for b in SHAPES if a < b]:
         differing = (pictures[a] ^ pictures[b]).sum()
@@ -105,17 +105,17 @@ def test_shapes_and_colors_differ_at_half_the_size():
 
 
 def test_objects_stay_in_view():
-    def area(clip):
-        frames = render_frames(clip).astype(float)
-        return np.abs(frames - motion.BACKGROUNDS[clip.background]).sum((1, 2, 3))
+    def area(video):
+        frames = render_frames(video).astype(float)
+        return np.abs(frames - motion.BACKGROUNDS[video.background]).sum((1, 2, 3))
 
-    for _, clip in motion._draw_clips(0, 100, 0, 20, 0, 0):
-        visible = area(clip)
-        if isinstance(clip, MoveClip):
+    for _, video in motion._draw_videos(0, 100, 0, 20, 0, 0):
+        visible = area(video)
+        if isinstance(video, MoveVideo):
             assert visible.min() > 0.9 * visible.max()
         else:
-            first, second = (dataclasses.replace(thing, x=0, y=0) for thing in (clip.first, clip.second))
-            centred = OrderClip(first, second, clip.background)
+            first, second = (dataclasses.replace(thing, x=0, y=0) for thing in (video.first, video.second))
+            centred = OrderVideo(first, second, video.background)
             assert (visible > 0.98 * area(centred)).all()
 
 
@@ -150,32 +150,32 @@ def test_layout_is_that_of_msrvtt(root):
         assert stream.frames == motion.NUM_FRAMES
 
 
-def test_captions_of_one_clip_say_what_it_was_rendered_from():
-    clip = MoveClip(ODD, "up", 11.0, "brown")
-    for caption in clip.captions():
+def test_captions_of_one_video_say_what_it_was_rendered_from():
+    video = MoveVideo(ODD, "up", 11.0, "brown")
+    for caption in video.captions():
         assert {"magenta", "triangle", "up"} <= set(caption.split())
-    order = OrderClip(ODD, Thing("blue", "ring", 0, 0, 9.0), "black").captions()
+    order = OrderVideo(ODD, Thing("blue", "ring", 0, 0, 9.0), "black").captions()
     assert all(
         ("magenta triangle" in caption) and ("blue ring" in caption) and ("black" in caption) for caption in order
     )
 
 
 def test_all_test_captions_differ():
-    entries = motion._draw_clips(0, 1, 96, 0, 0, 0)
-    captions = {clip.captions()[0] for split, clip in entries if split == "test"}
+    entries = motion._draw_videos(0, 1, 96, 0, 0, 0)
+    captions = {video.captions()[0] for split, video in entries if split == "test"}
     assert len(captions) == 96
     with pytest.raises(ValueError, match="only 96"):
-        motion._draw_clips(0, 1, 97, 0, 0, 0)
+        motion._draw_videos(0, 1, 97, 0, 0, 0)
 
 
 def test_train_directions_are_balanced_and_independent_of_the_place():
-    entries = motion._draw_clips(0, 4000, 0, 0, 0, 0)
-    moves = [clip for _, clip in entries if isinstance(clip, MoveClip)]
-    counts = Counter(clip.direction for clip in moves)
+    entries = motion._draw_videos(0, 4000, 0, 0, 0, 0)
+    moves = [video for _, video in entries if isinstance(video, MoveVideo)]
+    counts = Counter(video.direction for video in moves)
     assert min(counts.values()) > 900
     for a, b in (("left", "right"), ("up", "down")):
         for quantity in (lambda c: c.thing.x, lambda c: c.thing.y, lambda c: c.thing.radius, lambda c: c.extent):
-            means = [np.mean([quantity(clip) for clip in moves if clip.direction == d]) for d in (a, b)]
+            means = [np.mean([quantity(video) for video in moves if video.direction == d]) for d in (a, b)]
             assert abs(means[0] - means[1]) < 0.8
 
 
@@ -221,12 +221,12 @@ def test_every_question_has_a_kind_that_says_whether_it_needs_time(root):
     for pair in pairs:
         kind = kinds[pair["question"]]
         assert pair["answer"] in possible[kind]
-        # category 1 are the clips of two things in turn; their questions are all about the order
+        # category 1 are the videos of two things in turn; their questions are all about the order
         assert (kind == "order") == (pair["category_id"] == 1)
-    # a clip played backwards keeps the answers that need no time, and changes the others
-    clip = MoveClip(ODD, "left", 12.3, "navy")
-    reverse = dataclasses.replace(clip, direction="right")
-    for forth, back in zip(*(motion._questions(c, np.random.default_rng(1)) for c in (clip, reverse)), strict=True):
+    # a video played backwards keeps the answers that need no time, and changes the others
+    video = MoveVideo(ODD, "left", 12.3, "navy")
+    reverse = dataclasses.replace(video, direction="right")
+    for forth, back in zip(*(motion._questions(c, np.random.default_rng(1)) for c in (video, reverse)), strict=True):
         assert forth[0] == back[0]
         assert (forth[1] != back[1]) == (motion.question_kind(forth[0]) == "direction")
 
@@ -249,7 +249,7 @@ def test_finished_data_set_is_left_alone(root):
 def test_other_parameters_are_refused(root):
     with pytest.raises(ValueError, match="other parameters"):
         motion.render_motion(root, **{**SMALL, "num_test": 11})
-    with pytest.raises(ValueError, match="training clip"):
+    with pytest.raises(ValueError, match="training video"):
         motion.render_motion(root, num_train=0)
 
 
@@ -289,7 +289,7 @@ def test_killed_rendering_is_made_complete(root, tmp_path):
     process.join()
     assert not (tmp_path / "motion.json").exists()
 
-    # What the killed run left, clips beyond the wanted number included, must not survive.
+    # What the killed run left, videos beyond the wanted number included, must not survive.
     motion.render_motion(tmp_path, **SMALL)
     assert annotations(tmp_path) == annotations(root)
     names = {path.name for path in (tmp_path / "videos").iterdir()}

@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 
 from tempme_vl.data import motion
-from tempme_vl.data.splits import Clip
+from tempme_vl.data.splits import Video
 from tempme_vl.data.videoqa import (
     QASplit,
     Question,
     answer_vocabulary,
     coverage,
-    read_jsonl,
+    read_question_lines,
     read_questions,
     read_split,
     read_splits,
@@ -31,7 +31,7 @@ def entry(**changes):
 
 def split(*answers, name="toy/train"):
     return QASplit(
-        name, tuple(Question(str(i), Clip("v", Path("v")), "what", (answer,)) for i, answer in enumerate(answers))
+        name, tuple(Question(str(i), Video("v", Path("v")), "what", (answer,)) for i, answer in enumerate(answers))
     )
 
 
@@ -42,22 +42,22 @@ def test_msrvtt_csv_and_json_are_the_same_questions(tmp_path):
     from_json = read_questions(write(tmp_path / "test_qa.json", entries))
     assert from_csv.questions == from_json.questions
     assert from_csv.questions[0] == Question(
-        "5", Clip("7010", Path("7010")), "what is a man doing", answers=("talk",), options=()
+        "5", Video("7010", Path("7010")), "what is a man doing", answers=("talk",), options=()
     )
     assert from_csv.name == f"{tmp_path.name}/test.csv"
 
 
 @pytest.mark.parametrize("name", ["test.csv", "test_qa.json"])
-def test_msrvtt_questions_find_the_clips_of_the_retrieval_reader(tmp_path, name):
+def test_msrvtt_questions_find_the_videos_of_the_retrieval_reader(tmp_path, name):
     (tmp_path / "MSRVTT_Videos").mkdir()
     (tmp_path / "MSRVTT_Videos" / "video7010.webm").touch()
     (tmp_path / "msrvtt_qa").mkdir()
     write(tmp_path / "msrvtt_qa" / name, CSV if name == "test.csv" else [entry(), entry(id=6, video_id="video7")])
     result = read_split("msrvtt_qa", tmp_path, "test")
     assert result.name == "msrvtt_qa/test"
-    clips = {q.clip for q in result.questions}
+    videos = {q.video for q in result.questions}
     folder = tmp_path / "MSRVTT_Videos"
-    assert clips == {Clip("video7010", folder / "video7010.webm"), Clip("video7", folder / "video7.mp4")}
+    assert videos == {Video("video7010", folder / "video7010.webm"), Video("video7", folder / "video7.mp4")}
 
 
 def test_motion_has_the_layout_of_msrvtt(tmp_path, monkeypatch):
@@ -68,11 +68,11 @@ def test_motion_has_the_layout_of_msrvtt(tmp_path, monkeypatch):
     render = motion.render_motion
     monkeypatch.setattr(motion, "render_motion", render_few)
     splits = {name: read_split("motion", tmp_path / "motion", name) for name in ("train", "val", "test")}
-    # three questions about a moving thing, two about an order; one of twenty moving clips is for validation
+    # three questions about a moving thing, two about an order; one of twenty moving videos is for validation
     assert {name: len(s.questions) for name, s in splits.items()} == {"train": 63, "val": 7, "test": 16}
-    assert all(q.clip.path.is_file() for s in splits.values() for q in s.questions)
-    clips = [{q.clip for q in s.questions} for s in splits.values()]
-    assert len(set.union(*clips)) == sum(map(len, clips)) == 31
+    assert all(q.video.path.is_file() for s in splits.values() for q in s.questions)
+    videos = [{q.video for q in s.questions} for s in splits.values()]
+    assert len(set.union(*videos)) == sum(map(len, videos)) == 31
 
 
 def lines_of(path, *splits):
@@ -100,20 +100,20 @@ def test_splits_of_a_jsonl_file(tmp_path, given, expected):
                 f"mine/{wanted[0]}",
                 [f"q{i}" for i in wanted[1]],
             )
-            assert {q.clip.path.parent for q in found.questions} == {tmp_path / "videos"}
+            assert {q.video.path.parent for q in found.questions} == {tmp_path / "videos"}
 
 
 def test_splits_of_a_data_set(tmp_path):
     for i, name in enumerate(("train", "val", "test")):
         write(tmp_path / f"{name}_qa.json", [entry(video_id=i)])
-    (tmp_path / "clips").mkdir()
-    (tmp_path / "clips" / "vid1.avi").touch()
-    splits = read_splits("msvd_qa", tmp_path, tmp_path / "clips")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "vid1.avi").touch()
+    splits = read_splits("msvd_qa", tmp_path, tmp_path / "videos")
     assert splits == tuple(
-        read_split("msvd_qa", tmp_path, name, tmp_path / "clips") for name in ("train", "val", "test")
+        read_split("msvd_qa", tmp_path, name, tmp_path / "videos") for name in ("train", "val", "test")
     )
     assert [split.name for split in splits] == ["msvd_qa/train", "msvd_qa/val", "msvd_qa/test"]
-    assert splits[1].questions[0].clip == Clip("vid1", tmp_path / "clips" / "vid1.avi")
+    assert splits[1].questions[0].video == Video("vid1", tmp_path / "videos" / "vid1.avi")
 
 
 def test_what_a_data_set_needs_is_named(tmp_path):
@@ -136,12 +136,12 @@ def test_line_separators_of_unicode_are_letters(tmp_path):
         assert [(q.question, q.answers) for q in found.questions] == [("what\u2028is it", ("a\x85b",))]
 
 
-def test_msvd_names_clips_by_the_mapping_where_there_is_one(tmp_path):
+def test_msvd_names_videos_by_the_mapping_where_there_is_one(tmp_path):
     write(tmp_path / "val_qa.json", [entry(video_id=3), entry(id=6, video_id=4)])
-    assert [q.clip.video_id for q in read_split("msvd_qa", tmp_path, "val").questions] == ["vid3", "vid4"]
+    assert [q.video.video_id for q in read_split("msvd_qa", tmp_path, "val").questions] == ["vid3", "vid4"]
     mapping = write(tmp_path / "youtube_mapping.txt", "-8y1Q_108_115 vid3\nabc_1_2 vid4\n")
     questions = read_split("msvd_qa", tmp_path, "val", tmp_path).questions
-    assert [q.clip for q in questions] == [Clip(i, tmp_path / f"{i}.mp4") for i in ("-8y1Q_108_115", "abc_1_2")]
+    assert [q.video for q in questions] == [Video(i, tmp_path / f"{i}.mp4") for i in ("-8y1Q_108_115", "abc_1_2")]
     write(mapping, "abc vid4\n")
     with pytest.raises(ValueError, match=r"val_qa\.json: 1 videos are not in .*youtube_mapping\.txt: 3"):
         read_split("msvd_qa", tmp_path, "val")
@@ -159,7 +159,7 @@ def write_activitynet(folder, ids, answer_ids):
 def test_activitynet_joins_questions_and_answers(tmp_path):
     path = write_activitynet(tmp_path, ["v_1QI_1", "v_1QI_2"], ["v_1QI_1", "v_1QI_2"])
     result = read_split("activitynet_qa", tmp_path, "test")
-    assert [(q.question_id, q.clip.video_id, q.answers) for q in result.questions] == [
+    assert [(q.question_id, q.video.video_id, q.answers) for q in result.questions] == [
         ("v_1QI_1", "v_1QI", ("no",)),
         ("v_1QI_2", "v_1QI", ("no",)),
     ]
@@ -182,17 +182,17 @@ def test_jsonl_answers_options_times_and_splits(tmp_path):
         {"file": "b.mp4", "question": "how", "answer": "so", "start": 1, "end": 2.5, "split": "test"},
     ]
     path = write(tmp_path / "mine.jsonl", "\n".join(line if line == "" else json.dumps(line) for line in lines))
-    everything = read_jsonl(path, tmp_path / "videos")
+    everything = read_question_lines(path, tmp_path / "videos")
     assert everything.name == "mine/all"
     assert everything.questions == (
-        Question("1", Clip("a.mp4", tmp_path / "videos/a.mp4"), "what", ("dog",)),
-        Question("7", Clip("a.mp4", tmp_path / "videos/a.mp4"), "who", ("man", "boy"), ("girl", "boy")),
-        Question("4", Clip("b.mp4@1.0-2.5", tmp_path / "videos/b.mp4", 1.0, 2.5), "how", ("so",)),
+        Question("1", Video("a.mp4", tmp_path / "videos/a.mp4"), "what", ("dog",)),
+        Question("7", Video("a.mp4", tmp_path / "videos/a.mp4"), "who", ("man", "boy"), ("girl", "boy")),
+        Question("4", Video("b.mp4@1.0-2.5", tmp_path / "videos/b.mp4", 1.0, 2.5), "how", ("so",)),
     )
     test = read_questions(path, "test")
     assert test.name == "mine/test" and [q.question_id for q in test.questions] == ["4"]
     with pytest.raises(ValueError, match="no lines with split 'val'; splits found: None, test, train"):
-        read_jsonl(path, tmp_path, "val")
+        read_question_lines(path, tmp_path, "val")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path, line, message):
     good = json.dumps({"file": "good.mp4", "question": "q", "answer": "a"})
     path = write(tmp_path / "mine.jsonl", good + "\n" + (line if isinstance(line, str) else json.dumps(line)))
     with pytest.raises(ValueError, match=rf"mine\.jsonl, line 2: .*{message}"):
-        read_jsonl(path, tmp_path)
+        read_question_lines(path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -275,15 +275,15 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
 @pytest.mark.parametrize("options", [("man",), ("man", "man", "boy"), ("girl", "boy")])
 def test_options_are_distinct_and_hold_a_right_answer(options):
     with pytest.raises(ValueError, match=r"toy: 1 questions need two distinct options or more, .*: q1"):
-        QASplit("toy", (Question("q1", Clip("v", Path("v")), "who", ("man",), options),))
+        QASplit("toy", (Question("q1", Video("v", Path("v")), "who", ("man",), options),))
 
 
 def test_splits_made_by_hand_are_checked():
-    clip = Clip("v", Path("v"))
+    video = Video("v", Path("v"))
     for question, message in (
-        (Question("q1", clip, " ", ("man",)), "1 questions are empty: q1"),
-        (Question("q1", clip, "who", ()), "no answer or an empty one: q1"),
-        (Question("q1", clip, "who", ("man", "")), "no answer or an empty one: q1"),
+        (Question("q1", video, " ", ("man",)), "1 questions are empty: q1"),
+        (Question("q1", video, "who", ()), "no answer or an empty one: q1"),
+        (Question("q1", video, "who", ("man", "")), "no answer or an empty one: q1"),
     ):
         with pytest.raises(ValueError, match=f"toy: .*{message}"):
             QASplit("toy", (question,))
@@ -301,7 +301,7 @@ def test_vocabulary_is_by_frequency_then_alphabet_whatever_the_order():
 def test_coverage_counts_questions_with_a_known_answer():
     assert coverage(("a", "b"), split("a", "a", "c", "b")) == 75
     assert coverage((), split("a")) == 0
-    several = QASplit("toy", (Question("q", Clip("v", Path("v")), "who", ("x", "a")),))
+    several = QASplit("toy", (Question("q", Video("v", Path("v")), "who", ("x", "a")),))
     assert coverage(["a"], several) == 100
 
 

@@ -40,19 +40,19 @@ def msrvtt(tmp_path_factory):
 )
 def test_msrvtt(msrvtt, split, videos, captions):
     result = load_split("msrvtt", msrvtt, split)
-    assert (len(result.clips), result.num_captions) == (videos, captions)
+    assert (len(result.videos), result.num_captions) == (videos, captions)
 
 
 def test_msrvtt_splits_do_not_overlap(msrvtt):
     ids = {
-        split: {c.video_id for c in load_split("msrvtt", msrvtt, split).clips}
+        split: {c.video_id for c in load_split("msrvtt", msrvtt, split).videos}
         for split in ("train_9k", "train_7k", "test_1k")
     }
     assert ids["train_7k"] < ids["train_9k"] and not ids["train_9k"] & ids["test_1k"]
     test = load_split("msrvtt", msrvtt, "test_1k")
     assert len({texts[0] for texts in test.captions}) == 995
     train, val = holdout_validation(load_split("msrvtt", msrvtt, "train_9k"), 500, seed=0)
-    assert (len(train.clips), len(val.clips), len(set(val.captions))) == (8500, 500, 500)
+    assert (len(train.videos), len(val.videos), len(set(val.captions))) == (8500, 500, 500)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,13 @@ def test_msrvtt_splits_do_not_overlap(msrvtt):
 )
 def test_counts(dataset, split, videos, captions):
     result = load_split(dataset, ROOT / dataset, split)
-    assert (len(result.clips), result.num_captions) == (videos, captions)
+    assert (len(result.videos), result.num_captions) == (videos, captions)
 
 
 def test_didemo_from_its_original_files(tmp_path):
     for split, videos in (("val", 1065), ("test", 1004)):
         shutil.copy(ROOT / "didemo" / f"{split}_data.json", tmp_path)
-        assert len(load_split("didemo", tmp_path, split).clips) == videos
+        assert len(load_split("didemo", tmp_path, split).videos) == videos
 
 
 def test_lsmdc_format(tmp_path):
@@ -100,7 +100,7 @@ def test_lsmdc_format(tmp_path):
 )
 def test_question_counts(dataset, split, videos, questions):
     result = read_split(dataset, ROOT / dataset, split)
-    assert (len({q.clip for q in result.questions}), len(result.questions)) == (videos, questions)
+    assert (len({q.video for q in result.questions}), len(result.questions)) == (videos, questions)
 
 
 def test_the_json_and_the_csv_of_msrvtt_qa_are_one():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tempme_vl.data.jsonl import read_jsonl
+from tempme_vl.data.jsonl import read_caption_lines
 from tempme_vl.data.splits import missing_videos
 from tempme_vl.data.video import Frames, VideoError, read_frames
 
@@ -34,11 +34,11 @@ def check(path: Path) -> bool:
     return bool(readable)
 
 
-def test_all_real_clips_are_read():
-    split = read_jsonl(VIDEOS / "manifest.jsonl", VIDEOS)
-    assert len(split.clips) == len((VIDEOS / "manifest.jsonl").read_text().split("\n{"))
+def test_all_real_videos_are_read():
+    split = read_caption_lines(VIDEOS / "manifest.jsonl", VIDEOS)
+    assert len(split.videos) == len((VIDEOS / "manifest.jsonl").read_text().split("\n{"))
     assert missing_videos(split) == []
-    assert all(check(clip.path) for clip in split.clips)
+    assert all(check(video.path) for video in split.videos)
 
 
 def test_odd_files_give_frames_or_an_error_and_none_is_lost():

@@ -7,7 +7,7 @@ from tempme_vl.data.sampling import SAMPLING, frames_per_second, segment_middle,
 
 @pytest.mark.parametrize("name", SAMPLING)
 @pytest.mark.parametrize("random", [False, True])
-def test_exactly_as_many_sorted_indices_inside_the_clip(name, random):
+def test_exactly_as_many_sorted_indices_inside_the_video(name, random):
     for num_raw in (1, 2, 5, 11, 12, 13, 100, 1001):
         for num_frames in (1, 2, 12, 64):
             for fps in (0.3, 10.0, 29.97):

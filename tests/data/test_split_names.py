@@ -8,20 +8,20 @@ import pytest
 
 from tempme_vl.data.datasets import DATASETS, Source, SplitNames, load_split
 from tempme_vl.data.files import AnnotationError
-from tempme_vl.data.jsonl import read_jsonl
-from tempme_vl.data.splits import Clip, known_split, resolve_split, trained_on
+from tempme_vl.data.jsonl import read_caption_lines
+from tempme_vl.data.splits import Video, known_split, resolve_split, trained_on
 from tempme_vl.data.videoqa import read_questions, read_split, read_splits
 
-SEEN = "{} of these {} clips were trained on: no scores on unseen clips"
+SEEN = "{} of these {} videos were trained on: no scores on unseen videos"
 
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a line for each split, None for a line without one; a clip and a question a line."""
+    """Writes a line for each split, None for a line without one; a video and a question a line."""
 
     def write(*splits):
         entries = [
-            {"file": f"{i}.mp4", "caption": f"clip {i}", "question": f"q{i}", "answer": "a", "split": split}
+            {"file": f"{i}.mp4", "caption": f"video {i}", "question": f"q{i}", "answer": "a", "split": split}
             for i, split in enumerate(splits)
         ]
         path = tmp_path / "mine.jsonl"
@@ -39,17 +39,17 @@ def names_of(split):
     """The numbers of the lines in a retrieval or question split, None for no split."""
     if split is None:
         return None
-    clips = split.clips if hasattr(split, "clips") else [question.clip for question in split.questions]
-    return [int(clip.path.stem) for clip in clips]
+    videos = split.videos if hasattr(split, "videos") else [question.video for question in split.questions]
+    return [int(video.path.stem) for video in videos]
 
 
 def both(path, names=None):
     """What the retrieval and the question reader make of a file, which is the same."""
-    clips = source(path).read_all(names or SplitNames(), seed=0)
+    videos = source(path).read_all(names or SplitNames(), seed=0)
     questions = read_splits("jsonl", None, path.parent / "videos", path)
-    assert [names_of(split) for split in clips] == [names_of(split) for split in questions]
-    assert [split and (split.name, split.note) for split in clips] == [s and (s.name, s.note) for s in questions]
-    return clips
+    assert [names_of(split) for split in videos] == [names_of(split) for split in questions]
+    assert [split and (split.name, split.note) for split in videos] == [s and (s.name, s.note) for s in questions]
+    return videos
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_usual_synonyms_are_understood_and_said(file, caplog, given):
     explicit = source(file("train", "train", "val", "test")).read_all(SplitNames(*given), seed=0)
     assert [names_of(split) for split in explicit] == [[0, 1], [2], [3]]
     assert names_of(source(path).read("test")) == names_of(source(path).read()) == [3]
-    assert names_of(read_questions(path, "val")) == names_of(read_jsonl(path, "", "val")) == [2]
+    assert names_of(read_questions(path, "val")) == names_of(read_caption_lines(path, "", "val")) == [2]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,11 @@ def test_a_name_that_is_not_there_is_an_error_that_lists_those_that_are(file, na
         source(path).read_all(names, seed=0)
     for name in (names.train, names.val, names.test):
         if name not in (None, "train", "test"):
-            for read in (source(path).read, lambda name: read_questions(path, name), lambda n: read_jsonl(path, "", n)):
+            for read in (
+                source(path).read,
+                lambda name: read_questions(path, name),
+                lambda n: read_caption_lines(path, "", n),
+            ):
                 with pytest.raises(AnnotationError, match=f"no lines with split {name!r}; splits found: "):
                     read(name)
 
@@ -119,14 +123,14 @@ def test_several_names_for_one_split_are_not_chosen_from(file):
     assert (names_of(train), names_of(val)) == ([0], [1])
 
 
-def test_scores_on_training_clips_are_noted_and_said(file, caplog):
+def test_scores_on_training_videos_are_noted_and_said(file, caplog):
     train, val, test = both(file(None, None, None))
     assert (names_of(train), val, names_of(test)) == ([0, 1, 2], None, [0, 1, 2])
     assert (train.note, test.note) == ("", SEEN.format(3, 3))
     assert f"mine/all: {SEEN.format(3, 3)}" in caplog.text and caplog.records[-1].levelno == logging.WARNING
     # some are held out: they are not trained on, and the test still is, but for them
     train, val, test = source(file(None, None, None)).read_all(SplitNames(holdout=1), 0)
-    assert (len(train.clips), len(val.clips), val.note, test.note) == (2, 1, "", SEEN.format(2, 3))
+    assert (len(train.videos), len(val.videos), val.note, test.note) == (2, 1, "", SEEN.format(2, 3))
     # a validation split, and nothing to test on
     train, val, test = both(file("val", "train", "train"))
     assert (names_of(train), names_of(val), names_of(test)) == ([1, 2], [0], [1, 2])
@@ -137,7 +141,7 @@ def test_scores_on_training_clips_are_noted_and_said(file, caplog):
     assert source(file("train", "test")).read().note == ""
 
 
-def test_a_clip_of_two_splits_is_noted(file):
+def test_a_video_of_two_splits_is_noted(file):
     path = file("train", "train", "val", "test", "test")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, lines[0].replace('"train"', '"test"'), lines[2].replace('"val"', '"train"')]))
@@ -147,8 +151,8 @@ def test_a_clip_of_two_splits_is_noted(file):
     assert [split.note for split in read_splits("jsonl", None, path.parent, path)] == [train.note, val.note, test.note]
 
 
-def test_parts_of_one_video_are_different_clips(tmp_path):
-    whole = Clip("a", tmp_path / "a.mp4")
+def test_parts_of_one_video_are_different_videos(tmp_path):
+    whole = Video("a", tmp_path / "a.mp4")
     part, other = (replace(whole, start=start, end=start + 2.0) for start in (0.0, 2.0))
     assert trained_on([whole, part], [other]) == ""
     assert trained_on([whole, part], [other, part]) == SEEN.format(1, 2)
@@ -166,7 +170,7 @@ def test_the_full_test_of_msrvtt_overlaps_the_large_training_split(tmp_path):
 
 
 def test_lines_without_a_split_are_left_out_and_said(file, caplog):
-    assert names_of(read_jsonl(file("train", None, "test", None), "", "train")) == [0]
+    assert names_of(read_caption_lines(file("train", None, "test", None), "", "train")) == [0]
     assert "mine.jsonl: 2 of 4 lines have no split and are left out" in caplog.text
 
 
@@ -174,7 +178,7 @@ def test_lines_without_a_split_are_left_out_and_said(file, caplog):
 @pytest.mark.parametrize("split", [None, "train"])
 def test_a_split_that_is_no_text_is_refused(file, value, split):
     with pytest.raises(AnnotationError, match=r"mine\.jsonl, line 2: expected an id"):
-        read_jsonl(file("train", value), "", split)
+        read_caption_lines(file("train", value), "", split)
 
 
 def test_every_data_set_knows_the_synonyms_and_lists_what_it_has(tmp_path, caplog):

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from tempme_vl.data.splits import (
-    Clip,
     RetrievalSplit,
+    Video,
     find_annotations,
     holdout_validation,
     locate_videos,
@@ -15,37 +15,37 @@ from tempme_vl.data.splits import (
 
 
 def split(captions: list[list[str]]) -> RetrievalSplit:
-    clips = tuple(Clip(f"v{i}", Path(f"v{i}.mp4")) for i in range(len(captions)))
-    return RetrievalSplit("toy/train", clips, tuple(map(tuple, captions)), max_words=5, num_frames=3)
+    videos = tuple(Video(f"v{i}", Path(f"v{i}.mp4")) for i in range(len(captions)))
+    return RetrievalSplit("toy/train", videos, tuple(map(tuple, captions)), max_words=5, num_frames=3)
 
 
 def test_pairs_list_every_caption_once():
     ragged = split([["a", "b"], ["c"], ["d", "e", "f"]])
     assert ragged.num_captions == 6
-    assert [ragged.captions[clip][caption] for clip, caption in ragged.pairs] == list("abcdef")
+    assert [ragged.captions[video][caption] for video, caption in ragged.pairs] == list("abcdef")
 
 
 def test_invalid_splits_are_rejected():
-    clip = Clip("v0", Path("v0.mp4"))
-    for clips, captions, message in (
-        ((clip,), (), "1 clips but captions of 0"),
-        ((), (), "no clips"),
-        ((clip,), ((),), "no caption or an empty one: v0"),
-        ((clip,), (("fine", " "),), "no caption or an empty one: v0"),
-        ((clip, clip), (("a",), ("b",)), "more than once: v0"),
+    video = Video("v0", Path("v0.mp4"))
+    for videos, captions, message in (
+        ((video,), (), "1 videos but captions of 0"),
+        ((), (), "no videos"),
+        ((video,), ((),), "no caption or an empty one: v0"),
+        ((video,), (("fine", " "),), "no caption or an empty one: v0"),
+        ((video, video), (("a",), ("b",)), "more than once: v0"),
     ):
         with pytest.raises(ValueError, match=f"toy/test: .*{message}"):
-            RetrievalSplit("toy/test", clips, captions)
+            RetrievalSplit("toy/test", videos, captions)
 
 
-def test_holdout_divides_whole_clips_and_keeps_the_rest():
+def test_holdout_divides_whole_videos_and_keeps_the_rest():
     whole = split([[f"caption {i} {k}" for k in range(4)] for i in range(50)])
     train, val = holdout_validation(whole, 12, seed=3)
-    assert len(val.clips) == val.num_captions == 12
-    assert {*train.clips, *val.clips} == set(whole.clips) and len(train.clips) == 38
-    by_id = dict(zip((clip.video_id for clip in whole.clips), whole.captions, strict=True))
-    assert all(by_id[clip.video_id] == texts for clip, texts in zip(train.clips, train.captions, strict=True))
-    assert all(texts[0] in by_id[clip.video_id] for clip, texts in zip(val.clips, val.captions, strict=True))
+    assert len(val.videos) == val.num_captions == 12
+    assert {*train.videos, *val.videos} == set(whole.videos) and len(train.videos) == 38
+    by_id = dict(zip((video.video_id for video in whole.videos), whole.captions, strict=True))
+    assert all(by_id[video.video_id] == texts for video, texts in zip(train.videos, train.captions, strict=True))
+    assert all(texts[0] in by_id[video.video_id] for video, texts in zip(val.videos, val.captions, strict=True))
     assert (val.max_words, val.num_frames) == (5, 3)
     assert "12 held out, seed 3" in val.name and "without 12 held out, seed 3" in train.name
     assert holdout_validation(whole, 12, seed=3) == (train, val)
@@ -53,7 +53,7 @@ def test_holdout_divides_whole_clips_and_keeps_the_rest():
 
 
 def test_held_out_captions_are_unique_where_possible():
-    # Greedy in file order would give the first clip "same", leaving the second without a caption of its own.
+    # Greedy in file order would give the first video "same", leaving the second without a caption of its own.
     whole = split([["same", "only here"], ["same"], ["same", "and here"], ["train"]])
     for seed in range(20):
         _, val = holdout_validation(whole, 3, seed)
@@ -62,10 +62,10 @@ def test_held_out_captions_are_unique_where_possible():
     assert val.num_captions == 2
 
 
-@pytest.mark.parametrize("num_clips", [0, 4, 5])
-def test_holding_out_none_or_all_is_an_error(num_clips):
-    with pytest.raises(ValueError, match="toy/train has 4 clips; expected to hold out 1 to 3"):
-        holdout_validation(split([["a"], ["b"], ["c"], ["d"]]), num_clips, seed=0)
+@pytest.mark.parametrize("num_videos", [0, 4, 5])
+def test_holding_out_none_or_all_is_an_error(num_videos):
+    with pytest.raises(ValueError, match="toy/train has 4 videos; expected to hold out 1 to 3"):
+        holdout_validation(split([["a"], ["b"], ["c"], ["d"]]), num_videos, seed=0)
 
 
 def test_videos_are_found_by_stem_in_subfolders_and_missing_ones_listed(tmp_path):
@@ -80,8 +80,8 @@ def test_videos_are_found_by_stem_in_subfolders_and_missing_ones_listed(tmp_path
         "d.mp4",
         "e",
     ]
-    clips = tuple(Clip(name, path) for name, path in zip("abcde", paths, strict=True))
-    assert missing_videos(RetrievalSplit("toy", clips, (("x",),) * 5)) == [clips[3]]
+    videos = tuple(Video(name, path) for name, path in zip("abcde", paths, strict=True))
+    assert missing_videos(RetrievalSplit("toy", videos, (("x",),) * 5)) == [videos[3]]
     assert locate_videos("a", tmp_path, tmp_path / "videos/train") == [tmp_path / "videos/train/a.mp4"]
 
 
@@ -89,7 +89,7 @@ def test_ambiguous_and_absent_video_folders_are_errors(tmp_path):
     for name in ("one/a.mp4", "two/a.mp4"):
         (tmp_path / "videos" / name).parent.mkdir(parents=True)
         (tmp_path / "videos" / name).touch()
-    with pytest.raises(ValueError, match=r"several files fit the clip a: .*; keep one, or set video_root"):
+    with pytest.raises(ValueError, match=r"several files fit the video a: .*; keep one, or set video_root"):
         locate_videos("a", tmp_path, None)
     with pytest.raises(ValueError, match="elsewhere is not a folder"):
         locate_videos("a", tmp_path, tmp_path / "elsewhere")
@@ -124,7 +124,7 @@ def test_links_to_one_file_are_one_video(tmp_path):
     assert locate_videos("a", tmp_path, None) == [tmp_path / "videos" / "a.mp4"]
     (tmp_path / "videos" / "other").mkdir()
     (tmp_path / "videos" / "other" / "a.avi").touch()
-    with pytest.raises(ValueError, match=r"several files fit the clip a: .*a\.mp4, .*a\.avi"):
+    with pytest.raises(ValueError, match=r"several files fit the video a: .*a\.mp4, .*a\.avi"):
         locate_videos("a", tmp_path, None)
 
 

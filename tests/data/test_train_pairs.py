@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from clips import different, write_clip
 from torch.utils.data import DataLoader
+from video_files import different, write_video
 
-from tempme_vl.data.reader import ClipReader
-from tempme_vl.data.retrieval import EvalCaptions, EvalClips, TrainPairs, caption_id
-from tempme_vl.data.splits import Clip, RetrievalSplit
-from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.reader import VideoReader
+from tempme_vl.data.retrieval import EvalCaptions, EvalVideos, TrainPairs, caption_id
+from tempme_vl.data.splits import RetrievalSplit, Video
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.tasks.losses import contrastive_loss
 from tempme_vl.text.tokenizers import ClipTokenizer
 from tempme_vl.training.sampler import StepSampler
@@ -24,16 +24,16 @@ CAPTIONS = (("a dog runs", "a dog"), ("a cat sleeps",), ("A dog",), ("a broken o
 
 @pytest.fixture
 def split(tmp_path: Path) -> RetrievalSplit:
-    paths = [write_clip(tmp_path / f"{name}.mp4", num_frames=n) for name, n in (("a", 20), ("b", 30), ("c", 25))]
+    paths = [write_video(tmp_path / f"{name}.mp4", num_frames=n) for name, n in (("a", 20), ("b", 30), ("c", 25))]
     (tmp_path / "d.mp4").write_bytes(b"no video")
-    clips = [Clip(path.stem, path) for path in (*paths, tmp_path / "d.mp4")]
-    return RetrievalSplit("test/train", tuple(clips), CAPTIONS)
+    videos = [Video(path.stem, path) for path in (*paths, tmp_path / "d.mp4")]
+    return RetrievalSplit("test/train", tuple(videos), CAPTIONS)
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> ClipReader:
-    transform = ClipTransform(Preprocess(image_size=16), "randaugment")
-    return ClipReader(4, transform, timeout=None, broken_log=tmp_path / "broken.jsonl", cache="memory")
+def reader(tmp_path: Path) -> VideoReader:
+    transform = VideoTransform(Preprocess(image_size=16), "randaugment")
+    return VideoReader(4, transform, timeout=None, broken_log=tmp_path / "broken.jsonl", cache="memory")
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
@@ -43,7 +43,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
     )
 
 
-def test_every_caption_is_a_pair_with_its_clip(split: RetrievalSplit, reader: ClipReader) -> None:
+def test_every_caption_is_a_pair_with_its_video(split: RetrievalSplit, reader: VideoReader) -> None:
     pairs = TrainPairs(split, reader, ClipTokenizer(6))
     items = [pairs[0, index] for index in range(len(pairs))]
     assert [item["name"] for item in items] == ["a#0", "a#1", "b#0", "c#0", "d#0"]
@@ -54,33 +54,33 @@ def test_every_caption_is_a_pair_with_its_clip(split: RetrievalSplit, reader: Cl
     for item in items:
         assert (item["video"].shape, item["frame_mask"].tolist()) == ((4, 3, 16, 16), [1] * 4)
         assert item["text_ids"].shape == item["text_mask"].shape == (6,)
-    plain = replace(reader, transform=ClipTransform(Preprocess(image_size=16)))
-    for item, clip in zip(items, [split.clips[item["video_id"]] for item in items], strict=True):
-        assert torch.equal(item["times"], plain(clip).times)
+    plain = replace(reader, transform=VideoTransform(Preprocess(image_size=16)))
+    for item, video in zip(items, [split.videos[item["video_id"]] for item in items], strict=True):
+        assert torch.equal(item["times"], plain(video).times)
         assert item["times"].shape == (4,) and item["times"].diff().gt(0).all()
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone(split: RetrievalSplit, reader: ClipReader) -> None:
+def test_a_sample_depends_on_seed_epoch_and_index_alone(split: RetrievalSplit, reader: VideoReader) -> None:
     first, second = (TrainPairs(split, reader, ClipTokenizer(6), seed=3) for _ in range(2))
     _ = [second[1, index] for index in range(3)]  # what was read before does not matter
     assert same(first[0, 2], second[0, 2])
     other_seed = TrainPairs(split, reader, ClipTokenizer(6), seed=4)
     assert different([first[epoch, 2]["video"] for epoch in range(4)]) == 4
     assert different([part[0, 2]["video"] for part in (first, other_seed)]) == 2
-    assert different([first[0, index]["video"] for index in (0, 1)]) == 2, "two captions of one clip"
+    assert different([first[0, index]["video"] for index in (0, 1)]) == 2, "two captions of one video"
 
 
 def test_neighbouring_seeds_share_no_epoch(tmp_path: Path) -> None:
     """Nor does anything else that sums up alike: every seed, epoch and caption has draws of its own."""
-    long = Clip("long", write_clip(tmp_path / "long.mp4", num_frames=120))
+    long = Video("long", write_video(tmp_path / "long.mp4", num_frames=120))
     split = RetrievalSplit("test/train", (long,), (("a", "b"),))
-    reader = ClipReader(6, ClipTransform(Preprocess(image_size=16)), "segment", timeout=None, on_broken="raise")
+    reader = VideoReader(6, VideoTransform(Preprocess(image_size=16)), "segment", timeout=None, on_broken="raise")
     parts = [TrainPairs(split, reader, ClipTokenizer(6), seed) for seed in range(2)]
     videos = [part[epoch, index]["video"] for part in parts for epoch in range(2) for index in range(2)]
     assert different(videos) == 8
 
 
-def test_loader_processes_give_the_same_batches(split: RetrievalSplit, reader: ClipReader) -> None:
+def test_loader_processes_give_the_same_batches(split: RetrievalSplit, reader: VideoReader) -> None:
     def batches(workers: int) -> list[dict[str, Any]]:
         sampler = StepSampler(5, 2, 2, seed=0)
         pairs = TrainPairs(split, reader, ClipTokenizer(6))
@@ -91,7 +91,7 @@ def test_loader_processes_give_the_same_batches(split: RetrievalSplit, reader: C
     assert all(same(left, right) for left, right in zip(alone, parallel, strict=True))
 
 
-def test_a_clip_that_could_not_be_read_leaves_the_loss(split: RetrievalSplit, reader: ClipReader) -> None:
+def test_a_video_that_could_not_be_read_leaves_the_loss(split: RetrievalSplit, reader: VideoReader) -> None:
     pairs = TrainPairs(split, reader, ClipTokenizer(6))
     (batch,) = DataLoader(pairs, batch_size=5, sampler=[(0, index) for index in range(5)])
     assert batch["valid"].tolist() == [1, 1, 1, 1, 0]
@@ -108,11 +108,11 @@ def test_a_clip_that_could_not_be_read_leaves_the_loss(split: RetrievalSplit, re
     assert video.grad[:4].any(dim=1).all()
 
 
-def test_evaluation_keeps_order_and_place(split: RetrievalSplit, reader: ClipReader) -> None:
-    plain = replace(reader, transform=ClipTransform(Preprocess(image_size=16)))
-    clips, captions = EvalClips(split.clips, plain), EvalCaptions(split, ClipTokenizer(6))
-    assert [clips[index]["valid"] for index in range(len(clips))] == [1, 1, 1, 0]
-    assert torch.equal(clips[1]["times"], plain(split.clips[1]).times)
+def test_evaluation_keeps_order_and_place(split: RetrievalSplit, reader: VideoReader) -> None:
+    plain = replace(reader, transform=VideoTransform(Preprocess(image_size=16)))
+    videos, captions = EvalVideos(split.videos, plain), EvalCaptions(split, ClipTokenizer(6))
+    assert [videos[index]["valid"] for index in range(len(videos))] == [1, 1, 1, 0]
+    assert torch.equal(videos[1]["times"], plain(split.videos[1]).times)
     assert len(captions) == 5
     assert captions.video_of_caption == [0, 0, 1, 2, 3]
     ids, mask = ClipTokenizer(6)("a cat sleeps")

@@ -8,10 +8,10 @@ from PIL import Image
 
 from tempme_vl.data import transforms
 from tempme_vl.data.sampling import sample_generator
-from tempme_vl.data.transforms import RAND_AUGMENT, ClipTransform, Preprocess, rand_augment, resize
+from tempme_vl.data.transforms import RAND_AUGMENT, Preprocess, VideoTransform, rand_augment, resize
 
 
-def clip(num_frames: int = 3, height: int = 48, width: int = 80, seed: int = 0) -> np.ndarray:
+def video(num_frames: int = 3, height: int = 48, width: int = 80, seed: int = 0) -> np.ndarray:
     """Smooth colours with noise: (F, H, W, 3) uint8."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (num_frames, 4, 4, 3), np.uint8)
@@ -25,8 +25,8 @@ def clip(num_frames: int = 3, height: int = 48, width: int = 80, seed: int = 0) 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(48, 80), (81, 47), (32, 32), (20, 30), (33, 500)])
 def test_evaluation_equals_open_clip_bit_for_bit(mode, interpolation, size):
-    pixels = clip(2, *size)
-    ours = ClipTransform(Preprocess(32, resize=mode, interpolation=interpolation))(pixels)
+    pixels = video(2, *size)
+    ours = VideoTransform(Preprocess(32, resize=mode, interpolation=interpolation))(pixels)
     theirs = open_clip.image_transform(32, is_train=False, resize_mode=mode, interpolation=interpolation)
     expected = torch.stack([theirs(Image.fromarray(frame)) for frame in pixels])
     assert ours.dtype == torch.float32
@@ -35,20 +35,20 @@ def test_evaluation_equals_open_clip_bit_for_bit(mode, interpolation, size):
 
 def test_mean_and_deviation_are_open_clips_and_can_be_changed():
     assert (transforms.CLIP_MEAN, transforms.CLIP_STD) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    pixels = clip(1)
+    pixels = video(1)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     theirs = open_clip.image_transform(32, is_train=False, mean=mean, std=std)
-    ours = ClipTransform(Preprocess(32, mean=mean, std=std))(pixels)
+    ours = VideoTransform(Preprocess(32, mean=mean, std=std))(pixels)
     assert torch.equal(ours[0], theirs(Image.fromarray(pixels[0])))
 
 
 def test_resized_frames_can_be_cached():
     preprocess = Preprocess(32)
-    pixels = clip()
+    pixels = video()
     cached = resize(pixels, preprocess)
     assert cached.shape == (3, 32, 32, 3) and cached.dtype == np.uint8
-    assert torch.equal(ClipTransform(preprocess)(cached), ClipTransform(preprocess)(pixels))
-    augmented = ClipTransform(preprocess, "randaugment")
+    assert torch.equal(VideoTransform(preprocess)(cached), VideoTransform(preprocess)(pixels))
+    augmented = VideoTransform(preprocess, "randaugment")
     for seed in range(5):
         assert torch.equal(
             augmented(cached, np.random.default_rng(seed)), augmented(pixels, np.random.default_rng(seed))
@@ -64,8 +64,8 @@ def test_preprocess_goes_through_json():
 
 @pytest.mark.parametrize("augment", ["randaugment", "crop_flip"])
 def test_all_frames_get_the_same_parameters_and_the_sample_determines_them(augment):
-    transform = ClipTransform(Preprocess(32), augment)
-    pixels = clip(4)
+    transform = VideoTransform(Preprocess(32), augment)
+    pixels = video(4)
     results = []
     for sample in range(12):
         whole = transform(pixels, sample_generator(0, 0, sample))
@@ -80,17 +80,17 @@ def test_all_frames_get_the_same_parameters_and_the_sample_determines_them(augme
 
 
 def test_global_random_states_are_left_alone():
-    pixels = clip()
+    pixels = video()
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     for augment in ("randaugment", "crop_flip"):
-        ClipTransform(Preprocess(32), augment)(pixels, np.random.default_rng(0))
+        VideoTransform(Preprocess(32), augment)(pixels, np.random.default_rng(0))
     assert torch.equal(torch_state, torch.get_rng_state())
     assert (numpy_state == np.random.get_state()[1]).all()
 
 
 @pytest.mark.parametrize("name", RAND_AUGMENT)
 def test_each_operation_changes_the_frames_and_keeps_their_form(name):
-    frames = torch.from_numpy(clip()).permute(0, 3, 1, 2)
+    frames = torch.from_numpy(video()).permute(0, 3, 1, 2)
     for sign in (-1, 1):
         changed = RAND_AUGMENT[name](frames.clone(), 0.7, sign)
         assert changed.shape == frames.shape and changed.dtype == torch.uint8
@@ -128,7 +128,7 @@ def test_rand_augment_applies_about_half_of_its_four_operations(monkeypatch):
     counting = {name: lambda frames, x, sign: (calls.append((x, sign)), frames)[1] for name in RAND_AUGMENT}
     monkeypatch.setattr(transforms, "RAND_AUGMENT", counting)
     for seed in range(500):
-        rand_augment(clip(1, 4, 4), np.random.default_rng(seed))
+        rand_augment(video(1, 4, 4), np.random.default_rng(seed))
     strengths, signs = zip(*calls, strict=True)
     assert 900 < len(calls) < 1100
     assert abs(np.mean(strengths) - 0.7) < 0.01 and abs(np.std(strengths) - 0.05) < 0.01
@@ -151,17 +151,17 @@ def test_crops_cover_half_to_all_of_the_picture_and_half_are_flipped():
 
 
 def test_very_long_pictures_are_cropped_too():
-    pixels = clip(1, 4, 400)
+    pixels = video(1, 4, 400)
     assert transforms.random_crop_flip(pixels, Preprocess(32), np.random.default_rng(0)).shape == (1, 32, 32, 3)
 
 
 def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="needs a numpy Generator"):
-        ClipTransform(augment="randaugment")(clip())
+        VideoTransform(augment="randaugment")(video())
     with pytest.raises(ValueError, match=r"expected frames \(F, H, W, 3\) uint8; got \(3, 48, 80, 3\) float64"):
-        ClipTransform()(clip().astype(float))
+        VideoTransform()(video().astype(float))
     for wrong in ({"resize": "longest"}, {"interpolation": "nearest"}, {"image_size": 0}, {"std": (0.0, 1.0, 1.0)}):
         with pytest.raises(ValueError, match=r"must be|expected"):
             Preprocess(**wrong)
     with pytest.raises(ValueError, match="unknown augmentation 'mixup'; known: none, randaugment, crop_flip"):
-        ClipTransform(augment="mixup")
+        VideoTransform(augment="mixup")

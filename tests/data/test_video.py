@@ -7,7 +7,7 @@ import av
 import decord
 import numpy as np
 import pytest
-from clips import picture, write_clip
+from video_files import picture, write_video
 
 from tempme_vl.data import video
 from tempme_vl.data.decoder import Fit
@@ -45,7 +45,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decord_and_pyav_return_the_same_bits_and_the_right_pictures(tmp_path, variant):
     options = VARIANTS[variant]
-    path = write_clip(tmp_path / "a.mp4", **{"num_frames": 20, **options})
+    path = write_video(tmp_path / "a.mp4", **{"num_frames": 20, **options})
     count = options.get("num_frames", 20)
     for num_frames in (1, 5, 12):
         by_decord = read_frames(path, num_frames, backend="decord")
@@ -83,7 +83,7 @@ LEFT_TO_PYAV = {
 @pytest.mark.parametrize("variant", LEFT_TO_PYAV)
 def test_what_decord_gets_wrong_is_left_to_pyav(tmp_path, variant):
     name, options, cause = LEFT_TO_PYAV[variant]
-    path = write_clip(tmp_path / name, **{"num_frames": 20, **options})
+    path = write_video(tmp_path / name, **{"num_frames": 20, **options})
     frames = read_frames(path, 7)
     assert frames.backend == "pyav"
     hidden = -min(options.get("shift", 0), 0)
@@ -100,7 +100,7 @@ def test_what_decord_gets_wrong_is_left_to_pyav(tmp_path, variant):
     ],
 )
 def test_where_decord_and_the_scan_disagree_decord_is_not_believed(tmp_path, monkeypatch, method, answer, cause):
-    path = write_clip(tmp_path / "a.mp4", 20)
+    path = write_video(tmp_path / "a.mp4", 20)
     monkeypatch.setattr(decord.VideoReader, method, answer)
     assert read_frames(path, 7).backend == "pyav"
     with pytest.raises(VideoError, match=cause):
@@ -110,7 +110,7 @@ def test_where_decord_and_the_scan_disagree_decord_is_not_believed(tmp_path, mon
 def test_a_stream_that_changes_its_size_keeps_that_of_its_first_frame(tmp_path):
     sizes = {"large.ts": (64, 96), "small.ts": (32, 48)}
     parts = [
-        write_clip(tmp_path / name, 10, height=height, width=width, codec="mpeg2video")
+        write_video(tmp_path / name, 10, height=height, width=width, codec="mpeg2video")
         for name, (height, width) in sizes.items()
     ]
     path = tmp_path / "both.ts"
@@ -146,15 +146,15 @@ def test_of_two_streams_the_default_one_is_read(tmp_path, default):
         read_frames(path, 4, backend="decord")
 
 
-def test_short_clips_repeat_frames(tmp_path):
-    frames = read_frames(write_clip(tmp_path / "a.mp4", 3), 12)
+def test_short_videos_repeat_frames(tmp_path):
+    frames = read_frames(write_video(tmp_path / "a.mp4", 3), 12)
     assert frames.pixels.shape[0] == 12
     assert nearest(frames.pixels, 3) == frames.indices.tolist()
     assert set(frames.indices) == {0, 1, 2}
 
 
 def test_start_and_end_choose_by_timestamps(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", 50)  # 5 s at 10 frames a second
+    path = write_video(tmp_path / "a.mp4", 50)  # 5 s at 10 frames a second
     frames = read_frames(path, 10, start=1.0, end=2.0, sampling="uniform")
     assert frames.indices.tolist() == list(range(10, 20))
     assert read_frames(path, 4, start=4.8, sampling="uniform").indices.tolist() == [48, 48, 48, 49]
@@ -162,27 +162,27 @@ def test_start_and_end_choose_by_timestamps(tmp_path):
     # Between two frames: the one on show.
     assert read_frames(path, 2, start=2.52, end=2.58).indices.tolist() == [25, 25]
     # At a variable rate, time is not the index.
-    varying = write_clip(tmp_path / "b.mp4", 6, times=[0, 1, 2, 30, 31, 32])
+    varying = write_video(tmp_path / "b.mp4", 6, times=[0, 1, 2, 30, 31, 32])
     assert read_frames(varying, 3, start=2.9, end=3.15, sampling="uniform").indices.tolist() == [3, 3, 4]
     with pytest.raises(VideoError, match=r"start 7 s lies behind its last frame, shown at 4\.9 s"):
         read_frames(path, 4, start=7)
 
 
 def test_a_segments_limits_are_decimals_of_times_that_are_none(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", 60, fps=30)  # frame 20 is shown at 0.66666...
+    path = write_video(tmp_path / "a.mp4", 60, fps=30)  # frame 20 is shown at 0.66666...
     for limit, first in ((0.666666, 20), (0.666667, 20), (0.668, 21), (0.665, 20)):
         assert read_frames(path, 2, start=limit, sampling="uniform").indices[0] == first
         assert read_frames(path, 2, end=limit, sampling="uniform").indices[-1] == first - 1
 
 
 def test_times_are_those_of_the_frames_in_the_file(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", 50)  # 10 frames a second
+    path = write_video(tmp_path / "a.mp4", 50)  # 10 frames a second
     for segment in ({}, {"start": 1.0, "end": 2.0}):
         frames = read_frames(path, 6, sampling="uniform", **segment)
         np.testing.assert_allclose(frames.times, frames.indices / 10, atol=1e-9)
         assert frames.times.dtype == np.float64
     shown = [0, 1, 2, 30, 31, 32]
-    varying = write_clip(tmp_path / "b.mp4", 6, times=shown, shift=3)
+    varying = write_video(tmp_path / "b.mp4", 6, times=shown, shift=3)
     for sampling, count in (("uniform", 6), ("uniform", 9), ("segment", 3)):
         frames = read_frames(varying, count, sampling=sampling, timeout=60)
         np.testing.assert_allclose(frames.times, np.array(shown)[frames.indices] / 10, atol=1e-9)
@@ -190,7 +190,7 @@ def test_times_are_those_of_the_frames_in_the_file(tmp_path):
 
 
 def test_a_stream_that_promises_more_than_it_holds(tmp_path):
-    whole = write_clip(tmp_path / "a.mp4", 200, options={"g": "200", "movflags": "faststart"})
+    whole = write_video(tmp_path / "a.mp4", 200, options={"g": "200", "movflags": "faststart"})
     front = write_faststart(whole, tmp_path / "front.mp4")
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(front.read_bytes()[: front.stat().st_size * 6 // 10])
@@ -211,7 +211,7 @@ def write_faststart(source, target):
 
 
 def test_names_in_a_file_that_are_no_utf8_do_not_matter(tmp_path):
-    whole, named = write_clip(tmp_path / "a.mp4"), tmp_path / "named.mp4"
+    whole, named = write_video(tmp_path / "a.mp4"), tmp_path / "named.mp4"
     data = whole.read_bytes()
     assert data.count(b"VideoHandler") == 1
     named.write_bytes(data.replace(b"VideoHandler", b"Vid\xe9o\xffandler"))
@@ -222,7 +222,7 @@ def test_names_in_a_file_that_are_no_utf8_do_not_matter(tmp_path):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_process_reads_on(tmp_path):
     """As a loader's workers do, where the process that they come from has read videos itself."""
-    path = write_clip(tmp_path / "a.mp4")
+    path = write_video(tmp_path / "a.mp4")
     before = read_frames(path, 4, backend="pyav", timeout=None)
     child = os.fork()
     if child == 0:
@@ -232,7 +232,7 @@ def test_a_forked_process_reads_on(tmp_path):
 
 
 def test_packets_without_a_frame_of_their_own_are_not_counted(tmp_path, monkeypatch):
-    path = write_clip(tmp_path / "a.mkv", 20)
+    path = write_video(tmp_path / "a.mkv", 20)
     index = video.decoder.HANDLERS["index"]
 
     def overcounting(path, exact, memory):
@@ -253,7 +253,7 @@ def damaged(path, name, change):
 
 
 def test_broken_files_raise_the_typed_error(tmp_path):
-    good = write_clip(tmp_path / "a.mp4", 60, options=GROUPS)
+    good = write_video(tmp_path / "a.mp4", 60, options=GROUPS)
 
     def flip(data):
         for place in range(len(data) // 4, len(data) // 2, 7):
@@ -300,7 +300,7 @@ def test_what_is_no_regular_file_says_so_and_is_not_opened(tmp_path, timeout):
 
 
 def test_a_file_named_like_a_protocol_is_a_file(tmp_path, monkeypatch):
-    write_clip(tmp_path / "a.mp4").rename(tmp_path / "concat:a.mp4")
+    write_video(tmp_path / "a.mp4").rename(tmp_path / "concat:a.mp4")
     monkeypatch.chdir(tmp_path)
     assert read_frames("concat:a.mp4", 4).pixels.shape == (4, 64, 96, 3)
 
@@ -311,7 +311,7 @@ FITS = [Fit(32, "shortest", "bicubic"), Fit(40, "squash", "bilinear"), Fit(200, 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 @pytest.mark.parametrize("fit", FITS)
 def test_frames_resized_while_they_are_read_are_those_resized_afterwards(tmp_path, backend, fit):
-    path = write_clip(tmp_path / "a.mp4", 20)
+    path = write_video(tmp_path / "a.mp4", 20)
     preprocess = Preprocess(*fit[:1], resize=fit.resize, interpolation=fit.interpolation)
     assert preprocess.fit == fit
     for count in (4, 30):  # more than there are
@@ -323,7 +323,7 @@ def test_frames_resized_while_they_are_read_are_those_resized_afterwards(tmp_pat
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 def test_of_frames_that_are_resized_few_are_held_at_a_time(tmp_path, backend):
-    path = write_clip(tmp_path / "a.mp4", 24, height=512, width=512)
+    path = write_video(tmp_path / "a.mp4", 24, height=512, width=512)
     one = 512 * 512 * 3
 
     def peak(**arguments):
@@ -341,8 +341,8 @@ def test_of_frames_that_are_resized_few_are_held_at_a_time(tmp_path, backend):
 
 @pytest.mark.parametrize("backend", ["auto", "pyav", "decord"])
 @pytest.mark.parametrize("timeout", [None, 60.0])
-def test_a_clip_beyond_the_memory_limit_is_an_error(tmp_path, backend, timeout):
-    path = write_clip(tmp_path / "a.mp4", 24, height=256, width=256)
+def test_a_video_beyond_the_memory_limit_is_an_error(tmp_path, backend, timeout):
+    path = write_video(tmp_path / "a.mp4", 24, height=256, width=256)
     one = 256 * 256 * 3 / 2**30
     read = {"backend": backend, "timeout": timeout, "sampling": "uniform"}
     with pytest.raises(VideoError, match=r"a\.mp4: its frames of 256 x 256 pixels would take .* are allowed"):
@@ -362,7 +362,7 @@ def test_when_both_backends_fail_the_error_holds_both_causes(tmp_path, monkeypat
 
     monkeypatch.setitem(video.decoder.HANDLERS, "frames", failing)
     with pytest.raises(VideoError, match=r"pyav is out of order.*decord is out of order"):
-        read_frames(write_clip(tmp_path / "a.mp4"), 4)
+        read_frames(write_video(tmp_path / "a.mp4"), 4)
 
 
 def test_the_error_survives_pickling_and_a_data_loader():

@@ -1,4 +1,4 @@
-"""Tiny models of every kind that answers questions about clips, and what a rank does with them.
+"""Tiny models of every kind that answers questions about videos, and what a rank does with them.
 
 `predicted_by_rank`, `score` and `run_script` run in processes of their own.
 """
@@ -29,8 +29,8 @@ TEMPME: dict[str, Any] = {"method": "tempme", "num_frames": FRAMES, "clip_positi
 TEMPME |= {"r": 1, "merge_layers": (2, 3), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
 TRAINED = ("classifier", "choice", "decoder", "writer")  # a choice has no list of answers; a writer generates
 ZERO_SHOT = ("retrieval", "umt_retrieval")
-# 6 clips of a moving thing with 3 questions each, one of two things in turn with 2
-NUM_CLIPS, NUM_QUESTIONS = 7, 20
+# 6 videos of a moving thing with 3 questions each, one of two things in turn with 2
+NUM_VIDEOS, NUM_QUESTIONS = 7, 20
 
 
 class Saveable(Protocol):
@@ -38,7 +38,7 @@ class Saveable(Protocol):
 
 
 def render_few(root: Path) -> Path:
-    """MSRVTT-QA's layout; the test clips are video20 ... video25, and video29."""
+    """MSRVTT-QA's layout; the test videos are video20 ... video25, and video29."""
     return render_motion(root, num_train=20, num_test=6, num_order_train=2, num_order_val=1, num_order_test=1)
 
 
@@ -60,7 +60,7 @@ def create(kind: str, train: QASplit) -> Saveable:
 
 
 def predicted(folder: Path, root: Path, answers: tuple[str, ...], batch_size: int, log: Path) -> dict[str, str]:
-    """Answers to the test questions of a model that `create` made; broken clips are recorded."""
+    """Answers to the test questions of a model that `create` made; broken videos are recorded."""
     qa = VideoQA.from_pretrained(folder, answers, timeout=None)
     qa.reader.on_broken, qa.reader.broken_log = "record", log
     return predict(qa.model, qa.model, read(root), qa.reader, qa.device, batch_size, workers=0)

@@ -62,7 +62,7 @@ def test_rows_of_a_tensor() -> None:
             rows[there]
 
 
-class Clips(Numbers):
+class Videos(Numbers):
     pass
 
 
@@ -83,7 +83,7 @@ def both(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def embedded(videos: int, keep_tokens: bool) -> Embeddings:
     owners = [min(i, videos - 1) for i in range(9)]
-    return embed(both, Clips(videos), Captions(), owners, CPU, 2, workers=0, keep_tokens=keep_tokens)
+    return embed(both, Videos(videos), Captions(), owners, CPU, 2, workers=0, keep_tokens=keep_tokens)
 
 
 def embedded_by_rank(videos: int, gathered_bytes: int) -> tuple[Embeddings, list[int]]:

@@ -1,4 +1,4 @@
-"""eval/retrieval.py on a tiny random model and a few rendered clips."""
+"""eval/retrieval.py on a tiny random model and a few rendered videos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.processes import exit_codes, start
 
 from tempme_vl.data import motion
 from tempme_vl.data.motion import render_motion
-from tempme_vl.data.retrieval import EvalCaptions, EvalClips
+from tempme_vl.data.retrieval import EvalCaptions, EvalVideos
 from tempme_vl.data.video import VideoError
 from tempme_vl.evaluation import retrieval_command as command
 from tempme_vl.evaluation.metrics import dual_softmax, multi_caption_metrics, retrieval_metrics
@@ -56,7 +56,7 @@ def run(checkpoint, data):
     def evaluate(**options):
         given = {"dataset": "msrvtt", "data_root": data, "sampling": "uniform", "workers": 0, **options}
         chosen = RetrievalOptions(checkpoint=checkpoint, **given)
-        return command.evaluate(chosen, command.read_split(chosen), CPU)
+        return command.evaluate(chosen, command.split_of(chosen), CPU)
 
     return evaluate
 
@@ -84,11 +84,11 @@ def random_embeddings(captions_per_video: list[int], width: int = 6, seed: int =
 def test_embeddings_and_report_are_those_of_the_functions(run, checkpoint, data):
     embeddings, report = run()
     options = RetrievalOptions(checkpoint=checkpoint, dataset="msrvtt", data_root=data)
-    split, model = command.read_split(options), RetrievalModel.from_pretrained(checkpoint).eval()
+    split, model = command.split_of(options), RetrievalModel.from_pretrained(checkpoint).eval()
     preprocess = command.Preprocess.from_dict(model.frontend.config["preprocess"])
-    reader = command.ClipReader(4, command.ClipTransform(preprocess), "uniform", timeout=None, on_broken="raise")
+    reader = command.VideoReader(4, command.VideoTransform(preprocess), "uniform", timeout=None, on_broken="raise")
     captions = EvalCaptions(split, ClipTokenizer(32))
-    expected = embed(model, EvalClips(split.clips, reader), captions, captions.video_of_caption, CPU, workers=0)
+    expected = embed(model, EvalVideos(split.videos, reader), captions, captions.video_of_caption, CPU, workers=0)
     torch.testing.assert_close(embeddings.video, expected.video)
     torch.testing.assert_close(embeddings.text, expected.text)
     metrics = retrieval_report(expected)
@@ -100,7 +100,7 @@ def test_embeddings_and_report_are_those_of_the_functions(run, checkpoint, data)
 
 def test_umt_is_re_ranked(data, tmp_path, one_broken):
     """The report holds both rankings; a broken video is nobody's candidate in either."""
-    split = command.read_split(RetrievalOptions(checkpoint=tmp_path, dataset="msrvtt", data_root=data))
+    split = command.split_of(RetrievalOptions(checkpoint=tmp_path, dataset="msrvtt", data_root=data))
     vocabulary = word_vocabulary([caption for captions in split.captions for caption in captions])
     torch.manual_seed(0)
     model = create_retrieval_model("umt:tiny", None, "none", 4, vocabulary=vocabulary, mode="joint")
@@ -114,13 +114,13 @@ def test_umt_is_re_ranked(data, tmp_path, one_broken):
         rerank=3,
         decode_timeout=None,
     )
-    embeddings, report = command.evaluate(options, command.read_split(options), CPU)
+    embeddings, report = command.evaluate(options, command.split_of(options), CPU)
     assert embeddings.tokens.shape == (NUM_TEST, 4 * 16, 64) and embeddings.states.shape[0] == NUM_TEST
     again = report["reranked"]
     assert again["rerank_top_k"] == 3 and 3 * (NUM_TEST - 1) <= again["rerank_pairs"] <= NUM_TEST * (NUM_TEST - 1)
     assert report["unreadable_videos"] == again["unreadable_videos"] == 1
     assert max(again[way]["r5"] for way in ("t2v", "v2t")) <= 100 * (NUM_TEST - 1) / NUM_TEST
-    assert "re-ranked t2v" in command.describe(report)
+    assert "re-ranked t2v" in command.format_evaluation(report)
     plain, report = command.evaluate(replace(options, rerank=0), split, CPU)
     assert plain.tokens is None and "reranked" not in report
 
@@ -128,21 +128,21 @@ def test_umt_is_re_ranked(data, tmp_path, one_broken):
 def test_motion_is_rendered_where_asked(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(motion, "render_motion", render_small)
     monkeypatch.chdir(tmp_path)
-    assert len(command.read_split(RetrievalOptions(checkpoint=checkpoint, dataset="motion")).clips) == NUM_TEST
+    assert len(command.split_of(RetrievalOptions(checkpoint=checkpoint, dataset="motion")).videos) == NUM_TEST
     assert (tmp_path / "runs" / "motion-data" / "motion.json").is_file()
 
 
 def test_options_that_miss_each_other(checkpoint):
     with pytest.raises(ValueError, match="--dataset jsonl needs --annotations FILE and --video-root"):
-        command.read_split(RetrievalOptions(checkpoint=checkpoint, dataset="jsonl"))
+        command.split_of(RetrievalOptions(checkpoint=checkpoint, dataset="jsonl"))
     with pytest.raises(ValueError, match="--dataset didemo needs --data-root"):
-        command.read_split(RetrievalOptions(checkpoint=checkpoint, dataset="didemo"))
+        command.split_of(RetrievalOptions(checkpoint=checkpoint, dataset="didemo"))
 
 
 def test_saved_embeddings_are_unit_vectors_and_give_the_metrics(run, checkpoint, data, tmp_path):
     embeddings, report = run()
     file = tmp_path / "out" / "embeddings.safetensors"
-    split = command.read_split(RetrievalOptions(checkpoint=checkpoint, dataset="msrvtt", data_root=data))
+    split = command.split_of(RetrievalOptions(checkpoint=checkpoint, dataset="msrvtt", data_root=data))
     command.save_embeddings(file, embeddings, split)
     saved = load_file(file)
     for side in ("video", "text"):
@@ -152,7 +152,7 @@ def test_saved_embeddings_are_unit_vectors_and_give_the_metrics(run, checkpoint,
     assert report["t2v"] == pytest.approx(retrieval_metrics(similarity))
     assert report["v2t"] == pytest.approx(retrieval_metrics(similarity.T))
     with safe_open(file, "pt") as stored:
-        assert json.loads(stored.metadata()["video_ids"]) == [clip.video_id for clip in split.clips]
+        assert json.loads(stored.metadata()["video_ids"]) == [video.video_id for video in split.videos]
         assert json.loads(stored.metadata()["captions"]) == [texts[0] for texts in split.captions]
 
 
@@ -186,7 +186,7 @@ def test_unreadable_videos_are_counted_and_rank_last(run, one_broken):
     assert embeddings.valid.tolist() == [True, False] + [True] * (NUM_TEST - 2)
     assert (report["videos"], report["captions"], report["unreadable_videos"]) == (NUM_TEST, NUM_TEST, 1)
     assert list(report["broken_videos"]) == ["video9"]
-    # the same scores with the broken clip below everything: last as a candidate, and its own caption last for it
+    # the same scores with the broken video below everything: last as a candidate, and its own caption last for it
     similarity = embeddings.text @ embeddings.video.T
     similarity[:, 1] = -2.0
     by_video = similarity.T.clone()
@@ -194,12 +194,12 @@ def test_unreadable_videos_are_counted_and_rank_last(run, one_broken):
     by_video[1, 1] = -2.0
     for way, scores in (("t2v", similarity), ("v2t", by_video)):
         expected = retrieval_metrics(scores)
-        # among 7 clips the last is among the first 10; what was not read is not found all the same
+        # among 7 videos the last is among the first 10; what was not read is not found all the same
         assert report[way].pop("r10") == pytest.approx(100 * (NUM_TEST - 1) / NUM_TEST)
         assert expected.pop("r10") == 100
         assert report[way].pop("rsum") == pytest.approx(expected.pop("rsum") - 100 / NUM_TEST)
         assert report[way] == pytest.approx(expected)
-    described = command.describe(report)
+    described = command.format_evaluation(report)
     assert "1 videos could not be read" in described and "could not read video9" in described
 
 
@@ -209,17 +209,17 @@ def test_unreadable_videos_are_an_error_when_asked(run, one_broken):
 
 
 def test_several_captions_give_both_definitions(run, data, tmp_path):
-    annotations = tmp_path / "clips.jsonl"
+    annotations = tmp_path / "videos.jsonl"
     lines = [{"file": f"video{i}.mp4", "captions": [f"a thing {i} {j}" for j in range(1 + i % 3)]} for i in range(6)]
     annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
     embeddings, report = run(
         dataset="jsonl", data_root=None, annotations=annotations, video_root=data / "videos", frame_cache=tmp_path
     )
-    assert (report["videos"], report["captions"], report["split"]) == (6, 12, "clips/all")
+    assert (report["videos"], report["captions"], report["split"]) == (6, 12, "videos/all")
     expected = multi_caption_metrics(embeddings.text @ embeddings.video.T, embeddings.video_of_caption)
     for direction, metrics in expected.items():
         assert report[direction] == pytest.approx(metrics)
-        assert direction in command.describe(report)
+        assert direction in command.format_evaluation(report)
 
 
 def test_two_ranks_report_what_one_does(run, checkpoint, one_broken, tmp_path):
@@ -246,7 +246,7 @@ def test_two_ranks_report_what_one_does(run, checkpoint, one_broken, tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_error_in_a_worker_ends_all_ranks_and_is_said_last(world, checkpoint, one_broken, tmp_path):
-    """Of two ranks the second does not meet the broken clip, and would wait for the first for ever."""
+    """Of two ranks the second does not meet the broken video, and would wait for the first for ever."""
     arguments = ["--checkpoint", checkpoint, "--dataset", "msrvtt", "--data-root", one_broken, "--sampling", "uniform"]
     arguments += ["--workers", "2", "--batch-size", "1", "--on-broken", "raise"]
     log = tmp_path / "log"

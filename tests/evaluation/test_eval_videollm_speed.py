@@ -37,7 +37,7 @@ def built() -> tuple[Any, Any, dict[str, Any]]:
     return model, processor, {way.name: way for way in SCRIPT["all_ways"](model, processor, options)}
 
 
-def clips(count: int) -> list[np.ndarray]:
+def videos(count: int) -> list[np.ndarray]:
     return [np.random.default_rng(n).integers(0, 256, (8, 40, 48, 3), dtype=np.uint8) for n in range(count)]
 
 
@@ -50,9 +50,9 @@ def run(monkeypatch: pytest.MonkeyPatch, file: Path, more: str) -> list[dict[str
 
 def test_the_host_writes_what_it_writes_by_itself(built: tuple[Any, Any, dict[str, Any]]) -> None:
     model, processor, ways = built
-    inputs = processor(text=[SCRIPT["PROMPT"]] * 2, videos=clips(2), return_tensors="pt", padding=True)
+    inputs = processor(text=[SCRIPT["PROMPT"]] * 2, videos=videos(2), return_tensors="pt", padding=True)
     own = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)[:, -6:]
-    times, ids = SCRIPT["answer"](model, ways["host"], clips(2), 6)
+    times, ids = SCRIPT["answer"](model, ways["host"], videos(2), 6)
     assert torch.equal(ids, own) and not torch.equal(own[0], own[1])
     whole = times.preprocessing + times.tower + times.prefill + 5 * times.token
     assert whole == pytest.approx(times.total)
@@ -70,7 +70,7 @@ def test_the_language_model_reads_as_many_tokens_as_told(
         "forward",
         lambda **inputs: (lengths.append(inputs["inputs_embeds"].shape[1]), forward(**inputs))[1],
     )
-    _, ids = SCRIPT["answer"](model, ways[name], clips(1), 3)
+    _, ids = SCRIPT["answer"](model, ways[name], videos(1), 3)
     assert ids.shape == (1, 3) and lengths == [ways[name].tokens + len(SCRIPT["PROMPT"].split()), 1, 1]
 
 
@@ -79,7 +79,7 @@ def test_merging_behind_the_tower_starts_from_the_hosts_own_features(built: tupl
     plain = SCRIPT["Compressed"](SCRIPT["PostEncoderVideoLlava"](model, processor, "none", 8, {}), model)
     with torch.no_grad():
         host, ours = (
-            prepare(clips(2)) for prepare in (ways["host"].prepare, lambda videos: SCRIPT["our_inputs"](plain, videos))
+            prepare(videos(2)) for prepare in (ways["host"].prepare, lambda videos: SCRIPT["our_inputs"](plain, videos))
         )
     assert torch.equal(host["input_ids"], ours["input_ids"])
     features = [inputs["mm_encoder_outputs"]["video"].pooler_output for inputs in (host, ours)]
@@ -93,7 +93,7 @@ def test_timing_leaves_no_hooks(built: tuple[Any, Any, dict[str, Any]]) -> None:
     model, _, ways = built
 
     def hooks() -> list[int]:
-        SCRIPT["answer"](model, ways["host"], clips(1), 2)
+        SCRIPT["answer"](model, ways["host"], videos(1), 2)
         return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
 
     assert hooks() == hooks()  # transformers puts some of its own in the first pass

@@ -1,4 +1,4 @@
-"""eval/videoqa.py --checkpoint on a tiny random model of each kind and a few rendered clips."""
+"""eval/videoqa.py --checkpoint on a tiny random model of each kind and a few rendered videos."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tempme_vl.data import motion
 from tempme_vl.data.videoqa import answer_vocabulary
 from tempme_vl.evaluation import videoqa_command as command
 from tempme_vl.evaluation.options import VideoQAOptions
-from tempme_vl.evaluation.videoqa import accuracy, read_predictions, table
+from tempme_vl.evaluation.videoqa import accuracy, format_accuracy, read_predictions
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a test clip that is cut off."""
+    """With a test video that is cut off."""
     root = render_few(tmp_path_factory.mktemp("videoqa") / "motion")
     file = root / "videos" / "video22.mp4"
     file.write_bytes(file.read_bytes()[:200])
@@ -66,7 +66,7 @@ def test_a_model_of_each_kind_is_scored(kind: str, data: Path, tmp_path: Path) -
     assert (report["checkpoint"], report["ranks"]) == (str(folder), 1)
     assert list(report["broken_videos"]) == ["video22"]
     shown = log.read_text()
-    assert table(report) in shown and "could not read video22: " in shown
+    assert format_accuracy(report) in shown and "could not read video22: " in shown
 
 
 def test_two_ranks_report_what_one_does(data: Path, tmp_path: Path) -> None:

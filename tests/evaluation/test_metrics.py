@@ -11,7 +11,7 @@ from tempme_vl.evaluation.metrics import (
     captions_of_videos,
     concatenate,
     dual_softmax,
-    format_table,
+    format_metrics,
     max_pool_captions,
     multi_caption_metrics,
     rank_statistics,
@@ -296,7 +296,7 @@ def test_bad_input_says_what_is_wrong(call, message):
 
 def test_table_has_a_line_per_row():
     rows = {"t2v": retrieval_metrics(torch.eye(4)), "v2t": retrieval_metrics(torch.zeros(4, 4))}
-    table = format_table(rows)
+    table = format_metrics(rows)
     lines = table.splitlines()
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
     assert lines[0].split()[:2] == ["r1", "r5"] and lines[2].split()[:2] == ["v2t", "25.00"]

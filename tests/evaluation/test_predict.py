@@ -1,4 +1,4 @@
-"""Answers to all questions of a split: every clip encoded once, every question answered or left out for a reason."""
+"""Answers to all questions of a split: every video encoded once, every question answered or left out for a reason."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from evaluation.predict_runs import (
     FRAMES,
-    NUM_CLIPS,
     NUM_QUESTIONS,
+    NUM_VIDEOS,
     TRAINED,
     ZERO_SHOT,
     create,
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from training.processes import run
 
 from tempme_vl.data.questions import AskedQuestions
-from tempme_vl.data.reader import ClipReader, broken_clips
-from tempme_vl.data.transforms import ClipTransform, Preprocess
+from tempme_vl.data.reader import VideoReader, broken_videos
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.data.videoqa import QASplit, answer_vocabulary
 from tempme_vl.evaluation.predict import predict
 from tempme_vl.tasks.qa.zero_shot import ZeroShotQA
@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """The same with a test clip of a moving thing that is cut off."""
+    """The same with a test video of a moving thing that is cut off."""
     root = render_few(tmp_path / "motion")
     file = root / "videos" / "video22.mp4"
     file.write_bytes(file.read_bytes()[:200])
@@ -51,9 +51,9 @@ def broken(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> ClipReader:
-    transform = ClipTransform(Preprocess(image_size=32))
-    return ClipReader(FRAMES, transform, "uniform", timeout=None, broken_log=tmp_path / "broken.jsonl")
+def reader(tmp_path: Path) -> VideoReader:
+    transform = VideoTransform(Preprocess(image_size=32))
+    return VideoReader(FRAMES, transform, "uniform", timeout=None, broken_log=tmp_path / "broken.jsonl")
 
 
 def model_of(kind: str, train: QASplit) -> Any:
@@ -61,7 +61,7 @@ def model_of(kind: str, train: QASplit) -> Any:
     return (ZeroShotQA(made, answer_vocabulary(train)) if kind in ZERO_SHOT else made).eval()
 
 
-def ask(model: Any, split: QASplit, reader: ClipReader, batch_size: int = 3, encode: Any = None) -> dict[str, str]:
+def ask(model: Any, split: QASplit, reader: VideoReader, batch_size: int = 3, encode: Any = None) -> dict[str, str]:
     return predict(model, encode or model, split, reader, CPU, batch_size, workers=0)
 
 
@@ -77,11 +77,11 @@ def with_options(split: QASplit) -> QASplit:
 
 
 @torch.no_grad()
-def one_at_a_time(model: Any, split: QASplit, reader: ClipReader) -> dict[str, str]:
+def one_at_a_time(model: Any, split: QASplit, reader: VideoReader) -> dict[str, str]:
     """By calls of the model alone, a video and a question each."""
     answers = {}
     for question in split.questions:
-        video, *_ = reader(question.clip)
+        video, *_ = reader(question.video)
         asked = {"video": video, "frame_mask": torch.ones(FRAMES)}
         asked |= model.tokenize(question.question, None, question.options)
         (row,) = model({name: value[None] for name, value in asked.items()})["prediction"].tolist()
@@ -90,9 +90,9 @@ def one_at_a_time(model: Any, split: QASplit, reader: ClipReader) -> dict[str, s
 
 
 @pytest.mark.parametrize("kind", [*(kind for kind in TRAINED if kind != "choice"), *ZERO_SHOT])
-def test_answers_are_those_to_each_question_alone(kind: str, data: Path, reader: ClipReader) -> None:
+def test_answers_are_those_to_each_question_alone(kind: str, data: Path, reader: VideoReader) -> None:
     split = read(data)
-    assert (len(split.questions), len({q.clip for q in split.questions})) == (NUM_QUESTIONS, NUM_CLIPS)
+    assert (len(split.questions), len({q.video for q in split.questions})) == (NUM_QUESTIONS, NUM_VIDEOS)
     model = model_of(kind, read(data, "train"))
     answers = ask(model, split, reader)
     assert answers == one_at_a_time(model, split, reader)
@@ -103,7 +103,7 @@ def test_answers_are_those_to_each_question_alone(kind: str, data: Path, reader:
 
 
 @pytest.mark.parametrize("kind", [*TRAINED, *ZERO_SHOT])
-def test_options_are_chosen_by_what_they_say(kind: str, data: Path, reader: ClipReader) -> None:
+def test_options_are_chosen_by_what_they_say(kind: str, data: Path, reader: VideoReader) -> None:
     split = with_options(read(data))
     assert {len(question.options) for question in split.questions} == {2, 3, 4}
     model = model_of(kind, with_options(read(data, "train")))
@@ -116,7 +116,7 @@ def test_options_are_chosen_by_what_they_say(kind: str, data: Path, reader: Clip
 
 @pytest.mark.parametrize("kind", ["decoder", *ZERO_SHOT])
 def test_loader_workers_get_no_weights(
-    kind: str, data: Path, reader: ClipReader, monkeypatch: pytest.MonkeyPatch
+    kind: str, data: Path, reader: VideoReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that is spawned gets its data set by pickle."""
     model, held = model_of(kind, read(data, "train")), list[bytes]()
@@ -134,7 +134,7 @@ def test_loader_workers_get_no_weights(
 
 
 class Written(nn.Module):
-    """Keeps a clip's mean, counts what it is shown, and says what it is told for each question."""
+    """Keeps a video's mean, counts what it is shown, and says what it is told for each question."""
 
     kept = ("mean",)
 
@@ -166,34 +166,34 @@ class Written(nn.Module):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_every_clip_is_read_and_encoded_once(data: Path, reader: ClipReader, batch_size: int) -> None:
+def test_every_video_is_read_and_encoded_once(data: Path, reader: VideoReader, batch_size: int) -> None:
     split = read(data)
     model = Written({question.question: "so" for question in split.questions})
     reads: Counter[str] = Counter()
 
-    class Counting(ClipReader):
-        def __call__(self, clip: Any, rng: Any = None) -> tuple[Tensor, bool]:
-            reads[clip.video_id] += 1
-            return super().__call__(clip, rng)
+    class Counting(VideoReader):
+        def __call__(self, video: Any, rng: Any = None) -> tuple[Tensor, bool]:
+            reads[video.video_id] += 1
+            return super().__call__(video, rng)
 
     counting = Counting(FRAMES, reader.transform, reader.sampling, timeout=None, broken_log=reader.broken_log)
     answers = ask(model, split, counting, batch_size)
-    assert reads == Counter({question.clip.video_id for question in split.questions})
-    assert len(model.videos) == NUM_CLIPS
+    assert reads == Counter({question.video.video_id for question in split.questions})
+    assert len(model.videos) == NUM_VIDEOS
     assert Counter(model.asked) == Counter(model.numbers[question.question] for question in split.questions)
     assert answers == {question.question_id: "so" for question in split.questions}
 
 
-def test_parts_of_a_file_are_clips_of_their_own(data: Path, reader: ClipReader) -> None:
+def test_parts_of_a_file_are_videos_of_their_own(data: Path, reader: VideoReader) -> None:
     split = read(data)
     first, *others = split.questions
-    part = replace(first, question_id="part", clip=replace(first.clip, start=0.5, end=1.0))
+    part = replace(first, question_id="part", video=replace(first.video, start=0.5, end=1.0))
     model = Written({question.question: "so" for question in split.questions})
     ask(model, replace(split, questions=(first, part, *others)), reader)
-    assert len(model.videos) == NUM_CLIPS + 1
+    assert len(model.videos) == NUM_VIDEOS + 1
 
 
-def test_what_a_model_does_not_say_is_missing(data: Path, reader: ClipReader) -> None:
+def test_what_a_model_does_not_say_is_missing(data: Path, reader: VideoReader) -> None:
     split = read(data)
     said = {question.question: "so" for question in split.questions}
     silent = [split.questions[0].question, split.questions[1].question]
@@ -203,16 +203,16 @@ def test_what_a_model_does_not_say_is_missing(data: Path, reader: ClipReader) ->
     assert list(answers) == expected and 0 < len(expected) < NUM_QUESTIONS
 
 
-def test_questions_about_unreadable_clips_have_no_answer(data: Path, broken: Path, reader: ClipReader) -> None:
+def test_questions_about_unreadable_videos_have_no_answer(data: Path, broken: Path, reader: VideoReader) -> None:
     model = model_of("classifier", read(data, "train"))
     whole, answers = ask(model, read(data), reader), ask(model, read(broken), reader)
-    about = [question.question_id for question in read(broken).questions if question.clip.video_id == "video22"]
+    about = [question.question_id for question in read(broken).questions if question.video.video_id == "video22"]
     assert len(about) == 3 and reader.broken_log is not None
     assert answers == {question_id: answer for question_id, answer in whole.items() if question_id not in about}
-    assert list(broken_clips(reader.broken_log)) == ["video22"]
+    assert list(broken_videos(reader.broken_log)) == ["video22"]
 
 
-def test_the_engine_may_be_another_callable_than_the_model(data: Path, reader: ClipReader) -> None:
+def test_the_engine_may_be_another_callable_than_the_model(data: Path, reader: VideoReader) -> None:
     """As in training, where DeepSpeed's engine must be called and the model knows the words."""
     model, calls = model_of("decoder", read(data, "train")), list[int]()
 
@@ -221,12 +221,12 @@ def test_the_engine_may_be_another_callable_than_the_model(data: Path, reader: C
         return model(batch)
 
     assert ask(model, read(data), reader, encode=engine) == ask(model, read(data), reader)
-    assert len(calls) == -(-NUM_CLIPS // 3) + -(-NUM_QUESTIONS // 3)
+    assert len(calls) == -(-NUM_VIDEOS // 3) + -(-NUM_QUESTIONS // 3)
 
 
 @pytest.mark.parametrize("kind", ["writer", "umt_retrieval"])
 def test_two_ranks_answer_as_one_does(kind: str, broken: Path, tmp_path: Path) -> None:
-    """Neither the 7 clips nor batches of 3 divide among two ranks."""
+    """Neither the 7 videos nor batches of 3 divide among two ranks."""
     train = read(broken, "train")
     create(kind, train).save_pretrained(tmp_path / "model")
     answers = answer_vocabulary(train) if kind in ZERO_SHOT else ()
@@ -235,4 +235,4 @@ def test_two_ranks_answer_as_one_does(kind: str, broken: Path, tmp_path: Path) -
     assert len(alone) == NUM_QUESTIONS - 3
     for rank in run(predicted_by_rank, *arguments, 3, tmp_path / "two.jsonl", world=2):
         assert rank == alone and list(rank) == list(alone)
-    assert broken_clips(tmp_path / "two.jsonl").keys() == {"video22"}
+    assert broken_videos(tmp_path / "two.jsonl").keys() == {"video22"}

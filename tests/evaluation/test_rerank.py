@@ -12,7 +12,7 @@ from torch import Tensor
 from training.processes import run
 
 from tempme_vl.evaluation.rerank import REST, Reranked, rerank, reranked_report
-from tempme_vl.evaluation.retrieval import Embeddings, retrieval_report, table
+from tempme_vl.evaluation.retrieval import Embeddings, format_retrieval, retrieval_report
 
 VIDEOS, CAPTIONS, CPU = 7, 9, torch.device("cpu")
 UNREAD = torch.tensor([True, True, False, True, True, False, True])
@@ -225,7 +225,7 @@ def test_report_of_a_matcher_that_agrees_is_the_retrieval_report(owners: list[in
     report = reranked_report(Reranked(t2v, v2t, valid, 128, similarity.numel()), owners)
     plain = retrieval_report(Embeddings(video, text, torch.tensor(owners), valid))
     assert report == {**plain, "rerank_top_k": 128, "rerank_pairs": similarity.numel()}
-    lines = table({"plain": plain, "reranked": report}).splitlines()
+    lines = format_retrieval({"plain": plain, "reranked": report}).splitlines()
     assert len(lines) == 1 + 2 * sum(name.endswith(("2v", "2t", "caption", "pooled")) for name in report)
 
 

@@ -1,4 +1,4 @@
-"""Clips that could not be read: never found, in every denominator, whatever the size of the split."""
+"""Videos that could not be read: never found, in every denominator, whatever the size of the split."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_recall_is_at_most_the_share_that_was_read(way: str, captions: list[int]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("captions", [[1] * 9, [1, 2, 3] * 3], ids=["one caption", "several"])
-def test_what_an_unread_clip_looks_like_changes_nothing(way: str, captions: list[int]) -> None:
+def test_what_an_unread_video_looks_like_changes_nothing(way: str, captions: list[int]) -> None:
     """Black frames have an embedding too; it may be anybody's nearest."""
     e = embeddings(captions, [2, 7])
     expected = report_of(way, e)
@@ -79,8 +79,8 @@ def test_what_an_unread_clip_looks_like_changes_nothing(way: str, captions: list
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_readable_clips_rank_as_if_the_others_were_not_there(way: str) -> None:
-    """As candidates of a caption; as captions of a clip all stay, since they can be read."""
+def test_readable_videos_rank_as_if_the_others_were_not_there(way: str) -> None:
+    """As candidates of a caption; as captions of a video all stay, since they can be read."""
     e = embeddings([1] * 12, [0, 5, 6])
     kept = e.valid.nonzero().flatten()
     alone = Embeddings(e.video[kept], e.text[kept], torch.arange(len(kept)), torch.ones(len(kept), dtype=torch.bool))
@@ -92,15 +92,15 @@ def test_readable_clips_rank_as_if_the_others_were_not_there(way: str) -> None:
     assert whole["mean_rank"] == pytest.approx((9 * part["mean_rank"] + 3 * 12) / 12)
 
 
-def test_ties_of_readable_clips_keep_their_expected_rank() -> None:
+def test_ties_of_readable_videos_keep_their_expected_rank() -> None:
     """A model that says the same of everything finds by chance among what was read, and nothing of the rest."""
     valid = torch.tensor([True] * 6 + [False] * 4)
     same = torch.nn.functional.normalize(torch.ones(10, 4), dim=-1)
     report = retrieval_report(Embeddings(same, same, torch.arange(10), valid))
-    # 6 of 10 queries, each tied with all 6 readable clips
+    # 6 of 10 queries, each tied with all 6 readable videos
     assert report["t2v"]["r1"] == pytest.approx(60 / 6) and report["t2v"]["r5"] == pytest.approx(60 * 5 / 6)
     assert report["t2v"]["mean_rank"] == pytest.approx((6 * 3.5 + 4 * 10) / 10)
-    # a readable clip is tied with all 10 captions
+    # a readable video is tied with all 10 captions
     assert report["v2t"]["r1"] == pytest.approx(60 / 10) and report["v2t"]["r5"] == pytest.approx(60 / 2)
     assert report["v2t"]["mean_rank"] == pytest.approx((6 * 5.5 + 4 * 10) / 10)
 

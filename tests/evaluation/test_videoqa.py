@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tempme_vl.data.splits import Clip
+from tempme_vl.data.splits import Video
 from tempme_vl.data.videoqa import QASplit, Question
 from tempme_vl.evaluation.videoqa import (
     QUESTION_TYPES,
     accuracy,
     accuracy_by,
+    format_accuracy,
     normalize_answer,
     question_type,
-    table,
 )
 
 COMMAND = Path(__file__).parents[2] / "eval" / "videoqa.py"
@@ -44,7 +44,7 @@ def make_rows(count: int) -> list[tuple[str, str, str, str]]:
 
 
 def make_split(rows: list[tuple[str, str, str, str]]) -> QASplit:
-    return QASplit("toy/test", tuple(Question(i, Clip(v, Path(v)), q, (a,)) for v, q, a, i in rows))
+    return QASplit("toy/test", tuple(Question(i, Video(v, Path(v)), q, (a,)) for v, q, a, i in rows))
 
 
 def count_independently(predictions: dict[str, str], rows: list[tuple[str, str, str, str]]) -> dict[str, list[int]]:
@@ -103,8 +103,8 @@ def test_accuracy_by_any_function_of_the_question(name: str) -> None:
 
 
 def test_accuracy_by_counts_each_of_several_answers() -> None:
-    clip = Clip("v", Path("v"))
-    questions = (Question("1", clip, "what", ("dog", "cat")), Question("2", clip, "what", ("dog",)))
+    video = Video("v", Path("v"))
+    questions = (Question("1", video, "what", ("dog", "cat")), Question("2", video, "what", ("dog",)))
     found = accuracy_by({"1": "cat", "2": "cat"}, QASplit("toy", questions), str.upper)
     assert found == {"WHAT": (50.0, 2)}
 
@@ -143,7 +143,7 @@ def test_no_prediction_beats_the_ceiling() -> None:
 
 
 def test_each_of_several_answers_is_right_and_the_match_is_exact_unless_asked() -> None:
-    split = QASplit("toy", (Question("q", Clip("v", Path("v")), "what", ("Dog", "cat")),))
+    split = QASplit("toy", (Question("q", Video("v", Path("v")), "what", ("Dog", "cat")),))
     for prediction, exact, normalized in (
         ("Dog", 1, 1),
         ("cat", 1, 1),
@@ -233,7 +233,7 @@ def test_the_command_writes_the_report_and_loads_no_torch(files: dict[str, Path]
     split = make_split(ROWS)
     expected = accuracy(kinds_of_predictions(ROWS)["half of them"], split, ("man", "dog"))
     assert {key: report[key] for key in expected} == {**expected, "split": f"{tmp_path.name}/test.csv"}
-    assert done.stdout.startswith(table(report))
+    assert done.stdout.startswith(format_accuracy(report))
 
 
 def test_the_command_ends_with_one_line_on_bad_input(files: dict[str, Path]) -> None:
@@ -262,7 +262,7 @@ def test_the_command_scores_the_prediction_and_not_the_truth_beside_it(files: di
 
 def test_the_table_holds_every_number(files: dict[str, Path]) -> None:
     report = accuracy(kinds_of_predictions(ROWS)["shuffled"], make_split(ROWS), ("man",))
-    text = table(report)
+    text = format_accuracy(report)
     for kind in QUESTION_TYPES:
         assert f"{report['total_by_type'][kind]:>10}{report['by_type'][kind]:>12.2f}" in text
     assert f"{report['accuracy']:.2f}" in text and f"{report['ceiling']:.2f} %" in text and "toy/test" in text

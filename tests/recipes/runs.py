@@ -34,14 +34,14 @@ UMT = {"model": "umt:tiny", "mode": "clip", "deepspeed_config": RECIPES / "ds" /
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe with options that make 6 steps an epoch of the rendered clips.
+    """A recipe with options that make 6 steps an epoch of the rendered videos.
 
     Attributes:
         recipe: the command's name.
         load: reads the exported model.
         report: some of what report.json holds in the end.
         options: of every run; None for one that the recipe does not have.
-        selecting: how the best epoch is chosen on clips held out; `not_selecting`: how on none.
+        selecting: how the best epoch is chosen on videos held out; `not_selecting`: how on none.
         two_ranks: how two ranks are run.
     """
 
@@ -154,7 +154,7 @@ CASES = {
 
 
 def make_data(folder: Path) -> Path:
-    """MSRVTT's layout with 54 training and 8 test clips; files of one question a clip, and `folder` itself."""
+    """MSRVTT's layout with 54 training and 8 test videos; files of one question a video, and `folder` itself."""
     root = render_motion(
         folder / "motion", num_train=54, num_test=NUM_TEST, num_order_train=0, num_order_val=0, num_order_test=0
     )
@@ -165,11 +165,11 @@ def make_data(folder: Path) -> Path:
 
 
 def questions_of(root: Path, split: str) -> list[dict[str, Any]]:
-    """The first question about each clip, which way it moves, as lines of a JSON-lines file."""
-    firsts = {question.clip: question for question in reversed(read_split("msrvtt_qa", root, split).questions)}
+    """The first question about each video, which way it moves, as lines of a JSON-lines file."""
+    firsts = {question.video: question for question in reversed(read_split("msrvtt_qa", root, split).questions)}
     return [
-        {"file": clip.path.name, "question": q.question, "answer": q.answers[0], "id": q.question_id, "split": split}
-        for clip, q in reversed(firsts.items())
+        {"file": video.path.name, "question": q.question, "answer": q.answers[0], "id": q.question_id, "split": split}
+        for video, q in reversed(firsts.items())
     ]
 
 

@@ -1,4 +1,4 @@
-"""The retrieval recipe: UMT and its re-ranking, defaults, options that miss each other, splits of one's own clips."""
+"""The retrieval recipe: UMT and its re-ranking, defaults, options that miss each other, splits of one's own videos."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from recipes.runs import CASES, assert_same_checkpoint, latest
 
 from tempme_vl.data.datasets import USUAL_SPLITS, SplitNames
-from tempme_vl.data.splits import Clip, RetrievalSplit
+from tempme_vl.data.splits import RetrievalSplit, Video
 from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL, Options
 from tempme_vl.recipes.retrieval import build_model
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
@@ -79,9 +79,9 @@ def test_ways_of_tuning_and_their_older_name() -> None:
 
 def test_a_second_stage_keeps_the_words_of_the_first(tmp_path: Path) -> None:
     """On other captions: an id would stand for another word."""
-    clips = tuple(Clip(f"v{number}", Path(f"v{number}.mp4")) for number in range(2))
-    first = RetrievalSplit("first", clips, (("a red ball moves left",), ("a green cube",)), num_frames=4)
-    second = RetrievalSplit("second", clips, (("someone plays the guitar",), ("a dog",)), num_frames=4)
+    videos = tuple(Video(f"v{number}", Path(f"v{number}.mp4")) for number in range(2))
+    first = RetrievalSplit("first", videos, (("a red ball moves left",), ("a green cube",)), num_frames=4)
+    second = RetrievalSplit("second", videos, (("someone plays the guitar",), ("a dog",)), num_frames=4)
     arguments = ["--model", "umt:tiny", "--method", "none"]
     model = build_model(parse(arguments), first)
     model.save_pretrained(tmp_path)
@@ -107,20 +107,20 @@ def read(options: Options) -> Any:
 
 
 def test_jsonl_splits(tmp_path: Path) -> None:
-    file = tmp_path / "clips.jsonl"
+    file = tmp_path / "videos.jsonl"
     given = ["--dataset", "jsonl", "--annotations", str(file), "--video-root", str(tmp_path)]
 
     def write(*splits: dict[str, str]) -> None:
-        entries = [{"file": f"{i}.mp4", "caption": f"clip {i}", **split} for i, split in enumerate(splits)]
+        entries = [{"file": f"{i}.mp4", "caption": f"video {i}", **split} for i, split in enumerate(splits)]
         file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
     write({}, {}, {})
     train_split, val, test = read(parse(given))
-    assert (len(train_split.clips), val, test.name) == (3, None, "clips/all")
+    assert (len(train_split.videos), val, test.name) == (3, None, "videos/all")
     train_split, val, test = read(parse([*given, "--holdout", "1"]))
     assert val is not None
-    assert (len(train_split.clips), len(val.clips)) == (2, 1)
+    assert (len(train_split.videos), len(val.videos)) == (2, 1)
     write(*({"split": name} for name in ("train", "train", "val", "test", "test", "test")))
     train_split, val, test = read(parse(given))
     assert val is not None
-    assert (len(train_split.clips), len(val.clips), len(test.clips)) == (2, 1, 3)
+    assert (len(train_split.videos), len(val.videos), len(test.videos)) == (2, 1, 3)

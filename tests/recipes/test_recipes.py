@@ -153,7 +153,7 @@ def test_a_loss_that_is_nan_ends_the_recipe(name: str, data: Path, tmp_path: Pat
             {"method": "tome", "r": 1, "batch_size": 24, "epochs": 1},
             {"videos": 8, "unreadable_videos": 1, "selected_on": "no validation split: last epoch"},
         ),
-        # all three questions about a clip that cannot be read are missing
+        # all three questions about a video that cannot be read are missing
         slow(
             "classifier",
             {"dataset": "msrvtt_qa", "data_root": "ROOT", "batch_size": 24, "epochs": 1},
@@ -161,7 +161,7 @@ def test_a_loss_that_is_nan_ends_the_recipe(name: str, data: Path, tmp_path: Pat
         ),
     ],
 )
-def test_broken_clip_is_trained_around_and_reported(
+def test_broken_video_is_trained_around_and_reported(
     name: str, options: dict[str, Any], counted: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
     videos = tmp_path / "videos"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from recipes.runs import CASES, COMMANDS, latest, write_lines
 
-from tempme_vl.data.splits import Clip, RetrievalSplit
+from tempme_vl.data.splits import RetrievalSplit, Video
+from tempme_vl.data.videoqa import QASplit, Question
 from tempme_vl.recipes.start import LATER, MAY_CHANGE, content, facts
 
 
@@ -65,14 +66,22 @@ def test_an_option_is_compared_unless_it_is_listed(recipe: str) -> None:
 
 
 def test_the_content_of_a_split_counts_and_not_where_it_lies() -> None:
-    split = RetrievalSplit("a", (Clip("x", Path("/here/x.mp4"), 0.0, 2.0),), (("a caption",),))
-    moved = replace(split, clips=(Clip("x", Path("/there/x.mp4"), 0.0, 2.0),))
+    split = RetrievalSplit("a", (Video("x", Path("/here/x.mp4"), 0.0, 2.0),), (("a caption",),))
+    moved = replace(split, videos=(Video("x", Path("/there/x.mp4"), 0.0, 2.0),))
     assert content(moved) == content(split)
     others = (
         replace(split, captions=(("another caption",),)),
         replace(split, captions=(("a caption", "a caption"),)),
-        replace(split, clips=(Clip("x", Path("/here/x.mp4"), 0.0, 3.0),)),
-        replace(split, clips=(Clip("x", Path("/here/y.mp4"), 0.0, 2.0),)),
-        replace(split, clips=(Clip("y", Path("/here/x.mp4"), 0.0, 2.0),)),
+        replace(split, videos=(Video("x", Path("/here/x.mp4"), 0.0, 3.0),)),
+        replace(split, videos=(Video("x", Path("/here/y.mp4"), 0.0, 2.0),)),
+        replace(split, videos=(Video("y", Path("/here/x.mp4"), 0.0, 2.0),)),
     )
     assert len({content(other) for other in (split, *others)}) == 6
+
+
+def test_annotations_have_the_hash_that_checkpoints_recorded_before_their_fields_were_renamed() -> None:
+    videos = Video("a", Path("/x/a.mp4"), 1.0, 2.5), Video("b", Path("b.mp4"))
+    asked = Question("1", videos[0], "what", ("x", "y")), Question("2", videos[1], "who", ("x",), ("x", "z"))
+    captions = RetrievalSplit("d/train", videos, (("one", "two"), ("three",)), 12, 8)
+    assert content(captions) == "8e446da61bfca9c3"
+    assert content(QASplit("q/train", asked, "note")) == "a2c22df20d490761"

@@ -88,7 +88,7 @@ def test_no_epochs_evaluate_the_model_as_it_starts(data: Path, tmp_path: Path) -
     assert all(torch.equal(start[name], exported[name]) for name in start)
 
 
-def test_a_report_says_that_its_clips_were_trained_on(data: Path, tmp_path: Path) -> None:
+def test_a_report_says_that_its_videos_were_trained_on(data: Path, tmp_path: Path) -> None:
     case, log = CASES["classifier"], tmp_path / "log"
     lines = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     file = write_lines(tmp_path / "mine.jsonl", lines[:20])

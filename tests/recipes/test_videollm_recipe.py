@@ -13,7 +13,7 @@ from integrations import tiny_post
 from recipes.runs import CASES, assert_same_checkpoint, latest, losses, questions_of, write_lines
 from training.processes import RECIPES
 
-from tempme_vl.data.videoqa import read_jsonl
+from tempme_vl.data.videoqa import read_question_lines
 from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.integrations.tiny import TINY
 from tempme_vl.recipes.build import merging
@@ -71,7 +71,7 @@ def test_what_is_exported_answers_as_reported(whole: Path, data: Path) -> None:
     assert {key: report[key] for key in CASE.report} == CASE.report
     assert [step for step, _ in losses(whole)] == list(range(1, 13))
     said = json.loads((whole / "predictions.json").read_text())
-    split = read_jsonl(data / "splits.jsonl", data / "motion" / "videos", "test")
+    split = read_question_lines(data / "splits.jsonl", data / "motion" / "videos", "test")
     expected = accuracy(said, split, normalize=True)
     assert {key: report[key] for key in expected} == expected
     model = load_video_llm(whole / "best")
@@ -105,7 +105,7 @@ def test_a_killed_run_ends_like_one_that_was_not(whole: Path, data: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize(("host", "stage"), [("tiny:VideoLlava", "zero3"), ("tiny:Qwen2_5_VL", "zero2")])
 def test_two_ranks_learn_as_one(host: str, stage: str, data: Path, tmp_path: Path) -> None:
-    """By plain SGD; answers have one to three words, and a clip on one of the ranks cannot be read."""
+    """By plain SGD; answers have one to three words, and a video on one of the ranks cannot be read."""
     if "Qwen" in host and not tiny_post.PLACED:
         pytest.skip("compress refuses this host with this transformers")
     lines = questions_of(data / "motion", "train")[:16]
@@ -133,7 +133,7 @@ def test_two_ranks_learn_as_one(host: str, stage: str, data: Path, tmp_path: Pat
     started = load_video_llm(tmp_path / "1" / "best")
     adapters = [weight for name, weight in started.named_parameters() if "lora_B" in name]
     assert adapters and all(weight.any() for weight in adapters)
-    # the question about the clip that cannot be read has no answer
+    # the question about the video that cannot be read has no answer
     assert all(report["total"] == 16 and report["missing"] >= 1 for report in reports)
     said = json.loads((tmp_path / "2" / "predictions.json").read_text())
     assert lines[5]["id"] not in said

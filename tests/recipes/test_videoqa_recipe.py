@@ -13,22 +13,22 @@ from recipes.runs import CASES, questions_of, train_on_rendered, write_lines
 from training.processes import RECIPES, exit_codes, start
 
 from tempme_vl.data.motion import question_kind
-from tempme_vl.data.splits import Clip
+from tempme_vl.data.splits import Video
 from tempme_vl.data.videoqa import QASplit, Question, answer_vocabulary, read_split
-from tempme_vl.evaluation.videoqa import accuracy, accuracy_by, table
+from tempme_vl.evaluation.videoqa import accuracy, accuracy_by, format_accuracy
 from tempme_vl.recipes.options.presets import ANY, PRESETS
 from tempme_vl.recipes.options.videoqa import VIDEOQA
 from tempme_vl.recipes.videoqa import build_model, describe
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, load_qa_model
 
 parse = VIDEOQA.parse
-CLIP = Clip("v", Path("v"))
+VIDEO = Video("v", Path("v"))
 TRAIN = QASplit(
     "toy/train",
     (
-        Question("1", CLIP, "which way does it move", ("left",)),
-        Question("2", CLIP, "what color is it", ("red", "dark-red")),
-        Question("3", CLIP, "what color is it", ("red",)),
+        Question("1", VIDEO, "which way does it move", ("left",)),
+        Question("2", VIDEO, "what color is it", ("red", "dark-red")),
+        Question("3", VIDEO, "what color is it", ("red",)),
     ),
 )
 
@@ -49,10 +49,10 @@ def test_defaults_follow_the_data_set_and_the_model() -> None:
     assert (small.output, small.data_root) == (Path("runs/msrvtt_qa-decoder-tome"), Path("x"))
     writer = parse(["--head", "llm", "--llm", "x"])
     assert (writer.max_words, writer.answer_words, writer.text_pretrained) == (64, 8, None)
-    clip = parse(["--data-root", "x", "--model", "open_clip:ViT-B-16-quickgelu", "--lr", "1e-6"])
-    assert clip.text_pretrained == clip.vocabulary == "bert-base-uncased"
-    assert (clip.head, clip.pretrained, clip.vocabulary, clip.lr) == ("classifier", "openai", "bert-base-uncased", 1e-6)
-    assert clip.num_frames == 12
+    vit = parse(["--data-root", "x", "--model", "open_clip:ViT-B-16-quickgelu", "--lr", "1e-6"])
+    assert vit.text_pretrained == vit.vocabulary == "bert-base-uncased"
+    assert (vit.head, vit.pretrained, vit.vocabulary, vit.lr) == ("classifier", "openai", "bert-base-uncased", 1e-6)
+    assert vit.num_frames == 12
     umt = parse(["--data-root", "x", "--model", "umt:b16", "--pretrained", "b16_25m.pth"])
     assert (umt.lr, umt.epochs, umt.batch_size, umt.weight_decay, umt.beta2) == (2e-5, 8, 256, 0.02, 0.999)
     assert (umt.mode, umt.augment, umt.sampling, umt.head) == ("clip", "crop_flip", "segment", "decoder")
@@ -215,7 +215,7 @@ def test_report_holds_what_the_predictions_are_worth_and_what_made_them(data: Pa
     assert json.loads((output / "options.json").read_text())["num_answers"] == 3
     shown = log.read_text()
     assert "3 answers of the training split, which hold an answer to " in shown
-    assert "best epoch chosen on motion/val" in shown and table(report) in shown
+    assert "best epoch chosen on motion/val" in shown and format_accuracy(report) in shown
     for kind, (percent, count) in by_kind.items():
         assert f"{kind:<10}{count:>10}{percent:>12.2f}" in shown
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

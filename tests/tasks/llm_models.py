@@ -70,7 +70,7 @@ def tiny_llm_qa(folder: Path, method: str = "tempme", seed: int = 0, **options: 
     return create_llm_qa_model("open_clip:tiny", str(folder), method=method, **options)
 
 
-def clips() -> Tensor:
+def videos() -> Tensor:
     """(VIDEOS, F, 3, 32, 32), each with its own changes of colour."""
     colour = torch.randn(VIDEOS, FRAMES, 3, 1, 1, generator=torch.Generator().manual_seed(3))
     return 0.5 * random_video(FRAMES, videos=VIDEOS) + colour
@@ -90,7 +90,7 @@ def asked(
 @torch.no_grad()
 def encoded(model: VideoQAModel) -> dict[str, Tensor]:
     """Tokens and sizes of the video of each of QUESTIONS."""
-    features = model({"video": clips(), "frame_mask": torch.ones(VIDEOS, FRAMES)})
+    features = model({"video": videos(), "frame_mask": torch.ones(VIDEOS, FRAMES)})
     return {name: features[name][OF_VIDEO] for name in model.kept}
 
 
@@ -98,7 +98,7 @@ def learn(model: VideoQAModel, steps: int = 140, lr: float = 4e-3) -> None:
     """Trains the head's weights that are not frozen on QUESTIONS, those about 5 of the videos a step."""
     batch = asked(model, range(50), trained=True)
     with torch.no_grad():
-        features = model.eval()({"video": clips(), "frame_mask": torch.ones(VIDEOS, FRAMES)})
+        features = model.eval()({"video": videos(), "frame_mask": torch.ones(VIDEOS, FRAMES)})
     optimizer = torch.optim.AdamW([p for p in model.head.parameters() if p.requires_grad], weight_decay=0.0)
     rng = torch.Generator().manual_seed(0)
     model.train()
@@ -124,7 +124,7 @@ def answer_and_train_partitioned(folder: Path, output: Path, shares: list[list[i
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     mine = shares[distributed.rank()]
-    video = {"video": clips()[OF_VIDEO], "frame_mask": torch.ones(50, FRAMES)}
+    video = {"video": videos()[OF_VIDEO], "frame_mask": torch.ones(50, FRAMES)}
     engine.eval()
     with torch.no_grad():
         written = engine({key: value[mine] for key, value in video.items()} | asked(model, mine))["prediction"]

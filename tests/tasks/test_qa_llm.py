@@ -22,10 +22,10 @@ from tasks.llm_models import (
     OF_VIDEO,
     QUESTIONS,
     asked,
-    clips,
     encoded,
     learn,
     tiny_llm_qa,
+    videos,
     write_llm,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -83,7 +83,7 @@ def written(model: VideoQAModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def train_batch(model: VideoQAModel, count: int = 4) -> dict[str, Tensor]:
-    batch = {"video": clips()[OF_VIDEO[:count]], "frame_mask": torch.ones(count, FRAMES), "valid": torch.ones(count)}
+    batch = {"video": videos()[OF_VIDEO[:count]], "frame_mask": torch.ones(count, FRAMES), "valid": torch.ones(count)}
     return batch | asked(model, range(count), trained=True)
 
 
@@ -119,7 +119,7 @@ def test_the_prompt_has_a_place_for_each_token_of_the_schedule(llm: Path, method
     count = model.frontend.schedule.output_tokens
     batch = asked(model, range(5))
     assert batch["question_ids"].eq(PLACEHOLDER).sum(1).eq(count).all()
-    video = {"video": clips()[:5], "frame_mask": torch.ones(5, FRAMES)}
+    video = {"video": videos()[:5], "frame_mask": torch.ones(5, FRAMES)}
     with torch.no_grad():
         output = model(video | batch)
     assert output["tokens"].shape[1] == count and len(output["prediction"]) == 5

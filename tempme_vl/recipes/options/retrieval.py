@@ -36,7 +36,7 @@ class Options(VisualOptions):
     test_split: str = "test"
     """Looked at once, after training. For example test_1k or test_full on MSRVTT."""
     holdout: int = 0
-    """Clips taken away from train to choose the best epoch by; 0 without a val_split takes the last epoch."""
+    """Videos taken away from train to choose the best epoch by; 0 without a val_split takes the last epoch."""
     vocabulary: str | None = None
     """UMT's words: a folder with vocab.txt or a hub name; default: those of the training captions."""
     max_words: int | None = None
@@ -114,7 +114,7 @@ RETRIEVAL = Command(
             "--data-root /data/msrvtt --model open_clip:ViT-B-16-quickgelu --deepspeed-config zero2",
             gpus=8,
         ),
-        Example("your own clips", "--dataset jsonl --annotations clips.jsonl --video-root clips/"),
+        Example("your own videos", "--dataset jsonl --annotations videos.jsonl --video-root videos/"),
     ),
     defaults,
     checked,

@@ -1,4 +1,4 @@
-"""The options that recipes share: data, tower and merging, tuning, reading clips, training.
+"""The options that recipes share: data, tower and merging, tuning, reading videos, training.
 
 A recipe's own options are a dataclass that inherits from those here; its command line shows them in groups.
 """
@@ -24,7 +24,7 @@ class MergeOptions:
     method_options: tuple[str, ...] = ()
     """NAME=VALUE of a method that has others than the five below."""
     num_frames: int | None = None
-    """Frames sampled from each clip; default: the data set's usual number."""
+    """Frames sampled from each video; default: the data set's usual number."""
     budget: float | None = None
     """Share of the GFLOPs without merging to stay below: chooses what is not given of the five options of merging.
     Default, where neither the paper nor a preset has a setting: 0.6."""
@@ -79,12 +79,12 @@ class TuningOptions:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """How clips are read."""
+    """How videos are read."""
 
     sampling: Literal["fps1", "uniform", "segment"] = "fps1"
     """Which frames: one a second (TempMe), evenly, or UMT's segments."""
     augment: Literal["none", "randaugment", "crop_flip"] = "randaugment"
-    """crop_flip mirrors clips: not where texts say left or right."""
+    """crop_flip mirrors videos: not where texts say left or right."""
     on_broken: Literal["record", "raise"] = "record"
     """Videos that cannot be read: listed in OUTPUT/broken_videos.jsonl and counted, or an error."""
     most_missing: float = 0.1
@@ -92,13 +92,13 @@ class ReadingOptions:
     frame_cache: str = "none"
     """"memory", a folder, or "none": keeps decoded frames, the main speed-up of later epochs."""
     cache_memory: float = 4.0
-    """GiB of --frame-cache memory, which a rank's workers share; further clips are decoded each time."""
+    """GiB of --frame-cache memory, which a rank's workers share; further videos are decoded each time."""
     decoder: Literal["auto", "pyav", "decord"] = "auto"
     """pyav (a new FFmpeg), decord (an FFmpeg of 2018, not for files of strangers); auto tries both in that order."""
     decode_timeout: float | None = 60.0
     """Seconds after which a decoder is ended; None decodes without a guard."""
     clip_memory: float | None = 2.0
-    """GiB that reading one clip may take; more makes it a broken one. None: no limit."""
+    """GiB that reading one video may take; more makes it a broken one. None: no limit."""
 
 
 @dataclass(frozen=True)

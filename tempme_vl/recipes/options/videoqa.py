@@ -89,7 +89,7 @@ VIDEOQA = Command(
             "--data-root /data/msrvtt --model umt:b16 --pretrained b16_25m.pth --deepspeed-config zero2",
             gpus=8,
         ),
-        Example("your own questions", "--dataset jsonl --annotations questions.jsonl --video-root clips/"),
+        Example("your own questions", "--dataset jsonl --annotations questions.jsonl --video-root videos/"),
     ),
     defaults,
     checked,

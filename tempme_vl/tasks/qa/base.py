@@ -118,7 +118,7 @@ class VideoQAModel(TunableModel):
         frontend: any visual tower, merged or not. Its own head, which pools tokens for retrieval, has no part in an
             answer and is frozen.
         head: see `QAHead`.
-        input: JSON data, how clips were sampled in training: {"sampling": a name of `tempme_vl.data.sampling`}.
+        input: JSON data, how videos were sampled in training: {"sampling": a name of `tempme_vl.data.sampling`}.
     """
 
     lora_parts = ("frontend",)

@@ -24,7 +24,7 @@ def picture(number: int, height: int, width: int) -> np.ndarray:
     return frame
 
 
-def write_clip(
+def write_video(
     path: Path,
     num_frames: int = 20,
     *,
