@@ -7,9 +7,11 @@ import multiprocessing
 import multiprocessing.util  # registers what it does at exit
 import os
 import signal
+import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _POLL = 0.5  # seconds between two looks at the parent
 
@@ -47,3 +49,16 @@ def end_workers() -> None:
 
 
 atexit.register(end_workers)  # registered after multiprocessing's own, hence called before it
+
+
+def launcher(ranks: int, gpus: Sequence[int] = ()) -> list[str]:
+    """The deepspeed command of this environment, on a port that nothing else uses, so that runs go beside each other.
+
+    Args:
+        gpus: of a run, by number; none where there are none, or where it takes the first ones.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = ["--include", f"localhost:{','.join(map(str, gpus))}"] if gpus else ["--num_accelerators", str(ranks)]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port)]

@@ -1,6 +1,6 @@
 """Draws docs/floors.svg, the parts of the package and what each imports, of the table in tests/test_imports.py.
 
-    make floors
+make floors
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ CORE = {
     "registry",
     "registries",
 }
+COMMANDS = {"command", "command_line", "processes"}
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
     "state": {"matching"},
@@ -70,10 +71,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": CORE | {"integrations"},
     "integrations": CORE,
     # of data: splits and predictions, to score them; of training: ranks
-    "evaluation": CORE | {"tasks", "pipeline", "data", "training", "processes", "reports", "command", "command_line"},
+    "evaluation": CORE | {"tasks", "pipeline", "data", "training", "reports"} | COMMANDS,
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
-    "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports", "command", "command_line"},
+    "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports"} | COMMANDS,
     # the command, which knows all others
     "cli": {"__init__", "command", "command_line", "recipes", "evaluation"},
     "lmms_eval": {"integrations", "data", "libraries"},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tempme_vl.command_line import Command, Example
 from tempme_vl.data.options import DataOptions
+from tempme_vl.tuning import TUNINGS
 
 DATASETS = ("motion", "msrvtt", "msvd", "activitynet", "didemo", "lsmdc", "jsonl")
 if TYPE_CHECKING:
@@ -128,6 +129,39 @@ class EfficiencyOptions:
     """Percent of tokens merged inside the clips from there on."""
 
 
+@dataclass(frozen=True)
+class CompareOptions(DataOptions):
+    """Train merging methods and ways of tuning alike, and compare them.
+
+    R-Sum over seeds against GFLOPs, tokens and measured milliseconds, and differences to the first row, paired by seed
+    and query. Each run has a folder below --output; runs that are there already are kept, those begun go on.
+    """
+
+    methods: tuple[str, ...] = ("none", "tome", "tempme")
+    """METHOD, METHOD:NAME=VALUE,NAME=VALUE with options of the method (r=4, or budget=0.5 for any), or METHOD+TUNING.
+    All are compared with the first."""
+    tunings: tuple[Annotated[str, TUNINGS], ...] = ()
+    """Each of them for every method that has none of its own; default: the one of `train retrieval`."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights, order and augmentation; the same for every row."""
+    output: Path = Path("runs/compare")
+    """The runs' folders, comparison.json, comparison.md and comparison.svg."""
+    dataset: str = "motion"
+    """As `train retrieval` has it."""
+    train: tuple[str, ...] = ()
+    """NAME=VALUE of `train retrieval`, for all rows alike, such as epochs=2."""
+    ranks: int = 1
+    """Processes of a run, started by the deepspeed launcher."""
+    parallel: int = 1
+    """Runs at a time; where there are GPUs, each has its own --ranks of them."""
+    batch: int = 1
+    """Videos at a time, where the encoders are timed."""
+    repeats: int = 15
+    """Turns that count, where the encoders are timed one after the other; one more before them warms up."""
+    page: Path | None = None
+    """Also write the table and what it is of to this Markdown file, the plot beside it."""
+
+
 EVAL_RETRIEVAL = Command(
     "eval retrieval",
     RetrievalOptions,
@@ -161,5 +195,18 @@ EFFICIENCY = Command(
         Example("computed, beside the paper's numbers"),
         Example("the tower's forward pass on this machine", "--measure --model open_clip:ViT-B-16-quickgelu"),
         Example("a step of full fine-tuning", "--measure --train --batch 2 --repeats 5"),
+    ),
+)
+COMPARE = Command(
+    "compare",
+    CompareOptions,
+    "tempme_vl.evaluation.compare_command:main",
+    (
+        Example("three methods on the embedded data set, 30 minutes on 2 CPU cores"),
+        Example("at half the compute", "--methods none tome:budget=0.5 tempme:budget=0.5"),
+        Example(
+            "MSRVTT, four runs at a time on 8 GPUs",
+            "--dataset msrvtt --data-root /data/msrvtt --ranks 2 --parallel 4",
+        ),
     ),
 )

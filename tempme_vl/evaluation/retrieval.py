@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from tempme_vl.evaluation.encode import Encoder, Rows, encode_all, encode_own, even_shards, gather_on_cpu
 from tempme_vl.evaluation.metrics import (
+    Ranks,
     captions_of_videos,
     concatenate,
     format_metrics,
@@ -94,43 +95,50 @@ def _rows(own: Tensor, total: int) -> Rows:
     return Rows(own[: total - first], first, total)
 
 
-def retrieval_report(embeddings: Embeddings, dual_softmax: bool = False, chunk: int = 1024) -> dict[str, Any]:
-    """Metrics of both directions, holding `chunk` rows of scores at a time.
+def retrieval_ranks(embeddings: Embeddings, dual_softmax: bool = False, chunk: int = 1024) -> dict[str, Ranks]:
+    """Where each query finds what is correct, in both directions, holding `chunk` rows of scores at a time.
 
     Args:
         dual_softmax: reweights scores by a softmax over all queries of the test set: another setting than plain
             retrieval, named in the report.
 
     Returns:
-        "t2v" and "v2t" (with several captions a video "v2t_any_caption" and "v2t_max_pooled"), each as
-        `tempme_vl.evaluation.metrics.summarize` gives it; counts and settings beside them.
+        "t2v" by caption and "v2t" by video; with several captions a video, "v2t_any_caption" and "v2t_max_pooled".
     """
-    owners, num_videos, num_captions = embeddings.video_of_caption, len(embeddings.video), len(embeddings.text)
+    owners, num_videos = embeddings.video_of_caption, len(embeddings.video)
     lost = ~embeddings.valid
-    text_ranks = [
-        rank_statistics(rows, owners[first : first + len(rows)], lost=lost[owners[first : first + len(rows)]])
-        for first, rows in _text_rows(embeddings, dual_softmax, chunk)
-    ]
-    report: dict[str, Any] = {
-        "videos": num_videos,
-        "captions": num_captions,
-        "unreadable_videos": int(lost.sum()),
-        "dual_softmax": dual_softmax,
-        "t2v": summarize(concatenate(text_ranks)),
-    }
+    found: dict[str, list[Ranks]] = {way: [] for way in ("t2v", "v2t_any_caption", "v2t_max_pooled")}
+    for first, rows in _text_rows(embeddings, dual_softmax, chunk):
+        own = owners[first : first + len(rows)]
+        found["t2v"].append(rank_statistics(rows, own, lost=lost[own]))
     captions = captions_of_videos(owners, num_videos)
-    any_caption, max_pooled = [], []
     for first, rows in _score_rows(embeddings.video, embeddings.text, dual_softmax, chunk, embeddings.valid):
         own_lost = lost[first : first + len(rows)]
-        any_caption.append(rank_statistics(rows, captions[first : first + len(rows)], lost=own_lost))
+        found["v2t_any_caption"].append(rank_statistics(rows, captions[first : first + len(rows)], lost=own_lost))
         pooled = max_pool_captions(rows, owners, num_videos)
-        max_pooled.append(rank_statistics(pooled, first_row=first, lost=own_lost))
-    if num_captions == num_videos:  # the two definitions are one
-        return {**report, "v2t": summarize(concatenate(any_caption))}
+        found["v2t_max_pooled"].append(rank_statistics(pooled, first_row=first, lost=own_lost))
+    ranks = {way: concatenate(parts) for way, parts in found.items()}
+    if len(owners) == num_videos:  # the two definitions are one
+        return {"t2v": ranks["t2v"], "v2t": ranks["v2t_any_caption"]}
+    return ranks
+
+
+def retrieval_report(embeddings: Embeddings, dual_softmax: bool = False, chunk: int = 1024) -> dict[str, Any]:
+    """Metrics of both directions.
+
+    Args:
+        dual_softmax, chunk: see `retrieval_ranks`.
+
+    Returns:
+        the directions that `retrieval_ranks` gives, each as `tempme_vl.evaluation.metrics.summarize` has it; counts and
+        settings beside them.
+    """
     return {
-        **report,
-        "v2t_any_caption": summarize(concatenate(any_caption)),
-        "v2t_max_pooled": summarize(concatenate(max_pooled)),
+        "videos": len(embeddings.video),
+        "captions": len(embeddings.text),
+        "unreadable_videos": int((~embeddings.valid).sum()),
+        "dual_softmax": dual_softmax,
+        **{way: summarize(ranks) for way, ranks in retrieval_ranks(embeddings, dual_softmax, chunk).items()},
     }
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from tempme_vl.command_line import Command, Example
+from tempme_vl.processes import launcher
 
-LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]  # the deepspeed command of this environment
 METHODS = {"none": "per-frame mean pooling", "tome": "ToMe", "tempme": "TempMe"}
 
 
@@ -38,8 +36,7 @@ def main(options: Options) -> None:
     for method in METHODS:
         folder = options.output / f"{method}-seed{options.seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        ranks = ["--num_accelerators", str(options.ranks), "--master_port", str(free_port())]
-        command = [*LAUNCHER, *ranks, "--module", "tempme_vl.cli", "train", "retrieval", "--method", method]
+        command = [*launcher(options.ranks), "--module", "tempme_vl.cli", "train", "retrieval", "--method", method]
         command += ["--output", str(folder), "--seed", str(options.seed), "--data-root", "runs/motion-data"]
         done = subprocess.run([*command, "--dataset", "motion"])
         if done.returncode:  # the run has said why
@@ -47,13 +44,6 @@ def main(options: Options) -> None:
         reports[method] = json.loads((folder / "report.json").read_text())
     print(format_demo(reports))
     print(f"\n{time.perf_counter() - start:.0f} s in all, seed {options.seed}, {options.ranks} ranks")
-
-
-def free_port() -> int:
-    """A port that nothing else uses, so that the demo runs beside other trainings."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def format_demo(reports: dict[str, dict]) -> str:

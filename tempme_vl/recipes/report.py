@@ -44,6 +44,7 @@ def about_run(options: RecipeOptions, trainer: Trainer, trained: Trained, val: S
         "selected_on": NO_VALIDATION if val is None else val.name,
         "selected_step": trainer.best_step,
         "method": options.method,
+        "trainable_params": trainer.trainable_params,
         "seed": options.seed,
         "train_seconds": trained.seconds,
         "train_steps": trainer.step - trained.start_step,

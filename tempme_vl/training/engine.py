@@ -61,6 +61,7 @@ class Trainer:
 
     Attributes:
         step: updates done; epoch: complete passes done; best_score, best_step: of the exported best model.
+        trainable_params: how many numbers train.
 
     Raises:
         ValueError: an output folder with checkpoints and resume="never", of a run with other settings, in use by
@@ -96,6 +97,7 @@ class Trainer:
                 "--batch-size or the number of ranks"
             )
         settings = deepspeed_config(config, local_batch // config.chunks, self.device)
+        self.trainable_params = fingerprint.trainable_params(model)
         self.fingerprint = fingerprint.flat(
             {
                 **config.fingerprint(),

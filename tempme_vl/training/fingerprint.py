@@ -74,6 +74,11 @@ def of_model(model: nn.Module) -> str:
     return digest([(name, list(_shape(weight)), weight.requires_grad) for name, weight in model.named_parameters()])
 
 
+def trainable_params(model: nn.Module) -> int:
+    """How many numbers train, whole where ZeRO-3 partitions them."""
+    return sum(_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
 def of_deepspeed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A DeepSpeed configuration without what only watches a run."""
     return {key: value for key, value in settings.items() if key not in WATCHING}

@@ -30,6 +30,7 @@ SCRIPTS = {  # by the name of the command
     "train videollm": "recipes/videollm_lora.py",
     "eval retrieval": "eval/retrieval.py",
     "eval videoqa": "eval/videoqa.py",
+    "compare": "eval/compare.py",
     "efficiency": "eval/efficiency.py",
     "demo": "recipes/motion_demo.py",
 }
