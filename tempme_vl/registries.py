@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from tempme_vl.registry import Registry
 
 if TYPE_CHECKING:
+    from tempme_vl.data.dataset import DataSet
     from tempme_vl.families.base import Family
     from tempme_vl.merging.method import Method
 
-__all__ = ["FAMILIES", "METHODS"]
+__all__ = ["DATASETS", "FAMILIES", "METHODS"]
 
 # how tokens become fewer: docs/add_a_method.md
 METHODS: Registry[Method] = Registry(
@@ -38,5 +39,24 @@ FAMILIES: Registry[Family] = Registry(
         "umt": "tempme_vl.families.umt:FAMILY",
         "hf": "tempme_vl.families.hf:FAMILY",
         "timm": "tempme_vl.families.timm:FAMILY",
+    },
+)
+
+# of videos, with captions or questions: docs/add_a_dataset.md
+DATASETS: Registry[DataSet] = Registry(
+    "data set",
+    "tempme_vl.datasets",
+    "tempme_vl.data.dataset:DataSet",
+    {
+        "motion": "tempme_vl.data.motion:DATASET",
+        "msrvtt": "tempme_vl.data.msrvtt:DATASET",
+        "msvd": "tempme_vl.data.msvd:DATASET",
+        "activitynet": "tempme_vl.data.activitynet:DATASET",
+        "didemo": "tempme_vl.data.didemo:DATASET",
+        "lsmdc": "tempme_vl.data.lsmdc:DATASET",
+        "msrvtt_qa": "tempme_vl.data.msrvtt_qa:DATASET",
+        "msvd_qa": "tempme_vl.data.msvd_qa:DATASET",
+        "activitynet_qa": "tempme_vl.data.activitynet_qa:DATASET",
+        "jsonl": "tempme_vl.data.own:DATASET",
     },
 )

@@ -13,8 +13,6 @@ from training.processes import ROOT, SCRIPTS
 
 from tempme_vl.cli import COMMANDS
 from tempme_vl.command_line import Command, Example
-from tempme_vl.data.datasets import USUAL_SPLITS
-from tempme_vl.evaluation.options import DATASETS
 from tempme_vl.merging import METHODS
 from tempme_vl.recipes.options.presets import SETTING
 from tempme_vl.recipes.options.shared import MergeOptions
@@ -144,8 +142,7 @@ def test_examples_can_be_read_and_what_runs_is_there(command: Command[Any]) -> N
 
 
 def test_names_that_are_written_out_are_those_of_the_tables() -> None:
-    """Reading them from the tables would import torch, or a decoder."""
-    assert set(DATASETS) == set(USUAL_SPLITS)
+    """Reading them from the tables would import torch."""
     qa = next(command for command in COMMANDS if command.name == "train videoqa")
     assert all(qa.parse(["--head", head]).head == head for head in HEADS)
     assert {name for method in METHODS.values() for name in method.option_names} == set(SETTING)

@@ -79,11 +79,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"__init__", "command", "command_line", "recipes", "evaluation"},
     "lmms_eval": {"integrations", "data", "libraries"},
     # side shelves, which know no model and not each other
-    "data": {"messages"},
+    "data": {"messages", "registries"},
     "training": {"processes", "together", "manifest", "schema", "libraries"},
 }
 # above a part, and named there for a type checker alone: what its mappings hold
-TYPES: dict[str, set[str]] = {"registries": {"merging", "families"}}
+TYPES: dict[str, set[str]] = {"registries": {"merging", "families", "data"}}
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed
 HEAVY = {"deepspeed", "peft", "timm", "decord"}  # and not always needed

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
+from tempme_vl.data.dataset import DataSet, Place, SplitNames, Texts
 from tempme_vl.data.files import AnnotationError, as_file_id, as_seconds, as_texts, errors_at, load_json
-from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
+from tempme_vl.data.splits import RetrievalSplit, find_annotations, make_split
 from tempme_vl.messages import shown
 
 FILES = {"train": "train.json", "val_1": "val_1.json"}
 
 
-def read_split(root: str | Path, split: str, video_root: str | Path | None = None) -> RetrievalSplit:
+def read_split(place: Place, split: str) -> RetrievalSplit:
     """Reads train.json or val_1.json: `{id: {"duration", "timestamps", "sentences"}}`; 10,009 and 4,917 videos.
 
     The caption is all sentences joined by a space, the video 0 to ceil(duration) seconds; 64 words, 64 frames.
     "val_1" is what papers test on. The public id lists hold a few ids without annotations, and are not needed.
     """
-    split = known_split("activitynet", split, FILES)
-    (path,) = find_annotations(root, [FILES[split]], ("captions",))
+    (path,) = find_annotations(place.root, [FILES[split]], ("captions",))
     data = load_json(path)
     if not isinstance(data, dict):
         raise AnnotationError(f'{path}: expected {{id: {{"duration", "timestamps", "sentences"}}}}; got {shown(data)}')
@@ -30,9 +29,7 @@ def read_split(root: str | Path, split: str, video_root: str | Path | None = Non
             captions[as_file_id(video_id)] = [_paragraph(video)]
             times[video_id] = (0.0, float(math.ceil(_duration(video))))
     folders = ("Activity_Videos", "Videos")
-    return make_split(
-        f"activitynet/{split}", path, captions, root, video_root, folders, times, max_words=64, num_frames=64
-    )
+    return make_split(f"activitynet/{split}", path, captions, place, folders, times)
 
 
 def _paragraph(video: object) -> str:
@@ -50,3 +47,12 @@ def _duration(video: dict[str, object]) -> float:
     if not seconds:
         raise ValueError("'duration' must be more than 0 seconds")
     return seconds
+
+
+DATASET = DataSet(
+    title="ActivityNet Captions (Krishna et al., ICCV 2017), paragraphs",
+    files="train.json and val_1.json",
+    captions=Texts(read_split, tuple(FILES), SplitNames(test="val_1", holdout=500)),
+    max_words=64,
+    num_frames=64,
+)

@@ -5,28 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tempme_vl.data.dataset import DataSet, Place, Texts
 from tempme_vl.data.files import as_file_id, as_text, check_distinct, csv_rows, each_object, errors_at, load_json
-from tempme_vl.data.splits import RetrievalSplit, find_either, known_split, make_split
+from tempme_vl.data.splits import RetrievalSplit, find_either, make_split
 
-SPLITS = ("train", "val", "test")
 END_SECONDS = 31.0
 
 
-def read_split(root: str | Path, split: str, video_root: str | Path | None = None) -> RetrievalSplit:
+def read_split(place: Place, split: str) -> RetrievalSplit:
     """Reads the paragraphs of didemo_{split}_label.tmass.csv, or else {split}_data.json with single descriptions.
 
     csv: columns `video_path` and `text`; 8,362 / 1,062 / 1,004 paragraphs. JSON: the descriptions of one video
     (1,065 and 1,004 videos in val and test), joined by a space in the file's order. Videos are known by their name
     without extension, since one video occurs with several. 64 words, 64 frames.
     """
-    split = known_split("didemo", split, SPLITS)
     names = (f"didemo_{split}_label.tmass.csv", f"{split}_data.json")
-    path = find_either(root, names, ("didemo_data",))
+    path = find_either(place.root, names, ("didemo_data",))
     descriptions = _paragraphs(path) if path.suffix == ".csv" else _descriptions(path)
     captions = {i: [" ".join(text.strip() for text in texts)] for i, texts in descriptions.items()}
     times = dict.fromkeys(captions, (0.0, END_SECONDS))
     folders = ("DiDeMo_Videos", "all_videos")
-    return make_split(f"didemo/{split}", path, captions, root, video_root, folders, times, max_words=64, num_frames=64)
+    return make_split(f"didemo/{split}", path, captions, place, folders, times)
 
 
 def _paragraphs(path: Path) -> dict[str, list[str]]:
@@ -56,3 +55,12 @@ def _descriptions(path: Path) -> dict[str, list[str]]:
 
 def _video_id(path: str) -> str:
     return as_file_id(path.rsplit("/", 1)[-1].partition(".")[0])
+
+
+DATASET = DataSet(
+    title="DiDeMo (Hendricks et al., ICCV 2017), paragraphs",
+    files="didemo_{train,val,test}_label.tmass.csv, or {train,val,test}_data.json",
+    captions=Texts(read_split),
+    max_words=64,
+    num_frames=64,
+)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from tempme_vl.data.dataset import SplitNames
 from tempme_vl.data.files import AnnotationError, as_id, as_seconds, as_text, as_texts, errors_at, json_lines
 from tempme_vl.data.splits import RetrievalSplit, Video, resolve_split
 from tempme_vl.messages import shown
@@ -19,9 +20,6 @@ def read_caption_lines(
     annotations: str | Path,
     video_root: str | Path,
     split: str | None = None,
-    *,
-    max_words: int = 32,
-    num_frames: int = 12,
 ) -> RetrievalSplit:
     """Reads lines like `{"file": "a.mp4", "caption": "a dog runs", "split": "train"}`.
 
@@ -47,8 +45,6 @@ def read_caption_lines(
             name=f"{path.stem}/{split or 'all'}",
             videos=tuple(video for video, _ in videos.values()),
             captions=tuple(tuple(texts) for _, texts in videos.values()),
-            max_words=max_words,
-            num_frames=num_frames,
         )
 
 
@@ -84,26 +80,11 @@ def jsonl_entries(path: Path, split: str | None = None) -> tuple[str | None, lis
     return chosen, [line for line, name in zip(entries, names, strict=True) if name == chosen]
 
 
-@dataclass(frozen=True)
-class JsonlNames:
-    """Which lines of a JSON-lines file train, validate and test.
-
-    `train` None: all lines, since none has a split. `val` None: none validates. `test` None: no line has the usual
-    split to test on, so that only training can be tested on.
-    """
-
-    train: str | None
-    val: str | None
-    test: str | None
-
-
-def jsonl_names(
-    annotations: str | Path, train: str = "train", val: str | None = None, test: str = "test"
-) -> JsonlNames:
+def jsonl_names(annotations: str | Path, wanted: SplitNames) -> SplitNames:
     """The file's names of these splits.
 
-    Only usual names may be missing, as they need not have been given: all of them where no line has a split, and
-    "test". `val` None takes what validates if the file has it.
+    Only usual names may be missing, as they need not have been given: all of them where no line has a split ("train"
+    is then None, all lines), and "test" (None). `val` None takes what validates if the file has it.
 
     Raises:
         AnnotationError: as `jsonl_entries`; lists the splits that there are where a name is none of them.
@@ -111,19 +92,20 @@ def jsonl_names(
     path = Path(annotations)
     there = sorted(jsonl_splits(path))
 
-    def named(wanted: str) -> str | None:
+    def named(name: str) -> str | None:
         with errors_at(str(path)):
-            return resolve_split(str(path), wanted, there)
+            return resolve_split(str(path), name, there)
 
-    names = JsonlNames(named(train), named(val or "val"), named(test))
+    train, test = wanted.train or "train", wanted.test or "test"
+    names = SplitNames(named(train), named(wanted.val or "val"), named(test), wanted.holdout)
     missing = [
-        wanted
-        for wanted, name, may_miss in (
+        name
+        for name, found, may_miss in (
             (train, names.train, not there and train == "train"),
-            (val, names.val, val is None),
+            (wanted.val, names.val, wanted.val is None),
             (test, names.test, test == "test"),
         )
-        if name is None and not may_miss
+        if found is None and not may_miss
     ]
     if missing:
         found = ", ".join(there) or "none, no line has a split"

@@ -16,15 +16,19 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
+from tempme_vl.data import msrvtt, msrvtt_qa
+from tempme_vl.data.dataset import DataSet, Place, SplitNames, Texts
 from tempme_vl.data.files import check_regular, load_json
+from tempme_vl.data.options import MOTION_ROOT
+from tempme_vl.data.splits import RetrievalSplit
+from tempme_vl.data.videoqa import QASplit
 
 VERSION = 3  # raise it with every change to what is rendered or written
 SIZE = 64
@@ -165,6 +169,8 @@ def write_video(path: Path, frames: np.ndarray) -> None:
     So a frame's pixels do not depend on its neighbours: compression tells nothing about the direction of time.
     The file appears under its name only when it is whole.
     """
+    import av  # reading annotations needs no decoder
+
     partial = path.with_suffix(".partial")
     with av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)
@@ -398,3 +404,23 @@ def _lock(root: Path) -> Iterator[None]:
     with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _captions(place: Place, split: str) -> RetrievalSplit:
+    return msrvtt.read_split(replace(place, data_root=render_motion(place.root)), split)
+
+
+def _asked(place: Place, split: str) -> QASplit:
+    return msrvtt_qa.read_split(replace(place, data_root=render_motion(place.root)), split, "motion")
+
+
+DATASET = DataSet(
+    title="rendered by this package",
+    files="written with the videos",
+    captions=Texts(_captions, msrvtt.SPLITS, SplitNames("train_9k", None, "test_1k", holdout=96)),
+    questions=Texts(_asked),
+    root=MOTION_ROOT,
+    rendered=True,
+    options={"frame_cache": str(MOTION_ROOT / "frames"), "decode_timeout": None, "max_words": 12},
+    question_kind=question_kind,
+)

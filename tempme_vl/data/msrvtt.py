@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tempme_vl.data.dataset import DataSet, Place, SplitNames, Texts
 from tempme_vl.data.files import (
     AnnotationError,
     as_file_id,
@@ -16,7 +17,7 @@ from tempme_vl.data.files import (
     errors_at,
     load_json,
 )
-from tempme_vl.data.splits import RetrievalSplit, find_annotations, known_split, make_split
+from tempme_vl.data.splits import RetrievalSplit, find_annotations, make_split
 from tempme_vl.messages import few, shown
 
 ALL_CAPTIONS = "MSRVTT_data.json"
@@ -28,20 +29,19 @@ ANNOTATION_FOLDERS = ("msrvtt_data", "MSRVTT", "csv")
 VIDEO_FOLDERS = ("MSRVTT_Videos", "all", "TrainValVideo")
 
 
-def read_split(root: str | Path, split: str, video_root: str | Path | None = None) -> RetrievalSplit:
+def read_split(place: Place, split: str) -> RetrievalSplit:
     """Reads a split. Needs MSRVTT_data.json (but for "test_1k") and the csv file of the split, under `root`.
 
     "train_9k", "train_7k": 9,000 and 7,010 videos with all their captions. "test_1k": the 1k-A test, one caption
     per video (995 of them unique). "test_full": the 2,990 videos marked "test" with 20 captions each. There is no
     validation split: hold one out with `splits.holdout_validation`. ValueError names what is missing.
     """
-    split = known_split("msrvtt", split, SPLITS)
     if split == "test_1k":
-        (source,) = find_annotations(root, [TEST_1K], ANNOTATION_FOLDERS)
+        (source,) = find_annotations(place.root, [TEST_1K], ANNOTATION_FOLDERS)
         captions = {row["video_id"]: [row["sentence"]] for row in _rows(source, ("video_id", "sentence"))}
-        return make_split(f"msrvtt/{split}", source, captions, root, video_root, VIDEO_FOLDERS)
+        return make_split(f"msrvtt/{split}", source, captions, place, VIDEO_FOLDERS)
     lists = [TRAIN_LISTS[split]] if split in TRAIN_LISTS else []
-    path, *list_paths = find_annotations(root, [ALL_CAPTIONS, *lists], ANNOTATION_FOLDERS)
+    path, *list_paths = find_annotations(place.root, [ALL_CAPTIONS, *lists], ANNOTATION_FOLDERS)
     source, *_ = *list_paths, path
     captions_of, marks = _all_captions(path)
     if list_paths:
@@ -49,7 +49,7 @@ def read_split(root: str | Path, split: str, video_root: str | Path | None = Non
     else:
         ids = _marked_test(path, marks)
     captions = {video_id: captions_of.get(video_id, []) for video_id in ids}
-    return make_split(f"msrvtt/{split}", source, captions, root, video_root, VIDEO_FOLDERS)
+    return make_split(f"msrvtt/{split}", source, captions, place, VIDEO_FOLDERS)
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -98,3 +98,10 @@ def _marked_test(path: Path, marks: dict[str, object]) -> list[str]:
             f"{path}, videos: expected the splits train, validate and test; {len(odd)} have another or none: {few(odd)}"
         )
     return [video_id for video_id, mark in marks.items() if mark == "test"]
+
+
+DATASET = DataSet(
+    title="MSR-VTT (Xu et al., CVPR 2016)",
+    files=f"{ALL_CAPTIONS}, {', '.join(TRAIN_LISTS.values())}, {TEST_1K}",
+    captions=Texts(read_split, SPLITS, SplitNames("train_9k", None, "test_1k", holdout=500)),
+)

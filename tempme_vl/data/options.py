@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+EMBEDDED = "motion"  # the data set of a first try
 MOTION_ROOT = Path("runs/motion-data")  # where the embedded data set is rendered unless one says otherwise
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from tempme_vl.data.dataset import Place
 from tempme_vl.data.files import AnnotationError, check_regular, errors_at, repeated
 from tempme_vl.messages import few
 
@@ -252,19 +253,18 @@ def make_split(
     name: str,
     source: Path,
     captions: dict[str, list[str]],
-    root: str | Path,
-    video_root: str | Path | None,
+    place: Place,
     folders: Sequence[str] = (),
     times: dict[str, tuple[float, float]] | None = None,
-    max_words: int = 32,
-    num_frames: int = 12,
 ) -> RetrievalSplit:
     """A split from captions by video id, in their order; `times` are start and end by id.
 
+    `folders`: where videos usually lie below the data root, see `locate_videos`.
+
     AnnotationError names the file `source`; ValueError as `locate_videos`.
     """
-    paths = locate_videos(captions, root, video_root, folders)
+    paths = locate_videos(captions, place.root, place.video_root, folders)
     videos = tuple(Video(i, path, *(times[i] if times else ())) for i, path in zip(captions, paths, strict=True))
     texts = tuple(tuple(text.strip() for text in captions[i]) for i in captions)
     with errors_at(str(source)):
-        return RetrievalSplit(name, videos, texts, max_words, num_frames)
+        return RetrievalSplit(name, videos, texts)

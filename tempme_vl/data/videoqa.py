@@ -6,14 +6,14 @@ decoder is loaded here.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tempme_vl.data.dataset import Place
 from tempme_vl.data.files import (
     AnnotationError,
     as_file_id,
@@ -25,23 +25,13 @@ from tempme_vl.data.files import (
     errors_at,
     is_text,
     load_json,
-    read_lines,
     read_text,
     repeated,
 )
-from tempme_vl.data.jsonl import jsonl_entries, jsonl_names, video_of
-from tempme_vl.data.splits import (
-    Video,
-    find_annotations,
-    find_either,
-    known_split,
-    locate_videos,
-    noted,
-    trained_on,
-)
+from tempme_vl.data.jsonl import jsonl_entries, video_of
+from tempme_vl.data.splits import Video, locate_videos
 from tempme_vl.messages import few, shown
 
-SPLITS = ("train", "val", "test")
 CSV_COLUMNS = ("video", "question", "answer", "qid")
 
 
@@ -68,6 +58,11 @@ class QASplit:
     name: str
     questions: tuple[Question, ...]
     note: str = ""
+
+    @property
+    def videos(self) -> list[Video]:
+        """The video of each question."""
+        return [question.video for question in self.questions]
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -136,35 +131,31 @@ def read_questions(path: str | Path, split: str | None = None) -> QASplit:
         return read_question_lines(path, "", split)
     if split is not None:
         raise ValueError(f"{path} holds one split; only lines of a .jsonl file can be chosen by split={split!r}")
-    questions = tuple(_read_file(path))
+    questions = tuple(read_question_file(path))
     with errors_at(str(path)):
         return QASplit(f"{path.resolve().parent.name}/{path.name}", questions)
 
 
-def read_split(dataset: str, root: str | Path, split: str, video_root: str | Path | None = None) -> QASplit:
-    """Reads "train", "val" or "test" of "motion", "msrvtt_qa", "msvd_qa" or "activitynet_qa" under `root`.
+def make_questions(
+    name: str,
+    source: Path,
+    questions: Sequence[Question],
+    place: Place,
+    folders: Sequence[str] = (),
+    id_of: Callable[[str], str] = str,
+) -> QASplit:
+    """A split of questions that have a file's own video ids, with the videos' files.
 
-    Videos are looked for as by `load_split` of tempme_vl.data.datasets, and need not be there. Ids are those of the
-    retrieval readers, so that both find the same files.
-
-    - msrvtt_qa: {split}_qa.json or {split}.csv; 158,581 / 12,278 / 72,821 questions on 6,513 / 497 / 2,990 videos
-    - msvd_qa: {split}_qa.json; 30,933 / 6,415 / 13,157. With youtube_mapping.txt (`name vid7`) ids are the names of
-      the original videos, without it "vid7".
-    - activitynet_qa: {split}_q.json and {split}_a.json; 32,000 / 18,000 / 8,000 on 3,200 / 1,800 / 800 videos
-    - motion: rendered under `root` first
-
-    ValueError for an unknown data set or split, missing files (lists those expected and found), and bad entries
-    (AnnotationError).
+    Args:
+        source: the file, which AnnotationError names.
+        folders: where videos usually lie below the data root, see `locate_videos`.
+        id_of: from the file's id of a video to its name.
     """
-    if dataset not in _DATASETS:
-        raise ValueError(f"unknown QA data set {dataset!r}; known: {', '.join(_DATASETS)}")
-    split = known_split(dataset, split, SPLITS)
-    source, questions, video_id_of, video_folders = _DATASETS[dataset](root, split)
-    ids = {raw: video_id_of(raw) for raw in dict.fromkeys(q.video.video_id for q in questions)}
-    paths = locate_videos(ids.values(), root, video_root, video_folders)
+    ids = {raw: id_of(raw) for raw in dict.fromkeys(q.video.video_id for q in questions)}
+    paths = locate_videos(ids.values(), place.root, place.video_root, folders)
     videos = {raw: Video(ids[raw], path) for raw, path in zip(ids, paths, strict=True)}
     with errors_at(str(source)):
-        return QASplit(f"{dataset}/{split}", tuple(replace(q, video=videos[q.video.video_id]) for q in questions))
+        return QASplit(name, tuple(replace(q, video=videos[q.video.video_id]) for q in questions))
 
 
 def read_question_lines(annotations: str | Path, video_root: str | Path, split: str | None = None) -> QASplit:
@@ -185,45 +176,17 @@ def read_question_lines(annotations: str | Path, video_root: str | Path, split: 
         return QASplit(f"{path.stem}/{split or 'all'}", tuple(questions))
 
 
-def read_splits(
-    dataset: str, root: Path | None, video_root: Path | None = None, annotations: Path | None = None
-) -> tuple[QASplit, QASplit | None, QASplit]:
-    """Training, validation and test questions of a data set as in `read_split`, or of "jsonl": a file of one's own.
-
-    Of a JSON-lines file the lines with the splits "train", "val" and "test" (or a usual synonym) are taken; where no
-    line has a split all train, and where none has a test split training is tested. Videos that are trained on and
-    validated or tested make that split's note, which is logged too.
-
-    ValueError as in `read_split` and `read_question_lines`, and where what a data set needs is not given.
-    """
-    if dataset != "jsonl":
-        if root is None:
-            raise ValueError(f"--dataset {dataset} needs --data-root, the folder of its annotation files")
-        train, test = (read_split(dataset, root, split, video_root) for split in ("train", "test"))
-        val: QASplit | None = read_split(dataset, root, "val", video_root)
-    else:
-        if annotations is None or video_root is None:
-            raise ValueError("--dataset jsonl needs --annotations FILE and --video-root FOLDER")
-        names = jsonl_names(annotations)
-        train = read_question_lines(annotations, video_root, names.train)
-        val = None if names.val is None else read_question_lines(annotations, video_root, names.val)
-        test = train if names.test is None else read_question_lines(annotations, video_root, names.test)
-    seen = [question.video for question in train.questions]
-    if val is not None:
-        val = noted(val, trained_on(seen, (question.video for question in val.questions)))
-    return train, val, noted(test, trained_on(seen, (question.video for question in test.questions)))
-
-
-def _read_file(path: Path) -> list[Question]:
+def read_question_file(path: Path) -> list[Question]:
+    """The questions of a .csv or .json file in one of the layouts of `read_questions`, with its own video ids."""
     if path.suffix == ".csv":
         questions = []
         for place, row in csv_rows(path):
             with errors_at(place):
-                questions.append(_question(row, CSV_COLUMNS))
+                questions.append(question_of(row, CSV_COLUMNS))
         return questions
     entries = _entries(path)
     if not any("video_name" in entry for entry in entries):
-        return list(each_object(str(path), entries, lambda e: _question(e, ("video_id", "question", "answer", "id"))))
+        return list(each_object(str(path), entries, lambda e: question_of(e, ("video_id", "question", "answer", "id"))))
     if not path.name.endswith("_q.json"):
         raise AnnotationError(
             f"{path}: these are questions without answers; expected NAME_q.json and NAME_a.json beside it"
@@ -239,7 +202,7 @@ def _read_file(path: Path) -> list[Question]:
         ids = entry.get("question_id"), answer.get("question_id")
         if ids[0] != ids[1]:
             raise ValueError(f"question_id {shown(ids[0])}, but {shown(ids[1])} in {answers_path}")
-        return _question({**entry, **answer}, ("video_name", "question", "answer", "question_id"))
+        return question_of({**entry, **answer}, ("video_name", "question", "answer", "question_id"))
 
     return list(each_object(str(path), entries, read))
 
@@ -248,8 +211,15 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return list(each_object(str(path), load_json(path), dict))
 
 
-def _question(entry: dict[str, Any], keys: tuple[str, str, str, str]) -> Question:
-    """`keys` of the video, the question, the answer and the question's id."""
+def question_of(entry: dict[str, Any], keys: tuple[str, str, str, str]) -> Question:
+    """The question of an entry of a file, with the file's id of the video, see `make_questions`.
+
+    Args:
+        keys: of the video, the question, the answer and the question's id.
+
+    Raises:
+        ValueError: keys that are not there, or what is there is no id or no text.
+    """
     video, question, answer, question_id = keys
     if not set(keys) <= set(entry):
         raise ValueError(f"expected {', '.join(keys)}; got {few(list(entry), 9)}")
@@ -274,65 +244,6 @@ def _jsonl_question(entry: dict[str, Any], root: Path, line: str) -> Question:
     options = as_texts("options", entry["options"]) if "options" in entry else ()
     question = as_text("question", entry.get("question")).strip()
     return Question(as_id(entry.get("id", line)), video_of(entry, root), question, answers, options)
-
-
-# the file, its questions with its own video ids, what those become, the usual folders of the videos
-_Source = tuple[Path, list[Question], Callable[[str], str], tuple[str, ...]]
-
-
-def _msrvtt(root: str | Path, split: str) -> _Source:
-    path = find_either(root, (f"{split}_qa.json", f"{split}.csv"), ("msrvtt_qa", "MSRVTT-QA"))
-    folders = ("MSRVTT_Videos", "all", "TrainValVideo")
-    return path, _read_file(path), lambda n: f"video{n}" if n.isdecimal() else n, folders
-
-
-def _motion(root: str | Path, split: str) -> _Source:
-    from tempme_vl.data.motion import render_motion  # PyAV is needed for this data set alone
-
-    return _msrvtt(render_motion(root), split)
-
-
-def _msvd(root: str | Path, split: str) -> _Source:
-    folders, video_folders = ("msvd_qa", "MSVD-QA"), ("MSVD_Videos", "YouTubeClips")
-    (path,) = find_annotations(root, [f"{split}_qa.json"], folders)
-    mapping = path.with_name("youtube_mapping.txt")
-    questions = _read_file(path)
-    if not os.path.lexists(mapping):
-        return path, questions, lambda n: f"vid{n}", video_folders
-    names = _youtube_names(mapping)
-    if unknown := sorted({q.video.video_id for q in questions if f"vid{q.video.video_id}" not in names}):
-        raise AnnotationError(f"{path}: {len(unknown)} videos are not in {mapping}: {few(unknown)}")
-    return path, questions, lambda n: names[f"vid{n}"], video_folders
-
-
-def _youtube_names(mapping: Path) -> dict[str, str]:
-    names: dict[str, str] = {}
-    taken = set()
-    for place, line in read_lines(mapping):
-        with errors_at(place):
-            fields = line.split()
-            if len(fields) != 2:
-                raise ValueError(f"expected lines like 'name vid7'; got {' '.join(fields)}")
-            name, number = map(as_file_id, fields)
-            if number in names or name in taken:
-                raise ValueError(f"{name} or {number} again")
-            names[number] = name
-            taken.add(name)
-    return names
-
-
-def _activitynet(root: str | Path, split: str) -> _Source:
-    names = [f"{split}_q.json", f"{split}_a.json"]
-    path, _ = find_annotations(root, names, ("activitynet_qa", "dataset"))
-    return path, _read_file(path), lambda name: f"v_{name}", ("Activity_Videos", "Videos")
-
-
-_DATASETS: dict[str, Callable[[str | Path, str], _Source]] = {
-    "motion": _motion,
-    "msrvtt_qa": _msrvtt,
-    "msvd_qa": _msvd,
-    "activitynet_qa": _activitynet,
-}
 
 
 def _is_choice(question: Question) -> bool:

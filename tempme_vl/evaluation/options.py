@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tempme_vl.command_line import Command, Example
+from tempme_vl.data.datasets import ASKED, CAPTIONED
 from tempme_vl.data.options import DataOptions
 from tempme_vl.tuning import TUNINGS
-
-DATASETS = ("motion", "msrvtt", "msvd", "activitynet", "didemo", "lsmdc", "jsonl")
-if TYPE_CHECKING:
-    DatasetName = str
-else:
-    DatasetName = Literal[DATASETS]
 
 ROWS = Literal["open_clip", "none", "tome", "tempme", "joint", "clip", "clip+tempme"]
 
@@ -42,7 +37,7 @@ class RetrievalOptions(DataOptions, LoadingOptions):
 
     checkpoint: Path
     """Folder that a retrieval model's save_pretrained wrote, such as a training run's OUTPUT/best."""
-    dataset: DatasetName
+    dataset: Annotated[str, CAPTIONED]
     split: str | None = None
     """Default: the test split (msrvtt test_1k, activitynet val_1); of jsonl without any splits all videos."""
     sampling: Literal["fps1", "uniform", "segment"] | None = None
@@ -85,8 +80,8 @@ class VideoQAOptions(DataOptions, LoadingOptions):
     """Compare without case, punctuation and leading articles, as is usual for generated answers. Default: exact."""
     json: Path | None = None
     """Write the report to this file."""
-    dataset: Literal["motion", "msrvtt_qa", "msvd_qa", "activitynet_qa"] | None = None
-    """For --checkpoint, instead of --annotations."""
+    dataset: Annotated[str, ASKED] | None = None
+    """For --checkpoint; without it --annotations is a .jsonl file."""
     save_predictions: Path | None = None
     """Write what a --checkpoint answers to this file, as --predictions reads it."""
 

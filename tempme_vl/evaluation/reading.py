@@ -10,6 +10,7 @@ from typing import Any
 
 from tempme_vl.command import above_zero, at_least
 from tempme_vl.evaluation.options import RetrievalOptions, VideoQAOptions
+from tempme_vl.registries import DATASETS
 
 Options = RetrievalOptions | VideoQAOptions
 
@@ -25,7 +26,8 @@ def check_reading(options: Options) -> None:
 
 def decode_timeout(options: Options) -> float | None:
     """Seconds; videos that we rendered ourselves need no guard."""
-    return None if options.dataset == "motion" else options.decode_timeout
+    rendered = options.dataset is not None and DATASETS[options.dataset].rendered
+    return None if rendered else options.decode_timeout
 
 
 @contextmanager

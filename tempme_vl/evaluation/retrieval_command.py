@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save
 
 from tempme_vl.command import at_least
-from tempme_vl.data.datasets import Source, usual_splits
-from tempme_vl.data.options import MOTION_ROOT
+from tempme_vl.data.datasets import Source
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.retrieval import EvalCaptions, EvalVideos
 from tempme_vl.data.splits import RetrievalSplit
@@ -46,9 +45,8 @@ def split_of(options: RetrievalOptions) -> RetrievalSplit:
     Raises:
         ValueError: options that miss each other, and what the reader of the data set raises.
     """
-    default = MOTION_ROOT if options.dataset == "motion" else None
-    source = Source(options.dataset, options.data_root or default, options.video_root, options.annotations)
-    return source.read(options.split or usual_splits(options.dataset).test)
+    source = Source(options.dataset, options.data_root, options.video_root, options.annotations)
+    return source.captions(options.split)
 
 
 def evaluate(

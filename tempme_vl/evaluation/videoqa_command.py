@@ -10,12 +10,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tempme_vl.data.options import MOTION_ROOT
-from tempme_vl.data.videoqa import QASplit, read_question_lines, read_questions, read_split, read_vocabulary
+from tempme_vl.data.datasets import Source
+from tempme_vl.data.videoqa import QASplit, read_question_lines, read_questions, read_vocabulary
 from tempme_vl.evaluation.options import VideoQAOptions
 from tempme_vl.evaluation.predictions import load_predictions
 from tempme_vl.evaluation.reading import all_broken, check_reading, decode_timeout, own_log, unreadable
 from tempme_vl.evaluation.videoqa import accuracy, format_accuracy
+from tempme_vl.registries import DATASETS
 from tempme_vl.reports import finish, write_json
 
 
@@ -84,14 +85,12 @@ def score_checkpoint(options: VideoQAOptions) -> tuple[dict[str, Any], dict[str,
 
 def split_of(options: VideoQAOptions) -> QASplit:
     """The questions that a model is asked, with where their videos lie."""
-    if (options.annotations is None) == (options.dataset is None):
+    both = options.dataset is not None and "annotations" in DATASETS[options.dataset].needs
+    if (options.annotations is None) == (options.dataset is None) and not both:
         raise ValueError("--checkpoint needs either --dataset or --annotations, a .jsonl file")
     if options.dataset is not None:
-        default = MOTION_ROOT if options.dataset == "motion" else None
-        root = options.data_root or default
-        if root is None:
-            raise ValueError(f"--dataset {options.dataset} needs --data-root, the folder of its annotation files")
-        return read_split(options.dataset, root, options.split or "test", options.video_root)
+        source = Source(options.dataset, options.data_root, options.video_root, options.annotations)
+        return source.questions(options.split)
     assert options.annotations is not None
     if options.annotations.suffix != ".jsonl" or options.video_root is None:
         raise ValueError(f"expected a .jsonl file and --video-root; got {options.annotations} (else use --dataset)")

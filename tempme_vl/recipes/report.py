@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-from tempme_vl.data.motion import question_kind
 from tempme_vl.data.reader import broken_videos
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.videoqa import QASplit
@@ -71,8 +70,9 @@ def write_report(options: RecipeOptions, report: dict[str, Any], shown: str, *mo
 def write_answers(options: RecipeOptions, report: dict[str, Any], predictions: dict[str, str], test: QASplit) -> None:
     """`write_report` of a model that answers questions, and OUTPUT/predictions.json."""
     shown = [format_accuracy(report)]
-    if options.dataset == "motion":
-        report["by_kind"] = accuracy_by(predictions, test, question_kind)
-        shown += [f"{kind:<10}{count:>10}{percent:>12.2f}" for kind, (percent, count) in report["by_kind"].items()]
+    kind = options.source().record.question_kind
+    if kind is not None:
+        report["by_kind"] = accuracy_by(predictions, test, kind)
+        shown += [f"{name:<10}{count:>10}{percent:>12.2f}" for name, (percent, count) in report["by_kind"].items()]
     file = options.output / "predictions.json"
     write_report(options, report, "\n".join(shown), partial(write_json, file, predictions, 0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tempme_vl.data.datasets import SplitNames
+from tempme_vl.data.dataset import SplitNames
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.retrieval import EvalCaptions, EvalVideos, TrainPairs
 from tempme_vl.data.splits import RetrievalSplit
@@ -32,7 +32,7 @@ from tempme_vl.training.engine import Trainer
 def main(options: Options) -> None:
     device = begin(options)
     names = SplitNames(options.train_split, options.val_split, options.test_split, options.holdout)
-    train, val, test = options.source().read_all(names, options.seed)
+    train, val, test = options.source().all_captions(names, options.seed)
     check_files(options, train, val, test)
     model = build_model(options, train).to(device)
     preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])

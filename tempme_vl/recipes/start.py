@@ -12,7 +12,6 @@ import torch
 
 from tempme_vl.command import at_least
 from tempme_vl.data.broken import MissingVideosError, check_videos
-from tempme_vl.data.videoqa import QASplit
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.recipes.names import MISSING_VIDEOS
 from tempme_vl.recipes.options.shared import RecipeOptions, VisualOptions
@@ -63,7 +62,7 @@ def check_files(options: RecipeOptions, *splits: Any) -> None:
     Raises:
         ValueError: more than --most-missing are not there; OUTPUT/missing_videos.txt lists them.
     """
-    videos = [video for split in splits if split is not None for video in videos_of(split)]
+    videos = [video for split in splits if split is not None for video in split.videos]
     file = options.output / MISSING_VIDEOS
     try:
         missing = check_videos(videos, options.most_missing)
@@ -73,11 +72,6 @@ def check_files(options: RecipeOptions, *splits: Any) -> None:
         raise ValueError(f"{error}; {file} lists all, --most-missing sets the share") from None
     if missing:
         say(f"{len(missing)} videos are missing, among them {missing[0]}; they count as not found in evaluation")
-
-
-def videos_of(split: Any) -> list[Any]:
-    """The videos of a split of captions or questions."""
-    return [question.video for question in split.questions] if isinstance(split, QASplit) else split.videos
 
 
 def facts(options: RecipeOptions, model: Any, **splits: Any) -> dict[str, Any]:
@@ -123,8 +117,8 @@ def announce(options: RecipeOptions, model: str, data: str) -> None:
     chosen = {field.name: getattr(options, field.name) for field in fields(options)}
     plain = json.loads(json.dumps(chosen, default=str))
     write_json(options.output / "options.json", {**plain, **provenance()})
-    if options.dataset == "motion":
-        say(f"Data set motion: embedded, rendered in {options.data_root}")
+    if options.source().record.rendered:
+        say(f"Data set {options.dataset}: embedded, rendered in {options.data_root}")
     say(f"{model}\n{data}")
 
 

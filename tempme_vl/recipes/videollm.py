@@ -14,7 +14,7 @@ from tempme_vl.data.questions import TrainQuestions, most_options
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.retrieval import EvalVideos
 from tempme_vl.data.transforms import Preprocess, VideoTransform
-from tempme_vl.data.videoqa import QASplit, read_splits
+from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.encode import encode_all
 from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.integrations import Host
@@ -35,7 +35,7 @@ from tempme_vl.training.folder import claim
 
 def main(options: Options) -> None:
     device = begin(options)
-    train, val, test = read_splits(options.dataset, options.data_root, options.video_root, options.annotations)
+    train, val, test = options.source().all_questions()
     check_files(options, train, val, test)
     for split in (val, test):  # now, and not after an epoch
         if split is not None:

@@ -10,7 +10,7 @@ import torch
 from tempme_vl.data.questions import TrainQuestions, most_options
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.transforms import Preprocess, VideoTransform
-from tempme_vl.data.videoqa import QASplit, answer_vocabulary, coverage, read_splits
+from tempme_vl.data.videoqa import QASplit, answer_vocabulary, coverage
 from tempme_vl.evaluation.predict import predict
 from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.recipes.build import optimizer, tower, video_reader, words_of
@@ -25,7 +25,7 @@ from tempme_vl.training.engine import Trainer
 
 def main(options: Options) -> None:
     device = begin(options)
-    train, val, test = read_splits(options.dataset, options.data_root, options.video_root, options.annotations)
+    train, val, test = options.source().all_questions()
     check_files(options, train, val, test)
     for asked in (split for split in (val, test) if split is not None):  # now, and not after an epoch
         if not most_options(asked) and most_options(train) and options.head == "classifier":

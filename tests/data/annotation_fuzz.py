@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tempme_vl.data import activitynet, didemo, jsonl, lsmdc, msrvtt, msvd, videoqa
+from tempme_vl.data import jsonl, videoqa
+from tempme_vl.data.datasets import load_questions, load_split
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.videoqa import QASplit
 
@@ -109,7 +110,7 @@ OF_QA = {
 
 
 def _qa(dataset: str) -> Callable[[Path], QASplit]:
-    return lambda root: videoqa.read_split(dataset, root, "test")
+    return lambda root: load_questions(dataset, root, "test")
 
 
 CASES: dict[str, Case] = {
@@ -120,17 +121,17 @@ CASES: dict[str, Case] = {
                 *((f"ret{i}", f"msr{i}", f"video{i}", text) for i, text in enumerate(SENTENCES)),
             )
         },
-        lambda root: msrvtt.read_split(root, "test_1k"),
+        lambda root: load_split("msrvtt", root, "test_1k"),
         id_column=2,
     ),
     "msrvtt/train_9k": Case(
         {"MSRVTT_data.json": MSRVTT, "MSRVTT_train.9k.csv": table(("video_id",), ("video0",), ("video2",))},
-        lambda root: msrvtt.read_split(root, "train_9k"),
+        lambda root: load_split("msrvtt", root, "train_9k"),
         OF_MSRVTT,
     ),
     "msrvtt/test_full": Case(
         {"MSRVTT_data.json": MSRVTT},
-        lambda root: msrvtt.read_split(root, "test_full"),
+        lambda root: load_split("msrvtt", root, "test_full"),
         {**OF_MSRVTT, ("videos", "*", "split"): "mark"},
     ),
     "didemo/csv": Case(
@@ -141,7 +142,7 @@ CASES: dict[str, Case] = {
                 (True, "/all/9@N_9.mp4", "[0]", "[31]", "two lines,\n as the public file has some", "x.pth"),
             )
         },
-        lambda root: didemo.read_split(root, "test"),
+        lambda root: load_split("didemo", root, "test"),
         id_column=1,
     ),
     "didemo/json": Case(
@@ -153,7 +154,7 @@ CASES: dict[str, Case] = {
                 ]
             )
         },
-        lambda root: didemo.read_split(root, "test"),
+        lambda root: load_split("didemo", root, "test"),
         {
             (): "list",
             ("*",): "object",
@@ -171,7 +172,7 @@ CASES: dict[str, Case] = {
                 }
             )
         },
-        lambda root: activitynet.read_split(root, "val_1"),
+        lambda root: load_split("activitynet", root, "val_1"),
         {(): "object", ("*",): "object", ("*", "duration"): "length", ("*", "sentences"): "texts"},
     ),
     "msvd": Case(
@@ -179,7 +180,7 @@ CASES: dict[str, Case] = {
             "captions_msvd.json": document({f"v_{i}_9": [text, "a man sings"] for i, text in enumerate(SENTENCES)}),
             "test_list.txt": b"v_0_9\nv_3_9\nv_4_9\n",
         },
-        lambda root: msvd.read_split(root, "test"),
+        lambda root: load_split("msvd", root, "test"),
         {(): "object", ("*",): "texts"},
     ),
     "lsmdc": Case(
@@ -189,7 +190,7 @@ CASES: dict[str, Case] = {
                 for i, text in enumerate(SENTENCES)
             ).encode()
         },
-        lambda root: lsmdc.read_split(root, "test"),
+        lambda root: load_split("lsmdc", root, "test"),
     ),
     "jsonl": Case(
         {

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from tempme_vl.data import motion
+from tempme_vl.data.datasets import Source, load_questions
 from tempme_vl.data.splits import Video
 from tempme_vl.data.videoqa import (
     QASplit,
@@ -12,8 +13,6 @@ from tempme_vl.data.videoqa import (
     coverage,
     read_question_lines,
     read_questions,
-    read_split,
-    read_splits,
     read_vocabulary,
 )
 
@@ -53,7 +52,7 @@ def test_msrvtt_questions_find_the_videos_of_the_retrieval_reader(tmp_path, name
     (tmp_path / "MSRVTT_Videos" / "video7010.webm").touch()
     (tmp_path / "msrvtt_qa").mkdir()
     write(tmp_path / "msrvtt_qa" / name, CSV if name == "test.csv" else [entry(), entry(id=6, video_id="video7")])
-    result = read_split("msrvtt_qa", tmp_path, "test")
+    result = load_questions("msrvtt_qa", tmp_path, "test")
     assert result.name == "msrvtt_qa/test"
     videos = {q.video for q in result.questions}
     folder = tmp_path / "MSRVTT_Videos"
@@ -67,7 +66,7 @@ def test_motion_has_the_layout_of_msrvtt(tmp_path, monkeypatch):
 
     render = motion.render_motion
     monkeypatch.setattr(motion, "render_motion", render_few)
-    splits = {name: read_split("motion", tmp_path / "motion", name) for name in ("train", "val", "test")}
+    splits = {name: load_questions("motion", tmp_path / "motion", name) for name in ("train", "val", "test")}
     # three questions about a moving thing, two about an order; one of twenty moving videos is for validation
     assert {name: len(s.questions) for name, s in splits.items()} == {"train": 63, "val": 7, "test": 16}
     assert all(q.video.path.is_file() for s in splits.values() for q in s.questions)
@@ -92,7 +91,7 @@ def lines_of(path, *splits):
 )
 def test_splits_of_a_jsonl_file(tmp_path, given, expected):
     path = lines_of(tmp_path / "mine.jsonl", *given)
-    for found, wanted in zip(read_splits("jsonl", None, tmp_path / "videos", path), expected, strict=True):
+    for found, wanted in zip(Source("jsonl", None, tmp_path / "videos", path).all_questions(), expected, strict=True):
         if wanted is None:
             assert found is None
         else:
@@ -108,9 +107,9 @@ def test_splits_of_a_data_set(tmp_path):
         write(tmp_path / f"{name}_qa.json", [entry(video_id=i)])
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "vid1.avi").touch()
-    splits = read_splits("msvd_qa", tmp_path, tmp_path / "videos")
+    splits = Source("msvd_qa", tmp_path, tmp_path / "videos").all_questions()
     assert splits == tuple(
-        read_split("msvd_qa", tmp_path, name, tmp_path / "videos") for name in ("train", "val", "test")
+        load_questions("msvd_qa", tmp_path, name, tmp_path / "videos") for name in ("train", "val", "test")
     )
     assert [split.name for split in splits] == ["msvd_qa/train", "msvd_qa/val", "msvd_qa/test"]
     assert splits[1].questions[0].video == Video("vid1", tmp_path / "videos" / "vid1.avi")
@@ -119,35 +118,35 @@ def test_splits_of_a_data_set(tmp_path):
 def test_what_a_data_set_needs_is_named(tmp_path):
     for root, path in ((None, None), (tmp_path, None), (None, tmp_path / "a.jsonl")):
         with pytest.raises(ValueError, match="--dataset jsonl needs --annotations FILE and --video-root FOLDER"):
-            read_splits("jsonl", root, None if path else tmp_path, path)
+            Source("jsonl", root, None if path else tmp_path, path).all_questions()
     with pytest.raises(ValueError, match="--dataset msrvtt_qa needs --data-root, the folder of its annotation files"):
-        read_splits("msrvtt_qa", None, tmp_path, tmp_path / "a.jsonl")
+        Source("msrvtt_qa", None, tmp_path, tmp_path / "a.jsonl").all_questions()
     with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
-        read_splits("jsonl", None, tmp_path, tmp_path / "none.jsonl")
+        Source("jsonl", None, tmp_path, tmp_path / "none.jsonl").all_questions()
     for line, message in (("[1]", "expected a JSON object"), ("5", "expected a JSON object"), ("{", "Expecting")):
         broken = write(tmp_path / "a.jsonl", f'{{"split": "train"}}\n{line}')
         with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {message}"):
-            read_splits("jsonl", None, tmp_path, broken)
+            Source("jsonl", None, tmp_path, broken).all_questions()
 
 
 def test_line_separators_of_unicode_are_letters(tmp_path):
     line = json.dumps({"file": "a.mp4", "question": "what\u2028is it", "answer": "a\x85b"}, ensure_ascii=False)
-    for found in read_splits("jsonl", None, tmp_path, write(tmp_path / "a.jsonl", line + "\r\n"))[::2]:
+    for found in Source("jsonl", None, tmp_path, write(tmp_path / "a.jsonl", line + "\r\n")).all_questions()[::2]:
         assert [(q.question, q.answers) for q in found.questions] == [("what\u2028is it", ("a\x85b",))]
 
 
 def test_msvd_names_videos_by_the_mapping_where_there_is_one(tmp_path):
     write(tmp_path / "val_qa.json", [entry(video_id=3), entry(id=6, video_id=4)])
-    assert [q.video.video_id for q in read_split("msvd_qa", tmp_path, "val").questions] == ["vid3", "vid4"]
+    assert [q.video.video_id for q in load_questions("msvd_qa", tmp_path, "val").questions] == ["vid3", "vid4"]
     mapping = write(tmp_path / "youtube_mapping.txt", "-8y1Q_108_115 vid3\nabc_1_2 vid4\n")
-    questions = read_split("msvd_qa", tmp_path, "val", tmp_path).questions
+    questions = load_questions("msvd_qa", tmp_path, "val", tmp_path).questions
     assert [q.video for q in questions] == [Video(i, tmp_path / f"{i}.mp4") for i in ("-8y1Q_108_115", "abc_1_2")]
     write(mapping, "abc vid4\n")
     with pytest.raises(ValueError, match=r"val_qa\.json: 1 videos are not in .*youtube_mapping\.txt: 3"):
-        read_split("msvd_qa", tmp_path, "val")
+        load_questions("msvd_qa", tmp_path, "val")
     write(mapping, "abc vid4 more\n")
     with pytest.raises(ValueError, match="expected lines like 'name vid7'; got abc vid4 more"):
-        read_split("msvd_qa", tmp_path, "val")
+        load_questions("msvd_qa", tmp_path, "val")
 
 
 def write_activitynet(folder, ids, answer_ids):
@@ -158,7 +157,7 @@ def write_activitynet(folder, ids, answer_ids):
 
 def test_activitynet_joins_questions_and_answers(tmp_path):
     path = write_activitynet(tmp_path, ["v_1QI_1", "v_1QI_2"], ["v_1QI_1", "v_1QI_2"])
-    result = read_split("activitynet_qa", tmp_path, "test")
+    result = load_questions("activitynet_qa", tmp_path, "test")
     assert [(q.question_id, q.video.video_id, q.answers) for q in result.questions] == [
         ("v_1QI_1", "v_1QI", ("no",)),
         ("v_1QI_2", "v_1QI", ("no",)),
@@ -257,11 +256,11 @@ def test_missing_files_and_unknown_names_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"latin\.csv: expected UTF-8"):
         read_questions(tmp_path / "latin.csv")
     with pytest.raises(ValueError, match=r"test_qa\.json.*; or .*test\.csv.*found there: latin\.csv"):
-        read_split("msrvtt_qa", tmp_path, "test")
-    with pytest.raises(ValueError, match="unknown QA data set 'msrvtt'; known: motion, msrvtt_qa"):
-        read_split("msrvtt", tmp_path, "test")
+        load_questions("msrvtt_qa", tmp_path, "test")
+    with pytest.raises(ValueError, match="'msrvtt' has no questions; expected one of motion, msrvtt_qa, msvd_qa"):
+        load_questions("msrvtt", tmp_path, "test")
     with pytest.raises(ValueError, match="msvd_qa has no split 'test_1k'; known: train, val, test"):
-        read_split("msvd_qa", tmp_path, "test_1k")
+        load_questions("msvd_qa", tmp_path, "test_1k")
     with pytest.raises(ValueError, match=r"holds one split; only lines of a \.jsonl"):
         read_questions(write(tmp_path / "test.csv", CSV), "test")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tempme_vl.data.datasets import load_split
+from tempme_vl.data.datasets import load_questions, load_split
 from tempme_vl.data.splits import holdout_validation
-from tempme_vl.data.videoqa import answer_vocabulary, coverage, read_questions, read_split, read_vocabulary
+from tempme_vl.data.videoqa import answer_vocabulary, coverage, read_questions, read_vocabulary
 
 ROOT = Path(os.environ["TEMPME_ANNOTATIONS"])
 
@@ -99,7 +99,7 @@ def test_lsmdc_format(tmp_path):
     ],
 )
 def test_question_counts(dataset, split, videos, questions):
-    result = read_split(dataset, ROOT / dataset, split)
+    result = load_questions(dataset, ROOT / dataset, split)
     assert (len({q.video for q in result.questions}), len(result.questions)) == (videos, questions)
 
 
@@ -109,11 +109,11 @@ def test_the_json_and_the_csv_of_msrvtt_qa_are_one():
 
 
 def test_answer_vocabularies():
-    test = read_split("msrvtt_qa", ROOT / "msrvtt_qa", "test")
+    test = load_questions("msrvtt_qa", ROOT / "msrvtt_qa", "test")
     words = read_vocabulary(ROOT / "msrvtt_qa" / "ans_word.json")
     covered = [coverage(words[:size], test) for size in (1000, 1500, 4000)]
     assert covered == [100 * questions / 72_821 for questions in (65_654, 67_719, 70_452)]  # 90.2, 93.0, 96.7 %
-    train = answer_vocabulary(read_split("msvd_qa", ROOT / "msvd_qa", "train"))
+    train = answer_vocabulary(load_questions("msvd_qa", ROOT / "msvd_qa", "train"))
     assert len(train) == 1852
     # the public list is the most frequent training answers too, and breaks ties in some other way
     assert len(set(train[:1000]) & set(read_vocabulary(ROOT / "msvd_qa" / "answer_set.txt"))) > 900

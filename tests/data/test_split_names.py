@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from tempme_vl.data.datasets import DATASETS, Source, SplitNames, load_split
+from tempme_vl.data.dataset import SplitNames
+from tempme_vl.data.datasets import CAPTIONED, Source, load_questions, load_split
 from tempme_vl.data.files import AnnotationError
 from tempme_vl.data.jsonl import read_caption_lines
 from tempme_vl.data.splits import Video, known_split, resolve_split, trained_on
-from tempme_vl.data.videoqa import read_questions, read_split, read_splits
+from tempme_vl.data.videoqa import read_questions
 
 SEEN = "{} of these {} videos were trained on: no scores on unseen videos"
 
@@ -39,14 +40,13 @@ def names_of(split):
     """The numbers of the lines in a retrieval or question split, None for no split."""
     if split is None:
         return None
-    videos = split.videos if hasattr(split, "videos") else [question.video for question in split.questions]
-    return [int(video.path.stem) for video in videos]
+    return [int(video.path.stem) for video in split.videos]
 
 
 def both(path, names=None):
     """What the retrieval and the question reader make of a file, which is the same."""
-    videos = source(path).read_all(names or SplitNames(), seed=0)
-    questions = read_splits("jsonl", None, path.parent / "videos", path)
+    videos = source(path).all_captions(names or SplitNames(), seed=0)
+    questions = source(path).all_questions()
     assert [names_of(split) for split in videos] == [names_of(split) for split in questions]
     assert [split and (split.name, split.note) for split in videos] == [s and (s.name, s.note) for s in questions]
     return videos
@@ -71,9 +71,9 @@ def test_usual_synonyms_are_understood_and_said(file, caplog, given):
         said = f"the split {wanted!r} is called {name!r} here"
         assert (said in caplog.text) == (wanted != name)
     # and the other way round
-    explicit = source(file("train", "train", "val", "test")).read_all(SplitNames(*given), seed=0)
+    explicit = source(file("train", "train", "val", "test")).all_captions(SplitNames(*given), seed=0)
     assert [names_of(split) for split in explicit] == [[0, 1], [2], [3]]
-    assert names_of(source(path).read("test")) == names_of(source(path).read()) == [3]
+    assert names_of(source(path).captions("test")) == names_of(source(path).captions()) == [3]
     assert names_of(read_questions(path, "val")) == names_of(read_caption_lines(path, "", "val")) == [2]
 
 
@@ -92,11 +92,11 @@ def test_a_name_that_is_not_there_is_an_error_that_lists_those_that_are(file, na
     path = file(*there)
     found = "test, train, val" if there[0] else "none, no line has a split"
     with pytest.raises(AnnotationError, match=rf"mine\.jsonl: no lines with split {missing}; splits found: {found}"):
-        source(path).read_all(names, seed=0)
+        source(path).all_captions(names, seed=0)
     for name in (names.train, names.val, names.test):
         if name not in (None, "train", "test"):
             for read in (
-                source(path).read,
+                source(path).captions,
                 lambda name: read_questions(path, name),
                 lambda n: read_caption_lines(path, "", n),
             ):
@@ -108,18 +108,18 @@ def test_a_file_with_splits_but_none_to_train_on_is_an_error(file):
     for splits in (("val", "test"), (None, "val", None)):
         path = file(*splits)
         with pytest.raises(AnnotationError, match=r"no lines with split 'train'; splits found: (test, )?val"):
-            source(path).read_all(SplitNames(), 0)
+            source(path).all_captions(SplitNames(), 0)
         with pytest.raises(AnnotationError, match=r"no lines with split 'train'; splits found: (test, )?val"):
-            read_splits("jsonl", None, path.parent, path)
+            source(path).all_questions()
     with pytest.raises(AnnotationError, match="no lines with split 'test'; splits found: train, val"):
-        source(file("train", "val")).read()
+        source(file("train", "val")).captions()
 
 
 def test_several_names_for_one_split_are_not_chosen_from(file):
     path = file("train", "dev", "valid", "test")
     with pytest.raises(AnnotationError, match=r"mine\.jsonl: the split 'val' could be any of dev, valid; name one"):
-        source(path).read_all(SplitNames(), 0)
-    train, val, _ = source(path).read_all(SplitNames(val="dev"), 0)
+        source(path).all_captions(SplitNames(), 0)
+    train, val, _ = source(path).all_captions(SplitNames(val="dev"), 0)
     assert (names_of(train), names_of(val)) == ([0], [1])
 
 
@@ -129,16 +129,16 @@ def test_scores_on_training_videos_are_noted_and_said(file, caplog):
     assert (train.note, test.note) == ("", SEEN.format(3, 3))
     assert f"mine/all: {SEEN.format(3, 3)}" in caplog.text and caplog.records[-1].levelno == logging.WARNING
     # some are held out: they are not trained on, and the test still is, but for them
-    train, val, test = source(file(None, None, None)).read_all(SplitNames(holdout=1), 0)
+    train, val, test = source(file(None, None, None)).all_captions(SplitNames(holdout=1), 0)
     assert (len(train.videos), len(val.videos), val.note, test.note) == (2, 1, "", SEEN.format(2, 3))
     # a validation split, and nothing to test on
     train, val, test = both(file("val", "train", "train"))
     assert (names_of(train), names_of(val), names_of(test)) == ([1, 2], [0], [1, 2])
     assert (val.note, test.note) == ("", SEEN.format(2, 2))
     # evaluation alone cannot know
-    alone = source(file(None, None)).read()
+    alone = source(file(None, None)).captions()
     assert names_of(alone) == [0, 1] and "which has no splits: perhaps they were trained on" in alone.note
-    assert source(file("train", "test")).read().note == ""
+    assert source(file("train", "test")).captions().note == ""
 
 
 def test_a_video_of_two_splits_is_noted(file):
@@ -146,9 +146,9 @@ def test_a_video_of_two_splits_is_noted(file):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, lines[0].replace('"train"', '"test"'), lines[2].replace('"val"', '"train"')]))
     path.write_text(path.read_text().replace('"question": "q0"', '"question": "another", "id": "new"', 1))
-    train, val, test = source(path).read_all(SplitNames(), 0)
+    train, val, test = source(path).all_captions(SplitNames(), 0)
     assert (train.note, val.note, test.note) == ("", SEEN.format(1, 1), SEEN.format(1, 3))
-    assert [split.note for split in read_splits("jsonl", None, path.parent, path)] == [train.note, val.note, test.note]
+    assert [split.note for split in source(path).all_questions()] == [train.note, val.note, test.note]
 
 
 def test_parts_of_one_video_are_different_videos(tmp_path):
@@ -165,8 +165,8 @@ def test_the_full_test_of_msrvtt_overlaps_the_large_training_split(tmp_path):
     (tmp_path / "MSRVTT_train.9k.csv").write_text("video_id\nv0\nv1\nv2\n")
     (tmp_path / "MSRVTT_JSFUSION_test.csv").write_text("video_id,sentence\nv3,a 3\n")
     data = Source("msrvtt", tmp_path)
-    assert data.read_all(SplitNames("train_9k", test="test_full"), 0)[2].note == SEEN.format(1, 2)
-    assert data.read_all(SplitNames("train_9k", test="test_1k"), 0)[2].note == ""
+    assert data.all_captions(SplitNames("train_9k", test="test_full"), 0)[2].note == SEEN.format(1, 2)
+    assert data.all_captions(SplitNames("train_9k", test="test_1k"), 0)[2].note == ""
 
 
 def test_lines_without_a_split_are_left_out_and_said(file, caplog):
@@ -188,12 +188,12 @@ def test_every_data_set_knows_the_synonyms_and_lists_what_it_has(tmp_path, caplo
                 load_split(dataset, tmp_path / "none", wanted)
             assert f"{dataset}: the split {wanted!r} is called {name!r} here" in caplog.text
     with pytest.raises(ValueError, match=r"expected val_qa\.json"):
-        read_split("msvd_qa", tmp_path, "validation")
-    for dataset in DATASETS:
+        load_questions("msvd_qa", tmp_path, "validation")
+    for dataset in set(CAPTIONED) - {"jsonl"}:
         with pytest.raises(ValueError, match=f"{dataset} has no split 'trian'; known: train"):
             load_split(dataset, tmp_path, "trian")
     with pytest.raises(ValueError, match="msvd_qa has no split 'tset'; known: train, val, test"):
-        read_split("msvd_qa", tmp_path, "tset")
+        load_questions("msvd_qa", tmp_path, "tset")
 
 
 def test_resolving():

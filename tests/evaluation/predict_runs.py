@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+from tempme_vl.data.datasets import load_questions
 from tempme_vl.data.motion import render_motion
-from tempme_vl.data.videoqa import QASplit, answer_vocabulary, read_split
+from tempme_vl.data.videoqa import QASplit, answer_vocabulary
 from tempme_vl.evaluation.options import EVAL_VIDEOQA
 from tempme_vl.evaluation.predict import predict
 from tempme_vl.pipeline import VideoQA
@@ -43,7 +44,7 @@ def render_few(root: Path) -> Path:
 
 
 def read(root: Path, split: str = "test") -> QASplit:
-    return read_split("msrvtt_qa", root, split)
+    return load_questions("msrvtt_qa", root, split)
 
 
 def create(kind: str, train: QASplit) -> Saveable:

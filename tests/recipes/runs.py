@@ -17,8 +17,8 @@ from training.processes import RECIPES, exit_codes, start
 
 from tempme_vl.command_line import Command
 from tempme_vl.data import motion
+from tempme_vl.data.datasets import load_questions
 from tempme_vl.data.motion import render_motion
-from tempme_vl.data.videoqa import read_split
 from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL
 from tempme_vl.recipes.options.videollm import VIDEOLLM
 from tempme_vl.recipes.options.videoqa import VIDEOQA
@@ -166,7 +166,7 @@ def make_data(folder: Path) -> Path:
 
 def questions_of(root: Path, split: str) -> list[dict[str, Any]]:
     """The first question about each video, which way it moves, as lines of a JSON-lines file."""
-    firsts = {question.video: question for question in reversed(read_split("msrvtt_qa", root, split).questions)}
+    firsts = {question.video: question for question in reversed(load_questions("msrvtt_qa", root, split).questions)}
     return [
         {"file": video.path.name, "question": q.question, "answer": q.answers[0], "id": q.question_id, "split": split}
         for video, q in reversed(firsts.items())

@@ -11,7 +11,8 @@ import pytest
 import torch
 from recipes.runs import CASES, assert_same_checkpoint, latest
 
-from tempme_vl.data.datasets import USUAL_SPLITS, SplitNames
+from tempme_vl.data.dataset import SplitNames
+from tempme_vl.data.datasets import CAPTIONED
 from tempme_vl.data.splits import RetrievalSplit, Video
 from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL, Options
 from tempme_vl.recipes.retrieval import build_model
@@ -51,7 +52,7 @@ def test_defaults_follow_the_data_set_and_the_model() -> None:
     umt = parse(["--data-root", "x", "--model", "umt:b16", "--pretrained", "b16_25m.pth"])
     assert (umt.lr, umt.epochs, umt.batch_size, umt.weight_decay, umt.beta2) == (2e-5, 10, 256, 0.02, 0.999)
     assert (umt.mode, umt.augment, umt.sampling, umt.tuning) == ("clip", "crop_flip", "segment", "full")
-    for dataset in set(USUAL_SPLITS) - {"motion"}:
+    for dataset in set(CAPTIONED) - {"motion"}:
         options = parse(["--dataset", dataset, "--data-root", "x", "--annotations", "a", "--video-root", "v"])
         assert (options.dataset, options.output) == (dataset, Path(f"runs/{dataset}-tempme"))
         assert (options.batch_size, options.output) == (128, options.output)
@@ -103,7 +104,7 @@ def test_missing_options_are_named() -> None:
 
 def read(options: Options) -> Any:
     names = SplitNames(options.train_split, options.val_split, options.test_split, options.holdout)
-    return options.source().read_all(names, options.seed)
+    return options.source().all_captions(names, options.seed)
 
 
 def test_jsonl_splits(tmp_path: Path) -> None:

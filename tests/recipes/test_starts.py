@@ -81,7 +81,7 @@ def test_no_epochs_evaluate_the_model_as_it_starts(data: Path, tmp_path: Path) -
 
     options = COMMANDS["train retrieval"].parse(arguments)
     torch.manual_seed(options.seed)
-    train = options.source().read(options.train_split)
+    train = options.source().captions(options.train_split)
     start = retrieval.build_model(options, train).state_dict()
     exported = case.load(tmp_path / "run" / "best").state_dict()
     assert start.keys() == exported.keys()

@@ -12,9 +12,10 @@ import torch
 from recipes.runs import CASES, questions_of, train_on_rendered, write_lines
 from training.processes import RECIPES, exit_codes, start
 
+from tempme_vl.data.datasets import load_questions
 from tempme_vl.data.motion import question_kind
 from tempme_vl.data.splits import Video
-from tempme_vl.data.videoqa import QASplit, Question, answer_vocabulary, read_split
+from tempme_vl.data.videoqa import QASplit, Question, answer_vocabulary
 from tempme_vl.evaluation.videoqa import accuracy, accuracy_by, format_accuracy
 from tempme_vl.recipes.options.presets import ANY, PRESETS
 from tempme_vl.recipes.options.videoqa import VIDEOQA
@@ -199,8 +200,8 @@ def test_report_holds_what_the_predictions_are_worth_and_what_made_them(data: Pa
     assert exit_codes(start(train_on_rendered, arguments, log=log)) == [0], log.read_text()
     report = json.loads((output / "report.json").read_text())
     said = json.loads((output / "predictions.json").read_text())
-    split = replace(read_split("msrvtt_qa", root, "test"), name="motion/test")
-    answers = answer_vocabulary(read_split("msrvtt_qa", root, "train"), 3)
+    split = replace(load_questions("msrvtt_qa", root, "test"), name="motion/test")
+    answers = answer_vocabulary(load_questions("msrvtt_qa", root, "train"), 3)
     expected = accuracy(said, split, answers)
     assert {key: report[key] for key in expected} == expected
     assert report["vocabulary_size"] == 3 and report["missing"] == 24 - len(said)

@@ -1,4 +1,5 @@
-"""What the defaults of a recipe become: one row a recipe and model, and what the embedded data set changes of it.
+"""What the defaults of a recipe become: one row a recipe and model, and what the record of the data set
+changes of it.
 
 Options that a row does not name have the defaults of the recipe's dataclass. ANY is the row of all other models.
 """
@@ -10,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from tempme_vl.command_line import first_look
-from tempme_vl.data.options import MOTION_ROOT
+from tempme_vl.registries import DATASETS
 
 ANY = "any"
 SETTING = ("r", "merge_layers", "merge_frames", "cross_percent", "intra_percent")  # what a budget chooses
@@ -114,13 +115,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "tiny:Qwen2_5_VL": {**_TINY_HOST, "r": None, "merge_layers": None, "merge_frames": (2, 2)},
     },
 }
-# The data set that we rendered ourselves needs no guard around its decoder.
-MOTION: dict[str, Any] = {
-    "data_root": MOTION_ROOT,
-    "frame_cache": str(MOTION_ROOT / "frames"),
-    "decode_timeout": None,
-    "max_words": 12,
-}
 
 
 def preset(recipe: str, options: type[Any], model: str, dataset: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -129,8 +123,8 @@ def preset(recipe: str, options: type[Any], model: str, dataset: str, arguments:
     Args:
         options: the recipe's dataclass.
     """
-    rows = PRESETS[recipe]
-    found = {**rows.get(model, rows[ANY]), **(MOTION if dataset == "motion" else {})}
+    rows, record = PRESETS[recipe], DATASETS[dataset]
+    found = {**rows.get(model, rows[ANY]), "data_root": record.root, **record.options}
     limits = first_look(arguments, ("budget", "tokens"))
     dropped = () if limits.budget is None and limits.tokens is None else SETTING
     known = {field.name for field in fields(options)} - {*dropped}

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tempme_vl.command_line import Command, Example, first_look
-from tempme_vl.data.datasets import USUAL_SPLITS, Source, usual_splits
+from tempme_vl.data.datasets import CAPTIONED, texts_of
+from tempme_vl.data.options import EMBEDDED
 from tempme_vl.recipes.options.presets import preset
 from tempme_vl.recipes.options.shared import VisualOptions
-
-if TYPE_CHECKING:
-    DatasetName = str
-else:
-    DatasetName = Literal[tuple(USUAL_SPLITS)]
+from tempme_vl.registries import DATASETS
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Options(VisualOptions):
     shows its own. The options in use are written to OUTPUT/options.json.
     """
 
-    dataset: DatasetName = "msrvtt"
+    dataset: Annotated[str, CAPTIONED] = "msrvtt"
     """Default: motion, the embedded data set; msrvtt as soon as --data-root is given."""
     train_split: str = "train"
     """For example train_9k or train_7k on MSRVTT."""
@@ -46,14 +43,6 @@ class Options(VisualOptions):
     rerank: int = 128
     """UMT: candidates of each query that the fusion layers rank anew in the test, both ways; 0 leaves it out."""
 
-    def source(self) -> Source:
-        """Where the data set lies.
-
-        Raises:
-            ValueError: what it needs is not given.
-        """
-        return Source(self.dataset, self.data_root, self.video_root, self.annotations)
-
 
 def defaults(arguments: Sequence[str], recipe: str = "retrieval", suffix: str = "") -> dict[str, Any]:
     """The defaults of the data set and the model that a command line names.
@@ -68,9 +57,9 @@ def defaults(arguments: Sequence[str], recipe: str = "retrieval", suffix: str = 
     given = first_look(arguments, ("dataset", "data-root", "model", "method", "tuning", "freeze"))
     if given.tuning and given.freeze:
         raise ValueError("--freeze is the older name of --tuning (none is full): give one of them")
-    dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt")
-    model = given.model or ("open_clip:tiny" if dataset == "motion" else Options.model)
-    splits = usual_splits(dataset)
+    dataset = given.dataset or (EMBEDDED if given.data_root is None else "msrvtt")
+    model = given.model or ("open_clip:tiny" if DATASETS[dataset].rendered else Options.model)
+    splits = texts_of(dataset, "captions").usual
     return {
         **preset(recipe, Options, model, dataset, arguments),
         "dataset": dataset,

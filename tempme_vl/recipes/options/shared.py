@@ -9,7 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tempme_vl.data.options import DataOptions
+from tempme_vl.data.datasets import Source
+from tempme_vl.data.options import EMBEDDED, DataOptions
 from tempme_vl.registries import METHODS
 from tempme_vl.training.config import TrainConfig
 from tempme_vl.tuning import TUNINGS, Tuning, find_tuning
@@ -136,7 +137,15 @@ class RunOptions(TrainConfig):
 class RecipeOptions(DataOptions, MergeOptions, ReadingOptions, OptimizerOptions, RunOptions):
     """What every recipe has."""
 
-    dataset: str = "motion"
+    dataset: str = EMBEDDED
+
+    def source(self) -> Source:
+        """The data set in its place.
+
+        Raises:
+            ValueError: what it needs is not given.
+        """
+        return Source(self.dataset, self.data_root, self.video_root, self.annotations)
 
 
 @dataclass(frozen=True)

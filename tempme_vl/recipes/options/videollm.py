@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from tempme_vl.command_line import Command, Example, first_look
+from tempme_vl.data.datasets import ASKED
+from tempme_vl.data.options import EMBEDDED
 from tempme_vl.recipes.options.presets import preset
 from tempme_vl.recipes.options.shared import RecipeOptions
+from tempme_vl.registries import DATASETS
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Options(RecipeOptions):
     shows its own. The options in use are written to OUTPUT/options.json.
     """
 
-    dataset: Literal["motion", "msrvtt_qa", "msvd_qa", "activitynet_qa", "jsonl"] = "msrvtt_qa"
+    dataset: Annotated[str, ASKED] = "msrvtt_qa"
     """Default: motion, the embedded data set; msrvtt_qa as soon as --data-root is given."""
     host: str = "LanguageBind/Video-LLaVA-7B-hf"
     """A folder or hub name of a video-language model of transformers, one of tempme_vl.integrations.HOSTS; or
@@ -43,8 +46,8 @@ class Options(RecipeOptions):
 def defaults(arguments: Sequence[str]) -> dict[str, Any]:
     """The defaults of the data set and the host that a command line names."""
     given = first_look(arguments, ("dataset", "data-root", "host", "method"))
-    dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
-    host = given.host or ("tiny:VideoLlava" if dataset == "motion" else Options.host)
+    dataset = given.dataset or (EMBEDDED if given.data_root is None else "msrvtt_qa")
+    host = given.host or ("tiny:VideoLlava" if DATASETS[dataset].rendered else Options.host)
     return {
         **preset("videollm", Options, host, dataset, arguments),
         "dataset": dataset,

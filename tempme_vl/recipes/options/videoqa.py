@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tempme_vl.command_line import Command, Example, first_look
+from tempme_vl.data.datasets import ASKED
+from tempme_vl.data.options import EMBEDDED
 from tempme_vl.recipes.options.presets import preset
 from tempme_vl.recipes.options.shared import VisualOptions
+from tempme_vl.registries import DATASETS
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Options(VisualOptions):
     shows its own. The options in use are written to OUTPUT/options.json.
     """
 
-    dataset: Literal["motion", "msrvtt_qa", "msvd_qa", "activitynet_qa", "jsonl"] = "msrvtt_qa"
+    dataset: Annotated[str, ASKED] = "msrvtt_qa"
     """Default: motion, the embedded data set; msrvtt_qa as soon as --data-root is given."""
     head: Literal["classifier", "decoder", "llm"] = "classifier"
     """classifier: one of the answers; decoder: ranks the answers, or writes freely (--rule generate); llm: a language
@@ -57,8 +60,8 @@ LLM = {"max_words": 64, "answer_words": 8}
 def defaults(arguments: Sequence[str]) -> dict[str, Any]:
     """The defaults of the data set, the model and the head that a command line names."""
     given = first_look(arguments, ("dataset", "data-root", "model", "method", "head"))
-    dataset = given.dataset or ("motion" if given.data_root is None else "msrvtt_qa")
-    model = given.model or ("open_clip:tiny" if dataset == "motion" else Options.model)
+    dataset = given.dataset or (EMBEDDED if given.data_root is None else "msrvtt_qa")
+    model = given.model or ("open_clip:tiny" if DATASETS[dataset].rendered else Options.model)
     found = preset("videoqa", Options, model, dataset, arguments)
     head = given.head or found.get("head", Options.head)
     return {
