@@ -12,9 +12,10 @@ from tempme_vl.registry import Registry
 
 if TYPE_CHECKING:
     from tempme_vl.families.base import Family
+    from tempme_vl.integrations.base import Host
     from tempme_vl.merging.method import Method
 
-__all__ = ["FAMILIES", "METHODS"]
+__all__ = ["FAMILIES", "HOSTS", "METHODS"]
 
 # how tokens become fewer: docs/add_a_method.md
 METHODS: Registry[Method] = Registry(
@@ -38,5 +39,23 @@ FAMILIES: Registry[Family] = Registry(
         "umt": "tempme_vl.families.umt:FAMILY",
         "hf": "tempme_vl.families.hf:FAMILY",
         "timm": "tempme_vl.families.timm:FAMILY",
+    },
+)
+
+# video-language models, by the names of their classes: docs/add_a_host.md
+HOSTS: Registry[type[Host]] = Registry(
+    "host",
+    "tempme_vl.hosts",
+    "tempme_vl.integrations.base:Host",
+    {
+        "VideoLlavaForConditionalGeneration": "tempme_vl.integrations.video_llava:VideoLlavaHost",
+        "LlavaNextVideoForConditionalGeneration": "tempme_vl.integrations.llava_next_video:LlavaNextVideoHost",
+        "LlavaOnevisionForConditionalGeneration": "tempme_vl.integrations.llava_onevision:LlavaOnevisionHost",
+        "InstructBlipVideoForConditionalGeneration": "tempme_vl.integrations.instructblip_video:InstructBlipVideoHost",
+        "PerceptionLMForConditionalGeneration": "tempme_vl.integrations.perception_lm:PerceptionLMHost",
+        "Qwen2_5_VLForConditionalGeneration": "tempme_vl.integrations.qwen2_5_vl:Qwen2_5_VLHost",
+        "Qwen3VLForConditionalGeneration": "tempme_vl.integrations.qwen3_vl:Qwen3VLHost",
+        "InternVLForConditionalGeneration": "tempme_vl.integrations.internvl:InternVLHost",
+        "SmolVLMForConditionalGeneration": "tempme_vl.integrations.smolvlm:SmolVLMHost",
     },
 )
