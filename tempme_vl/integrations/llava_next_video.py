@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tempme_vl.backbones.base import TowerShape
 from tempme_vl.integrations.base import VisualTokens
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
 from tempme_vl.merging import MergeSchedule
@@ -19,6 +18,8 @@ class LlavaNextVideoHost(InEncoderHost):
     ValueError: merging in front of a pooling with weights of its own, which cannot be left out.
     """
 
+    projector = ("multi_modal_projector", "image_newline")
+
     def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
         super().__init__(model, processor, schedule)
         if self.merges and any(True for _ in model.model.vision_resampler.parameters()):
@@ -27,10 +28,6 @@ class LlavaNextVideoHost(InEncoderHost):
                 "own and needs a grid; merging works with 'average' and 'max'"
             )
 
-    @staticmethod
-    def tower(model: Any) -> nn.Module:
-        return model.model.vision_tower
-
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(self.without_prefix(tokens))
 
@@ -38,9 +35,8 @@ class LlavaNextVideoHost(InEncoderHost):
         pooled = per_frame(self.model.model.vision_resampler, tokens[:, :, self.frontend.shape.num_prefix :])
         return self.model.model.multi_modal_projector(pooled)
 
-    @staticmethod
-    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
-        return num_frames * (grid_side(shape) // model.config.spatial_pool_stride) ** 2
+    def native_tokens(self) -> int:
+        return self.num_frames * (grid_side(self.frontend.shape) // self.model.config.spatial_pool_stride) ** 2
 
-    def image_output(self, images: Sequence[VisualTokens]) -> Any:
+    def image_output(self, images: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(pooler_output=[t.features for t in images])  # type: ignore[arg-type]

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tempme_vl.backbones.base import TowerShape
-from tempme_vl.integrations.base import Host, SampledVideo, input_device, input_dtype, pooled
+from tempme_vl.integrations.base import Host, SampledVideo, pooled
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost
 from tempme_vl.merging import MergeSchedule
@@ -46,10 +45,6 @@ class PerceptionLMHost(InEncoderHost):
         return super().restore(model, processor, config)
 
     @staticmethod
-    def tower(model: Any) -> nn.Module:
-        return model.model.vision_tower
-
-    @staticmethod
     def layer(model: Any) -> int:
         return -1
 
@@ -62,9 +57,8 @@ class PerceptionLMHost(InEncoderHost):
         patches = self.frontend.norm(tokens)[:, :, self.frontend.shape.num_prefix :]
         return per_frame(self.model.model.multi_modal_projector, patches)
 
-    @staticmethod
-    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
-        return num_frames * (grid_side(shape) // model.config.projector_pooling_ratio) ** 2
+    def native_tokens(self) -> int:
+        return self.num_frames * (grid_side(self.frontend.shape) // self.model.config.projector_pooling_ratio) ** 2
 
 
 class RotaryPerceptionLMHost(PostEncoderHost):
@@ -85,12 +79,7 @@ class RotaryPerceptionLMHost(PostEncoderHost):
         return self.tower.timm_model.embed_dim
 
     def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
-        values = self.processor.video_processor(
-            videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
-        )["pixel_values_videos"]
-        pixels = values.to(input_device(self.tower), input_dtype(self.tower))
-        x = pooled(self.model.model.get_image_features(pixel_values=pixels)).unflatten(0, pixels.shape[:2])
-        return [FrameFeatures(row, self.grid(*video.frames.shape[1:3])) for row, video in zip(x, videos, strict=True)]
+        return self.frames_of(pooled(self.model.model.get_image_features(pixel_values=self.pixels(videos))), videos)
 
 
 def rotates(model: Any) -> bool:

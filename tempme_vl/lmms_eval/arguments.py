@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from tempme_vl.integrations import Compressed, compress, find_host, load_compressed
+from tempme_vl.integrations import Compressed, compress, load_compressed, load_host
 from tempme_vl.integrations.compressed import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -26,15 +25,13 @@ def load(
         if options:
             raise ValueError(f"{pretrained} is compressed already by its {CONFIG_FILE}: leave out {sorted(options)}")
         compressed = load_compressed(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
-        compressed.model.to(device)
         logger.info("%s", compressed.describe())
-        return compressed
-    config = transformers.AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
-    name = (config.architectures or ["a model without architectures"])[0]
-    find_host(name)  # refuses before the weights are read
-    model = getattr(transformers, name).from_pretrained(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
-    processor = transformers.AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
-    return compress(model.to(device), processor, **{name: _numbers(name, value) for name, value in options.items()})
+    else:
+        model, processor = load_host(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
+        given = {name: _numbers(name, value) for name, value in options.items()}
+        compressed = compress(model, processor, **given)
+    compressed.model.to(device)
+    return compressed
 
 
 def _numbers(name: str, value: Any) -> Any:
@@ -66,13 +63,13 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
 
 
-def video_of(visual: Any) -> tuple[str, float | None, float | None]:
+def video_of(visual: object) -> tuple[str, float | None, float | None]:
     """Path, start and end in seconds of what a task's doc_to_visual gives.
 
     Raises:
         ValueError: no video.
     """
-    part = visual if isinstance(visual, dict) else {"url": visual}
+    part: dict[str, Any] = visual if isinstance(visual, dict) else {"url": visual}
     path = part.get("url") or part.get("path")
     if isinstance(path, (str, Path)) and part.get("type", "video") == "video":
         kind = mimetypes.guess_type(str(path))[0] or "video"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from tempme_vl.data.video import read_frames
 from tempme_vl.integrations import SampledVideo
-from tempme_vl.integrations.videos import without_start
+from tempme_vl.integrations.compressed import IGNORED
+from tempme_vl.integrations.videos import read_sampled, without_start
 from tempme_vl.libraries import undocumented
 from tempme_vl.lmms_eval.arguments import cut, generation_options, load, video_of
 
@@ -27,8 +27,13 @@ with undocumented("lmms-eval"):
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 
-_IGNORED = -100
-_read = lru_cache(maxsize=4)(read_frames)  # the choices of a question ask for the same video one after the other
+_read = lru_cache(maxsize=4)(read_sampled)  # the choices of a question ask for the same video one after the other
+
+
+class Request(Protocol):
+    """What the harness asks, its `Instance`: the arguments depend on the kind of request."""
+
+    args: tuple[Any, ...]
 
 
 class TempMe(lmms):
@@ -82,7 +87,7 @@ class TempMe(lmms):
         self.prompt = prompt and prompt.replace("\\n", "\n")
         self.sampling, self.timeout = sampling, timeout
 
-    def generate_until(self, requests: list[Any]) -> list[str]:
+    def generate_until(self, requests: list[Request]) -> list[str]:
         """An answer for each request (context, generation kwargs, doc_to_visual, doc id, task, split)."""
         answers = [""] * len(requests)
         alike: dict[str, list[int]] = {}
@@ -99,7 +104,7 @@ class TempMe(lmms):
                     bar.update(len(rows))
         return answers
 
-    def loglikelihood(self, requests: list[Any]) -> list[GenerationResult]:
+    def loglikelihood(self, requests: list[Request]) -> list[GenerationResult]:
         """For each request (context, continuation, doc_to_visual, doc id, task, split) the mean loss of the
         continuation's tokens, and whether all of them are the likeliest.
 
@@ -109,12 +114,12 @@ class TempMe(lmms):
         Raises:
             ValueError: a continuation without a token.
         """
-        results: list[Any] = [None] * len(requests)
+        results: dict[int, GenerationResult] = {}
         ended = self.compressed.tokenizer.eos_token_id is not None
         with tqdm(total=len(requests), disable=self.rank != 0, desc="tempme_vl") as bar, torch.no_grad():
             for rows, inputs in self._batches(requests, range(len(requests)), labels=True):
                 labels = inputs.pop("labels")[:, 1:]
-                wanted = labels != _IGNORED
+                wanted = labels != IGNORED
                 if ended:  # `prepare` puts an end behind each answer, which is no part of a continuation
                     wanted &= wanted.cumsum(1) < wanted.sum(1, keepdim=True)
                 counts = wanted.sum(1).tolist()
@@ -127,9 +132,9 @@ class TempMe(lmms):
                 for row, loss, likeliest in zip(rows, losses, greedy, strict=True):
                     results[row] = GenerationResult((loss.mean().item(), bool(likeliest.all())))
                 bar.update(len(rows))
-        return results
+        return [results[row] for row in range(len(requests))]
 
-    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+    def generate_until_multi_round(self, requests: list[Request]) -> list[str]:
         raise NotImplementedError(
             "tempme_vl answers one question at a time: choose a task whose output_type is generate_until, "
             "multiple_choice or loglikelihood"
@@ -141,7 +146,7 @@ class TempMe(lmms):
         super().clean()
 
     def _batches(
-        self, requests: Sequence[Any], wanted: Sequence[int], labels: bool = False
+        self, requests: Sequence[Request], wanted: Sequence[int], labels: bool = False
     ) -> Iterator[tuple[list[int], BatchFeature]]:
         """Inputs of `batch_size` requests at a time, and which ones they are; with `labels` on the second argument."""
         for start in range(0, len(wanted), self.batch_size):
@@ -165,20 +170,11 @@ class TempMe(lmms):
         doc = self.task_dict[task][split][doc_id]
         return doc, list(doc_to_visual(doc) or [])
 
-    def _video(self, visual: Any) -> SampledVideo:
+    def _video(self, visual: object) -> SampledVideo:
         path, start, end = video_of(visual)
-        frames = _read(
-            path,
-            self.compressed.host.num_frames,
-            sampling=self.sampling,
-            start=start,
-            end=end,
-            timeout=self.timeout,
-        )
-        times = (frames.times - (start or 0.0)).clip(min=0)  # the part's own
-        return SampledVideo(frames.pixels, tuple(frames.indices.tolist()), frames.fps, tuple(times.tolist()))
+        return _read(path, self.compressed.host.num_frames, self.sampling, start, end, self.timeout)
 
-    def _prompt(self, context: str, visuals: Sequence[Any]) -> str:
+    def _prompt(self, context: str, visuals: Sequence[object]) -> str:
         host = self.compressed.host
         places = {"video": host.placeholder, "image": host.image_placeholder or ""}
         kinds = ["image" if isinstance(visual, Image) else "video" for visual in visuals]
