@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from tempme_vl.backbones import open_clip as clip_family
+from tempme_vl.configs import FrontendConfig
 from tempme_vl.data.sampling import SAMPLING
 from tempme_vl.frontend import VisualFrontend, create_frontend
-from tempme_vl.schema import ConfigError, Range, check_plain, read, read_json
+from tempme_vl.schema import ConfigError, Range, check_plain, read, read_json, write
 from tempme_vl.tasks.inputs import Inputs
 
 
@@ -121,11 +122,15 @@ def test_inputs_know_the_ways_of_sampling_that_there_are() -> None:
 
 @cache
 def tiny() -> dict[str, Any]:
-    return create_frontend("umt:tiny", method="none", num_frames=4).full_config()
+    return create_frontend("umt:tiny", method="none", num_frames=4).full_config().to_dict()
 
 
 def tower(**changes: Any) -> dict[str, Any]:
     return tiny() | changes
+
+
+def built(settings: dict[str, Any]) -> VisualFrontend:
+    return VisualFrontend.from_config(FrontendConfig.from_dict(settings, "FILE"), "FILE")
 
 
 @pytest.mark.parametrize(
@@ -145,21 +150,21 @@ def tower(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_towers_are_bounded(change: dict[str, Any], said: str) -> None:
-    assert VisualFrontend.from_config(tower()).shape.width == 64
+    assert built(tower()).shape.width == 64
     with pytest.raises(ConfigError, match=rf"FILE.*{said}"):
-        VisualFrontend.from_config(tower(**change), "FILE")
+        built(tower(**change))
 
 
 def test_preprocessing_and_tower_agree() -> None:
     config = tower()
     config["preprocess"] = {**config["preprocess"], "image_size": 64}
     with pytest.raises(ConfigError, match="'preprocess', 'image_size': expected 32, as the tower takes; got 64"):
-        VisualFrontend.from_config(config)
+        built(config)
 
 
 def test_heads_that_do_not_divide_a_clip_are_no_other_heads() -> None:
     """open_clip itself would round the heads down: 64 // 48 is 1."""
-    config = clip_family.load_clip("tiny").config
+    config = write(clip_family.load_clip("tiny").config)
     for part, key, value in (("vision_cfg", "head_width", 48), ("text_cfg", "heads", 3)):
         wrong = {**config, part: {**config[part], key: value}}
         with pytest.raises(ConfigError, match=f"FILE: '{part}'.*divide"):

@@ -26,6 +26,7 @@ from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.videollm import Options
 from tempme_vl.recipes.report import about_run, write_answers
 from tempme_vl.recipes.start import announce, begin, check_files, facts
+from tempme_vl.tasks.inputs import HostInput
 from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_host, load_video_llm
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import latest_checkpoint
@@ -105,7 +106,7 @@ def build_model(options: Options, source: str, dtype: torch.dtype) -> VideoLLM:
         prompt=options.prompt,
         answer_tokens=options.answer_tokens,
         source=source,
-        input={"sampling": options.sampling, "image_size": options.image_size},
+        input=HostInput(options.sampling, options.image_size),
         **merging(options, 8),
     )
     built.set_grad_checkpointing(options.grad_checkpointing)

@@ -77,7 +77,7 @@ def test_loading_openai_names_and_exporting_them(quick_gelu: bool) -> None:
     for frontend in (*frontends, model.frontend):
         assert_same_state(frontend.openai_state_dict(), original.visual.state_dict())
         torch.testing.assert_close(frontend(video).frames, expected, rtol=0, atol=1e-6)
-        assert frontend.shape.quick_gelu == frontend.config["quick_gelu"] == quick_gelu
+        assert frontend.shape.quick_gelu == frontend.config.quick_gelu == quick_gelu
     assert_same_state(model.openai_state_dict(), state)
     assert model.logit_scale().item() == pytest.approx(100)
     wrong = VisualFrontend.from_openai_state_dict(state, 2, schedule, not quick_gelu)(video).frames
@@ -87,10 +87,9 @@ def test_loading_openai_names_and_exporting_them(quick_gelu: bool) -> None:
 def test_pixels_are_normalised_as_open_clip_does() -> None:
     for name in ("tiny", "ViT-B-32-quickgelu"):
         with torch.device("meta"):
-            preprocess = load_clip(name).config["preprocess"]
-        assert tuple(preprocess["mean"]) == open_clip.OPENAI_DATASET_MEAN
-        assert tuple(preprocess["std"]) == open_clip.OPENAI_DATASET_STD
-        assert (preprocess["resize"], preprocess["interpolation"]) == ("shortest", "bicubic")
+            preprocess = load_clip(name).config.preprocess
+        assert (preprocess.mean, preprocess.std) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        assert (preprocess.resize, preprocess.interpolation) == ("shortest", "bicubic")
 
 
 def test_merging_parameters_are_not_exported() -> None:

@@ -20,6 +20,7 @@ from tempme_vl.recipes.build import merging
 from tempme_vl.recipes.options.presets import ANY, PRESETS
 from tempme_vl.recipes.options.videollm import VIDEOLLM
 from tempme_vl.recipes.videollm import cost
+from tempme_vl.tasks.inputs import HostInput
 from tempme_vl.tasks.videollm import load_video_llm
 
 parse = VIDEOLLM.parse
@@ -75,7 +76,7 @@ def test_what_is_exported_answers_as_reported(whole: Path, data: Path) -> None:
     expected = accuracy(said, split, normalize=True)
     assert {key: report[key] for key in expected} == expected
     model = load_video_llm(whole / "best")
-    assert model.input == {"sampling": "uniform", "image_size": 32}
+    assert model.input == HostInput("uniform", 32)
     assert cost(model.compressed.host, 32).items() <= report.items()
     assert report["output_tokens"] < report["host_tokens"] == 8 * 17
     shown = (whole / "log").read_text()

@@ -127,14 +127,14 @@ def test_a_model_knows_the_words_of_the_training_split_and_its_answers() -> None
     assert isinstance(model.head, ClassifierHead) and model.answers == answers == ("red", "dark-red", "left")
     words = {"which", "way", "does", "it", "move", "what", "color", "is", "left", "red", "dark"}
     assert set(model.head.questions.vocabulary[5:]) == words
-    assert model.input == {"sampling": "fps1"} and model.frontend.schedule.frames == 8
+    assert model.input.sampling == "fps1" and model.frontend.schedule.frames == 8
     assert model.tokenize("what color is it")["question_ids"].shape == (7,)
     decoder = built(answers, head="decoder", answer_words=4, candidates=2, rule="umt").head
     assert isinstance(decoder, DecoderHead)
     assert (decoder.rule, decoder.candidates, decoder.answer_words) == ("umt", 2, 4)
     assert built(answers, head="decoder").head.rule == "likelihood"
     assert built((), head="decoder").head.rule == "generate"
-    assert built(answers, model="umt:tiny", mode="clip").frontend.config["family"] == "umt"
+    assert built(answers, model="umt:tiny", mode="clip").frontend.config.family == "umt"
 
 
 def test_words_from_a_folder(tmp_path: Path) -> None:
