@@ -18,7 +18,7 @@ from tempme_vl.families import find_family
 from tempme_vl.recipes.build import optimizer, tower, video_reader, words_of
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.retrieval import Options
-from tempme_vl.recipes.report import about_run, cost, write_report
+from tempme_vl.recipes.report import about_run, cost, write_report, write_results
 from tempme_vl.recipes.start import announce, begin, check_files, facts, in_words
 from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.retrieval import (
@@ -75,6 +75,9 @@ def main(options: Options) -> None:
     rows = {options.method: report, f"re-ranked {options.rerank}": report.get("reranked", {})}
     heading = f"{test.name}: {test.note}" if test.note else test.name
     write_report(options, report, f"{heading}\n{format_retrieval(rows)}")
+    ranks = {"R@1": "r1", "R@5": "r5", "R@10": "r10", "R-Sum": "rsum"}
+    numbers = {f"{way} {name}": report[way][key] for way in DIRECTIONS if way in report for name, key in ranks.items()}
+    write_results(options, model, test.name, numbers)
 
 
 def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:

@@ -24,7 +24,7 @@ from tempme_vl.integrations.tiny import tiny_host
 from tempme_vl.recipes.build import merging, optimizer, video_reader
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.videollm import Options
-from tempme_vl.recipes.report import about_run, write_answers
+from tempme_vl.recipes.report import about_run, write_answers, write_results
 from tempme_vl.recipes.start import announce, begin, check_files, facts
 from tempme_vl.tasks.inputs import HostInput
 from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_host, load_video_llm
@@ -76,6 +76,7 @@ def main(options: Options) -> None:
         **host_cost(host, options.image_size),
     }
     write_answers(options, report, predictions, test)
+    write_results(options, model, test.name, {"accuracy": report["accuracy"]})
 
 
 def prepare_host(options: Options, train: QASplit) -> str:

@@ -16,7 +16,7 @@ from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.recipes.build import optimizer, tower, video_reader, words_of
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.videoqa import Options
-from tempme_vl.recipes.report import about_run, cost, write_answers
+from tempme_vl.recipes.report import about_run, cost, write_answers, write_results
 from tempme_vl.recipes.start import announce, begin, check_files, facts, in_words
 from tempme_vl.tasks.inputs import VideoInput
 from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
@@ -64,6 +64,7 @@ def main(options: Options) -> None:
         **cost(model.frontend),
     }
     write_answers(options, report, predictions, test)
+    write_results(options, model, test.name, {"accuracy": report["accuracy"]})
 
 
 def build_model(options: Options, train: QASplit, answers: tuple[str, ...]) -> VideoQAModel:
