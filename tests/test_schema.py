@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from tempme_vl.backbones import open_clip as clip_family
 from tempme_vl.configs import FrontendConfig
 from tempme_vl.data.sampling import SAMPLING
 from tempme_vl.frontend import VisualFrontend, create_frontend
-from tempme_vl.schema import ConfigError, Range, check_plain, read, read_json, write
+from tempme_vl.schema import LEFT_OUT, ConfigError, Range, check_plain, read, read_json, write
 from tempme_vl.tasks.inputs import Inputs
 
 
@@ -47,6 +48,43 @@ def test_what_is_right_is_taken() -> None:
     assert isinstance(read(Outer, GOOD, "f").inner.rate, float)
     given = GOOD | {"pair": [1, 2], "joins": [None, 9], "on": True, "name": "x", "more": {"any": [1]}}
     assert read(Outer, given, "f") == Outer(12, "clip", Inner(1.0), (1, 2), (None, 9), True, "x", {"any": [1]})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """With a layout of its own: 3 steps are "xxx"."""
+
+    steps: int
+
+    def to_dict(self) -> str:
+        return "x" * self.steps
+
+    @classmethod
+    def from_dict(cls, data: Any, place: str) -> Plan:
+        if set(data) - {"x"}:
+            raise ConfigError(f"{place}: expected x's; got {data!r}")
+        return cls(len(data))
+
+
+@dataclass(frozen=True)
+class Written:
+    outer: Outer
+    plans: Mapping[str, Plan]
+    name: str | None = field(default=None, metadata=LEFT_OUT)
+    more: Mapping[str, Any] = field(default_factory=dict, metadata=LEFT_OUT)
+
+
+def test_what_is_written_is_read_again() -> None:
+    outer = Outer(12, "clip", Inner(0.5), (1, 2), (None, 9), True, None, {"any": [1, {"x": None}]})
+    value = Written(outer, {"a": Plan(2)})
+    data = write(value)
+    assert data["outer"] == {**vars(outer), "inner": {"rate": 0.5}, "pair": [1, 2], "joins": [None, 9]}
+    assert data.keys() == {"outer", "plans"} and data["plans"] == {"a": "xx"}
+    assert read(Written, json.loads(json.dumps(data)), "f") == value
+    full = Written(outer, {}, "n", {"b": 1})
+    assert write(full).keys() == {"outer", "plans", "name", "more"} and read(Written, write(full), "f") == full
+    with pytest.raises(ConfigError, match="f, 'plans', 'a': expected x's; got 'xy'"):
+        read(Written, {**data, "plans": {"a": "xy"}}, "f")
 
 
 @pytest.mark.parametrize(
