@@ -168,7 +168,7 @@ def test_what_a_front_end_cannot_preprocess_is_named() -> None:
     for wrong in (np.zeros((0, 8, 8, 3), np.uint8), np.zeros((6, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8)):
         with pytest.raises(ValueError, match=r"expected frames \(F, H, W, 3\) uint8"):
             frontend.preprocess(wrong)
-    frontend.config = {}
+    frontend.config = None
     with pytest.raises(ValueError, match="give VisualFrontend the tower's `config`"):
         frontend.preprocess(np.zeros((6, 8, 8, 3), np.uint8))
 

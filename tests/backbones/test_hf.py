@@ -244,10 +244,11 @@ def test_pixels_are_prepared_as_published_where_no_folder_says(name: str, proces
     published: Any = getattr(transformers, processor)() if processor else None
     image_net = ResNet18_Weights.DEFAULT.transforms()
     mean, std = (published.image_mean, published.image_std) if processor else (image_net.mean, image_net.std)
-    preprocess = hf.backbone_of(host(name))[1]["preprocess"]
-    assert (preprocess["mean"], preprocess["std"]) == (list(mean), list(std))
+    config = hf.backbone_of(host(name))[1]
+    assert config is not None
+    assert (config.preprocess.mean, config.preprocess.std) == (tuple(mean), tuple(std))
     crops = published.to_dict().get("do_center_crop") if processor else True
-    assert preprocess["resize"] == ("shortest" if crops else "squash")
+    assert config.preprocess.resize == ("shortest" if crops else "squash")
 
 
 @few_towers

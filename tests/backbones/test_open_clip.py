@@ -12,8 +12,9 @@ from torch import nn
 from towers import random_video, small_clip, tempme_schedule, tiny_frontend
 
 from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
-from tempme_vl.backbones.base import QuickGELU, SelfAttention, square_side
+from tempme_vl.backbones.base import Preprocessing, QuickGELU, SelfAttention, square_side
 from tempme_vl.backbones.open_clip import (
+    Config,
     clip_from_openai,
     load_clip,
     model_config,
@@ -57,7 +58,8 @@ def test_real_towers_equal_open_clip_and_export_back(original: open_clip.CLIP) -
     assert (embedded - captions).abs().max() <= 1e-6 * captions.abs().max()
 
     assert_same_state(frontend.openai_state_dict(), original.visual.state_dict())
-    config = {"family": "open_clip", "vision_cfg": {}}
+    preprocess = Preprocessing(224, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "shortest", "bicubic")
+    config = Config(embed_dim=512, vision_cfg={}, preprocess=preprocess)
     model = RetrievalModel(VisualFrontend(backbone, schedule, config), text, {}, original.logit_scale.item())
     assert_same_state(model.openai_state_dict(), original.state_dict())
 

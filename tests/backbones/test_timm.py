@@ -23,6 +23,7 @@ from towers import random_video
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones import hf
+from tempme_vl.backbones.base import Preprocessing
 from tempme_vl.backbones.timm import backbone_of
 from tempme_vl.configs import FrontendConfig
 
@@ -178,7 +179,7 @@ def test_an_open_clip_siglip_by_its_name() -> None:
         model = TimmModel(config["timm_model_name"], 768, 224, pool="map", proj=config["timm_proj"])
     backbone, data = backbone_of(model)
     assert (len(backbone.blocks), backbone.shape.tokens, backbone.shape.pooling) == (12, 196, "attention")
-    assert data["name"] == "vit_base_patch16_siglip_224" and data["preprocess"]["mean"] == [0.5] * 3
+    assert data.name == "vit_base_patch16_siglip_224" and data.preprocess.mean == (0.5,) * 3
 
 
 def test_towers_inside_transformers() -> None:
@@ -457,14 +458,8 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 def test_pixels_are_prepared_as_timm_says(crop: str, resize: str) -> None:
     told = {"crop_mode": crop, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"}
     tower = timm.create_model(NAME, **SIZE, pretrained_cfg_overlay=told)
-    preprocess = backbone_of(tower)[1]["preprocess"]
-    assert preprocess == {
-        "image_size": 32,
-        "mean": [0.1, 0.2, 0.3],
-        "std": [0.4, 0.5, 0.6],
-        "resize": resize,
-        "interpolation": "bilinear",
-    }
+    preprocess = backbone_of(tower)[1].preprocess
+    assert preprocess == Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resize, "bilinear")
 
 
 def small(name: str, **options: Any) -> nn.Module:
