@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,15 +16,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tempme_vl.backbones import umt
-from tempme_vl.backbones.base import Backbone, BlockAdapter
+from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerConfig
+from tempme_vl.card import PLACE, Card
+from tempme_vl.configs import FrontendConfig, ModelConfig, facts, tower_name
 from tempme_vl.families import FAMILIES, find_family, split_name
+from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
-from tempme_vl.messages import shown
-from tempme_vl.pretrained import CONFIG_FILE, build, load_model, save_model
+from tempme_vl.pretrained import CONFIG_FILE, build, load_any, save_model
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import ConfigError, read
 from tempme_vl.state import AttentionContext, FrontendOutput, TokenState, at_least_float32
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tempme_vl.data.transforms import Preprocess
+    from tempme_vl.hub import HubOptions
 
 _log = logging.getLogger(__name__)
 
@@ -45,20 +53,20 @@ class MergedBlock(nn.Module):
         return self.after_mlp(state.add(self.block.mlp_branch(state.x)), attention)
 
 
-class VisualFrontend(nn.Module):
+class VisualFrontend(Shareable, nn.Module):
     """Turns a batch of videos into few tokens and one embedding each.
 
     Args:
         backbone: the encoder; its modules are used, not copied.
         schedule: how many tokens every block keeps.
-        config: how to build the same tower again (see `from_pretrained`); needed only for saving.
+        config: what builds the same tower again, and its preprocessing; needed only for these two.
 
     Raises:
         ValueError: a schedule made for another number of layers or tokens than the backbone's, or for frames apart
             where the backbone sees them jointly.
     """
 
-    def __init__(self, backbone: Backbone, schedule: MergeSchedule, config: dict[str, Any] | None = None):
+    def __init__(self, backbone: Backbone, schedule: MergeSchedule, config: TowerConfig | None = None):
         super().__init__()
         layers, shape = len(backbone.blocks), backbone.shape
         there = (layers, shape.tokens, shape.num_prefix, shape.joint)
@@ -68,7 +76,7 @@ class VisualFrontend(nn.Module):
                 f"{'joint' if shape.joint else 'apart'}; the schedule was made for layers={len(schedule.plan)}, "
                 f"tokens={schedule.tokens} ({schedule.prefix} CLS), {'joint' if schedule.joint else 'apart'}"
             )
-        self.shape, self.schedule, self.config = backbone.shape, schedule, config or {}
+        self.shape, self.schedule, self.config = backbone.shape, schedule, config
         self.embed, self.norm, self.head = backbone.embed, backbone.norm, backbone.head
         merges = merge_layers(schedule, backbone.shape.width)
         self.blocks = nn.ModuleList(
@@ -150,15 +158,26 @@ class VisualFrontend(nn.Module):
         from tempme_vl.data.reader import VideoReader
         from tempme_vl.data.sampling import uniform
         from tempme_vl.data.splits import Video
-        from tempme_vl.data.transforms import Preprocess, VideoTransform
+        from tempme_vl.data.transforms import VideoTransform
 
-        if "preprocess" not in self.config:
-            raise ValueError("this front end's preprocessing is not known: give VisualFrontend the tower's `config`")
-        transform = VideoTransform(Preprocess.from_dict(self.config["preprocess"]))
+        transform = VideoTransform(self.preprocessing)
         if isinstance(video, np.ndarray):
             return transform(video[uniform(max(len(video), 1), self.schedule.frames)] if len(video) else video)
         reader = VideoReader(self.schedule.frames, transform, sampling=sampling, on_broken="raise")
         return reader(Video(str(video), Path(video))).video
+
+    @property
+    def preprocessing(self) -> Preprocess:
+        """How frames become this tower's input.
+
+        Raises:
+            ValueError: a front end on a backbone of unknown origin.
+        """
+        from tempme_vl.data.transforms import Preprocess
+
+        if self.config is None:
+            raise ValueError("this front end's preprocessing is not known: give VisualFrontend the tower's `config`")
+        return Preprocess(**asdict(self.config.preprocess))
 
     def patches(self, values: Tensor) -> Tensor:
         """Leaves the CLS tokens and registers of every clip out of a value a token, such as `FrontendOutput.tokens`.
@@ -292,7 +311,7 @@ class VisualFrontend(nn.Module):
         config = umt.config_of(weights, heads, image_size, schedule.frames, mode, positions, pretrained_frames)
         backbone = umt.build(config)
         umt.load(backbone, weights, "the state")
-        return cls(backbone, replace(schedule, joint=mode == "joint"), umt.json_config(config))
+        return cls(backbone, replace(schedule, joint=mode == "joint"), umt.saved_config(config))
 
     def openai_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tower's weights under open_clip's names, bit for bit; merging parameters are left out.
@@ -306,41 +325,50 @@ class VisualFrontend(nn.Module):
         return to_openai_names({key: value for key, value in state.items() if not is_of_merging(self, key)})
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes model.safetensors and config.json, which hold everything `from_pretrained` needs."""
-        save_model(directory, {"kind": "frontend", "frontend": self.full_config()}, self.state_dict())
+        """Writes model.safetensors and config.json, which hold everything `from_pretrained` needs, and README.md."""
+        save_model(directory, ModelConfig(self.full_config()), self.state_dict(), self.card())
 
-    def full_config(self) -> dict[str, Any]:
-        """JSON data: the tower, its preprocessing, and the schedule.
+    def card(self) -> Card:
+        """What is known of it, for people (`tempme_vl.card`)."""
+        tokens = self.schedule.output_tokens
+        code = (
+            "from tempme_vl import VisualFrontend\n\n"
+            f'frontend = VisualFrontend.from_pretrained("{PLACE}")\n'
+            'video = frontend.preprocess("clip.mp4")[None]\n'
+            f"tokens = frontend(video).tokens  # (1, {tokens}, {self.shape.width})\n"
+        )
+        title = f"A front end for videos: {tower_name(self.config)}, {self.schedule.method}"
+        return Card(title, "feature-extraction", self.facts(), code, (self.schedule.method,))
+
+    def facts(self) -> dict[str, str]:
+        """Rows of a card; see `tempme_vl.configs.facts`."""
+        return facts(self.config, self.schedule, self.shape)
+
+    def full_config(self) -> FrontendConfig:
+        """What builds it again: the tower, its preprocessing, and the schedule.
 
         Raises:
             ValueError: a front end that was built on a backbone of unknown origin.
         """
-        if not self.config:
+        if self.config is None:
             raise ValueError("to save a front end, give VisualFrontend the `config` that builds its backbone again")
-        return {**self.config, "schedule": self.schedule.to_dict()}
+        return FrontendConfig(self.config, self.schedule)
 
     @classmethod
-    def from_config(cls, config: object, place: str = "the front end's configuration") -> VisualFrontend:
+    def from_config(cls, config: FrontendConfig, place: str = "the front end's configuration") -> VisualFrontend:
         """A front end with random weights from what `full_config` gave.
 
         Args:
             place: to name in errors, such as the file.
 
         Raises:
-            ConfigError: unknown or missing keys, values of another type or out of bounds, or what no tower is made of.
+            ConfigError: what no tower is made of.
         """
-        if not isinstance(config, Mapping) or not {"family", "schedule"} <= config.keys():
-            raise ConfigError(f"{place}: expected an object with 'family' and 'schedule'; got {shown(config)}")
-        rest = {key: value for key, value in config.items() if key != "schedule"}
-        if rest["family"] not in FAMILIES:
-            raise ConfigError(f"{place}, 'family': expected one of {', '.join(FAMILIES)}; got {shown(rest['family'])}")
-        schedule = MergeSchedule.from_dict(config["schedule"], f"{place}, 'schedule'")
-        family = FAMILIES[rest["family"]]
-        side = read(family.config, rest, place).preprocess.image_size
         try:
-            frontend = cls(family.build_tower(rest), schedule, rest)
+            frontend = cls(FAMILIES[config.tower.family].build_tower(config.tower), config.schedule, config.tower)
         except ValueError as error:
             raise ConfigError(f"{place}: {error}") from error
+        side = config.tower.preprocess.image_size
         if side != frontend.shape.image_size:
             raise ConfigError(
                 f"{place}, 'preprocess', 'image_size': expected {frontend.shape.image_size}, as the tower takes; "
@@ -349,21 +377,29 @@ class VisualFrontend(nn.Module):
         return frontend
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> VisualFrontend:
+    def from_pretrained(cls, source: str | Path, **hub: Unpack[HubOptions]) -> VisualFrontend:
         """Reads what `save_pretrained` wrote, here or for a whole retrieval model (its visual part).
 
+        Args:
+            source: the folder, or the name of a model on the Hugging Face hub, "organisation/model".
+            hub: revision, token, cache_dir, local_files_only (`tempme_vl.hub.HubOptions`).
+
         Raises:
-            ValueError: a folder without config.json and model.safetensors, or weights that do not fit.
+            ValueError: a folder without config.json and model.safetensors, or weights that do not fit; or see
+                `tempme_vl.hub.find_folder`.
         """
-        config, state = load_model(directory)
-        file = Path(directory) / CONFIG_FILE
-        if "frontend" not in config:
-            raise ConfigError(f"{file}: expected a model with a 'frontend'; got {', '.join(config)}")
-        if config["kind"] != "frontend":
+        directory = find_folder(source, **hub)
+        settings, state = load_any(directory)
+        file = directory / CONFIG_FILE
+        if "frontend" not in settings:
+            raise ConfigError(f"{file}: expected a model with a 'frontend'; got {', '.join(settings)}")
+        place = f"{file}, 'frontend'"
+        if settings.pop("kind") == ModelConfig.kind:
+            config = read(ModelConfig, settings, str(file)).frontend
+        else:
+            config = FrontendConfig.from_dict(settings["frontend"], place)
             state = {k.removeprefix("frontend."): v for k, v in state.items() if k.startswith("frontend.")}
-        elif further := config.keys() - {"kind", "frontend"}:
-            raise ConfigError(f"{file}: unknown keys {sorted(further)[:5]}; expected kind, frontend")
-        return build(lambda: cls.from_config(config["frontend"], f"{file}, 'frontend'"), state, directory)
+        return build(lambda: cls.from_config(config, place), state, directory)
 
 
 def masked_mean(frames: Tensor, frame_mask: Tensor | None) -> Tensor:
@@ -415,12 +451,12 @@ def create_frontend(
 
 
 def merge_in(
-    backbone: Backbone, config: dict[str, Any], method: str, num_frames: int, clip_position_std: float, **options: Any
+    backbone: Backbone, config: TowerConfig, method: str, num_frames: int, clip_position_std: float, **options: Any
 ) -> VisualFrontend:
     """A front end on a tower, with its clip positions drawn, or those that came with its weights.
 
     Args:
-        config: the tower's JSON data.
+        config: the tower's.
         options: of `schedule_for`.
     """
     schedule = schedule_for(method, len(backbone.blocks), backbone.shape, num_frames, **options)

@@ -4,7 +4,8 @@
 
 Reading a folder first compares: a file that was changed, cut or lost, or a further one that would be read, is a
 `FolderError`. It finds accidents (copies that broke off, disks, edits), not attacks: who can change a file can change
-the manifest, too. A folder without one, such as of an older version, is read as it is, which is logged.
+the manifest, too. A folder without one, such as of an older version, is read as it is, which is logged. The
+card (README.md) is listed too, but is there to be edited: another one is logged, and no error.
 
 Hashing costs about a second for a gigabyte and CPU core (files are hashed side by side), which is little beside what
 is done with a model that size. Training checkpoints are larger and written often: of their files above `SAMPLED` only
@@ -30,7 +31,7 @@ from tempme_vl.schema import ConfigError, Range, read, read_json
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE, CARD_FILE = "manifest.json", "README.md"
 SAMPLED = 64 << 20  # bytes
 _BLOCK, _BLOCKS = 1 << 20, 64
 
@@ -90,6 +91,8 @@ def write_manifest(folder: str | Path, everything: bool = False) -> None:
     """
     folder = Path(folder)
     names = _all_files(folder) if everything else _read_files(folder)
+    if not everything and (folder / CARD_FILE).is_file():
+        names.append(CARD_FILE)
     sampled = [everything and (folder / name).stat().st_size > SAMPLED for name in names]
     entries = _entries(folder, names, sampled)
     data = {"format": 1, "files": {name: asdict(entry) for name, entry in zip(names, entries, strict=True)}}
@@ -113,6 +116,7 @@ def check_manifest(folder: str | Path, only: Sequence[str] = ()) -> None:
             logger.warning("%s has no %s: its files are read as they are, unchecked", folder, MANIFEST_FILE)
         return
     expected = _read_manifest(folder)
+    _compare_card(folder, expected, only)
     further = [name for name in only or _read_files(folder) if name not in expected and (folder / name).exists()]
     if further:
         raise FolderError(
@@ -139,6 +143,22 @@ def check_manifest(folder: str | Path, only: Sequence[str] = ()) -> None:
             f"{folder} is not as it was saved: {'; '.join(problems[:5])}{'; ...' if len(problems) > 5 else ''}. Copy "
             f"or save it again (was that interrupted?); {_on_purpose(folder)}"
         )
+
+
+def listed_files(folder: str | Path) -> list[str]:
+    """The files that a folder's manifest names, relative to it.
+
+    Raises:
+        FolderError: the manifest is damaged.
+    """
+    return list(_read_manifest(Path(folder)))
+
+
+def _compare_card(folder: Path, expected: dict[str, Entry], only: Sequence[str]) -> None:
+    """Takes the card out of what is expected; logs that it is another one."""
+    entry, file = expected.pop(CARD_FILE, None), folder / CARD_FILE
+    if entry is not None and not only and (not file.is_file() or _entry(file, False) != entry):
+        logger.info("%s is not as it was saved, which says nothing of the model", file)
 
 
 def _read_manifest(folder: Path) -> dict[str, Entry]:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.splits import Video
-from tempme_vl.data.transforms import Preprocess, VideoTransform
+from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.video import Frames, read_frames
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.hub import find_folder
 from tempme_vl.pretrained import load_kind
 from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.zero_shot import ZeroShotQA
-from tempme_vl.tasks.retrieval import RETRIEVAL, AnyRetrievalModel, load_retrieval_model
-from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL
+from tempme_vl.tasks.retrieval import AnyRetrievalModel, RetrievalConfig, load_retrieval_model
+from tempme_vl.tasks.umt_retrieval import UMTRetrievalConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tempme_vl.hub import HubOptions
 
 T = TypeVar("T")
 
@@ -60,7 +66,7 @@ class VideoQA:
         self, model: VideoQAModel | ZeroShotQA, device: str | torch.device = "cpu", timeout: float | None = 60.0
     ):
         self.model, self.device = model.to(device).eval(), torch.device(device)
-        self.reader = _reader(model.frontend, model.input["sampling"], timeout)
+        self.reader = _reader(model.frontend, model.input.sampling, timeout)
 
     def __repr__(self) -> str:
         given = f"{len(self.answers)} answers" if self.answers else "free answers or options"
@@ -69,21 +75,26 @@ class VideoQA:
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | Path,
+        source: str | Path,
         answers: Sequence[str] = (),
         device: str | torch.device = "cpu",
         timeout: float | None = 60.0,
+        **hub: Unpack[HubOptions],
     ) -> VideoQA:
         """Reads the folder of a model.
 
         Args:
-            directory: what `save_pretrained` of a question answering or a retrieval model wrote.
+            source: what `save_pretrained` of a question answering or a retrieval model wrote, or a name on the Hugging
+                Face hub, "organisation/model".
             answers: those that a retrieval model tries where a question has no options.
+            hub: revision, token, cache_dir, local_files_only (`tempme_vl.hub.HubOptions`).
 
         Raises:
-            ValueError: a folder of another kind of model; answers for a model that has its own.
+            ValueError: a folder of another kind of model; answers for a model that has its own; or see
+                `tempme_vl.hub.find_folder`.
         """
-        if load_kind(directory) in RETRIEVAL | UMT_RETRIEVAL:
+        directory = find_folder(source, **hub)
+        if load_kind(directory) in (RetrievalConfig.kind, UMTRetrievalConfig.kind):
             return cls(ZeroShotQA(load_retrieval_model(directory), answers), device, timeout)
         if answers:
             raise ValueError(f"the model in {directory} has its own answers; only a retrieval model needs them given")
@@ -135,23 +146,30 @@ class VideoRetrieval:
 
     def __init__(self, model: AnyRetrievalModel, device: str | torch.device = "cpu", timeout: float | None = 60.0):
         self.model, self.device = model.to(device).eval(), torch.device(device)
-        given = model.config["input"]
-        self.tokenizer = model.words.tokenizer(given["max_words"])
-        self.reader = _reader(model.frontend, given["sampling"], timeout)
+        self.tokenizer = model.words.tokenizer(model.input.max_words)
+        self.reader = _reader(model.frontend, model.input.sampling, timeout)
 
     def __repr__(self) -> str:
         return f"VideoRetrieval({type(self.model).__name__}, {_shown(self.model.frontend)}, on {self.device})"
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, device: str | torch.device = "cpu", timeout: float | None = 60.0
+        cls,
+        source: str | Path,
+        device: str | torch.device = "cpu",
+        timeout: float | None = 60.0,
+        **hub: Unpack[HubOptions],
     ) -> VideoRetrieval:
         """Reads the folder that `save_pretrained` of a retrieval model, or a recipe, wrote.
 
+        Args:
+            source: the folder, or a name on the Hugging Face hub, "organisation/model".
+            hub: revision, token, cache_dir, local_files_only (`tempme_vl.hub.HubOptions`).
+
         Raises:
-            ValueError: a folder of another kind of model, or a damaged one.
+            ValueError: a folder of another kind of model, or a damaged one; or see `tempme_vl.hub.find_folder`.
         """
-        return cls(load_retrieval_model(directory), device, timeout)
+        return cls(load_retrieval_model(source, **hub), device, timeout)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """(T, E) float32 on the CPU, L2-normalised; longer texts are cut as captions were in training."""
@@ -206,7 +224,7 @@ def _shown(frontend: VisualFrontend) -> str:
 
 
 def _reader(frontend: VisualFrontend, sampling: str, timeout: float | None) -> VideoReader:
-    transform = VideoTransform(Preprocess.from_dict(frontend.config["preprocess"]))
+    transform = VideoTransform(frontend.preprocessing)
     return VideoReader(frontend.schedule.frames, transform, sampling=sampling, timeout=timeout, on_broken="raise")
 
 

@@ -1,36 +1,51 @@
-"""One folder format for every model of the package: config.json and model.safetensors."""
+"""One folder format for every model of the package: config.json, model.safetensors, the card and the manifest."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tempme_vl.card import Card, write_card
 from tempme_vl.fit import misfits
+from tempme_vl.hub import CONFIG_FILE
 from tempme_vl.manifest import MANIFEST_FILE, FolderError, check_manifest, write_manifest
 from tempme_vl.messages import shown
-from tempme_vl.schema import ConfigError, read_json
+from tempme_vl.schema import ConfigError, Settings, read, read_json, write
 
 M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", bound="SavedConfig")
+S = TypeVar("S", bound=Settings)
 
-CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "config.json", "model.safetensors", "vocab.txt"
-ANSWERS_FILE = "answers.json"
-HUB_SECONDS = 10.0
+WEIGHTS_FILE, VOCABULARY_FILE, ANSWERS_FILE = "model.safetensors", "vocab.txt", "answers.json"
+VERSION = 1  # of config.json, tempme.json and videollm.json
 
 
-def save_model(directory: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes the two files, and a manifest of all that the folder holds by now: save what else belongs to it first.
+@dataclass(frozen=True)
+class SavedConfig:
+    """config.json of a model, beside "kind" and "version". A kind of model has its own class, which says what there is;
+    the same class reads and writes it (`tempme_vl.schema`).
 
-    Args:
-        config: names its "kind" of model.
+    Attributes:
+        kind: as the file names it.
+        what: the same in words, for errors.
+    """
+
+    kind: ClassVar[str]
+    what: ClassVar[str]
+
+
+def save_model(directory: str | Path, config: SavedConfig, state: Mapping[str, Tensor], card: Card) -> None:
+    """Writes the files, and a manifest of all that the folder holds by now: save what else belongs to it first.
+
+    A card that somebody has written or changed stays.
 
     Raises:
         ValueError: weights of unmerged adapters, which a plain model could not load.
@@ -45,26 +60,59 @@ def save_model(directory: str | Path, config: Mapping[str, Any], state: Mapping[
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    write_settings(directory / CONFIG_FILE, config, {"kind": config.kind})
+    write_card(directory, card)
     write_manifest(directory)
 
 
-def load_model(
-    directory: str | Path, kinds: Mapping[str, str] | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_settings(file: Path, config: Settings, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Writes a dataclass as JSON (`tempme_vl.schema.write`), with the version of its keys.
+
+    Args:
+        more: what else stands in front.
+    """
+    file.write_text(json.dumps({**more, "version": VERSION, **write(config)}, indent=2) + "\n")
+
+
+def read_settings(file: Path, kind: type[S]) -> S:
+    """What `write_settings` wrote, without more; a file without a version is of version 1, which has the same keys.
+
+    Raises:
+        ConfigError: it is of a newer version, or see `tempme_vl.schema.read`.
+    """
+    return read(kind, require_version(read_json(file), file), str(file))
+
+
+def load_model(directory: str | Path, *kinds: type[C]) -> tuple[C, dict[str, Tensor]]:
     """The configuration and the weights of a folder that is as its manifest says.
 
     Args:
-        kinds: those that the configuration's "kind" may be, with what they are in words; any without.
+        kinds: the classes that the configuration may be of.
 
     Raises:
-        ValueError: a file is missing, the message lists what is there; FolderError, ConfigError: see `check_manifest`,
-            `load_kind` and `read_safetensors`.
+        ValueError: a file is missing, the message lists what is there, or it is of another kind; FolderError,
+            ConfigError: see `check_manifest`, `load_settings` and `read_safetensors`.
     """
     directory = Path(directory)
     _require_files(directory)
     check_manifest(directory)
-    return _read_config(directory, kinds), read_safetensors(directory / WEIGHTS_FILE)
+    settings = _read_settings(directory)
+    kind = next((kind for kind in kinds if kind.kind == settings["kind"]), None)
+    if kind is None:
+        raise ConfigError(
+            f"expected {' or '.join(kind.what for kind in kinds)} in {directory}; got one of kind {settings['kind']!r} "
+            f"by its {CONFIG_FILE}"
+        )
+    del settings["kind"]
+    return read(kind, settings, str(directory / CONFIG_FILE)), read_safetensors(directory / WEIGHTS_FILE)
+
+
+def load_any(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As `load_model`, whatever kind of model it is, which the settings tell ("kind")."""
+    directory = Path(directory)
+    _require_files(directory)
+    check_manifest(directory)
+    return _read_settings(directory), read_safetensors(directory / WEIGHTS_FILE)
 
 
 def load_kind(directory: str | Path) -> str:
@@ -76,7 +124,7 @@ def load_kind(directory: str | Path) -> str:
     directory = Path(directory)
     _require_files(directory)
     check_manifest(directory, only=(CONFIG_FILE,))
-    return str(_read_config(directory)["kind"])
+    return str(_read_settings(directory)["kind"])
 
 
 def _require_files(directory: Path) -> None:
@@ -87,17 +135,31 @@ def _require_files(directory: Path) -> None:
         raise FolderError(f"expected {' and '.join(missing)} in {directory}; found {found}")
 
 
-def _read_config(directory: Path, kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
+def _read_settings(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_FILE
-    config = read_json(file)
-    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
+    settings = require_version(read_json(file), file)
+    if not isinstance(settings, dict) or not isinstance(settings.get("kind"), str):
         raise ConfigError(f"{file}: expected the settings of a model, with its 'kind'; is this another library's?")
-    if kinds and config["kind"] not in kinds:
-        expected = " or ".join(kinds.values())
+    return settings
+
+
+def require_version(settings: Any, file: Path) -> Any:
+    """Settings without their version, which this package must know.
+
+    Raises:
+        ConfigError: they are of a newer version, or the number is none.
+    """
+    if not isinstance(settings, Mapping):
+        return settings  # whoever reads them says so
+    version = settings.get("version", VERSION)
+    if type(version) is not int or version < 1:
+        raise ConfigError(f"{file}, 'version': expected a whole number from 1 to {VERSION}; got {shown(version)}")
+    if version > VERSION:
         raise ConfigError(
-            f"expected {expected} in {directory}; got one of kind {config['kind']!r} by its {CONFIG_FILE}"
+            f"{file} is of version {version}, and this tempme_vl reads versions up to {VERSION}: a newer tempme_vl has "
+            "written it. Update tempme_vl (pip install --upgrade tempme_vl)"
         )
-    return config
+    return {key: value for key, value in settings.items() if key != "version"}
 
 
 def read_safetensors(file: str | Path) -> dict[str, Tensor]:
@@ -113,68 +175,6 @@ def read_safetensors(file: str | Path) -> dict[str, Tensor]:
             f"{file} cannot be read as safetensors; is it damaged, or only partly copied? The loader said: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def hub_file(source: str | Path, name: str) -> Path:
-    """A file of a local folder, or of a model on the Hugging Face hub, downloaded if it is not in its cache yet.
-
-    Without a network that is said at once: the hub's own client would try for most of a minute.
-
-    Args:
-        source: the folder, or the model's name ("bert-base-uncased").
-
-    Raises:
-        ValueError: neither has the file, or it is not in the cache and the hub cannot be reached.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            raise ValueError(f"expected {name} in {folder}; found {sorted(entry.name for entry in folder.iterdir())}")
-        return folder / name
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(str(source), name)
-        if isinstance(cached, str):
-            return Path(cached)
-        _reach_hub(str(source), name)
-        return Path(huggingface_hub.hf_hub_download(str(source), name))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"expected a folder with {name}, or a model of the Hugging Face hub; got {str(source)!r}: {error}"
-        ) from error
-
-
-def require_hub(source: str | Path, *names: str) -> None:
-    """Says at once that there is no network, where another library is about to load from the hub.
-
-    Args:
-        source: nothing is asked for a local folder.
-        names: files of which one in the cache is enough; default: config.json.
-
-    Raises:
-        ValueError: none of them is in the cache, and the hub cannot be reached.
-    """
-    if Path(source).is_dir():
-        return
-    try:
-        cached = [huggingface_hub.try_to_load_from_cache(str(source), name) for name in names or (CONFIG_FILE,)]
-        if not any(isinstance(path, str) for path in cached):
-            _reach_hub(str(source), (names or (CONFIG_FILE,))[0])
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"expected a folder, or a model of the Hugging Face hub; got {str(source)!r}: {error}"
-        ) from error
-
-
-def _reach_hub(source: str, name: str) -> None:
-    """One request without a second try; ConnectionError where there is no network."""
-    session, url = huggingface_hub.get_session(), huggingface_hub.hf_hub_url(source, name)
-    # Which library sends depends on the client's version: httpx, httpx2, whose errors are no OSErrors, or requests.
-    library = sys.modules[type(session).__module__.partition(".")[0]]
-    failed = (OSError, getattr(library, "TransportError", OSError))
-    try:
-        session.head(url, timeout=HUB_SECONDS)
-    except failed as error:
-        raise ConnectionError(f"it is not in the local cache, and the hub cannot be reached ({error})") from error
 
 
 def save_vocabulary(directory: str | Path, words: Sequence[str]) -> None:

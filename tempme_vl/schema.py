@@ -1,4 +1,5 @@
-"""JSON data read into dataclasses: every key known, every value of its type, every number within bounds.
+"""JSON data read into dataclasses, and written from them: every key known, every value of its type, every number within
+bounds.
 
 What a saved folder says decides how much is built, so nothing is taken as it comes: true is no number, "12" is no
 number, NaN is nothing, and a tower of a thousand million layers is a mistake.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -16,11 +17,13 @@ from tempme_vl.data.files import AnnotationError, load_json
 from tempme_vl.messages import few, shown
 
 
-class _Dataclass(Protocol):
+class Settings(Protocol):
+    """Any dataclass."""
+
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-T = TypeVar("T", bound=_Dataclass)
+T = TypeVar("T", bound=Settings)
 
 
 class ConfigError(ValueError):
@@ -47,6 +50,8 @@ _DEEPEST, _LARGEST = 20, 1 << 24  # nesting, bytes of a file
 # what configurations of other libraries call the number of layers: making each takes time, whatever its size
 THEIR_LAYERS = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "layers", "depth"), LAYERS)
 
+LEFT_OUT = {"left_out": True}  # of a field, for `write`
+
 Layers = Annotated[int, LAYERS]
 Size = Annotated[int, SIZE]
 Count = Annotated[int, COUNT]
@@ -71,7 +76,8 @@ def read(kind: type[T], values: object, place: str, limits: Mapping[str, Range] 
     """A dataclass from JSON data. Its annotations are the schema; `Annotated[int, Range(...)]` bounds a number.
 
     Args:
-        kind: fields may be bool, int, float, str, Literal, None, unions, tuples, lists, mappings, dataclasses, Any.
+        kind: fields may be bool, int, float, str, Literal, None, unions, tuples, lists, mappings, dataclasses, classes
+            with `from_dict(data, place)`, Any.
         values: an object of JSON; keys of fields with a default may be left out.
         place: to name in errors, such as the file.
         limits: bounds by the names of fields, for classes of other libraries, at any depth.
@@ -96,6 +102,32 @@ def read(kind: type[T], values: object, place: str, limits: Mapping[str, Range] 
         return kind(**given)
     except ValueError as error:
         raise ConfigError(f"{place}: {error}") from error
+
+
+def write(value: Settings) -> dict[str, Any]:
+    """The JSON data that `read` makes the same dataclass of; a class with `to_dict` and `from_dict(data, place)` has a
+    layout of its own. A field with the metadata `LEFT_OUT` is left out where it is as by default."""
+    return {
+        one.name: _written(getattr(value, one.name))
+        for one in fields(value)
+        if one.init and not (one.metadata.get("left_out") and getattr(value, one.name) == _default(one))
+    }
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
+
+
+def _written(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return write(value)
+    if isinstance(value, Mapping):
+        return {name: _written(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_written(part) for part in value]
+    return value
 
 
 def check_plain(values: object, place: str, limits: Mapping[str, Range] | None = None) -> None:
@@ -145,6 +177,8 @@ def _read(hint: Any, value: object, place: str, key: str, limits: Mapping[str, R
         return _number(value, place, bounds, whole=hint is int)
     if hint in (bool, str) and type(value) is hint:
         return value
+    if isinstance(hint, type) and hasattr(hint, "from_dict"):
+        return hint.from_dict(value, place)
     if isinstance(hint, type) and is_dataclass(hint):
         return read(hint, value, place, limits)
     if (origin or hint) in (tuple, list) and isinstance(value, list | tuple):

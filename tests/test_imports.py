@@ -23,6 +23,9 @@ CORE = {
     "frontend",
     "scheduling",
     "text",
+    "card",
+    "configs",
+    "hub",
     "pretrained",
     "fit",
     "messages",
@@ -47,7 +50,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schema": {"data", "messages"},  # of data: how text and JSON are read
     "manifest": {"schema"},
     "fit": {"messages"},
-    "pretrained": {"manifest", "schema", "fit", "messages"},
+    "card": {"manifest"},
+    "hub": {"card", "manifest"},
+    "pretrained": {"card", "hub", "manifest", "schema", "fit", "messages"},
     "weights": {"pretrained", "schema", "fit", "messages"},
     # processes that end together
     "processes": set(),
@@ -59,11 +64,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "libraries": set(),
     # what a front end is made of
     "merging": {"state", "matching", "schema", "registries"},
-    "backbones": {"state", "kernels", "pretrained", "weights", "fit", "schema", "messages", "libraries"},
+    "backbones": {"state", "kernels", "pretrained", "weights", "fit", "schema", "messages", "libraries", "hub"},
     "scheduling": {"merging", "backbones"},
-    "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries"},
-    "families": {"backbones", "text", "registries", "pretrained", "weights", "manifest", "schema", "libraries"},
-    "frontend": {"state", "merging", "backbones", "families", "scheduling", "pretrained", "schema", "messages", "data"},
+    "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries", "hub"},
+    "families": {"backbones", "text", "registries", "pretrained", "weights", "manifest", "schema", "libraries", "hub"},
+    "configs": {"backbones", "families", "merging", "messages", "pretrained", "scheduling", "schema"},
+    "frontend": {
+        *("state", "merging", "backbones", "families", "scheduling", "pretrained", "schema", "messages", "data"),
+        *("card", "configs", "hub"),
+    },
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains
     "tuning": {"schema", "messages"},

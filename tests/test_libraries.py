@@ -253,7 +253,7 @@ def page() -> str:
         "",
         "What the package uses of other libraries that they do not document, by file (`tempme_vl/libraries.py`).",
         "Outside the tested versions a warning says so once; where a part is missing, an error names it, the installed",
-        "version and the tested ones. Of decord, PyAV and einops only documented parts are used.",
+        "version and the tested ones. Of decord, PyAV, einops and huggingface_hub only documented parts are used.",
         "",
     ]
     for package, library in LIBRARIES.items():

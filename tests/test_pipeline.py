@@ -61,7 +61,7 @@ def test_a_question_about_a_file_is_answered(kind: str, folders: dict[str, Path]
     assert isinstance(answer, str) and (not qa.answers or answer in qa.answers)
     # by the model itself, on frames read with the rule that it was trained with
     frames, valid, _ = qa.reader(Video("v", video))
-    assert valid and frames.shape == (FRAMES, 3, 32, 32) and qa.reader.sampling == qa.model.input["sampling"]
+    assert valid and frames.shape == (FRAMES, 3, 32, 32) and qa.reader.sampling == qa.model.input.sampling
     asked = {"video": frames, "frame_mask": torch.ones(FRAMES), **qa.model.tokenize(QUESTION)}
     with torch.no_grad():
         (row,) = qa.model({name: value[None] for name, value in asked.items()})["prediction"].tolist()
@@ -168,7 +168,7 @@ def test_what_a_front_end_cannot_preprocess_is_named() -> None:
     for wrong in (np.zeros((0, 8, 8, 3), np.uint8), np.zeros((6, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8)):
         with pytest.raises(ValueError, match=r"expected frames \(F, H, W, 3\) uint8"):
             frontend.preprocess(wrong)
-    frontend.config = {}
+    frontend.config = None
     with pytest.raises(ValueError, match="give VisualFrontend the tower's `config`"):
         frontend.preprocess(np.zeros((6, 8, 8, 3), np.uint8))
 

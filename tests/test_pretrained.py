@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from towers import TINY, random_video, small_clip, tempme_schedule, tiny_frontend
 
 from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
+from tempme_vl.configs import ModelConfig
+from tempme_vl.hub import hub_file, require_hub
 from tempme_vl.integrations import load_host
 from tempme_vl.manifest import MANIFEST_FILE, write_manifest
-from tempme_vl.pretrained import hub_file, load_answers, load_model, require_hub, save_answers, save_model
+from tempme_vl.pretrained import load_answers, load_model, save_answers, save_model
 from tempme_vl.tasks.qa.llm import load_llm, load_tokenizer
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
 
@@ -47,7 +49,12 @@ def test_config_holds_everything(tmp_path: Path) -> None:
     assert frontend["schedule"]["frames"] == 6 and frontend["schedule"]["method"] == "tempme"
     preprocess = frontend["preprocess"]
     assert preprocess["image_size"] == 32 and len(preprocess["mean"]) == len(preprocess["std"]) == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
 
 
 def retrieval() -> RetrievalModel:
@@ -82,23 +89,25 @@ def test_weights_can_be_given(tmp_path: Path) -> None:
 
 def test_views_and_gradients_can_be_saved(tmp_path: Path) -> None:
     weight = torch.randn(3, 4, requires_grad=True)
-    save_model(tmp_path, {"kind": "x"}, {"a": weight.t()})
-    config, state = load_model(tmp_path)
-    assert config == {"kind": "x"} and torch.equal(state["a"], weight.detach().t())
+    frontend = tiny_frontend(tempme_schedule())
+    config = ModelConfig(frontend.full_config())
+    save_model(tmp_path, config, {"a": weight.t()}, frontend.card())
+    loaded, state = load_model(tmp_path, ModelConfig)
+    assert loaded == config and torch.equal(state["a"], weight.detach().t())
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_missing_file(tmp_path: Path, missing: str) -> None:
     tiny_frontend(tempme_schedule()).save_pretrained(tmp_path)
     (tmp_path / missing).unlink()
-    (left,) = (path for path in tmp_path.iterdir() if path.name != MANIFEST_FILE)
+    left = sorted(path.name for path in tmp_path.iterdir() if path.name != MANIFEST_FILE)
     for load in (VisualFrontend.from_pretrained, RetrievalModel.from_pretrained):
-        with pytest.raises(ValueError, match=rf"expected {missing} in .*; found \['{left.name}'\]"):
+        with pytest.raises(ValueError, match=rf"expected {missing} in .*; found \['README.md', '{left[1]}'\]"):
             load(tmp_path)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected config.json and model.safetensors in .*; found no such folder"):
+    with pytest.raises(ValueError, match=r"expected a folder with config.json, or .* hub .*: there is no such folder"):
         VisualFrontend.from_pretrained(tmp_path / "nowhere")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,9 +12,10 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from tempme_vl.backbones import open_clip as clip_family
+from tempme_vl.configs import FrontendConfig
 from tempme_vl.data.sampling import SAMPLING
 from tempme_vl.frontend import VisualFrontend, create_frontend
-from tempme_vl.schema import ConfigError, Range, check_plain, read, read_json
+from tempme_vl.schema import LEFT_OUT, ConfigError, Range, check_plain, read, read_json, write
 from tempme_vl.tasks.inputs import Inputs
 
 
@@ -46,6 +48,43 @@ def test_what_is_right_is_taken() -> None:
     assert isinstance(read(Outer, GOOD, "f").inner.rate, float)
     given = GOOD | {"pair": [1, 2], "joins": [None, 9], "on": True, "name": "x", "more": {"any": [1]}}
     assert read(Outer, given, "f") == Outer(12, "clip", Inner(1.0), (1, 2), (None, 9), True, "x", {"any": [1]})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """With a layout of its own: 3 steps are "xxx"."""
+
+    steps: int
+
+    def to_dict(self) -> str:
+        return "x" * self.steps
+
+    @classmethod
+    def from_dict(cls, data: Any, place: str) -> Plan:
+        if set(data) - {"x"}:
+            raise ConfigError(f"{place}: expected x's; got {data!r}")
+        return cls(len(data))
+
+
+@dataclass(frozen=True)
+class Written:
+    outer: Outer
+    plans: Mapping[str, Plan]
+    name: str | None = field(default=None, metadata=LEFT_OUT)
+    more: Mapping[str, Any] = field(default_factory=dict, metadata=LEFT_OUT)
+
+
+def test_what_is_written_is_read_again() -> None:
+    outer = Outer(12, "clip", Inner(0.5), (1, 2), (None, 9), True, None, {"any": [1, {"x": None}]})
+    value = Written(outer, {"a": Plan(2)})
+    data = write(value)
+    assert data["outer"] == {**vars(outer), "inner": {"rate": 0.5}, "pair": [1, 2], "joins": [None, 9]}
+    assert data.keys() == {"outer", "plans"} and data["plans"] == {"a": "xx"}
+    assert read(Written, json.loads(json.dumps(data)), "f") == value
+    full = Written(outer, {}, "n", {"b": 1})
+    assert write(full).keys() == {"outer", "plans", "name", "more"} and read(Written, write(full), "f") == full
+    with pytest.raises(ConfigError, match="f, 'plans', 'a': expected x's; got 'xy'"):
+        read(Written, {**data, "plans": {"a": "xy"}}, "f")
 
 
 @pytest.mark.parametrize(
@@ -121,11 +160,15 @@ def test_inputs_know_the_ways_of_sampling_that_there_are() -> None:
 
 @cache
 def tiny() -> dict[str, Any]:
-    return create_frontend("umt:tiny", method="none", num_frames=4).full_config()
+    return create_frontend("umt:tiny", method="none", num_frames=4).full_config().to_dict()
 
 
 def tower(**changes: Any) -> dict[str, Any]:
     return tiny() | changes
+
+
+def built(settings: dict[str, Any]) -> VisualFrontend:
+    return VisualFrontend.from_config(FrontendConfig.from_dict(settings, "FILE"), "FILE")
 
 
 @pytest.mark.parametrize(
@@ -145,21 +188,21 @@ def tower(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_towers_are_bounded(change: dict[str, Any], said: str) -> None:
-    assert VisualFrontend.from_config(tower()).shape.width == 64
+    assert built(tower()).shape.width == 64
     with pytest.raises(ConfigError, match=rf"FILE.*{said}"):
-        VisualFrontend.from_config(tower(**change), "FILE")
+        built(tower(**change))
 
 
 def test_preprocessing_and_tower_agree() -> None:
     config = tower()
     config["preprocess"] = {**config["preprocess"], "image_size": 64}
     with pytest.raises(ConfigError, match="'preprocess', 'image_size': expected 32, as the tower takes; got 64"):
-        VisualFrontend.from_config(config)
+        built(config)
 
 
 def test_heads_that_do_not_divide_a_clip_are_no_other_heads() -> None:
     """open_clip itself would round the heads down: 64 // 48 is 1."""
-    config = clip_family.load_clip("tiny").config
+    config = write(clip_family.load_clip("tiny").config)
     for part, key, value in (("vision_cfg", "head_width", 48), ("text_cfg", "heads", 3)):
         wrong = {**config, part: {**config[part], key: value}}
         with pytest.raises(ConfigError, match=f"FILE: '{part}'.*divide"):

@@ -72,6 +72,17 @@ class Preprocessing:
     interpolation: Literal["bicubic", "bilinear"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """What builds a tower again (`Family.build_tower`), as folders hold it (`tempme_vl.schema`).
+
+    A family derives its own class, which says what else there is and within which bounds.
+    """
+
+    family: str
+    preprocess: Preprocessing
+
+
 class QueryValueBias(nn.Module):
     """A bias for queries and values and none for keys (BEiT, UMT): (..., 3 D) -> (..., 3 D).
 

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tempme_vl.backbones.base import Preprocessing
 from tempme_vl.weights.exports import Export, find_export, part_of, read_config
 from tempme_vl.weights.files import read_weights
 
@@ -59,7 +59,7 @@ class ClipWeights:
     clip_positions: dict[str, Tensor] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     quick_gelu: bool | None = None
-    preprocess: dict[str, Any] | None = None
+    preprocess: Preprocessing | None = None
     heads: tuple[int | None, int | None] = (None, None)
 
     def describe(self, with_text: bool = True) -> str:
@@ -268,7 +268,7 @@ def _of_export(export: Export) -> ClipWeights:
         export.clip_positions(),
         tuple(key for key in export.state if kept and not key.startswith(kept)),
         config.get("quick_gelu", False),
-        config.get("preprocess"),
+        export.frontend_setting("preprocess", Preprocessing),
         heads,
     )
 

@@ -29,6 +29,7 @@ from tempme_vl.backbones.base import (
     BlockAdapter,
     Pool,
     Preprocessing,
+    TowerConfig,
     TowerShape,
     count_blocks,
 )
@@ -42,8 +43,8 @@ from tempme_vl.backbones.hf_blocks import (
     refusal,
 )
 from tempme_vl.backbones.hf_embed import ImageEmbed, PackedEmbed, SiglipPool
+from tempme_vl.hub import require_hub
 from tempme_vl.libraries import undocumented
-from tempme_vl.pretrained import require_hub
 from tempme_vl.schema import THEIR_LAYERS, Range, Size, check_plain
 from tempme_vl.weights.exports import find_export, load_exported_tower
 
@@ -56,9 +57,9 @@ class _Family:
 
     layer: type[HFLayer]
     norm: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: Literal["shortest", "squash"]
     norm_pre: str | None = None
     siglip: bool = False  # no CLS token, attention pooling
     packed: bool = False  # the embeddings take patches
@@ -106,7 +107,9 @@ _MODELS = {
 
 
 @undocumented("transformers")
-def backbone_of(tower: nn.Module, layer: int = -1, image_size: int | None = None) -> tuple[Backbone, dict[str, Any]]:
+def backbone_of(
+    tower: nn.Module, layer: int = -1, image_size: int | None = None
+) -> tuple[Backbone, TowerConfig | None]:
     """A backbone over the modules of an existing vision tower, which stays as it is.
 
     Args:
@@ -119,7 +122,7 @@ def backbone_of(tower: nn.Module, layer: int = -1, image_size: int | None = None
             the library, as the host does it.
 
     Returns:
-        the backbone, and the JSON configuration that builds the tower again (`build_tower`).
+        the backbone, and the configuration that builds the tower again (`build_tower`), as far as timm tells it.
 
     Raises:
         ValueError: a family that is not known, that rotates by position or attends in windows; unknown children;
@@ -162,7 +165,7 @@ def backbone_of(tower: nn.Module, layer: int = -1, image_size: int | None = None
         pool=pool,
     )
     embed = _embed(inner, family, shape, interpolate=shape.image_size != own_size)
-    return Backbone(embed, blocks, norm, head, shape), _json_config(architecture, config, family, layer, shape)
+    return Backbone(embed, blocks, norm, head, shape), _config(architecture, config, family, layer, shape)
 
 
 def _embed(inner: Any, family: _Family, shape: TowerShape, interpolate: bool) -> nn.Module:
@@ -205,16 +208,15 @@ def _image_size(config: Any, family: _Family) -> int:
 # ---- configurations and weights
 
 
-@dataclass(frozen=True)
-class Config:
-    """The JSON configuration; `vision_config` is transformers' own."""
+@dataclass(frozen=True, kw_only=True)
+class Config(TowerConfig):
+    """What builds a tower; `vision_config` is transformers' own."""
 
-    family: Literal["hf"]
+    family: Literal["hf"] = "hf"
     architecture: str
     vision_config: Mapping[str, Any]
     layer: Annotated[int, Range(-1000, 1000)]
     image_size: Size
-    preprocess: Preprocessing
 
     def __post_init__(self) -> None:
         known = sorted({architecture for architecture, _ in _TOWERS.values()})
@@ -223,23 +225,18 @@ class Config:
         check_plain(self.vision_config, "'vision_config'", THEIR_LAYERS)
 
 
-def _json_config(architecture: str, config: Any, family: _Family, layer: int, shape: TowerShape) -> dict[str, Any]:
+def _config(architecture: str, config: Any, family: _Family, layer: int, shape: TowerShape) -> Config:
     vision_config = json.loads(config.to_json_string(use_diff=False))
     vision_config.pop("_name_or_path", None)
-    return {
-        "family": "hf",
-        "architecture": architecture,
-        "vision_config": vision_config,
-        "layer": layer,
-        "image_size": shape.image_size,
-        "preprocess": {
-            "image_size": shape.image_size,
-            "mean": list(family.mean),
-            "std": list(family.std),
-            "resize": family.resize,
-            "interpolation": "bilinear" if family.packed else "bicubic",
-        },
-    }
+    interpolation: Literal["bicubic", "bilinear"] = "bilinear" if family.packed else "bicubic"
+    preprocess = Preprocessing(shape.image_size, family.mean, family.std, family.resize, interpolation)
+    return Config(
+        architecture=architecture,
+        vision_config=vision_config,
+        layer=layer,
+        image_size=shape.image_size,
+        preprocess=preprocess,
+    )
 
 
 def read_config(name: str) -> Any:
@@ -275,15 +272,19 @@ def _read_tower_config(name: str) -> tuple[str, Any]:
     return architecture, vision
 
 
-def read_preprocess(name: str, default: dict[str, Any]) -> dict[str, Any]:
+def read_preprocess(name: str, default: Preprocessing) -> Preprocessing:
     """The numbers of the folder's own image processor, where it has one."""
     try:
         given = AutoImageProcessor.from_pretrained(name, trust_remote_code=False).to_dict()
     except (OSError, ValueError):
         return default
-    interpolation = {2: "bilinear", 3: "bicubic"}.get(given.get("resample"), default["interpolation"])
-    mean, std = given.get("image_mean") or default["mean"], given.get("image_std") or default["std"]
-    return {**default, "mean": list(mean), "std": list(std), "interpolation": interpolation}
+    ways: dict[Any, Literal["bicubic", "bilinear"]] = {2: "bilinear", 3: "bicubic"}
+    return replace(
+        default,
+        mean=tuple(given.get("image_mean") or default.mean),
+        std=tuple(given.get("image_std") or default.std),
+        interpolation=ways.get(given.get("resample"), default.interpolation),
+    )
 
 
 def load_model(architecture: str, config: Any, source: str) -> nn.Module:
@@ -312,8 +313,8 @@ def load_model(architecture: str, config: Any, source: str) -> nn.Module:
 
 def load_tower(
     name: str, pretrained: str | None, num_frames: int, layer: int = -1, image_size: int | None = None
-) -> tuple[Backbone, dict[str, Any]]:
-    """A tower by name, float32, with its JSON configuration.
+) -> tuple[Backbone, TowerConfig]:
+    """A tower by name, float32, with its configuration.
 
     Args:
         name: a hub id or a local folder with config.json, of the vision tower or of the whole CLIP or SigLIP.
@@ -324,22 +325,28 @@ def load_tower(
     Raises:
         ValueError: another family, weights that are missing or not safetensors, or see `backbone_of`.
     """
-    architecture, config = _read_tower_config(name)
+    architecture, settings = _read_tower_config(name)
     export = None if pretrained in (None, "default") else find_export(str(pretrained))
     if pretrained is None or export:
-        tower = getattr(transformers, architecture)(config)
+        tower = getattr(transformers, architecture)(settings)
     else:
-        tower = load_model(architecture, config, name if pretrained == "default" else pretrained)
-    backbone, data = backbone_of(tower, layer, image_size)
-    data = {**data, "preprocess": read_preprocess(name, data["preprocess"])}
+        tower = load_model(architecture, settings, name if pretrained == "default" else pretrained)
+    backbone, built = backbone_of(tower, layer, image_size)
+    config = with_own_preprocess(name, built)
     if export:
-        backbone.clip_positions = load_exported_tower(backbone, data, export)
-    return backbone, data
+        backbone.clip_positions = load_exported_tower(backbone, config, export)
+    return backbone, config
 
 
-def build_tower(config: Mapping[str, Any]) -> Backbone:
-    """The backbone of a JSON configuration, randomly initialised, without looking anything up."""
-    model_class = getattr(transformers, config["architecture"])
-    vision_config = dict(config["vision_config"])  # transformers up to 5.0 write into what they are given
+def with_own_preprocess(name: str, config: TowerConfig | None) -> TowerConfig:
+    """A tower's configuration with the preprocessing of the folder that it comes from."""
+    assert config is not None  # timm's towers are no models of transformers' own
+    return replace(config, preprocess=read_preprocess(name, config.preprocess))
+
+
+def build_tower(config: Config) -> Backbone:
+    """The backbone of a configuration, randomly initialised, without looking anything up."""
+    model_class = getattr(transformers, config.architecture)
+    vision_config = dict(config.vision_config)  # transformers up to 5.0 write into what they are given
     tower = model_class(model_class.config_class.from_dict(vision_config))
-    return backbone_of(tower, config["layer"], config["image_size"])[0]
+    return backbone_of(tower, config.layer, config.image_size)[0]

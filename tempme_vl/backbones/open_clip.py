@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -18,14 +18,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tempme_vl.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Preprocessing, square_side
+from tempme_vl.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Preprocessing, TowerConfig, square_side
 from tempme_vl.backbones.clip_checkpoint import VISUAL, ClipWeights, name_clip, read_clip
 from tempme_vl.backbones.open_clip_blocks import tower_shape, visual_backbone
 from tempme_vl.fit import load_strictly, misfits
+from tempme_vl.hub import require_hub
 from tempme_vl.libraries import undocumented
 from tempme_vl.messages import few
-from tempme_vl.pretrained import require_hub
-from tempme_vl.schema import LAYERS, SIZE, ConfigError, Range, Size, read
+from tempme_vl.schema import LAYERS, LEFT_OUT, SIZE, ConfigError, Range, Size, read
 from tempme_vl.weights.exports import Export, find_export, load_exported_tower
 from tempme_vl.weights.files import read_weights
 
@@ -54,18 +54,17 @@ _LIMITS = {
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    """The JSON configuration of a tower; the text tower beside it is not needed."""
+@dataclass(frozen=True, kw_only=True)
+class Config(TowerConfig):
+    """What builds a tower; `vision_cfg` and `text_cfg` are open_clip's own. The text tower is not needed."""
 
-    family: Literal["open_clip"]
+    family: Literal["open_clip"] = "open_clip"
+    name: str | None = field(default=None, metadata=LEFT_OUT)
     embed_dim: Size
     vision_cfg: Mapping[str, Any]
-    preprocess: Preprocessing
-    name: str | None = None
-    text_cfg: Mapping[str, Any] | None = None
+    text_cfg: Mapping[str, Any] | None = field(default=None, metadata=LEFT_OUT)
     quick_gelu: bool = False
-    custom_text: bool = False
+    custom_text: bool = field(default=False, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         vision = read(open_clip.CLIPVisionCfg, self.vision_cfg, "'vision_cfg'", _LIMITS)
@@ -78,6 +77,17 @@ class Config:
             )
         if self.text_cfg is not None:
             check_text_config(self.text_cfg, "'text_cfg'")
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """In open_clip's form."""
+        names = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def is_mixed(self) -> bool:
+        """See `is_mixed`."""
+        return is_mixed(self.model_config)
 
 
 def check_text_config(values: object, place: str) -> None:
@@ -118,7 +128,7 @@ def is_mixed(config: Mapping[str, Any]) -> bool:
 
 
 class LoadedClip(NamedTuple):
-    """A model, the JSON configuration that builds it again, and what else came with its weights.
+    """A model, the configuration that builds it again, and what else came with its weights.
 
     Attributes:
         clip_positions: by layer.
@@ -126,7 +136,7 @@ class LoadedClip(NamedTuple):
     """
 
     clip: Clip
-    config: dict[str, Any]
+    config: Config
     clip_positions: dict[str, Tensor]
     export: Export | None = None
 
@@ -153,7 +163,7 @@ def load_clip(name: str, pretrained: str | None = None) -> LoadedClip:
     config = _as_trained(name, weights, with_text=True)
     clip = build_clip(config)
     _load_fitting(clip, _whole(weights), weights, name)
-    return LoadedClip(clip, _json_config(name, config, clip.visual, weights), weights.clip_positions)
+    return LoadedClip(clip, _saved_config(name, config, clip.visual, weights), weights.clip_positions)
 
 
 def _load_mixed(name: str, path: str) -> LoadedClip:
@@ -162,8 +172,8 @@ def _load_mixed(name: str, path: str) -> LoadedClip:
     """
     loaded = _load_named(name, None)
     if export := find_export(path):
-        config = {**loaded.config, "preprocess": export.config["frontend"]["preprocess"]}
-        return loaded._replace(config=config, export=export)
+        preprocess = export.frontend_setting("preprocess", Preprocessing)
+        return loaded._replace(config=replace(loaded.config, preprocess=preprocess), export=export)
     file = read_weights(path)
     state = {key.removeprefix("module."): value for key, value in file.state.items()}
     unused = [key for key in state if key in ("logit_bias", "text.attn_mask", "attn_mask")]
@@ -182,7 +192,7 @@ def _load_named(name: str, tag: str | None) -> LoadedClip:
         clip = build_clip(config)
         if name in TINY_CONFIGS:  # from scratch within minutes: places must stand out from the start (docs/LOG.md)
             nn.init.normal_(clip.visual.positional_embedding, std=0.5)
-        return LoadedClip(clip, _json_config(name, config, clip.visual), {})
+        return LoadedClip(clip, _saved_config(name, config, clip.visual), {})
     published: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
     if repo := published.get("hf_hub", "").rstrip("/"):
         require_hub(repo, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -194,7 +204,7 @@ def _load_named(name: str, tag: str | None) -> LoadedClip:
         raise ValueError(f"open_clip cannot load pretrained={tag!r} for {name!r}: {error}") from error
     if quick_gelu != bool(config.get("quick_gelu")):
         _log.info("%s of %s was trained with %s, which is used", tag, name, _activation(quick_gelu))
-    return LoadedClip(clip, _json_config(name, config, clip.visual), {})
+    return LoadedClip(clip, _saved_config(name, config, clip.visual), {})
 
 
 def _is_tag(name: str, pretrained: str) -> bool:
@@ -281,17 +291,19 @@ def _models_like(visual: Mapping[str, Tensor]) -> list[str]:
     return names
 
 
-def _json_config(
+def _saved_config(
     name: str, config: Mapping[str, Any], visual: nn.Module, weights: ClipWeights | None = None
-) -> dict[str, Any]:
-    mixed = is_mixed(config)
-    # what was built counts, not the name
-    quick_gelu = bool(config.get("quick_gelu")) if mixed else tower_shape(visual).quick_gelu
-    built = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
-    if mixed:
-        built |= {"vision_cfg": _untrained(config["vision_cfg"]), "custom_text": bool(config.get("custom_text"))}
-    preprocess = {"preprocess": weights.preprocess} if weights and weights.preprocess else _preprocess(visual)
-    return {"family": "open_clip", "name": name, **built, "quick_gelu": quick_gelu, **preprocess}
+) -> Config:
+    return Config(
+        name=name,
+        embed_dim=config["embed_dim"],
+        vision_cfg=_untrained(config["vision_cfg"]),
+        text_cfg=config["text_cfg"],
+        # what was built counts, not the name
+        quick_gelu=bool(config.get("quick_gelu")) if is_mixed(config) else tower_shape(visual).quick_gelu,
+        custom_text=bool(config.get("custom_text")),
+        preprocess=weights.preprocess if weights and weights.preprocess else _preprocess(visual),
+    )
 
 
 def _untrained(vision_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,24 +354,19 @@ def backbone_of(visual: nn.Module) -> Backbone:
 
 
 @undocumented(_PACKAGE)
-def _preprocess(visual: nn.Module) -> dict[str, Any]:
-    """How pixels become input, in the words of `tempme_vl.data.transforms.Preprocess`."""
+def _preprocess(visual: nn.Module) -> Preprocessing:
     tower: Any = visual
     given = getattr(tower, "preprocess_cfg", {})
-    return {
-        "preprocess": {
-            "image_size": tower.image_size[0],
-            "mean": list(given.get("mean", CLIP_MEAN)),
-            "std": list(given.get("std", CLIP_STD)),
-            "resize": given.get("resize_mode", "shortest"),
-            "interpolation": given.get("interpolation", "bicubic"),
-        }
-    }
+    return Preprocessing(
+        tower.image_size[0],
+        tuple(given.get("mean", CLIP_MEAN)),
+        tuple(given.get("std", CLIP_STD)),
+        given.get("resize_mode", "shortest"),
+        given.get("interpolation", "bicubic"),
+    )
 
 
-def visual_from_openai(
-    state: Mapping[str, Tensor], heads: int, quick_gelu: bool
-) -> tuple[VisionTransformer, dict[str, Any]]:
+def visual_from_openai(state: Mapping[str, Tensor], heads: int, quick_gelu: bool) -> tuple[VisionTransformer, Config]:
     """The tower of CLIP's visual weights and the configuration that builds it again.
 
     Args:
@@ -372,15 +379,16 @@ def visual_from_openai(
     vision_cfg = _sizes(weights.tower)
     _check_heads(vision_cfg["width"], heads)
     vision_cfg["head_width"] = vision_cfg["width"] // heads
-    config = {"embed_dim": weights.tower["proj"].shape[1], "vision_cfg": vision_cfg, "quick_gelu": quick_gelu}
+    config: dict[str, Any] = {"embed_dim": weights.tower["proj"].shape[1], "vision_cfg": vision_cfg}
+    config["quick_gelu"] = quick_gelu
     visual = build_visual(config)
     _load_all(visual, weights.tower)
-    return visual, {"family": "open_clip", **config, **_preprocess(visual)}
+    return visual, Config(**config, preprocess=_preprocess(visual))
 
 
 def clip_from_openai(
     state: Mapping[str, Tensor], heads: int, text_heads: int | None = None, quick_gelu: bool = True
-) -> tuple[open_clip.CLIP, dict[str, Any]]:
+) -> tuple[open_clip.CLIP, Config]:
     """A whole CLIP ViT, both towers, and the configuration that builds it again.
 
     Args:
@@ -399,14 +407,15 @@ def clip_from_openai(
     vocab_size, text_width = weights.text["token_embedding.weight"].shape
     text_heads = text_width // 64 if text_heads is None else text_heads
     _check_heads(text_width, text_heads)
-    config["text_cfg"] = {
+    text_cfg = {
         "context_length": weights.text["positional_embedding"].shape[0],
         "vocab_size": vocab_size,
         "width": text_width,
         "heads": text_heads,
         "layers": _count_blocks(weights.text),
     }
-    clip = build_clip(config)
+    config = replace(config, text_cfg=text_cfg)
+    clip = build_clip(config.model_config)
     _load_all(clip, _whole(weights))
     return clip, config
 
@@ -447,7 +456,7 @@ def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(state)
 
 
-def load_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Backbone, dict[str, Any]]:
+def load_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Backbone, Config]:
     """A visual tower as a backbone, with its configuration; it takes any number of frames.
 
     Args:
@@ -458,24 +467,22 @@ def load_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Back
         loaded = _load_named(name, pretrained) if named else _load_mixed(name, str(pretrained))
         backbone = backbone_of(loaded.clip.visual)
         if loaded.export:
-            tower = {key: value for key, value in loaded.config.items() if key != "text_cfg"}
-            backbone.clip_positions = load_export(backbone, tower, loaded.export)
+            backbone.clip_positions = load_export(backbone, loaded.config, loaded.export)
         return backbone, loaded.config
     weights = read_clip(pretrained)
     config = _as_trained(name, weights, with_text=False)
     visual = build_visual(config)
     _load_fitting(visual, weights.tower, weights, name)
-    config = _json_config(name, config, visual, weights)
     backbone = backbone_of(visual)
     backbone.clip_positions = weights.clip_positions
-    return backbone, config
+    return backbone, _saved_config(name, config, visual, weights)
 
 
-def load_export(backbone: Backbone, config: Mapping[str, Any], export: Export) -> dict[str, Tensor]:
+def load_export(backbone: Backbone, config: Config, export: Export) -> dict[str, Tensor]:
     """A mixed model's visual tower from a folder of this package; see `load_exported_tower`."""
-    return load_exported_tower(backbone, config, export, ("name",))
+    return load_exported_tower(backbone, config, export, ("name", "text_cfg"))
 
 
-def build_tower(config: Mapping[str, Any]) -> Backbone:
+def build_tower(config: Config) -> Backbone:
     """The backbone of a configuration, randomly initialised."""
-    return backbone_of(build_visual(config))
+    return backbone_of(build_visual(config.model_config))

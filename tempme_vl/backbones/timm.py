@@ -22,11 +22,11 @@ from timm.models import VisionTransformer
 from torch import Tensor, cat, nn
 
 from tempme_vl.backbones.attention import attend
-from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, Preprocessing, TowerShape, count_blocks
+from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, Preprocessing, TowerConfig, TowerShape, count_blocks
 from tempme_vl.fit import load_strictly
+from tempme_vl.hub import require_hub
 from tempme_vl.libraries import describe, undocumented
 from tempme_vl.messages import few
-from tempme_vl.pretrained import require_hub
 from tempme_vl.schema import THEIR_LAYERS, Range, check_plain
 from tempme_vl.state import AttentionContext
 from tempme_vl.weights.exports import find_export, load_exported_tower
@@ -120,7 +120,7 @@ _INSTEAD = (
 
 
 @undocumented("timm")
-def backbone_of(tower: nn.Module, layer: int = -1) -> tuple[Backbone, dict[str, Any]]:
+def backbone_of(tower: nn.Module, layer: int = -1) -> tuple[Backbone, Config | None]:
     """A backbone over the modules of an existing timm model, which stays as it is.
 
     Args:
@@ -130,7 +130,7 @@ def backbone_of(tower: nn.Module, layer: int = -1) -> tuple[Backbone, dict[str, 
             norm nor the head is used.
 
     Returns:
-        the backbone, and the JSON configuration that builds the tower again; empty where timm does not tell, that is
+        the backbone, and the configuration that builds the tower again; None where timm does not tell, that is
         for models that `timm.create_model` did not make and for open_clip's with a projection of their own.
 
     Raises:
@@ -162,7 +162,7 @@ def backbone_of(tower: nn.Module, layer: int = -1) -> tuple[Backbone, dict[str, 
         num_prefix=vit.num_prefix_tokens,
         pool=pool,
     )
-    config = {} if len(list(projection.children())) else _json_config(vit, layer)
+    config = None if len(list(projection.children())) else _config(vit, layer)
     return Backbone(TimmEmbed(vit), blocks, norm, head, shape), config
 
 
@@ -203,15 +203,14 @@ def _check(tower: Any) -> None:
         raise ValueError("this tower pools its CLS tokens and registers too; build it with pool_include_prefix=False")
 
 
-@dataclass(frozen=True)
-class Config:
-    """The JSON configuration; `options` are those of timm's VisionTransformer."""
+@dataclass(frozen=True, kw_only=True)
+class Config(TowerConfig):
+    """What builds a tower; `options` are those of timm's VisionTransformer."""
 
-    family: Literal["timm"]
+    family: Literal["timm"] = "timm"
     name: str
     options: Mapping[str, Any]
     layer: Annotated[int, Range(-1000, 1000)]
-    preprocess: Preprocessing
 
     def __post_init__(self) -> None:
         if not timm.is_model(self.name):
@@ -223,29 +222,29 @@ class Config:
         check_plain(self.options, "'options'", THEIR_LAYERS)
 
 
-def _json_config(tower: Any, layer: int) -> dict[str, Any]:
+def _config(tower: Any, layer: int) -> Config | None:
     """What `timm.create_model` was called with, as it remembers it, and what may have changed since."""
     name = getattr(tower, "pretrained_cfg", {}).get("architecture")
     if not name or not hasattr(tower, "_model_args"):
-        return {}
+        return None
     options = {**tower._model_args, "num_classes": tower.num_classes, "global_pool": tower.global_pool}
     options["img_size"] = tower.patch_embed.img_size[0]
     try:
         options = json.loads(json.dumps(options))
-    except TypeError:  # classes and functions, which JSON cannot hold
-        return {}
-    return {"family": "timm", "name": name, "options": options, "layer": layer, "preprocess": _preprocess(tower)}
+        return Config(name=name, options=options, layer=layer, preprocess=_preprocess(tower))
+    except (TypeError, ValueError):  # classes and functions, which JSON cannot hold; what no tower can be built of
+        return None
 
 
-def _preprocess(tower: Any) -> dict[str, Any]:
+def _preprocess(tower: Any) -> Preprocessing:
     given = resolve_model_data_config(tower)
-    return {
-        "image_size": tower.patch_embed.img_size[0],
-        "mean": list(given["mean"]),
-        "std": list(given["std"]),
-        "resize": "squash" if given["crop_mode"] == "squash" else "shortest",
-        "interpolation": given["interpolation"] if given["interpolation"] in ("bilinear", "bicubic") else "bicubic",
-    }
+    return Preprocessing(
+        tower.patch_embed.img_size[0],
+        tuple(given["mean"]),
+        tuple(given["std"]),
+        "squash" if given["crop_mode"] == "squash" else "shortest",
+        given["interpolation"] if given["interpolation"] in ("bilinear", "bicubic") else "bicubic",
+    )
 
 
 def load_tower(
@@ -255,8 +254,8 @@ def load_tower(
     layer: int = -1,
     image_size: int | None = None,
     num_classes: int = 0,
-) -> tuple[Backbone, dict[str, Any]]:
-    """A tower by timm's name, with its JSON configuration.
+) -> tuple[Backbone, Config]:
+    """A tower by timm's name, with its configuration.
 
     Args:
         name: "vit_base_patch16_224", "vit_base_patch16_siglip_224.webli", ...
@@ -279,9 +278,7 @@ def load_tower(
         _require_published(name)
     tower = timm.create_model(name, pretrained=pretrained == "default", **options)
     backbone, config = backbone_of(tower, layer)
-    config = config or {"family": "timm", "name": name, "options": options, "layer": layer} | {
-        "preprocess": _preprocess(tower)
-    }
+    config = config or Config(name=name, options=options, layer=layer, preprocess=_preprocess(tower))
     if pretrained not in (None, "default"):
         if export := find_export(str(pretrained)):
             backbone.clip_positions = load_exported_tower(backbone, config, export)
@@ -316,7 +313,7 @@ def _load_file(tower: nn.Module, path: str) -> None:
     _log.info("%s: %s, %d weights in timm's names; unused: %s", path, file.kind, len(state), few(unused) or "nothing")
 
 
-def build_tower(config: Mapping[str, Any]) -> Backbone:
-    """The backbone of a JSON configuration, randomly initialised, without looking anything up."""
-    tower = timm.create_model(config["name"], pretrained=False, **config["options"])
-    return backbone_of(tower, config["layer"])[0]
+def build_tower(config: Config) -> Backbone:
+    """The backbone of a configuration, randomly initialised, without looking anything up."""
+    tower = timm.create_model(config.name, pretrained=False, **config.options)
+    return backbone_of(tower, config.layer)[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -25,6 +25,7 @@ from tempme_vl.backbones.base import (
     PatchProjection,
     Preprocessing,
     SelfAttention,
+    TowerConfig,
     TowerShape,
 )
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
@@ -346,29 +347,22 @@ def _model_like(weights: Mapping[str, Tensor]) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(UMTConfig):
-    """The JSON configuration."""
+class Config(UMTConfig, TowerConfig):
+    """What builds a tower, and its preprocessing."""
 
-    family: Literal["umt"]
-    preprocess: Preprocessing
+    family: Literal["umt"] = "umt"
 
 
-def json_config(config: UMTConfig) -> dict[str, Any]:
-    """JSON data that builds the tower again (`build_tower`), with UMT's preprocessing: squashed to the square."""
-    preprocess = {
-        "image_size": config.image_size,
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "resize": "squash",
-        "interpolation": "bicubic",
-    }
-    return {"family": "umt", **asdict(config), "preprocess": preprocess}
+def saved_config(config: UMTConfig) -> Config:
+    """What builds the tower again (`build_tower`), with UMT's preprocessing: squashed to the square."""
+    preprocess = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, "squash", "bicubic")
+    return Config(**asdict(config), preprocess=preprocess)
 
 
 def load_tower(
     name: str, pretrained: str | None, num_frames: int, mode: Mode = "clip", positions: Positions = "image"
-) -> tuple[Backbone, dict[str, Any]]:
-    """A tower by name, with its JSON configuration.
+) -> tuple[Backbone, Config]:
+    """A tower by name, with its configuration.
 
     Args:
         name: "tiny", "b16" or "l16".
@@ -382,18 +376,17 @@ def load_tower(
     config = model_config(name, num_frames, mode, positions)
     backbone = build(config)
     if pretrained is None:
-        return backbone, json_config(config)
+        return backbone, saved_config(config)
     if export := find_export(pretrained):
         free = ("num_frames", "mode", "positions", "pretrained_frames")
-        backbone.clip_positions = load_exported_tower(backbone, json_config(config), export, free)
+        backbone.clip_positions = load_exported_tower(backbone, saved_config(config), export, free)
     else:
         weights, report = tower_state(read_checkpoint(pretrained))
         kept = load(backbone, weights, pretrained)
         _log.info("%s\nrandom: %s", report, ", ".join(kept) or "nothing")
-    return backbone, json_config(config)
+    return backbone, saved_config(config)
 
 
-def build_tower(config: Mapping[str, Any]) -> Backbone:
-    """The backbone of a JSON configuration, randomly initialised."""
-    own = {field.name for field in fields(UMTConfig)}
-    return build(UMTConfig(**{key: value for key, value in config.items() if key in own}))
+def build_tower(config: Config) -> Backbone:
+    """The backbone of a configuration, randomly initialised."""
+    return build(config)

@@ -7,8 +7,7 @@ per video, so that all frames are changed alike.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,18 +44,6 @@ class Preprocess:
             raise ValueError(f"interpolation must be 'bicubic' or 'bilinear'; got {self.interpolation!r}")
         if self.image_size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"expected a positive image size, 3 means and 3 positive deviations; got {self}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        """The inverse of `to_dict`. ValueError for unknown keys."""
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"unknown keys {sorted(unknown)}; known: {', '.join(cls.__dataclass_fields__)}")
-        return cls(**(values | {key: tuple(values[key]) for key in ("mean", "std") if key in values}))
 
     @property
     def fit(self) -> Fit:

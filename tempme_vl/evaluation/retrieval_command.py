@@ -15,7 +15,7 @@ from tempme_vl.data.datasets import Source
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.retrieval import EvalCaptions, EvalVideos
 from tempme_vl.data.splits import RetrievalSplit
-from tempme_vl.data.transforms import Preprocess, VideoTransform
+from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.evaluation.options import RetrievalOptions
 from tempme_vl.evaluation.reading import all_broken, check_reading, decode_timeout, own_log, unreadable
 from tempme_vl.evaluation.rerank import rerank_embeddings
@@ -54,13 +54,13 @@ def evaluate(
 ) -> tuple[Embeddings, dict[str, Any]]:
     """Embeddings and report of a split, all ranks together and the same on every rank."""
     model = load_retrieval_model(options.checkpoint).to(device).eval()
-    captions = EvalCaptions(split, model.words.tokenizer(model.config["input"]["max_words"]))
+    captions = EvalCaptions(split, model.words.tokenizer(model.input.max_words))
     matcher = model if isinstance(model, UMTRetrievalModel) and options.rerank else None
-    sampling = options.sampling or model.config["input"]["sampling"]
+    sampling = options.sampling or model.input.sampling
     with own_log() as log:
         reader = VideoReader(
             model.frontend.schedule.frames,
-            VideoTransform(Preprocess.from_dict(model.frontend.config["preprocess"])),
+            VideoTransform(model.frontend.preprocessing),
             sampling=sampling,
             timeout=decode_timeout(options),
             on_broken=options.on_broken,

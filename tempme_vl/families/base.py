@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tempme_vl.backbones.base import Backbone
+from tempme_vl.backbones.base import Backbone, TowerConfig
 from tempme_vl.weights.exports import Export
 
 if TYPE_CHECKING:  # they import open_clip
@@ -31,13 +31,13 @@ class Pair:
 
     Attributes:
         backbone, config: the visual tower, as `Family.load_tower` gives them.
-        texts, text_config: the text tower, and the JSON data that `TextSide.build` makes it of again.
+        texts, text_config: the text tower, and the settings of its library that `TextSide.build` makes it of again.
         log_scale: the logarithm of the factor of similarities that the model was trained with.
         export: a folder of this package whose text side is still to be loaded.
     """
 
     backbone: Backbone
-    config: JSON
+    config: TowerConfig
     texts: Texts
     text_config: JSON
     log_scale: float = math.log(1 / 0.07)
@@ -50,36 +50,36 @@ class TextSide:
 
     Attributes:
         load: (name, pretrained, num_frames, **options) -> `Pair`, as `Family.load_tower` loads the visual tower alone.
-        build: (configuration of the visual tower, that of the text tower, the saved folder) -> random weights, and the
-            words of that folder.
-        check: (configuration of the text tower, its place) -> ConfigError where nothing can be built of it.
+        build: (configuration of the visual tower, settings of the text tower, the saved folder) -> random weights, and
+            the words of that folder.
+        check: (settings of the text tower, their place) -> ConfigError where nothing can be built of them.
         options: keywords of `load` beside its three arguments.
     """
 
     load: Callable[..., Pair]
-    build: Callable[[JSON, JSON, Path], Texts]
+    build: Callable[[Any, JSON, Path], Texts]
     check: Callable[[object, str], None]
     options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of towers. A configuration is JSON data with at least "family" and "preprocess".
+    """A family of towers.
 
     Attributes:
         load_tower: (name, pretrained, num_frames, **options) -> the backbone and its configuration.
         build_tower: a configuration -> the backbone, randomly initialised, without looking anything up.
-        config: a dataclass of the configuration's keys and their bounds (`tempme_vl.schema`).
+        config: the class of the family's configurations, which reads and writes them (`tempme_vl.schema`).
         options: keywords of `load_tower` beside its three arguments.
         texts: for retrieval; None where the models have no text tower, or are not used as a pair of towers (UMT).
         sampling: how models that answer questions take frames, a name in `tempme_vl.data.sampling.SAMPLING`.
         needs_vocabulary: UMT's: retrieval has layers that fuse both sides, whose words are given.
     """
 
-    load_tower: Callable[..., tuple[Backbone, JSON]]
-    build_tower: Callable[[JSON], Backbone]
-    config: type[Any]
+    load_tower: Callable[..., tuple[Backbone, TowerConfig]]
+    build_tower: Callable[[Any], Backbone]
+    config: type[TowerConfig]
     options: tuple[str, ...] = ()
     texts: TextSide | None = None
-    sampling: str = "uniform"
+    sampling: Literal["uniform", "fps1", "segment"] = "uniform"
     needs_vocabulary: bool = False

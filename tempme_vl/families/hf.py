@@ -14,10 +14,10 @@ from torch import nn
 
 from tempme_vl.backbones import hf as towers
 from tempme_vl.families.base import JSON, Family, Pair, Texts, TextSide
+from tempme_vl.hub import require_hub
 from tempme_vl.libraries import describe, undocumented
 from tempme_vl.manifest import errors_in
-from tempme_vl.pretrained import require_hub
-from tempme_vl.schema import THEIR_LAYERS, check_plain, read
+from tempme_vl.schema import THEIR_LAYERS, check_plain, read, write
 from tempme_vl.text.hf import HFTextEncoder
 from tempme_vl.text.tokenizers import TOKENIZER, PretrainedWords, Words
 from tempme_vl.weights.exports import find_export, load_exported_tower
@@ -76,16 +76,16 @@ def load_pair(name: str, pretrained: str | None, num_frames: int, image_size: in
         model: Any = getattr(transformers, kind.whole)(config)
     else:
         model = towers.load_model(kind.whole, config, name if pretrained == "default" else pretrained)
-    backbone, data = towers.backbone_of(_vision(model), image_size=image_size)
-    data = {**data, "preprocess": towers.read_preprocess(name, data["preprocess"])}
+    backbone, built = towers.backbone_of(_vision(model), image_size=image_size)
+    tower = towers.with_own_preprocess(name, built)
     if export:
-        backbone.clip_positions = load_exported_tower(backbone, data, export)
+        backbone.clip_positions = load_exported_tower(backbone, tower, export)
     text = HFTextEncoder(model.text_model, getattr(model, "text_projection", None))
     plain = json.loads(config.text_config.to_json_string(use_diff=False))
     if hasattr(config, "projection_dim"):  # a whole CLIP's own number counts, and may differ from its tower's
         plain["projection_dim"] = config.projection_dim
-    text_config = {"architecture": kind.text, "text_config": plain}
-    return Pair(backbone, data, Texts(text, _words(name, kind)), text_config, model.logit_scale.item(), export)
+    text_config = write(_TextConfig(kind.text, plain))
+    return Pair(backbone, tower, Texts(text, _words(name, kind)), text_config, model.logit_scale.item(), export)
 
 
 def _vision(model: Any) -> nn.Module:
@@ -117,7 +117,7 @@ def _words(source: str, kind: _Model) -> Words:
 
 
 @undocumented("transformers")
-def build_texts(config: JSON, text_config: JSON, folder: Path) -> Texts:
+def build_texts(config: towers.Config, text_config: JSON, folder: Path) -> Texts:
     """The text tower of a saved model, randomly initialised, with its tokenizer."""
     kind = _BY_TEXT[text_config["architecture"]]
     model_class = getattr(transformers, kind.text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from tempme_vl.backbones import open_clip as towers
 from tempme_vl.backbones.clip_checkpoint import name_clip
 from tempme_vl.families.base import JSON, Family, Pair, Texts, TextSide
+from tempme_vl.hub import require_hub
 from tempme_vl.manifest import errors_in
-from tempme_vl.pretrained import require_hub
 from tempme_vl.text.clip import ClipTextEncoder
 from tempme_vl.text.tokenizers import TOKENIZER, ClipWords, Tokenizing, Words
 
@@ -64,12 +64,12 @@ def pair_from_openai(state: Mapping[str, torch.Tensor], heads: int, text_heads: 
 def load_pair(name: str, pretrained: str | None, num_frames: int) -> Pair:
     """Both towers of a model; see `tempme_vl.backbones.open_clip.load_clip`."""
     loaded = towers.load_clip(name, pretrained)
-    return _pair(loaded, _words(name, loaded.config["text_cfg"]))
+    return _pair(loaded, _words(name, dict(loaded.config.text_cfg or {})))
 
 
 def _pair(loaded: towers.LoadedClip, words: Words) -> Pair:
-    clip, export, text_cfg = loaded.clip, loaded.export, loaded.config["text_cfg"]
-    tower = {key: value for key, value in loaded.config.items() if key != "text_cfg"}
+    clip, export, text_cfg = loaded.clip, loaded.export, dict(loaded.config.text_cfg or {})
+    tower = replace(loaded.config, text_cfg=None)  # which stands beside it
     backbone = towers.backbone_of(clip.visual)
     backbone.clip_positions = towers.load_export(backbone, tower, export) if export else loaded.clip_positions
     texts = Texts(ClipTextEncoder(towers.text_of(clip)), words)
@@ -87,9 +87,9 @@ def _words(name: str, text_cfg: JSON) -> Words:
         raise ValueError(f"open_clip finds no tokenizer {source!r} for {name!r}: {error}") from error
 
 
-def build_texts(config: JSON, text_config: JSON, folder: Path) -> Texts:
+def build_texts(config: towers.Config, text_config: JSON, folder: Path) -> Texts:
     """The text tower of a saved model, randomly initialised, with its words."""
-    tower = ClipTextEncoder(towers.text_of(towers.build_clip({**config, "text_cfg": text_config})))
+    tower = ClipTextEncoder(towers.text_of(towers.build_clip({**config.model_config, "text_cfg": text_config})))
     if not text_config.get("hf_tokenizer_name"):
         return Texts(tower, ClipWords())
     with errors_in(folder / TOKENIZER, Exception):

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import ProcessorMixin
 
+from tempme_vl.hub import find_folder, split_options
 from tempme_vl.integrations.base import Costs, Feed, Host, VisualTokens
 from tempme_vl.integrations.compressed import CONFIG_FILE, Compressed, read_config
 from tempme_vl.integrations.costs import more_tokens
@@ -103,7 +104,7 @@ def compress(
 
 @undocumented("transformers")
 def load_compressed(
-    directory: str | Path,
+    source: str | Path,
     model: nn.Module | None = None,
     processor: ProcessorMixin | None = None,
     feed: Feed | None = None,
@@ -112,17 +113,21 @@ def load_compressed(
     """What `Compressed.save_pretrained` wrote.
 
     Args:
-        directory: with tempme.json, and with the model and its processor if these are not given.
+        source: a folder with tempme.json, and with the model and its processor if these are not given; or the name of
+            such a model on the Hugging Face hub, "organisation/model".
         model, processor: to use in place of those of the folder, such as a model with peft's adapter.
         feed: see `Compressed`.
         options: of the model's `from_pretrained`, such as dtype and device_map. Code of the folder is not run unless
-            trust_remote_code=True is among them.
+            trust_remote_code=True is among them. Of the hub: revision, token, cache_dir, local_files_only
+            (`tempme_vl.hub.HubOptions`).
 
     Raises:
-        ValueError: a folder of something else, a model of another class than the saved one, or a part of a processor.
+        ValueError: a folder of something else, a model of another class than the saved one, or a part of a processor;
+            or see `tempme_vl.hub.find_folder`.
         FolderError, ConfigError: a folder that is not as its manifest says, or settings that no model is made of.
     """
-    directory = Path(directory)
+    hub, options = split_options(options)
+    directory = find_folder(source, CONFIG_FILE, **hub)
     config = read_config(directory)
     check_manifest(directory)
     file = directory / CONFIG_FILE

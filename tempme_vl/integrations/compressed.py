@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BatchFeature
 
+from tempme_vl.card import PLACE, Card, may_write, write_card
 from tempme_vl.fit import misfits
+from tempme_vl.hub import Shareable
 from tempme_vl.integrations.base import Feed, Host, VisualTokens, input_device
 from tempme_vl.integrations.costs import cost_table
 from tempme_vl.integrations.images import ImageInput, as_image
@@ -24,14 +26,14 @@ from tempme_vl.integrations.videos import FPS, FpsInput, SampledVideo, TimesInpu
 from tempme_vl.libraries import undocumented
 from tempme_vl.manifest import FolderError, write_manifest
 from tempme_vl.messages import shown
-from tempme_vl.pretrained import read_safetensors
+from tempme_vl.pretrained import VERSION, read_safetensors, require_version
 from tempme_vl.schema import ConfigError, read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "tempme.json", "tempme.safetensors"
 IGNORED = -100  # the label of what counts in no loss, as transformers has it
 
 
-class Compressed:
+class Compressed(Shareable):
     """Makes inputs for a model out of prompts and videos. No module: what the model trains stays in the model.
 
     Args:
@@ -254,11 +256,41 @@ class Compressed:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the model and its processor as transformers does, tempme.json, and the weights of `merging`."""
+        """Writes the model and its processor as transformers does, tempme.json, the weights of `merging`, and
+        README.md."""
         directory = Path(directory)
+        free = may_write(directory)  # before peft writes a card
         self.model.save_pretrained(directory)
         self.host.processor.save_pretrained(directory)
+        write_card(directory, self.card(), anyway=free)
         self.save_merging(directory)
+
+    def card(self) -> Card:
+        """What is known of it, for people (`tempme_vl.card`)."""
+        name, facts = type(self.host.model).__name__, self.facts()
+        code = (
+            "from tempme_vl import read_video\n"
+            "from tempme_vl.integrations import load_compressed\n\n"
+            f'compressed = load_compressed("{PLACE}")\n'
+            f'video = read_video("clip.mp4", {self.host.num_frames})\n'
+            'prompt = f"{compressed.placeholder}\\nWhat happens?"\n'
+            "answer = compressed.answer(prompt, [video.pixels], times=[video.times], max_new_tokens=30)\n"
+        )
+        method = facts["method"]
+        return Card(f"{name} that reads few tokens of a video: {method}", "video-text-to-text", facts, code, (method,))
+
+    def facts(self) -> dict[str, str]:
+        """Rows of a card: the host, what it is given, and what of that its language model reads."""
+        costs = self.host.costs()
+        height, width = costs.frame
+        return {
+            "method": self.host.config()["method"],
+            "host": type(self.host.model).__name__,
+            "frames": str(self.host.num_frames),
+            "visual tokens of a video": f"{costs.tokens}; {costs.native_tokens} in the host's own way",
+            "GFLOPs of the tower": f"{costs.tower:.4g}; {costs.native_tower:.4g} in the host's own way",
+            "counted for frames of": f"{height} x {width} pixels",
+        }
 
     def save_merging(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes what belongs to the compression alone: tempme.json, and tempme.safetensors if anything was learnt.
@@ -268,7 +300,7 @@ class Compressed:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"model": type(self.host.model).__name__, **self.host.config()}
+        config = {"version": VERSION, "model": type(self.host.model).__name__, **self.host.config()}
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         state = self.merging.state_dict() if state is None else state
         if state:
@@ -290,16 +322,16 @@ class Compressed:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """What `save_merging` wrote to tempme.json.
+    """What `save_merging` wrote to tempme.json, without the version.
 
     Raises:
         ValueError: there is none.
-        ConfigError: it is none, or names no model.
+        ConfigError: it is none, names no model, or is of a newer version.
     """
     file = Path(directory) / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"expected {CONFIG_FILE} in {directory}, as save_pretrained of a compressed model writes it")
-    config = read_json(file)
+    config = require_version(read_json(file), file)
     if not isinstance(config, dict) or not isinstance(config.get("model"), str):
         raise ConfigError(f"{file}: expected an object with 'model', the name of a class; got {shown(config)}")
     return config

@@ -10,9 +10,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
+from tempme_vl.hub import require_hub
 from tempme_vl.integrations.hosts import find_host, model_class
 from tempme_vl.manifest import FolderError
-from tempme_vl.pretrained import require_hub
 
 
 def load_host(source: str, name: str | None = None, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:

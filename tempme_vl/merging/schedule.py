@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 from tempme_vl.registries import METHODS
-from tempme_vl.schema import Count, Range, Size, read
+from tempme_vl.schema import LEFT_OUT, Count, Range, Size, read, write
 
 Setting = bool | int | float | str
 
@@ -258,15 +258,19 @@ class MergeSchedule:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` gives the schedule back. What is as by default is left out, but what was always
         written."""
-        data = asdict(self)
-        data["plan"] = [[p.join, p.before, p.after] for p in self.plan]
-        more = {name: [getattr(plan, name) for plan in self.plan] for name in _MORE}
-        del data["settings"], data["proportional"]
-        if not self.proportional:
-            data["proportional"] = False
-        if self.settings:
-            data["settings"] = dict(self.settings)
-        return data | {name: values for name, values in more.items() if any(values)}
+        more = {name: tuple(getattr(plan, name) for plan in self.plan) for name in _MORE}
+        saved = _Saved(
+            self.method,
+            self.frames,
+            self.tokens,
+            tuple((plan.join, plan.before, plan.after) for plan in self.plan),
+            self.prefix,
+            self.joint,
+            self.proportional,
+            dict(self.settings),
+            **{name: values for name, values in more.items() if any(values)},
+        )
+        return {name: value for name, value in write(saved).items() if value or name not in _MORE}
 
     @classmethod
     def from_dict(cls, data: object, place: str = "schedule") -> MergeSchedule:
@@ -295,8 +299,8 @@ class _Saved:
     plan: tuple[tuple[Size | None, Count, Count], ...]
     prefix: Count = 1
     joint: bool = False
-    proportional: bool = True
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    proportional: bool = field(default=True, metadata=LEFT_OUT)
+    settings: Mapping[str, Setting] = field(default_factory=dict, metadata=LEFT_OUT)
     pool_prefix: tuple[bool, ...] = ()
     insert: tuple[Count, ...] = ()
     fewer_before: tuple[Count, ...] = ()

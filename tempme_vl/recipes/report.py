@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
+from tempme_vl.card import Result, write_card
 from tempme_vl.data.reader import broken_videos
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.videoqa import accuracy_by, format_accuracy
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.manifest import write_manifest
 from tempme_vl.recipes.loop import Trained
 from tempme_vl.recipes.names import BROKEN_VIDEOS
 from tempme_vl.recipes.options.shared import RecipeOptions
@@ -65,6 +68,21 @@ def write_report(options: RecipeOptions, report: dict[str, Any], shown: str, *mo
     if report["broken_videos"]:
         lines.append(f"{len(report['broken_videos'])} videos could not be read: {options.output / BROKEN_VIDEOS}")
     finish("\n".join(lines), report, options.output / "report.json", *more)
+
+
+def write_results(options: RecipeOptions, model: Any, split: str, numbers: Mapping[str, float]) -> None:
+    """Adds to the card of OUTPUT/best what the test gave, where the data set has a name.
+
+    Args:
+        model: the trained one, whose card tells its tuning.
+        split: the test split.
+        numbers: by the names of the metrics.
+    """
+    if not distributed.is_main() or options.dataset == "jsonl":
+        return
+    results = tuple(Result(options.dataset, split, metric, value) for metric, value in numbers.items())
+    write_card(options.output / "best", replace(model.card(), results=results))
+    write_manifest(options.output / "best")
 
 
 def write_answers(options: RecipeOptions, report: dict[str, Any], predictions: dict[str, str], test: QASplit) -> None:

@@ -11,15 +11,16 @@ from tempme_vl.data.dataset import SplitNames
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.retrieval import EvalCaptions, EvalVideos, TrainPairs
 from tempme_vl.data.splits import RetrievalSplit
-from tempme_vl.data.transforms import Preprocess, VideoTransform
+from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.evaluation.rerank import rerank_embeddings
 from tempme_vl.evaluation.retrieval import DIRECTIONS, embed, format_retrieval, retrieval_report, selection_score
 from tempme_vl.families import find_family
 from tempme_vl.recipes.build import optimizer, tower, video_reader, words_of
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.retrieval import Options
-from tempme_vl.recipes.report import about_run, cost, write_report
+from tempme_vl.recipes.report import about_run, cost, write_report, write_results
 from tempme_vl.recipes.start import announce, begin, check_files, facts, in_words
+from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.retrieval import (
     AnyRetrievalModel,
     create_retrieval_model,
@@ -35,9 +36,9 @@ def main(options: Options) -> None:
     train, val, test = options.source().all_captions(names, options.seed)
     check_files(options, train, val, test)
     model = build_model(options, train).to(device)
-    preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])
+    preprocess = model.frontend.preprocessing
     max_words = model.text.max_words(options.max_words or train.max_words)
-    model.config["input"] = {"sampling": options.sampling, "max_words": max_words}
+    model.input = Inputs(options.sampling, max_words)
     tokenizer = model.words.tokenizer(max_words)
     reader = video_reader(options, model.frontend.schedule.frames, VideoTransform(preprocess))
     train_reader = replace(reader, transform=VideoTransform(preprocess, options.augment))
@@ -47,7 +48,7 @@ def main(options: Options) -> None:
         optimizer(options, model, model.is_new_parameter),
         TrainPairs(train, train_reader, tokenizer, options.seed),
         options,
-        facts(options, model.frontend.full_config(), train=train, val=val, test=test),
+        facts(options, model.frontend.full_config().to_dict(), train=train, val=val, test=test),
     )
     data = (
         f"train {train.name}: {len(train.videos)} videos, {train.num_captions} captions; "
@@ -74,6 +75,9 @@ def main(options: Options) -> None:
     rows = {options.method: report, f"re-ranked {options.rerank}": report.get("reranked", {})}
     heading = f"{test.name}: {test.note}" if test.note else test.name
     write_report(options, report, f"{heading}\n{format_retrieval(rows)}")
+    ranks = {"R@1": "r1", "R@5": "r5", "R@10": "r10", "R-Sum": "rsum"}
+    numbers = {f"{way} {name}": report[way][key] for way in DIRECTIONS if way in report for name, key in ranks.items()}
+    write_results(options, model, test.name, numbers)
 
 
 def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:

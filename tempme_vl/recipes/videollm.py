@@ -23,8 +23,9 @@ from tempme_vl.integrations.tiny import tiny_host
 from tempme_vl.recipes.build import merging, optimizer, video_reader
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.videollm import Options
-from tempme_vl.recipes.report import about_run, write_answers
+from tempme_vl.recipes.report import about_run, write_answers, write_results
 from tempme_vl.recipes.start import announce, begin, check_files, facts
+from tempme_vl.tasks.inputs import HostInput
 from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_video_llm
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import latest_checkpoint
@@ -74,6 +75,7 @@ def main(options: Options) -> None:
         **host_cost(host, options.image_size),
     }
     write_answers(options, report, predictions, test)
+    write_results(options, model, test.name, {"accuracy": report["accuracy"]})
 
 
 def prepare_host(options: Options, train: QASplit) -> str:
@@ -103,7 +105,7 @@ def build_model(options: Options, source: str, dtype: torch.dtype) -> VideoLLM:
         prompt=options.prompt,
         answer_tokens=options.answer_tokens,
         source=source,
-        input={"sampling": options.sampling, "image_size": options.image_size},
+        input=HostInput(options.sampling, options.image_size),
     )
     built.set_grad_checkpointing(options.grad_checkpointing)
     return built

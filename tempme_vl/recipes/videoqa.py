@@ -9,15 +9,16 @@ import torch
 
 from tempme_vl.data.questions import TrainQuestions, most_options
 from tempme_vl.data.reader import VideoReader
-from tempme_vl.data.transforms import Preprocess, VideoTransform
+from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.videoqa import QASplit, answer_vocabulary, coverage
 from tempme_vl.evaluation.predict import predict
 from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.recipes.build import optimizer, tower, video_reader, words_of
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.videoqa import Options
-from tempme_vl.recipes.report import about_run, cost, write_answers
+from tempme_vl.recipes.report import about_run, cost, write_answers, write_results
 from tempme_vl.recipes.start import announce, begin, check_files, facts, in_words
+from tempme_vl.tasks.inputs import VideoInput
 from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.create import create_llm_qa_model, create_qa_model
 from tempme_vl.training.engine import Trainer
@@ -33,7 +34,7 @@ def main(options: Options) -> None:
     free = options.head == "llm" or most_options(train)  # an answer is written, or one of the question's options
     answers = () if free else answer_vocabulary(train, options.num_answers)
     model = build_model(options, train, answers).to(device)
-    preprocess = Preprocess.from_dict(model.frontend.config["preprocess"])
+    preprocess = model.frontend.preprocessing
     reader = video_reader(options, model.frontend.schedule.frames, VideoTransform(preprocess))
     train_reader = replace(reader, transform=VideoTransform(preprocess, options.augment))
 
@@ -42,7 +43,7 @@ def main(options: Options) -> None:
         optimizer(options, model, model.is_new_parameter),
         TrainQuestions(train, train_reader, model.tokenizer(), options.seed),
         options,
-        facts(options, model.frontend.full_config(), train=train, val=val, test=test),
+        facts(options, model.frontend.full_config().to_dict(), train=train, val=val, test=test),
     )
     announce(options, in_words(options, model.frontend), describe(train, val, test, answers))
 
@@ -63,12 +64,13 @@ def main(options: Options) -> None:
         **cost(model.frontend),
     }
     write_answers(options, report, predictions, test)
+    write_results(options, model, test.name, {"accuracy": report["accuracy"]})
 
 
 def build_model(options: Options, train: QASplit, answers: tuple[str, ...]) -> VideoQAModel:
     model = build_llm(options) if options.head == "llm" else build_bert(options, train, answers)
     model.tune(options.tuned())
-    model.input["sampling"] = options.sampling
+    model.input = VideoInput(options.sampling)
     model.set_grad_checkpointing(options.grad_checkpointing)
     return model
 

@@ -6,52 +6,58 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tempme_vl.card import Card
+from tempme_vl.configs import ModelConfig, tower_name
 from tempme_vl.families import FAMILIES, Pair, TextSide, find_family, split_name
 from tempme_vl.frontend import VisualFrontend, merge_in
+from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import MergeSchedule, is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, build, load_kind, load_model, save_model
-from tempme_vl.schema import read
 from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.cards import retrieval_card
 from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import LogitScale, contrastive_loss, gather_pairs
-from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL, UMTRetrievalModel, create_umt_retrieval_model
+from tempme_vl.tasks.umt_retrieval import UMTRetrievalConfig, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.tokenizers import ClipWords, Words
 from tempme_vl.tuning import Tuning, find_tuning
 from tempme_vl.tuning.model import TunableModel
 from tempme_vl.weights.exports import load_exported_rest, part_of
 
-RETRIEVAL = {"retrieval": "a retrieval model"}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tempme_vl.hub import HubOptions
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """config.json."""
+class RetrievalConfig(ModelConfig):
+    """config.json of a `RetrievalModel`; `text_cfg` is of the library that the text tower comes from."""
 
-    kind: Literal["retrieval"]
-    frontend: Mapping[str, Any]
+    kind: ClassVar[str] = "retrieval"
+    what: ClassVar[str] = "a retrieval model"
     text_cfg: Mapping[str, Any]
     input: Inputs
 
     def __post_init__(self) -> None:
-        _text_side(str(self.frontend.get("family"))).check(self.text_cfg, "'text_cfg'")
+        _text_side(self.frontend.tower.family).check(self.text_cfg, "'text_cfg'")
 
 
-class RetrievalModel(TunableModel):
+class RetrievalModel(Shareable, TunableModel):
     """Video and text encoders with one embedding space.
 
     Args:
         frontend: the visual tower.
         text: the text tower.
-        config: JSON data with which `from_pretrained` builds both again; its "input" says how videos and captions
-            were sampled and cut in training (sampling, max_words).
+        text_config: with which `from_pretrained` builds the text tower again.
         logit_scale: the logarithm of the initial temperature's inverse.
         words: what text ids stand for; default: CLIP's byte pairs.
+        input: how frames and captions were sampled and cut in training.
     """
 
     lora_parts = ("frontend", "text")
@@ -60,14 +66,16 @@ class RetrievalModel(TunableModel):
         self,
         frontend: VisualFrontend,
         text: TextEncoder,
-        config: Mapping[str, Any],
+        text_config: Mapping[str, Any],
         logit_scale: float = math.log(1 / 0.07),
         words: Words | None = None,
+        input: Inputs | None = None,
     ):
         super().__init__()
         self.frontend, self.text, self.logit_scale = frontend, text, LogitScale(logit_scale)
         self.words: Words = words or ClipWords()
-        self.config: dict[str, Any] = {"input": {"sampling": "fps1", "max_words": text.max_words(32)}, **config}
+        self.text_config = text_config
+        self.input = input or Inputs("fps1", text.max_words(32))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encodes what a batch holds of either side; the one way in under DeepSpeed, which hooks this call.
@@ -142,13 +150,11 @@ class RetrievalModel(TunableModel):
             ValueError: a model that is none of open_clip's with both towers its own.
         """
         from tempme_vl.backbones.clip_checkpoint import to_openai_names
-        from tempme_vl.backbones.open_clip import is_mixed
+        from tempme_vl.backbones.open_clip import Config
 
         given = self.frontend.config
-        if given.get("family") != "open_clip" or is_mixed(given):
-            raise ValueError(
-                f"OpenAI's names are those of CLIP; this model is of {given.get('name', given['family'])!r}"
-            )
+        if not isinstance(given, Config) or given.family != "open_clip" or given.is_mixed:
+            raise ValueError(f"OpenAI's names are those of CLIP; this model is of {tower_name(given)!r}")
         state = self.plain_state()
         visual = self.frontend.openai_state_dict(part_of(state, "frontend."))
         text = to_openai_names(part_of(state, "text."))
@@ -156,33 +162,40 @@ class RetrievalModel(TunableModel):
         return {**{f"visual.{key}": value for key, value in visual.items()}, **text, "logit_scale": scale}
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes config.json, model.safetensors and the words' files; what tuning added is merged into plain weights.
+        """Writes config.json, model.safetensors, README.md and the words' files; what tuning added is merged into plain
+        weights.
 
         Args:
             state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
         """
         Path(directory).mkdir(parents=True, exist_ok=True)
         self.words.save(Path(directory))
-        shared = {key: self.config[key] for key in ("text_cfg", "input")}
-        config = {"kind": "retrieval", "frontend": self.frontend.full_config(), **shared}
-        save_model(directory, config, self.plain_state(state))
+        config = RetrievalConfig(self.frontend.full_config(), self.text_config, self.input)
+        save_model(directory, config, self.plain_state(state), self.card())
+
+    def card(self) -> Card:
+        """What is known of it, for people (`tempme_vl.card`)."""
+        return retrieval_card(self.frontend, self.input, self.tuning)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> RetrievalModel:
+    def from_pretrained(cls, source: str | Path, **hub: Unpack[HubOptions]) -> RetrievalModel:
         """Reads what `save_pretrained` wrote.
 
+        Args:
+            source, hub: see `VisualFrontend.from_pretrained`.
+
         Raises:
-            ValueError: a folder without the two files, one of another kind of model, or weights that do not fit.
+            ValueError: a folder without the two files, one of another kind of model, or weights that do not fit; or see
+                `tempme_vl.hub.find_folder`.
         """
-        config, state = load_model(directory, RETRIEVAL)
-        file = Path(directory) / CONFIG_FILE
-        read(_Saved, config, str(file))
+        directory = find_folder(source, **hub)
+        config, state = load_model(directory, RetrievalConfig)
+        tower, place = config.frontend.tower, f"{directory / CONFIG_FILE}, 'frontend'"
 
         def make() -> RetrievalModel:
-            frontend = VisualFrontend.from_config(config["frontend"], f"{file}, 'frontend'")
-            side = _text_side(config["frontend"]["family"])
-            texts = side.build(config["frontend"], config["text_cfg"], Path(directory))
-            return cls(frontend, texts.tower, config, words=texts.words)
+            frontend = VisualFrontend.from_config(config.frontend, place)
+            texts = _text_side(tower.family).build(tower, dict(config.text_cfg), directory)
+            return cls(frontend, texts.tower, config.text_cfg, words=texts.words, input=config.input)
 
         return build(make, state, directory)
 
@@ -234,14 +247,18 @@ def create_retrieval_model(
     return made
 
 
-def load_retrieval_model(directory: str | Path) -> AnyRetrievalModel:
+def load_retrieval_model(source: str | Path, **hub: Unpack[HubOptions]) -> AnyRetrievalModel:
     """Reads what `save_pretrained` of either model wrote.
+
+    Args:
+        source, hub: a folder, or a name on the Hugging Face hub with its options (`VisualFrontend.from_pretrained`).
 
     Raises:
         ValueError: see their `from_pretrained`.
     """
-    kind = load_kind(directory)
-    return (UMTRetrievalModel if kind in UMT_RETRIEVAL else RetrievalModel).from_pretrained(directory)
+    directory = find_folder(source, **hub)
+    of_umt = load_kind(directory) == UMTRetrievalConfig.kind
+    return (UMTRetrievalModel if of_umt else RetrievalModel).from_pretrained(directory)
 
 
 def _text_side(family: str) -> TextSide:
@@ -258,11 +275,10 @@ def _text_side(family: str) -> TextSide:
 
 
 def _assemble(frontend: VisualFrontend, pair: Pair) -> RetrievalModel:
-    config = {**pair.config, "text_cfg": pair.text_config}
-    model = RetrievalModel(frontend, pair.texts.tower, config, pair.log_scale, pair.texts.words)
+    model = RetrievalModel(frontend, pair.texts.tower, pair.text_config, pair.log_scale, pair.texts.words)
     if pair.export is None:
         return model
-    if pair.export.kind in RETRIEVAL:
+    if pair.export.kind == RetrievalConfig.kind:
         load_exported_rest(model, pair.export)
     else:
         raise ValueError(f"{pair.export.folder} holds a {pair.export.kind} model, without a text tower for retrieval")

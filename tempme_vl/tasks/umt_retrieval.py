@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.umt import Mode
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert, read_checkpoint
+from tempme_vl.card import Card
+from tempme_vl.configs import ModelConfig
 from tempme_vl.families import split_name
 from tempme_vl.frontend import VisualFrontend, create_frontend
+from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import MergeSchedule, is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, build, load_model, load_vocabulary, save_model
-from tempme_vl.schema import read
 from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.cards import retrieval_card
 from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import (
     Temperature,
@@ -39,30 +42,32 @@ from tempme_vl.text.tokenizers import BertWords
 from tempme_vl.tuning.model import TunableModel
 from tempme_vl.weights.exports import find_export, load_exported_rest, part_of, require_vocabulary
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tempme_vl.hub import HubOptions
+
 _log = logging.getLogger(__name__)
 
 
-UMT_RETRIEVAL = {"umt_retrieval": "a UMT retrieval model"}
-
-
 @dataclass(frozen=True)
-class _Saved:
-    """config.json."""
+class UMTRetrievalConfig(ModelConfig):
+    """config.json of a `UMTRetrievalModel`."""
 
-    kind: Literal["umt_retrieval"]
-    frontend: Mapping[str, Any]
+    kind: ClassVar[str] = "umt_retrieval"
+    what: ClassVar[str] = "a UMT retrieval model"
     text: BertShape
     input: Inputs
 
 
-class UMTRetrievalModel(TunableModel):
+class UMTRetrievalModel(Shareable, TunableModel):
     """Video and text encoders with one embedding space, and fusion layers with a matching head (UMT, section 3.2).
 
     Args:
         frontend: the visual tower; its normed tokens are what captions attend to in fusion.
         text, fusion: BERT's lower and upper layers.
         vocabulary: the words that text ids stand for, in order.
-        config: JSON data; its "input" says how videos and captions were sampled and cut in training.
+        input: how videos and captions were sampled and cut in training.
     """
 
     lora_parts = ("frontend", "text", "fusion")
@@ -73,7 +78,7 @@ class UMTRetrievalModel(TunableModel):
         text: BertTextEncoder,
         fusion: BertFusion,
         vocabulary: tuple[str, ...],
-        config: Mapping[str, Any] | None = None,
+        input: Inputs | None = None,
     ):
         super().__init__()
         width = text.shape.width
@@ -81,7 +86,7 @@ class UMTRetrievalModel(TunableModel):
         self.text_proj = nn.Linear(width, frontend.shape.embed_dim)
         self.match_head = nn.Linear(width, 2)
         self.temperature = Temperature()
-        self.config: dict[str, Any] = {"input": {"sampling": "segment", "max_words": 32}, **(config or {})}
+        self.input = input or Inputs("segment", 32)
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -164,20 +169,19 @@ class UMTRetrievalModel(TunableModel):
         self.text.grad_checkpointing = self.fusion.grad_checkpointing = enable
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes config.json, vocab.txt and model.safetensors; what tuning added is merged into plain weights.
+        """Writes config.json, vocab.txt, model.safetensors, README.md; what tuning added is merged into plain weights.
 
         Args:
             state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
         """
-        config = {
-            "kind": "umt_retrieval",
-            "frontend": self.frontend.full_config(),
-            "text": self.text.shape.to_dict(),
-            "input": self.config["input"],
-        }
+        config = UMTRetrievalConfig(self.frontend.full_config(), self.text.shape, self.input)
         Path(directory).mkdir(parents=True, exist_ok=True)
         self.words.save(Path(directory))
-        save_model(directory, config, self.plain_state(state))
+        save_model(directory, config, self.plain_state(state), self.card())
+
+    def card(self) -> Card:
+        """What is known of it, for people (`tempme_vl.card`)."""
+        return retrieval_card(self.frontend, self.input, self.tuning)
 
     @classmethod
     def from_umt_state_dict(
@@ -207,20 +211,24 @@ class UMTRetrievalModel(TunableModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> UMTRetrievalModel:
+    def from_pretrained(cls, source: str | Path, **hub: Unpack[HubOptions]) -> UMTRetrievalModel:
         """Reads what `save_pretrained` wrote.
 
+        Args:
+            source, hub: see `VisualFrontend.from_pretrained`.
+
         Raises:
-            ValueError: a folder without the files, one of another kind of model, or weights that do not fit.
+            ValueError: a folder without the files, one of another kind of model, or weights that do not fit; or see
+                `tempme_vl.hub.find_folder`.
         """
-        config, state = load_model(directory, UMT_RETRIEVAL)
-        file = Path(directory) / CONFIG_FILE
-        shape = read(_Saved, config, str(file)).text
+        directory = find_folder(source, **hub)
+        config, state = load_model(directory, UMTRetrievalConfig)
+        shape = config.text
         vocabulary = load_vocabulary(directory, shape.vocab_size)
 
         def make() -> UMTRetrievalModel:
-            frontend = VisualFrontend.from_config(config["frontend"], f"{file}, 'frontend'")
-            return cls(frontend, BertTextEncoder(shape), BertFusion(shape), vocabulary, config)
+            frontend = VisualFrontend.from_config(config.frontend, f"{directory / CONFIG_FILE}, 'frontend'")
+            return cls(frontend, BertTextEncoder(shape), BertFusion(shape), vocabulary, config.input)
 
         return build(make, state, directory)
 
@@ -256,7 +264,7 @@ def create_umt_retrieval_model(
     export = find_export(pretrained)
     if export is None:
         _log.info("%s", load_umt_text(model, read_checkpoint(pretrained)))
-    elif export.kind == "umt_retrieval":
+    elif export.kind == UMTRetrievalConfig.kind:
         require_vocabulary(export, vocabulary)
         load_exported_rest(model, export)
     else:

@@ -8,7 +8,6 @@ DeepSpeed expects it. Letters: B videos with a prompt each, F frames of S x S pi
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BatchFeature, GenerationConfig
 
+from tempme_vl.card import PLACE, Card, write_card
+from tempme_vl.hub import Shareable, find_folder, is_hub_id, split_options
 from tempme_vl.integrations import Compressed, Feed, Host, load_compressed, load_host
 from tempme_vl.integrations.compressed import IGNORED, read_config
 from tempme_vl.integrations.videos import without_start
 from tempme_vl.manifest import FolderError, check_manifest, errors_in, write_manifest
-from tempme_vl.pretrained import read_safetensors
-from tempme_vl.schema import Size, read, read_json
+from tempme_vl.pretrained import read_safetensors, read_settings, write_settings
+from tempme_vl.schema import Size
 from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.inputs import HostInput
 from tempme_vl.tasks.losses import gather_rows
 from tempme_vl.tasks.pretrained_lm import (
     ADAPTER_FOLDER,
@@ -45,17 +47,17 @@ CONFIG_FILE, TRAINED_FILE = "videollm.json", "trained.safetensors"
 
 
 @dataclass(frozen=True)
-class _Saved:
+class VideoLLMConfig:
     """videollm.json."""
 
     source: str
     prompt: str
     answer_tokens: Size
-    input: Mapping[str, Any]
+    input: HostInput
     feed: Feed
 
 
-class VideoLLM(nn.Module):
+class VideoLLM(Shareable, nn.Module):
     """A compressed model that learns answers and writes them.
 
     Args:
@@ -64,7 +66,7 @@ class VideoLLM(nn.Module):
         prompt: text with {question} and the host's placeholder; default: `default_prompt`.
         answer_tokens: the most tokens of a written answer.
         source: name or folder of the host model, found again from there; needed only for saving.
-        input: JSON data, how videos were read in training.
+        input: how frames were read in training.
 
     Raises:
         ValueError: a prompt without {question} or the placeholder once each.
@@ -76,7 +78,7 @@ class VideoLLM(nn.Module):
         prompt: str | None = None,
         answer_tokens: int = 8,
         source: str | None = None,
-        input: Mapping[str, Any] | None = None,
+        input: HostInput | None = None,
     ):
         super().__init__()
         host = compressed.host
@@ -85,7 +87,7 @@ class VideoLLM(nn.Module):
             if self.prompt.count(part) != 1:
                 raise ValueError(f"expected a prompt with {part} once, as in {PROMPT!r}; got {self.prompt!r}")
         self.model, self.merging, self.compressed = compressed.model, compressed.merging, compressed
-        self.answer_tokens, self.source, self.input = answer_tokens, source, dict(input or {})
+        self.answer_tokens, self.source, self.input = answer_tokens, source, input or HostInput()
         self._ends = _ends(host)
         # not the model's own, which may sample, and punish repetitions
         host.target.generation_config = GenerationConfig(
@@ -193,7 +195,7 @@ class VideoLLM(nn.Module):
         return name.startswith("merging.") or self.get_parameter(name).requires_grad
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes what training made, and not the host model, which is found again by its name or folder.
+        """Writes what training made and README.md, and not the host model, which is found again by its name or folder.
 
         adapter/ is peft's own; trained.safetensors holds the host's own weights that were trained, under the host's
         names; tempme.json and tempme.safetensors are `Compressed`'s. `load_video_llm` reads all of it.
@@ -219,10 +221,33 @@ class VideoLLM(nn.Module):
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         trained = {name for name in trained if "lora_" not in name}
         _save({_host_name(name): own[name] for name in trained}, directory, TRAINED_FILE)
-        names = ("source", "prompt", "answer_tokens", "input")
-        config = {name: getattr(self, name) for name in names} | {"feed": self.compressed.feed}
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        config = VideoLLMConfig(self.source, self.prompt, self.answer_tokens, self.input, self.compressed.feed)
+        write_settings(directory / CONFIG_FILE, config)
+        write_card(directory, self.card())
         write_manifest(directory)
+
+    def card(self) -> Card:
+        """What is known of it, for people (`tempme_vl.card`)."""
+        facts, source = self.compressed.facts(), self.source
+        lora = self.model.peft_config["default"].r if has_adapter(self.model) else 0
+        trained = {"LoRA": f"of rank {lora} on the language model"} if lora else {}
+        on_hub = source is not None and not Path(source).exists() and is_hub_id(source)
+        code = (
+            "from tempme_vl import read_video\n"
+            "from tempme_vl.tasks.videollm import load_video_llm\n\n"
+            f'model = load_video_llm("{PLACE}")\n'
+            f'video = read_video("clip.mp4", {self.compressed.host.num_frames})\n'
+            'prompt = model.tokenize("what is shown")["prompt"]\n'
+            "answer = model.compressed.answer(prompt, [video.pixels], times=[video.times])\n"
+        )
+        return Card(
+            f"{facts['host']} that reads few tokens of a video, fine-tuned: {facts['method']}",
+            "video-text-to-text",
+            {**facts, **trained, **self.input.facts()},
+            code,
+            (facts["method"],),
+            source if on_hub else None,
+        )
 
 
 def _asked(prompt: str, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, str]:
@@ -238,7 +263,8 @@ def create_video_llm(
     prompt: str | None = None,
     answer_tokens: int = 8,
     source: str | None = None,
-    input: Mapping[str, Any] | None = None,
+    input: HostInput | None = None,
+    **options: Any,
 ) -> VideoLLM:
     """Says what trains in a compressed model.
 
@@ -276,17 +302,22 @@ def load_video_llm(directory: str | Path, source: str | Path | None = None, **op
     """What `VideoLLM.save_pretrained` wrote, on the host model that it was trained from.
 
     Args:
+        directory: the folder, or the name of a model on the Hugging Face hub, "organisation/model".
         source: the host model's name or folder, where it is not found by the one that it was trained from.
-        options: of the host's `from_pretrained`, such as dtype and device_map.
+        options: of the host's `from_pretrained`, such as dtype and device_map. Of the hub (`tempme_vl.hub.HubOptions`):
+            revision of `directory`; token, cache_dir, local_files_only of both.
 
     Raises:
-        ValueError: a folder of something else, or a host model that the weights do not fit.
+        ValueError: a folder of something else, or a host model that the weights do not fit; or see
+            `tempme_vl.hub.find_folder`.
     """
-    directory = Path(directory)
+    hub, options = split_options(options)
+    directory = find_folder(directory, CONFIG_FILE, **hub)
+    options |= {name: value for name, value in hub.items() if name != "revision"}
     if not (directory / CONFIG_FILE).is_file():
         raise ValueError(f"expected {CONFIG_FILE} in {directory}, as save_pretrained of a VideoLLM writes it")
     check_manifest(directory)
-    saved = read(_Saved, read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+    saved = read_settings(directory / CONFIG_FILE, VideoLLMConfig)
     source = str(source or saved.source)
     trained = read_safetensors(directory / TRAINED_FILE)
     adapter = read_adapter(directory / ADAPTER_FOLDER) if (directory / ADAPTER_FOLDER).is_dir() else {}
@@ -300,12 +331,14 @@ def load_video_llm(directory: str | Path, source: str | Path | None = None, **op
         from peft import PeftModel, get_peft_model_state_dict
 
         with errors_in(f"{directory / ADAPTER_FOLDER}, on {source}", Exception):
-            tuned = PeftModel.from_pretrained(model, str(directory / ADAPTER_FOLDER))
+            tuned = PeftModel.from_pretrained(model, str(directory / ADAPTER_FOLDER), is_trainable=True)
         made = get_peft_model_state_dict(tuned, save_embedding_layers=False)
         if differing := sorted(adapter.keys() ^ made.keys()):
             raise FolderError(
                 f"{directory / ADAPTER_FOLDER / ADAPTER_WEIGHTS} does not fit {source}: {differing[:4]} ..."
             )
+    for name, weight in tuned.named_parameters():  # so that it is saved again as it was
+        weight.requires_grad_(_host_name(name) in trained or "lora_" in name)
     compressed = load_compressed(directory, tuned, processor, saved.feed)
     with errors_in(directory / CONFIG_FILE):
         return VideoLLM(compressed, saved.prompt, saved.answer_tokens, source, saved.input).eval()

@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from tempme_vl.fit import misfits
-from tempme_vl.pretrained import WEIGHTS_FILE, hub_file
+from tempme_vl.hub import hub_file
+from tempme_vl.pretrained import WEIGHTS_FILE
 from tempme_vl.text.bert import BertFusion, BertTextEncoder, bert_to_umt
 from tempme_vl.text.decoder import BertDecoder, decoder_to_umt
 from tempme_vl.weights.files import read_weights

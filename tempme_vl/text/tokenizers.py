@@ -18,7 +18,8 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
-from tempme_vl.pretrained import VOCABULARY_FILE, hub_file, save_vocabulary
+from tempme_vl.hub import hub_file
+from tempme_vl.pretrained import VOCABULARY_FILE, save_vocabulary
 
 TOKENIZER = "tokenizer"  # the folder of a saved one
 PAD, UNKNOWN, START, END, _ = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -8,16 +8,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from tempme_vl.fit import load_strictly, misfits
 from tempme_vl.messages import few, shown
-from tempme_vl.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_model, load_vocabulary
-from tempme_vl.schema import ConfigError, read_json
+from tempme_vl.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_any, load_vocabulary
+from tempme_vl.schema import ConfigError, Settings, read, read_json, write
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Settings)
 
 # what transformers writes into its configurations beside what describes a model
 _NOTES = {"dtype", "torch_dtype", "transformers_version", "architectures"}
@@ -26,7 +28,7 @@ _POSITION = ".before_attention.clip_position.weight"
 
 @dataclass(frozen=True)
 class Export:
-    """A folder's configuration and weights."""
+    """A folder's settings, as they were written, and weights."""
 
     folder: Path
     config: dict[str, Any]
@@ -50,6 +52,14 @@ class Export:
         """TempMe's, by layer: (clips before the join, D)."""
         return {key.split(".")[1]: value for key, value in self.frontend.items() if key.endswith(_POSITION)}
 
+    def frontend_setting(self, name: str, kind: type[T]) -> T:
+        """One of the front end's settings, as a dataclass.
+
+        Raises:
+            ConfigError: it is missing, or is something else.
+        """
+        return read(kind, self.config["frontend"].get(name), f"{self.folder / CONFIG_FILE}, 'frontend', {name!r}")
+
     def require_family(self, family: str) -> None:
         """Raises:
         ValueError: the front end has a tower of another family.
@@ -68,14 +78,14 @@ def find_export(path: str | Path) -> Export | None:
         path: the folder, or model.safetensors in it.
 
     Raises:
-        ValueError: see `tempme_vl.pretrained.load_model`.
+        ValueError: see `tempme_vl.pretrained.load_any`.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent if path.name == WEIGHTS_FILE else None
     config = None if folder is None else read_config(folder)
     if folder is None or config is None or not isinstance(config.get("frontend"), dict) or "kind" not in config:
         return None
-    return Export(folder, *load_model(folder))
+    return Export(folder, *load_any(folder))
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -94,13 +104,13 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def load_exported_tower(
-    tower: nn.Module, config: Mapping[str, Any], export: Export, may_differ: Sequence[str] = ()
+    tower: nn.Module, config: Settings, export: Export, may_differ: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """Loads an encoder's weights from a folder of the package, and says so.
 
     Args:
         tower: a `tempme_vl.backbones.base.Backbone`.
-        config: the tower's JSON configuration, which the folder's must equal.
+        config: a `tempme_vl.backbones.base.TowerConfig`, which the folder's must equal.
         may_differ: but for these keys, and those that say what is done with the tower.
 
     Returns:
@@ -109,13 +119,14 @@ def load_exported_tower(
     Raises:
         ValueError: another family, other numbers or other weights.
     """
-    export.require_family(config["family"])
-    theirs = export.config["frontend"]
-    free = {"schedule", "preprocess", *may_differ}
+    ours = write(config)
+    export.require_family(ours["family"])
+    settings = {key: value for key, value in export.config["frontend"].items() if key != "schedule"}
+    theirs = write(read(type(config), settings, f"{export.folder / CONFIG_FILE}, 'frontend'"))
     differ = [
-        f"{key} {theirs.get(key)!r} instead of {config.get(key)!r}"
-        for key in sorted({*theirs, *config} - free)
-        if _without_notes(theirs.get(key)) != _without_notes(config.get(key))
+        f"{key} {theirs.get(key)!r} instead of {ours.get(key)!r}"
+        for key in sorted({*theirs, *ours} - {"preprocess", *may_differ})
+        if _without_notes(theirs.get(key)) != _without_notes(ours.get(key))
     ]
     if differ:
         raise ValueError(f"{export.folder} holds another tower: {few(differ)}")

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def test_the_activation_is_that_of_the_weights(tmp_path: Path, caplog: pytest.Lo
     torch.save(state_of(original()), tmp_path / "plain.pt")
     with caplog.at_level(logging.INFO, "tempme_vl"):
         loaded = {name: load_clip("small", str(tmp_path / f"{name}.pt")) for name in ("openai", "plain")}
-    assert loaded["openai"].config["quick_gelu"] and not loaded["plain"].config["quick_gelu"]
+    assert loaded["openai"].config.quick_gelu and not loaded["plain"].config.quick_gelu
     assert "these weights were trained with QuickGELU, which is used; small has another" in said(caplog)
     assert "the file does not tell its activation; GELU is taken, as in small" in said(caplog)
     video = random_video(1).flatten(0, 1)
@@ -222,8 +223,8 @@ def test_a_tag_gives_its_activation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(open_clip, "create_model", create)
     monkeypatch.setattr("tempme_vl.backbones.open_clip.require_hub", lambda *_: None)
-    assert load_clip("ViT-B-32", "openai").config["quick_gelu"]
-    assert not load_clip("ViT-B-32", "laion2b_s34b_b79k").config["quick_gelu"]
+    assert load_clip("ViT-B-32", "openai").config.quick_gelu
+    assert not load_clip("ViT-B-32", "laion2b_s34b_b79k").config.quick_gelu
     assert asked == {"ViT-B-32": {"force_quick_gelu": False}}
 
 
@@ -257,7 +258,8 @@ def test_the_projects_own_model_goes_on(tmp_path: Path, caplog: pytest.LogCaptur
     """All of it for retrieval, the tower of any kind for a front end; its activation, pixels and clip positions too."""
     torch.save(openai(state_of(original())), tmp_path / "openai.pt")
     first = create_retrieval_model(NAME, str(tmp_path / "openai.pt"), clip_position_std=0.5, **TEMPME)
-    first.frontend.config["preprocess"] = {**first.frontend.config["preprocess"], "mean": [0.5, 0.5, 0.5]}
+    tower = first.frontend.config
+    first.frontend.config = replace(tower, preprocess=replace(tower.preprocess, mean=(0.5, 0.5, 0.5)))
     nn.init.constant_(first.logit_scale.log_scale, 2.5)
     first.save_pretrained(tmp_path / "best")
     first.frontend.save_pretrained(tmp_path / "tower")
@@ -272,8 +274,8 @@ def test_the_projects_own_model_goes_on(tmp_path: Path, caplog: pytest.LogCaptur
     for folder in ("best", "tower"):
         frontend = create_frontend(NAME, str(tmp_path / folder), **TEMPME)
         assert all(torch.equal(value, first.frontend.state_dict()[key]) for key, value in frontend.state_dict().items())
-        config = first.frontend.full_config()
-        assert {key: frontend.full_config()[key] for key in config} == config
+        config = first.frontend.full_config().to_dict()
+        assert {key: frontend.full_config().to_dict()[key] for key in config} == config
     with pytest.raises(ValueError, match=r"tower, this package's frontend model, holds no text tower"):
         create_retrieval_model(NAME, str(tmp_path / "tower"), **TEMPME)
     with pytest.raises(ValueError, match=r"holds a tower of the family 'open_clip'; expected one of 'umt'"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from transformers import (
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones import hf
+from tempme_vl.backbones.base import Preprocessing
 from tempme_vl.backbones.hf import backbone_of
 from tempme_vl.backbones.hf_embed import SiglipPool
 
@@ -242,10 +244,11 @@ def test_pixels_are_prepared_as_published_where_no_folder_says(name: str, proces
     published: Any = getattr(transformers, processor)() if processor else None
     image_net = ResNet18_Weights.DEFAULT.transforms()
     mean, std = (published.image_mean, published.image_std) if processor else (image_net.mean, image_net.std)
-    preprocess = hf.backbone_of(host(name))[1]["preprocess"]
-    assert (preprocess["mean"], preprocess["std"]) == (list(mean), list(std))
+    config = hf.backbone_of(host(name))[1]
+    assert config is not None
+    assert (config.preprocess.mean, config.preprocess.std) == (tuple(mean), tuple(std))
     crops = published.to_dict().get("do_center_crop") if processor else True
-    assert preprocess["resize"] == ("shortest" if crops else "squash")
+    assert config.preprocess.resize == ("shortest" if crops else "squash")
 
 
 @few_towers
@@ -468,7 +471,7 @@ def test_saved_front_end_comes_back(name: str, layer: int, tmp_path: Path) -> No
     saved.save_pretrained(tmp_path)
     loaded = VisualFrontend.from_pretrained(tmp_path)
     assert (loaded.shape, loaded.schedule) == (saved.shape, saved.schedule)
-    assert loaded.full_config() == saved.full_config() and loaded.config["layer"] == layer
+    assert loaded.full_config() == saved.full_config() and loaded.config.layer == layer
     assert_equal(loaded.eval()(video, trace_source=True), saved(video, trace_source=True))
 
 
@@ -476,7 +479,7 @@ def test_saved_front_end_of_another_image_size(tmp_path: Path) -> None:
     saved, video = front(host("clip"), "tempme", image_size=48), random_video(F, side=48)
     saved.save_pretrained(tmp_path)
     loaded = VisualFrontend.from_pretrained(tmp_path)
-    assert loaded.config["preprocess"]["image_size"] == 48
+    assert loaded.config.preprocess.image_size == 48
     assert_equal(loaded.eval()(video), saved(video))
 
 
@@ -503,7 +506,7 @@ def test_name_of_a_folder(tmp_path: Path) -> None:
     assert drawn.shape == frontend.shape and not torch.allclose(drawn(video).tokens, frontend(video).tokens)
     earlier = create_frontend(f"hf:{tmp_path}", "default", layer=-2, image_size=48, **create)
     assert (len(earlier.blocks), earlier.shape.tokens) == (LAYERS - 1, 37)
-    assert str(tmp_path) not in json.dumps(frontend.full_config()), "a folder's place means nothing elsewhere"
+    assert str(tmp_path) not in json.dumps(frontend.full_config().to_dict()), "a folder's place means nothing elsewhere"
 
 
 def test_folder_of_a_tower_alone(tmp_path: Path) -> None:
@@ -511,7 +514,7 @@ def test_folder_of_a_tower_alone(tmp_path: Path) -> None:
         tower, video = host(name), random_video(F)
         tower.save_pretrained(tmp_path / str(number))
         frontend = create_frontend(f"hf:{tmp_path / str(number)}", "default", method="none", num_frames=F).eval()
-        assert frontend.config["architecture"] == TOWERS[name][0]
+        assert frontend.config.architecture == TOWERS[name][0]
         assert_equal(frontend(video), front(tower)(video))
 
 
@@ -527,13 +530,13 @@ def test_folder_of_a_whole_siglip(tmp_path: Path) -> None:
 
 def test_preprocessing_is_the_folders_own(tmp_path: Path) -> None:
     host("siglip").save_pretrained(tmp_path)
-    plain = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "resize": "squash", "interpolation": "bicubic"}
+    plain = Preprocessing(32, (0.5,) * 3, (0.5,) * 3, "squash", "bicubic")
     create = {"method": "none", "num_frames": 2}
-    assert create_frontend(f"hf:{tmp_path}", **create).config["preprocess"] == plain
+    assert create_frontend(f"hf:{tmp_path}", **create).config.preprocess == plain
     processor = {"image_processor_type": "SiglipImageProcessor", "image_mean": [0.1, 0.2, 0.3], "resample": 2}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    given = create_frontend(f"hf:{tmp_path}", **create).config["preprocess"]
-    assert given == {**plain, "mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"}
+    given = create_frontend(f"hf:{tmp_path}", **create).config.preprocess
+    assert given == replace(plain, mean=(0.1, 0.2, 0.3), interpolation="bilinear")
 
 
 def test_only_safetensors_are_read(tmp_path: Path) -> None:

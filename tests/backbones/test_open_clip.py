@@ -12,8 +12,9 @@ from torch import nn
 from towers import random_video, small_clip, tempme_schedule, tiny_frontend
 
 from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
-from tempme_vl.backbones.base import QuickGELU, SelfAttention, square_side
+from tempme_vl.backbones.base import Preprocessing, QuickGELU, SelfAttention, square_side
 from tempme_vl.backbones.open_clip import (
+    Config,
     clip_from_openai,
     load_clip,
     model_config,
@@ -57,7 +58,8 @@ def test_real_towers_equal_open_clip_and_export_back(original: open_clip.CLIP) -
     assert (embedded - captions).abs().max() <= 1e-6 * captions.abs().max()
 
     assert_same_state(frontend.openai_state_dict(), original.visual.state_dict())
-    config = {"family": "open_clip", "vision_cfg": {}}
+    preprocess = Preprocessing(224, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "shortest", "bicubic")
+    config = Config(embed_dim=512, vision_cfg={}, preprocess=preprocess)
     model = RetrievalModel(VisualFrontend(backbone, schedule, config), text, {}, original.logit_scale.item())
     assert_same_state(model.openai_state_dict(), original.state_dict())
 
@@ -77,7 +79,7 @@ def test_loading_openai_names_and_exporting_them(quick_gelu: bool) -> None:
     for frontend in (*frontends, model.frontend):
         assert_same_state(frontend.openai_state_dict(), original.visual.state_dict())
         torch.testing.assert_close(frontend(video).frames, expected, rtol=0, atol=1e-6)
-        assert frontend.shape.quick_gelu == frontend.config["quick_gelu"] == quick_gelu
+        assert frontend.shape.quick_gelu == frontend.config.quick_gelu == quick_gelu
     assert_same_state(model.openai_state_dict(), state)
     assert model.logit_scale().item() == pytest.approx(100)
     wrong = VisualFrontend.from_openai_state_dict(state, 2, schedule, not quick_gelu)(video).frames
@@ -87,10 +89,9 @@ def test_loading_openai_names_and_exporting_them(quick_gelu: bool) -> None:
 def test_pixels_are_normalised_as_open_clip_does() -> None:
     for name in ("tiny", "ViT-B-32-quickgelu"):
         with torch.device("meta"):
-            preprocess = load_clip(name).config["preprocess"]
-        assert tuple(preprocess["mean"]) == open_clip.OPENAI_DATASET_MEAN
-        assert tuple(preprocess["std"]) == open_clip.OPENAI_DATASET_STD
-        assert (preprocess["resize"], preprocess["interpolation"]) == ("shortest", "bicubic")
+            preprocess = load_clip(name).config.preprocess
+        assert (preprocess.mean, preprocess.std) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        assert (preprocess.resize, preprocess.interpolation) == ("shortest", "bicubic")
 
 
 def test_merging_parameters_are_not_exported() -> None:

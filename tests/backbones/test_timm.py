@@ -23,7 +23,9 @@ from towers import random_video
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones import hf
+from tempme_vl.backbones.base import Preprocessing
 from tempme_vl.backbones.timm import backbone_of
+from tempme_vl.configs import FrontendConfig
 
 F, LAYERS, D = 6, 4, 32
 NAME = "vit_tiny_patch16_224"
@@ -177,7 +179,7 @@ def test_an_open_clip_siglip_by_its_name() -> None:
         model = TimmModel(config["timm_model_name"], 768, 224, pool="map", proj=config["timm_proj"])
     backbone, data = backbone_of(model)
     assert (len(backbone.blocks), backbone.shape.tokens, backbone.shape.pooling) == (12, 196, "attention")
-    assert data["name"] == "vit_base_patch16_siglip_224" and data["preprocess"]["mean"] == [0.5] * 3
+    assert data.name == "vit_base_patch16_siglip_224" and data.preprocess.mean == (0.5,) * 3
 
 
 def test_towers_inside_transformers() -> None:
@@ -381,12 +383,12 @@ def test_compiles_into_one_graph() -> None:
 )
 def test_saved_front_end_comes_back(name: str, layer: int, tmp_path: Path) -> None:
     if name == "as in CLIP":  # timm keeps a name of the activation, which JSON can hold
-        assert front(host(name)).config["options"]["act_layer"] == "quick_gelu"
+        assert front(host(name)).config.options["act_layer"] == "quick_gelu"
     saved, video = front(host(name), "tempme", layer), random_video(F)
     saved.save_pretrained(tmp_path)
     loaded = VisualFrontend.from_pretrained(tmp_path)
     assert (loaded.shape, loaded.schedule) == (saved.shape, saved.schedule)
-    assert loaded.full_config() == saved.full_config() and loaded.config["layer"] == layer
+    assert loaded.full_config() == saved.full_config() and loaded.config.layer == layer
     assert_equal(loaded.eval()(video, trace_source=True), saved(video, trace_source=True))
 
 
@@ -394,7 +396,7 @@ def test_towers_of_unknown_origin_cannot_be_saved(tmp_path: Path) -> None:
     by_hand = VisionTransformer(**SIZE)
     with_class = timm.create_model(NAME, **SIZE, norm_layer=nn.LayerNorm)
     for tower in (by_hand, with_class):
-        assert backbone_of(tower)[1] == {}
+        assert backbone_of(tower)[1] is None
         with pytest.raises(ValueError, match=r"to save a front end, give VisualFrontend the `config`"):
             front(tower).save_pretrained(tmp_path)
 
@@ -415,7 +417,7 @@ def test_front_end_by_name(tmp_path: Path) -> None:
     create: dict[str, Any] = {"method": "none", "num_frames": 1, "image_size": 32}
     frontend = create_frontend(f"timm:{NAME}", **create)
     assert (frontend.shape.tokens, frontend.shape.embed_dim, len(frontend.blocks)) == (5, 192, 12)
-    assert frontend.config["preprocess"]["image_size"] == 32
+    assert frontend.config.preprocess.image_size == 32
     earlier = create_frontend(f"timm:{NAME}.augreg_in21k", layer=-2, num_classes=8, **create)
     assert (earlier.shape.embed_dim, len(earlier.blocks)) == (192, 11)
     assert create_frontend(f"timm:{NAME}", num_classes=8, **create).shape.embed_dim == 8
@@ -426,7 +428,9 @@ def test_front_end_by_name(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = tower.eval().forward_head(tower.forward_features(video.flatten(0, 1)), pre_logits=True)
         torch.testing.assert_close(loaded(video).frames.flatten(0, 1), expected, rtol=0, atol=1e-6)
-    again = VisualFrontend.from_config(json.loads(json.dumps(loaded.full_config())))
+    again = VisualFrontend.from_config(
+        FrontendConfig.from_dict(json.loads(json.dumps(loaded.full_config().to_dict())), "f")
+    )
     again.load_state_dict(loaded.state_dict())
     assert_equal(again.eval()(video), loaded(video))
 
@@ -454,14 +458,8 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 def test_pixels_are_prepared_as_timm_says(crop: str, resize: str) -> None:
     told = {"crop_mode": crop, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"}
     tower = timm.create_model(NAME, **SIZE, pretrained_cfg_overlay=told)
-    preprocess = backbone_of(tower)[1]["preprocess"]
-    assert preprocess == {
-        "image_size": 32,
-        "mean": [0.1, 0.2, 0.3],
-        "std": [0.4, 0.5, 0.6],
-        "resize": resize,
-        "interpolation": "bilinear",
-    }
+    preprocess = backbone_of(tower)[1].preprocess
+    assert preprocess == Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resize, "bilinear")
 
 
 def small(name: str, **options: Any) -> nn.Module:

@@ -22,7 +22,7 @@ from towers import random_video
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones import umt
 from tempme_vl.backbones.umt import UMTConfig, from_umt_names, model_config, position_table, sinusoid_table
-from tempme_vl.data.transforms import Preprocess, VideoTransform
+from tempme_vl.data.transforms import VideoTransform
 
 TINY = "umt:tiny"  # 6 layers, 16 tokens of width 64 a frame
 F, N, D = 6, 16, 64
@@ -52,7 +52,7 @@ def build(schedule: MergeSchedule, **changes: Any) -> VisualFrontend:
     """The tiny tower, none of its biases zero."""
     torch.manual_seed(0)
     config = replace(model_config("tiny", schedule.frames, "joint" if schedule.joint else "clip"), **changes)
-    frontend = VisualFrontend(umt.build(config), schedule, umt.json_config(config))
+    frontend = VisualFrontend(umt.build(config), schedule, umt.saved_config(config))
     with torch.no_grad():
         for parameter in frontend.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -459,7 +459,7 @@ def test_saved_front_end_comes_back(name: str, positions: str, tmp_path: Path) -
     saved.save_pretrained(tmp_path)
     loaded = VisualFrontend.from_pretrained(tmp_path)
     assert (loaded.shape, loaded.schedule) == (saved.shape, saved.schedule)
-    assert loaded.full_config() == saved.full_config() and loaded.config["positions"] == positions
+    assert loaded.full_config() == saved.full_config() and loaded.config.positions == positions
     assert loaded.blocks[5].block.drop_path.rate == pytest.approx(0.3)
     assert_equal(loaded.eval()(video, trace_source=True), saved.eval()(video, trace_source=True))
 
@@ -539,13 +539,13 @@ def test_sizes_that_do_not_divide(change: dict) -> None:
 
 def test_pixels_are_normalised_as_image_net_and_squashed() -> None:
     """UMT's transforms: torchvision's published numbers, and both sides scaled, so that no border is lost."""
-    config = create_frontend(TINY, method="none", num_frames=2).config["preprocess"]
+    given = create_frontend(TINY, method="none", num_frames=2).preprocessing
     published = ResNet18_Weights.DEFAULT.transforms()
-    assert (config["mean"], config["std"]) == (published.mean, published.std)
-    size = config["image_size"]
+    assert (given.mean, given.std) == (tuple(published.mean), tuple(published.std))
+    size = given.image_size
     wide = np.full((1, size, 2 * size, 3), 255, dtype=np.uint8)
     wide[:, :, : size // 4] = 0
-    pixels = VideoTransform(Preprocess.from_dict(config))(wide)
+    pixels = VideoTransform(given)(wide)
     white = (1 - torch.tensor(published.mean)) / torch.tensor(published.std)
     black = -torch.tensor(published.mean) / torch.tensor(published.std)
     torch.testing.assert_close(pixels[0, :, size // 2, -1], white)

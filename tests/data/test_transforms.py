@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import open_clip
 import pytest
@@ -53,13 +51,6 @@ def test_resized_frames_can_be_cached():
         assert torch.equal(
             augmented(cached, np.random.default_rng(seed)), augmented(pixels, np.random.default_rng(seed))
         )
-
-
-def test_preprocess_goes_through_json():
-    preprocess = Preprocess(288, mean=(0.5, 0.4, 0.3), resize="squash", interpolation="bilinear")
-    assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
-    with pytest.raises(ValueError, match=r"unknown keys \['crop'\]"):
-        Preprocess.from_dict({"crop": 1})
 
 
 @pytest.mark.parametrize("augment", ["randaugment", "crop_flip"])

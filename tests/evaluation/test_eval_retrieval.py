@@ -85,7 +85,7 @@ def test_embeddings_and_report_are_those_of_the_functions(run, checkpoint, data)
     embeddings, report = run()
     options = RetrievalOptions(checkpoint=checkpoint, dataset="msrvtt", data_root=data)
     split, model = command.split_of(options), RetrievalModel.from_pretrained(checkpoint).eval()
-    preprocess = command.Preprocess.from_dict(model.frontend.config["preprocess"])
+    preprocess = model.frontend.preprocessing
     reader = command.VideoReader(4, command.VideoTransform(preprocess), "uniform", timeout=None, on_broken="raise")
     captions = EvalCaptions(split, ClipTokenizer(32))
     expected = embed(model, EvalVideos(split.videos, reader), captions, captions.video_of_caption, CPU, workers=0)

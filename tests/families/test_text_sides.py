@@ -172,19 +172,23 @@ def test_no_text_side_and_no_words_are_said(tmp_path: Path) -> None:
         create_retrieval_model(f"hf:{tmp_path / 'clip'}", "default")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ToyConfig(clip_family.towers.Config):
-    family: Any
+    family: Any = "toy"
 
 
-def toy_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Any, dict[str, Any]]:
+def toy_config(config: clip_family.towers.Config, name: str) -> ToyConfig:
+    return ToyConfig(**{**vars(config), "family": "toy", "name": name})
+
+
+def toy_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Any, ToyConfig]:
     backbone, config = clip_family.towers.load_tower("tiny", pretrained, num_frames)
-    return backbone, {**config, "family": "toy", "name": name}
+    return backbone, toy_config(config, name)
 
 
 def toy_pair(name: str, pretrained: str | None, num_frames: int) -> Any:
     pair = clip_family.load_pair("tiny", pretrained, num_frames)
-    return replace(pair, config={**pair.config, "family": "toy", "name": name})
+    return replace(pair, config=toy_config(pair.config, name))
 
 
 def test_a_family_from_outside(tmp_path: Path) -> None:
@@ -197,11 +201,11 @@ def test_a_family_from_outside(tmp_path: Path) -> None:
     try:
         front = create_frontend("toy:small", method="none", num_frames=2)
         front.save_pretrained(tmp_path / "front")
-        assert VisualFrontend.from_pretrained(tmp_path / "front").config["family"] == "toy"
+        assert VisualFrontend.from_pretrained(tmp_path / "front").config.family == "toy"
         model = create_retrieval_model("toy:small", None, "tempme", 4, **{**MERGING, "merge_layers": (2, 3)})
         model.save_pretrained(tmp_path / "model")
         again = load_retrieval_model(tmp_path / "model")
-        assert again.frontend.config["name"] == "small"
+        assert again.frontend.config.name == "small"
         assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     finally:
         FAMILIES.unregister("toy")

@@ -20,6 +20,7 @@ from tempme_vl.recipes.build import merging
 from tempme_vl.recipes.options.presets import ANY, PRESETS
 from tempme_vl.recipes.options.videollm import VIDEOLLM
 from tempme_vl.recipes.videollm import host_cost
+from tempme_vl.tasks.inputs import HostInput
 from tempme_vl.tasks.videollm import load_video_llm
 
 parse = VIDEOLLM.parse
@@ -75,8 +76,8 @@ def test_what_is_exported_answers_as_reported(whole: Path, data: Path) -> None:
     expected = accuracy(said, split, normalize=True)
     assert {key: report[key] for key in expected} == expected
     model = load_video_llm(whole / "best")
-    assert model.input == {"sampling": "uniform", "image_size": 32}
     assert host_cost(model.compressed.host, 32).items() <= report.items()
+    assert model.input == HostInput("uniform", 32)
     assert report["output_tokens"] < report["host_tokens"] == 8 * 17
     shown = (whole / "log").read_text()
     assert "frames of 32 x 32 pixels: 136 visual tokens -> 29" in shown and "weights train; prompt 'USER:" in shown

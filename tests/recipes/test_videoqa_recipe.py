@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from recipes.runs import CASES, questions_of, train_on_rendered, write_lines
 from training.processes import RECIPES, exit_codes, start
 
@@ -128,14 +129,14 @@ def test_a_model_knows_the_words_of_the_training_split_and_its_answers() -> None
     assert isinstance(model.head, ClassifierHead) and model.answers == answers == ("red", "dark-red", "left")
     words = {"which", "way", "does", "it", "move", "what", "color", "is", "left", "red", "dark"}
     assert set(model.head.questions.vocabulary[5:]) == words
-    assert model.input == {"sampling": "fps1"} and model.frontend.schedule.frames == 8
+    assert model.input.sampling == "fps1" and model.frontend.schedule.frames == 8
     assert model.tokenize("what color is it")["question_ids"].shape == (7,)
     decoder = built(answers, head="decoder", answer_words=4, candidates=2, rule="umt").head
     assert isinstance(decoder, DecoderHead)
     assert (decoder.rule, decoder.candidates, decoder.answer_words) == ("umt", 2, 4)
     assert built(answers, head="decoder").head.rule == "likelihood"
     assert built((), head="decoder").head.rule == "generate"
-    assert built(answers, model="umt:tiny", mode="clip").frontend.config["family"] == "umt"
+    assert built(answers, model="umt:tiny", mode="clip").frontend.config.family == "umt"
 
 
 def test_words_from_a_folder(tmp_path: Path) -> None:
@@ -214,6 +215,12 @@ def test_report_holds_what_the_predictions_are_worth_and_what_made_them(data: Pa
     assert report["output_tokens"] < report["input_tokens"] == 8 * 17 and report["gflops"] > 0
     assert report["train_seconds"] > 0 and report["broken_videos"] == {}
     assert json.loads((output / "options.json").read_text())["num_answers"] == 3
+    card = metadata_load(output / "best" / "README.md")
+    (result,) = card["model-index"][0]["results"]
+    assert card["datasets"] == ["motion"] and result["dataset"]["split"] == "motion/test"
+    assert [(one["type"], one["value"]) for one in result["metrics"]] == [("accuracy", round(report["accuracy"], 4))]
+    assert "| tuning | full |" in (output / "best" / "README.md").read_text()
+    assert load_qa_model(output / "best").head.name == "decoder"
     shown = log.read_text()
     assert "3 answers of the training split, which hold an answer to " in shown
     assert "best epoch chosen on motion/val" in shown and format_accuracy(report) in shown

@@ -33,7 +33,7 @@ def tiny_tower(method: str = "tempme", mode: str = "clip", drop_path: float = 0.
     """ "umt:tiny", its clip positions random."""
     config = replace(umt.model_config("tiny", FRAMES, mode), drop_path=drop_path)
     schedule = make_schedule(method, config.layers, FRAMES, config.patches, 0, mode == "joint", **METHODS[method])
-    frontend = VisualFrontend(umt.build(config), schedule, umt.json_config(config))
+    frontend = VisualFrontend(umt.build(config), schedule, umt.saved_config(config))
     frontend.init_clip_positions(0.1)
     return frontend
 

@@ -30,6 +30,7 @@ from training.processes import run
 
 from tempme_vl import VisualFrontend
 from tempme_vl.manifest import write_manifest
+from tempme_vl.tasks.inputs import VideoInput
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.create import create_qa_model
 from tempme_vl.tasks.retrieval import RetrievalModel
@@ -266,7 +267,7 @@ def test_what_no_pretrained_model_had_is_new() -> None:
 @pytest.mark.parametrize(("method", "mode"), [("tempme", "clip"), ("tome", "joint")])
 def test_saved_model_comes_back(head: str, method: str, mode: str, tmp_path: Path) -> None:
     saved, batch = tiny_qa(head, method, mode).eval(), make_batch(head)
-    saved.input["sampling"] = "segment"
+    saved.input = VideoInput("segment")
     # line separators of Unicode are word pieces of BERT too
     questions = saved.head.questions
     questions.vocabulary, questions.max_words = (*VOCABULARY[:-3], "\u2028", "\x85", "é"), 17
@@ -278,7 +279,7 @@ def test_saved_model_comes_back(head: str, method: str, mode: str, tmp_path: Pat
     assert type(loaded.head) is type(saved.head) and loaded.head.answers == saved.head.answers
     same = loaded.head.questions
     assert (same.vocabulary, same.max_words, same.shape) == (questions.vocabulary, 17, questions.shape)
-    assert same.proportional and loaded.input == saved.input == {"sampling": "segment"}
+    assert same.proportional and loaded.input == saved.input == VideoInput("segment")
     assert not any(p.requires_grad for p in loaded.frontend.head.parameters())
     for asked in (batch, CLIPS | make_questions(head)):
         expected, actual = saved(asked), loaded(asked)
@@ -372,7 +373,7 @@ def test_settings_by_name() -> None:
     assert isinstance(clip.head, DecoderHead) and isinstance(umt.head, DecoderHead)
     assert clip.head.questions.proportional and not umt.head.questions.proportional, "UMT's tokens are of one size"
     assert created("umt:tiny", "classifier").head.questions.proportional
-    assert (clip.input, umt.input) == ({"sampling": "uniform"}, {"sampling": "segment"})
+    assert (clip.input, umt.input) == (VideoInput("uniform"), VideoInput("segment"))
     shape = clip.head.questions.shape
     assert (shape.width, shape.vocab_size, shape.cross_width) == (64, len(VOCABULARY), 64)
     assert len(clip.head.decoder.layers) == len(clip.head.questions.fusion.layers) == 1

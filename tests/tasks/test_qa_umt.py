@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tempme_vl import MergeSchedule
 from tempme_vl.backbones.umt import to_umt_names
+from tempme_vl.tasks.inputs import VideoInput
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, VideoQAModel
 from tempme_vl.tasks.qa.create import create_qa_model
 from tempme_vl.tasks.qa.umt import umt_qa_from_state_dict
@@ -78,7 +79,7 @@ def test_qa_file_loads_every_part(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     for model in (made, direct(public(source)).eval()):
         head = decoder_of(model)
         assert head.questions.vocabulary == VOCABULARY and not head.questions.proportional
-        assert (head.rule, head.answers, model.input) == ("generate", (), {"sampling": "segment"})
+        assert (head.rule, head.answers, model.input) == ("generate", (), VideoInput("segment"))
         assert torch.equal(model(batch)["losses"], source(batch)["losses"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -160,9 +161,9 @@ def test_a_template_makes_the_texts(family: str) -> None:
 
 def test_texts_are_cut_as_in_training() -> None:
     model = umt_runs.tiny()
-    model.config["input"]["max_words"] = 5
+    model.input = replace(model.input, max_words=5)
     assert ZeroShotQA(model, ANSWERS).tokenize("word1 " * 40)["option_ids"].shape == (len(ANSWERS), 5)
-    model.config["input"]["max_words"] = 1000
+    model.input = replace(model.input, max_words=1000)
     assert ZeroShotQA(model, ANSWERS).tokenize("word1")["option_ids"].shape[1] == model.text.context_length
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,12 +236,12 @@ def test_contrast_of_two_ranks_is_that_of_the_whole_batch() -> None:
 def test_saved_model_comes_back(mode: str, tmp_path: Path) -> None:
     saved, batch = tiny("tome", mode=mode).eval(), make_batch()
     nn.init.constant_(saved.temperature.temperature, 0.2)
-    saved.config["input"]["max_words"] = 17
+    saved.input = replace(saved.input, max_words=17)
     # line separators of Unicode are word pieces of BERT too
     saved.words = BertWords((*VOCABULARY[:-3], "\u2028", "\x85", "é"))
     saved.save_pretrained(tmp_path)
     loaded = UMTRetrievalModel.from_pretrained(tmp_path).eval()
-    assert loaded.vocabulary == saved.vocabulary and loaded.config["input"] == saved.config["input"]
+    assert loaded.vocabulary == saved.vocabulary and loaded.input == saved.input
     assert (loaded.text.shape, loaded.fusion.shape) == (saved.text.shape, saved.fusion.shape)
     torch.manual_seed(0)
     expected = saved(batch)

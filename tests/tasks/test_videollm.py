@@ -18,7 +18,8 @@ from torch import nn
 
 from tempme_vl.integrations import compress, load_host
 from tempme_vl.integrations.tiny import tiny_host, tiny_names
-from tempme_vl.manifest import write_manifest
+from tempme_vl.manifest import MANIFEST_FILE, write_manifest
+from tempme_vl.tasks.inputs import HostInput
 from tempme_vl.tasks.videollm import (
     ADAPTER_FOLDER,
     PROMPT,
@@ -260,7 +261,7 @@ def test_half_precision_leaves_rotary_frequencies(source: Path) -> None:
 @pytest.mark.parametrize(("lora_rank", "train_frontend"), [(4, True), (4, False), (0, True)])
 def test_a_folder_gives_the_model_back(source: Path, lora_rank: int, train_frontend: bool, tmp_path: Path) -> None:
     model = shake(created(source, lora_rank=lora_rank, train_frontend=train_frontend, answer_tokens=4))
-    model.input = {"sampling": "uniform"}
+    model.input = HostInput("uniform")
     model.save_pretrained(tmp_path)
     again = load_video_llm(tmp_path)
     batch = batch_of(model, learn=False)
@@ -276,6 +277,10 @@ def test_a_folder_gives_the_model_back(source: Path, lora_rank: int, train_front
     assert not any("language_model" in name or name.startswith("base_model") for name in kept)
     tower = {"VideoLlava": "video_tower", "Qwen2_5_VL": "patch_embed"}[source.name]
     assert any(tower in name for name in kept) == train_frontend
+    # what was trained is told after loading, too, so that the same is written again
+    again.save_pretrained(tmp_path / "again")
+    files = json.loads((tmp_path / MANIFEST_FILE).read_text())["files"]
+    assert json.loads((tmp_path / "again" / MANIFEST_FILE).read_text())["files"] == files
 
 
 def test_whole_weights_may_come_from_elsewhere(source: Path, tmp_path: Path) -> None:

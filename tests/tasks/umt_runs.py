@@ -30,7 +30,7 @@ def tiny(method: str = "tempme", mode: str = "clip", drop_path: float = 0.0, see
     config = replace(umt.model_config("tiny", FRAMES, mode), drop_path=drop_path)
     options = {"tempme": OPTIONS, "tome": {"r": 2}, "none": {}}[method]
     schedule = make_schedule(method, config.layers, FRAMES, config.patches, 0, mode == "joint", **options)
-    frontend = VisualFrontend(umt.build(config), schedule, umt.json_config(config))
+    frontend = VisualFrontend(umt.build(config), schedule, umt.saved_config(config))
     frontend.init_clip_positions(0.1)
     shape = BertShape.named("tiny", vocab_size=len(VOCABULARY))
     return UMTRetrievalModel(frontend, BertTextEncoder(shape), BertFusion(shape), VOCABULARY)

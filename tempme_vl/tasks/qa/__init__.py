@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.hub import find_folder
 from tempme_vl.pretrained import CONFIG_FILE, load_model, require_fit, sketch
-from tempme_vl.schema import read
-from tempme_vl.tasks.inputs import Inputs
-from tempme_vl.tasks.qa.base import QAHead, VideoQAModel
+from tempme_vl.schema import ConfigError
+from tempme_vl.tasks.qa.base import QAConfig, QAHead, VideoQAModel
 from tempme_vl.tasks.qa.classifier import ClassifierHead
 from tempme_vl.tasks.qa.decoder import DecoderHead
 from tempme_vl.tasks.qa.llm import LLMHead
@@ -19,27 +17,34 @@ from tempme_vl.weights.exports import part_of
 
 __all__ = ["HEADS", "ClassifierHead", "DecoderHead", "LLMHead", "QAHead", "VideoQAModel", "load_qa_model"]
 
-VIDEO_QA = {"video_qa": "a question answering model"}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tempme_vl.hub import HubOptions
+
 HEADS: dict[str, type[QAHead]] = {"classifier": ClassifierHead, "decoder": DecoderHead, "llm": LLMHead}
 
 
-def load_qa_model(directory: str | Path) -> VideoQAModel:
+def load_qa_model(source: str | Path, **hub: Unpack[HubOptions]) -> VideoQAModel:
     """Reads what `VideoQAModel.save_pretrained` wrote.
 
+    Args:
+        source, hub: a folder, or a name on the Hugging Face hub with its options (`VisualFrontend.from_pretrained`).
+
     Raises:
-        ValueError: a folder without the files, one of another kind of model, or weights that do not fit.
+        ValueError: a folder without the files, one of another kind of model, or weights that do not fit; or see
+            `tempme_vl.hub.find_folder`.
     """
-    config, state = load_model(directory, VIDEO_QA)
-    directory = Path(directory)
+    directory = find_folder(source, **hub)
+    saved, state = load_model(directory, QAConfig)
     file = directory / CONFIG_FILE
-    saved = read(_Saved, config, str(file))
+    if saved.head not in HEADS:
+        raise ConfigError(f"{file}, 'head': expected one of {', '.join(HEADS)}; got {saved.head!r}")
     head_class = HEADS[saved.head]
 
     def make() -> VideoQAModel:
-        frontend = VisualFrontend.from_config(config["frontend"], f"{file}, 'frontend'")
-        return VideoQAModel(
-            frontend, head_class.load(config["head_config"], directory, frontend.shape), config["input"]
-        )
+        frontend = VisualFrontend.from_config(saved.frontend, f"{file}, 'frontend'")
+        return VideoQAModel(frontend, head_class.load(saved.head_config, directory, frontend.shape), saved.input)
 
     def complete(model: VideoQAModel) -> dict[str, Any]:
         of_head = model.head.complete_state(part_of(state, "head."))
@@ -53,18 +58,3 @@ def load_qa_model(directory: str | Path) -> VideoQAModel:
     require_fit(model, weights, directory)
     model.load_state_dict(weights)
     return model
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """config.json."""
-
-    kind: Literal["video_qa"]
-    frontend: Mapping[str, Any]
-    head: str
-    head_config: Mapping[str, Any]
-    input: Inputs
-
-    def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ValueError(f"'head': expected one of {', '.join(HEADS)}; got {self.head!r}")

@@ -9,16 +9,22 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
+from tempme_vl.card import Card
+from tempme_vl.configs import ModelConfig
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.hub import Shareable
 from tempme_vl.merging import is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, save_model
+from tempme_vl.tasks.cards import qa_card
+from tempme_vl.tasks.inputs import VideoInput
 from tempme_vl.tasks.losses import gather_rows
 from tempme_vl.tuning.model import TunableModel
 
@@ -77,7 +83,8 @@ class QAHead(nn.Module):
         return True
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Writes files of its own and gives JSON data and weights that `load` and the model's weights file hold.
+        """Writes files of its own and gives JSON data, written by the class that `load` reads it with
+        (`tempme_vl.schema`), and the weights for the model's file.
 
         Args:
             state: the head's full weights.
@@ -111,24 +118,35 @@ def head_place(directory: Path) -> str:
     return f"{directory / CONFIG_FILE}, 'head_config'"
 
 
-class VideoQAModel(TunableModel):
+@dataclass(frozen=True)
+class QAConfig(ModelConfig):
+    """config.json of a `VideoQAModel`; `head_config` is the head's (`QAHead.load`)."""
+
+    kind: ClassVar[str] = "video_qa"
+    what: ClassVar[str] = "a question answering model"
+    head: str
+    head_config: Mapping[str, Any]
+    input: VideoInput
+
+
+class VideoQAModel(Shareable, TunableModel):
     """A front end with a head that answers questions about its tokens.
 
     Args:
         frontend: any visual tower, merged or not. Its own head, which pools tokens for retrieval, has no part in an
             answer and is frozen.
         head: see `QAHead`.
-        input: JSON data, how videos were sampled in training: {"sampling": a name of `tempme_vl.data.sampling`}.
+        input: how frames were sampled in training.
     """
 
     lora_parts = ("frontend",)
     kept: tuple[str, ...] = ("tokens", "size")  # what forward needs of a video, however many questions follow
 
-    def __init__(self, frontend: VisualFrontend, head: QAHead, input: Mapping[str, Any] | None = None):
+    def __init__(self, frontend: VisualFrontend, head: QAHead, input: VideoInput | None = None):
         super().__init__()
         self.frontend, self.head = frontend, head
         self.frontend.head.requires_grad_(False)
-        self.input = {"sampling": "uniform", **(input or {})}
+        self.input = input or VideoInput("uniform")
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encodes videos and answers questions, whichever a batch holds; the one way in under DeepSpeed.
@@ -210,7 +228,7 @@ class VideoQAModel(TunableModel):
         return not name.startswith("head.") or self.head.is_saved(name.removeprefix("head."))
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes config.json, model.safetensors and the head's own files; `load_qa_model` reads them.
+        """Writes config.json, model.safetensors, README.md and the head's own files; `load_qa_model` reads them.
 
         What tuning added is merged into plain weights.
 
@@ -222,12 +240,11 @@ class VideoQAModel(TunableModel):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         head_config, of_head = self.head.save(directory, of_head)
-        config = {
-            "kind": "video_qa",
-            "frontend": self.frontend.full_config(),
-            "head": self.head.name,
-            "head_config": head_config,
-            "input": self.input,
-        }
+        config = QAConfig(self.frontend.full_config(), self.head.name, head_config, self.input)
         of_frontend = {key: value for key, value in state.items() if key.startswith("frontend.")}
-        save_model(directory, config, of_frontend | {f"head.{key}": value for key, value in of_head.items()})
+        weights = of_frontend | {f"head.{key}": value for key, value in of_head.items()}
+        save_model(directory, config, weights, self.card())
+
+    def card(self) -> Card:
+        """What is known of it, for people (`tempme_vl.card`)."""
+        return qa_card(self.frontend, self.head.name, self.answers, self.input, self.tuning)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.pretrained import load_answers, save_answers
-from tempme_vl.schema import read
+from tempme_vl.schema import read, write
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.qa.base import QAHead, head_place
 from tempme_vl.tasks.qa.question import QuestionEncoder, SavedQuestions
@@ -107,7 +107,7 @@ class ClassifierHead(QAHead):
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         save_answers(directory, self.answers)
-        return self.questions.save(directory), dict(state)
+        return write(self.questions.save(directory)), dict(state)
 
     @classmethod
     def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> ClassifierHead:

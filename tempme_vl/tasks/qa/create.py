@@ -11,6 +11,7 @@ from tempme_vl.backbones.umt_checkpoint import read_checkpoint
 from tempme_vl.families import find_family, split_name
 from tempme_vl.frontend import create_frontend
 from tempme_vl.pretrained import load_answers
+from tempme_vl.tasks.inputs import VideoInput
 from tempme_vl.tasks.qa.base import QAHead, VideoQAModel
 from tempme_vl.tasks.qa.classifier import ClassifierHead
 from tempme_vl.tasks.qa.decoder import DecoderHead, Rule
@@ -92,7 +93,7 @@ def create_qa_model(
         made = DecoderHead(questions, decoder, answers, rule, candidates, answer_words)
     if family != "umt":  # UMT's has seen videos
         made.new_parameters = (*made.new_parameters, "" if text_pretrained is None else r"\.fusion\..*crossattention")
-    qa_model = VideoQAModel(frontend, made, {"sampling": find_family(name).sampling})
+    qa_model = VideoQAModel(frontend, made, _input(name))
     if export:
         _load_head(qa_model, vocabulary, export)
     return qa_model
@@ -159,4 +160,9 @@ def create_llm_qa_model(
         train_llm,
         source,
     )
-    return VideoQAModel(frontend, head, {"sampling": find_family(name).sampling})
+    return VideoQAModel(frontend, head, _input(name))
+
+
+def _input(name: str) -> VideoInput:
+    """As a tower's family samples frames."""
+    return VideoInput(find_family(name).sampling)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.manifest import errors_in
 from tempme_vl.pretrained import load_answers, save_answers
-from tempme_vl.schema import Layers, Size, read
+from tempme_vl.schema import Layers, Size, read, write
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.qa.base import QAHead, head_place
 from tempme_vl.tasks.qa.question import QuestionEncoder, SavedQuestions
@@ -229,8 +229,14 @@ class DecoderHead(QAHead):
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         save_answers(directory, self.answers)
-        options = {name: getattr(self, name) for name in ("rule", "candidates", "answer_words")}
-        return {**self.questions.save(directory), "layers": len(self.decoder.layers), **options}, dict(state)
+        saved = _Saved(
+            **vars(self.questions.save(directory)),
+            layers=len(self.decoder.layers),
+            rule=self.rule,
+            candidates=self.candidates,
+            answer_words=self.answer_words,
+        )
+        return write(saved), dict(state)
 
     @classmethod
     def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> DecoderHead:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tempme_vl.backbones.base import TowerShape
+from tempme_vl.hub import require_hub
 from tempme_vl.manifest import FolderError, errors_in
-from tempme_vl.pretrained import CONFIG_FILE, require_hub
-from tempme_vl.schema import THEIR_LAYERS, Size, check_plain, read, read_json
+from tempme_vl.pretrained import CONFIG_FILE
+from tempme_vl.schema import THEIR_LAYERS, Size, check_plain, read, read_json, write
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.pretrained_lm import (
     ADAPTER_FOLDER,
@@ -51,7 +52,7 @@ class _Saved:
     train_llm: bool
     source: str | None
     lora: bool
-    dtype: Dtype
+    dtype: Dtype  # of the language model's weights
 
     def __post_init__(self) -> None:
         if self.lora and self.source is None:
@@ -277,13 +278,11 @@ class LLMHead(QAHead):
             ValueError: LoRA on a model of unknown origin.
         """
         self.tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
-        options = ("num_visual", "template", "max_words", "answer_words", "train_llm", "source")
-        config = {name: getattr(self, name) for name in options}
         if not self.has_lora:
             self.llm.config.save_pretrained(directory / LLM_FOLDER)
             kept = {key: value for key, value in state.items() if key not in self._tied}
             dtype = next(value.dtype for key, value in kept.items() if key.startswith("llm."))
-            return {**config, "lora": False, "dtype": _dtype_name(dtype)}, kept
+            return self._written(_dtype_name(dtype)), kept
         if self.source is None:
             raise ValueError("to save LoRA, give LLMHead the `source` of its language model, a name or a folder")
         folder = directory / ADAPTER_FOLDER
@@ -292,7 +291,11 @@ class LLMHead(QAHead):
         adapter = {key: value.detach().cpu().contiguous() for key, value in adapter.items()}
         save_file(adapter, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         kept = {key: value for key, value in state.items() if not key.startswith("llm.")}
-        return {**config, "lora": True, "dtype": self._base_dtype}, kept
+        return self._written(self._base_dtype), kept
+
+    def _written(self, dtype: Any) -> dict[str, Any]:
+        options = ("num_visual", "template", "max_words", "answer_words", "train_llm", "source")
+        return write(_Saved(**{name: getattr(self, name) for name in options}, lora=self.has_lora, dtype=dtype))
 
     @classmethod
     def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> LLMHead:

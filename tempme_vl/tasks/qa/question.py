@@ -76,10 +76,10 @@ class QuestionEncoder(nn.Module):
         """Recomputes the layers in the backward pass."""
         self.text.grad_checkpointing = self.fusion.grad_checkpointing = enable
 
-    def save(self, directory: Path) -> dict[str, Any]:
-        """Writes vocab.txt and gives JSON data; `load` is the way back."""
+    def save(self, directory: Path) -> SavedQuestions:
+        """Writes vocab.txt and gives the rest; `load` is the way back."""
         save_vocabulary(directory, self.vocabulary)
-        return {"text": self.shape.to_dict(), "max_words": self.max_words, "proportional": self.proportional}
+        return SavedQuestions(self.shape, self.max_words, self.proportional)
 
     @classmethod
     def load(cls, config: SavedQuestions, directory: Path) -> QuestionEncoder:

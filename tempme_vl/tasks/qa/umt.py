@@ -10,6 +10,7 @@ from tempme_vl.backbones.umt import Mode
 from tempme_vl.backbones.umt_checkpoint import KeyReport, convert
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import MergeSchedule
+from tempme_vl.tasks.inputs import VideoInput
 from tempme_vl.tasks.qa.base import VideoQAModel
 from tempme_vl.tasks.qa.decoder import DecoderHead
 from tempme_vl.tasks.qa.question import QuestionEncoder
@@ -48,7 +49,7 @@ def umt_qa_from_state_dict(
     decoder = BertDecoder(text.shape, depth)
     load_umt_decoder(decoder, answers)
     questions = QuestionEncoder(text, fusion, vocabulary, proportional=False)
-    return VideoQAModel(frontend, DecoderHead(questions, decoder), {"sampling": "segment"})
+    return VideoQAModel(frontend, DecoderHead(questions, decoder), VideoInput("segment"))
 
 
 def load_umt_questions(

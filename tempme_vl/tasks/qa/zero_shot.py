@@ -38,9 +38,9 @@ class ZeroShotQA(nn.Module):
         super().__init__()
         self.retrieval, self.answers, self.template, self.rows = retrieval, tuple(answers), template, rows
         self.frontend = retrieval.frontend
-        self.input = retrieval.config["input"]
+        self.input = retrieval.input
         self.kept: tuple[str, ...] = ("video", "tokens") if isinstance(retrieval, UMTRetrievalModel) else ("video",)
-        max_words = retrieval.text.max_words(self.input["max_words"])
+        max_words = retrieval.text.max_words(self.input.max_words)
         self._tokenizer = retrieval.words.tokenizer(max_words)
 
     def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
