@@ -121,7 +121,7 @@ def _match(metric: Tensor, r: int, num_prefix: int, order: Literal["position", "
     unit = F.normalize(metric, dim=-1)
     similarity_RAB = unit[:, a_pos] @ unit[:, b_pos].transpose(1, 2)
     best, partner = similarity_RAB.max(dim=-1)
-    ranked = _descending(best)
+    ranked = descending(best)
     merged, kept = ranked[:, :r], ranked[:, r:]
     if order == "position":
         kept = kept.sort(dim=-1).values
@@ -132,7 +132,28 @@ def _match(metric: Tensor, r: int, num_prefix: int, order: Literal["position", "
     return MergeMap(base, a_pos[merged], dst)
 
 
-def _descending(values: Tensor) -> Tensor:
+def match_last(metric: Tensor, r: int, num_prefix: int = 1) -> tuple[MergeMap, Tensor]:
+    """Matches each of the last r tokens with the most similar of those in front of them, the prefix left out.
+
+    Several may go into the same one. Neither carries a gradient.
+
+    Args:
+        metric: (R, N, D_metric) features to compare by cosine.
+        r: 0 <= r < N - num_prefix.
+
+    Returns:
+        the match, whose output are the first N - r tokens in their order, and (R, r) float cosines of the matches.
+    """
+    rows, tokens, _ = metric.shape
+    with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
+        unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+        kept = tokens - r
+        similarity, partner = (unit[:, kept:] @ unit[:, num_prefix:kept].transpose(1, 2)).max(dim=-1)
+        numbers = torch.arange(tokens, device=metric.device).expand(rows, -1)
+        return MergeMap(numbers[:, :kept], numbers[:, kept:], partner + num_prefix), similarity
+
+
+def descending(values: Tensor) -> Tensor:
     """(R, A) -> (R, A) int64: places of the values, largest first (NaN above all), equal ones in ascending order."""
     if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort
         return _descending_by_counting(values)
