@@ -27,6 +27,7 @@ METHODS: Registry[Method] = Registry(
         "tome": "tempme_vl.merging.tome:METHOD",
         "tempme": "tempme_vl.merging.tempme:METHOD",
         "evit": "tempme_vl.merging.evit:METHOD",
+        "sta": "tempme_vl.merging.sta:METHOD",
     },
 )
 
