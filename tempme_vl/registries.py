@@ -28,6 +28,7 @@ METHODS: Registry[Method] = Registry(
         "tempme": "tempme_vl.merging.tempme:METHOD",
         "evit": "tempme_vl.merging.evit:METHOD",
         "sta": "tempme_vl.merging.sta:METHOD",
+        "diffrate": "tempme_vl.merging.diffrate:METHOD",
     },
 )
 
