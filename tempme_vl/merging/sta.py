@@ -1,6 +1,6 @@
 """STA (ICCV 2023): drops, slot by slot in time, the patches that the slot before already says.
 
-A slot is a part of the video's patches: a frame, or several of a joint tower. Behind three blocks, every slot loses the
+A slot is a part of the video's patches: a frame, or several of a joint tower. In three blocks, every slot loses the
 same number of patches. In the first slot, those that are most similar to a neighbour. In a later one each patch has a
 score, which the scores of the slot before give it by similarity: what is predicted, and has small features, is
 redundant. The middle block goes backwards in time. The method is VideoMAE's, without CLS tokens; that every frame of a
@@ -10,8 +10,8 @@ tower with frames apart is a slot is this package's reading of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,18 @@ from tempme_vl.state import AttentionContext, TokenState, at_least_float32
 
 @dataclass(frozen=True)
 class Options:
-    """keep_rate: share of each slot's patches that stays, 0.5 to 1: behind each of the blocks 0, d/3 and 2d/3, or one
-    share for each of them.
+    """keep_rate: share of each slot's patches that stays, 0.5 to 1: in each of the blocks 0, d/3 and 2d/3, or one share
+    for each of them.
+    behind: what of these blocks: the whole block, as in STA's code, or its attention.
     """
 
     keep_rate: float | Sequence[float]
+    behind: Literal["block", "attention"] = "block"
 
 
 def published(encoder: Encoder) -> dict[str, Any]:
-    """A fit to the 35.7 GFLOPs of B/32 in TempMe's Table 1 (this one has 35.75): no text gives the setting."""
-    return {"keep_rate": 0.8} if encoder.layers == 12 and encoder.tokens == 50 else {}
+    """A fit to the 35.7 GFLOPs of B/32 in TempMe's Table 1 (37.1 behind whole blocks): no text has the setting."""
+    return {"keep_rate": 0.8, "behind": "attention"} if encoder.layers == 12 and encoder.tokens == 50 else {}
 
 
 def knobs(encoder: Encoder, kind: LimitKind) -> list[list[Knob]]:
@@ -45,7 +47,7 @@ def knobs(encoder: Encoder, kind: LimitKind) -> list[list[Knob]]:
 
 
 def stages(layers: int) -> list[int]:
-    """The blocks behind which tokens are dropped."""
+    """The blocks in which tokens are dropped."""
     return sorted({0, layers // 3, 2 * layers // 3})
 
 
@@ -63,12 +65,14 @@ def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
             f"keep_rate is the share of the patches that stay, 0.5 to 1 (of the first slot, every second patch can be "
             f"dropped), one for all or for each of the blocks {acting}; got {rate!r}"
         )
+    if options.behind not in ("block", "attention"):
+        raise ValueError(f"tokens are dropped behind a 'block' or its 'attention'; got behind={options.behind!r}")
     plan, patches, slots = [LayerPlan()] * encoder.layers, encoder.tokens - encoder.prefix, encoder.frames
     for layer, share in zip(acting, rates, strict=True):
         dropped = patches - max(1, round(share * patches))
-        plan[layer] = LayerPlan(fewer_last=dropped)
-        if encoder.joint:
-            plan[layer] = LayerPlan(fewer_last=dropped * slots, slots=slots)
+        in_clip = slots if encoder.joint else 0
+        where = "fewer_last" if options.behind == "block" else "fewer_after"
+        plan[layer] = replace(LayerPlan(slots=in_clip), **{where: dropped * max(1, in_clip)})
         patches -= dropped
         if encoder.joint and slots % 2 == 0:
             patches, slots = patches * 2, slots // 2
@@ -138,19 +142,20 @@ def _first_slot(unit: Tensor, left: int) -> Tensor:
 def layer_merge(schedule: MergeSchedule, layer: int, width: int) -> LayerMerge:
     plan, slots = schedule.plan[layer], schedule.plan[layer].slots or schedule.frames
     no_clip_step(plan, "sta")
-    if not plan.fewer_last:
+    dropped = (plan.fewer_after + plan.fewer_last) // max(1, plan.slots)
+    if not dropped:
         return LayerMerge()
-    backwards = stages(len(schedule.plan)).index(layer) == 1
-    return LayerMerge(after_mlp=SlotDrop(slots, plan.fewer_last // max(1, plan.slots), backwards))
+    step = SlotDrop(slots, dropped, backwards=stages(len(schedule.plan)).index(layer) == 1)
+    return LayerMerge(after_attention=step) if plan.fewer_after else LayerMerge(after_mlp=step)
 
 
 def matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int) -> int:
     """The first slot's even patches with its odd ones; for every later one all patches with all before, their softmax,
     and the sum of the scores."""
-    if not plan.fewer_last:
+    if not plan.fewer_after + plan.fewer_last:
         return 0
-    slots, in_clip = count.clips * max(1, plan.slots), max(1, plan.slots)
-    patches = (count.mlp - count.prefix) // in_clip
+    in_clip = max(1, plan.slots)
+    slots, patches = count.clips * in_clip, (count.attention - count.prefix) // in_clip
     first = (patches // 2) * (patches - patches // 2) * head_width
     return first + (slots - 1) * patches**2 * (head_width + 2)
 

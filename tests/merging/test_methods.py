@@ -108,14 +108,20 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", ["clip", "joint", None])
-@pytest.mark.parametrize("method", ["tome", "tempme", "evit", "diffrate", "sta"])
-def test_the_cost_of_matching_is_that_of_what_steps_multiply(method: str, mode: str | None) -> None:
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [(method, {}) for method in ("tome", "tempme", "evit", "diffrate", "sta")]
+    + [("sta", {"keep_rate": 0.8, "behind": "attention"}), ("evit", {"keep_rate": 0.5, "fuse": False})],
+)
+def test_the_cost_of_matching_is_that_of_what_steps_multiply(
+    method: str, given: dict[str, Any], mode: str | None
+) -> None:
     """In tiny towers, CLIP's (None) and UMT's, where a method works there."""
     record = METHODS[method]
     if (mode == "joint" and not record.joint) or (mode and "cls_rows" in record.reads):
         pytest.skip("refused")
     name, options = ("umt:tiny", {"mode": mode}) if mode else ("open_clip:tiny", {})
-    frontend = create_frontend(name, method=method, num_frames=4, **options)
+    frontend = create_frontend(name, method=method, num_frames=4, **options, **given)
     counted = []
     for block in frontend.blocks:
         for step in (block.before_attention, block.after_attention, block.after_mlp):
@@ -170,6 +176,7 @@ def test_pairs_of_an_inflection() -> None:
         ("evit", {"keep_rate": [0.5] * 5}, r"keep_rate .* got \[0.5, 0.5"),
         ("sta", {"keep_rate": 0.4}, r"0.5 to 1 .*each of the blocks \[0, 2, 4\]; got 0.4"),
         ("sta", {"keep_rate": [0.9, 0.8]}, r"got \[0.9, 0.8\]"),
+        ("sta", {"keep_rate": 0.9, "behind": "mlp"}, r"behind a 'block' or its 'attention'; got behind='mlp'"),
         ("diffrate", {"merge_kept": [17, 9]}, r"merge_kept counts .* each of 6 blocks .*got \[17, 9\]"),
         ("diffrate", {"merge_kept": [17, 9, 9, 9, 9, 1]}, r"the 1 CLS and at least one patch among them"),
         ("diffrate", {"merge_kept": [17] * 6, "prune_kept": [1] * 6}, r"prune_kept counts"),

@@ -20,6 +20,15 @@ def test_counts_and_costs_of_the_paper() -> None:
     for tokens, none, tome in ((50, 53.0, 40.2), (197, 211.3, 144.4)):
         assert make_schedule("none", 12, 12, tokens).gflops() == pytest.approx(none, rel=2e-3)
         assert make_schedule("tome", 12, 12, tokens).gflops() == pytest.approx(tome, rel=2e-3)
+    # and of its Table 1, the settings of STA and of DiffRate for B/32 being fits
+    for method, tokens, left, gflops in (
+        ("evit", 50, 252, 37.2),
+        ("diffrate", 197, 588, 138.5),
+        ("diffrate", 50, 240, 36.8),
+        ("sta", 50, 312, 35.7),
+    ):
+        schedule = make_schedule(method, 12, 12, tokens)
+        assert schedule.output_tokens == left and schedule.gflops() == pytest.approx(gflops, rel=3e-3)
 
 
 def test_the_final_norm_costs_the_tokens_that_pooling_reads() -> None:
