@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.export import register_dataclass
 
-from tempme_vl.matching import follow
+from tempme_vl.matching import follow, take
 
 # A weight may be zero or less, as DiffRate's of a token that takes in its opposite; its logarithm is to be finite.
 LEAST_WEIGHT = 1e-9
@@ -199,17 +199,14 @@ class TokenState:
         prefix = torch.arange(self.num_prefix, device=patches.device).expand(rows, -1)
         kept = torch.cat([prefix, patches], dim=1)
 
-        def taken(values: Tensor) -> Tensor:
-            return values.gather(1, kept.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
         def counted(values: Tensor) -> Tensor:
             """Those of the kept tokens, and behind them the sum of all others if they become one."""
-            left = taken(values)
+            left = take(values, kept)
             if fused is None:
                 return left
             return torch.cat([left, values.sum(1, keepdim=True) - left.sum(1, keepdim=True)], dim=1)
 
-        x, size = taken(self.x), counted(self.size)
+        x, size = take(self.x, kept), counted(self.size)
         weight = None if self.weight is None else counted(self.weight)
         if fused is not None:
             x = torch.cat([x, fused.to(x.dtype)], dim=1)
