@@ -47,7 +47,7 @@ TOWERS = {
     "timm": of_timm,
     "hf": of_transformers,
 }
-REASONS = r"reads the attention of CLS tokens, and this tower has none|a joint encoder's are one clip already"
+REASONS = r"reads the attention of CLS tokens, and this tower has none|but a joint encoder's are one clip"
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -163,16 +163,15 @@ def test_behind_a_tower(method: str) -> None:
     try:
         behind = METHODS[method].behind_tower()
     except ValueError as error:
-        assert "reads attention" in str(error) and {*METHODS[method].reads} & {"cls_rows", "column_sums"}
+        reads = {*METHODS[method].reads} & {"cls_rows", "column_sums"}
+        assert "reads attention" in str(error) if reads else str(error) == METHODS[method].behind
         return
     x = torch.randn(FRAMES, 30, 8, generator=torch.Generator().manual_seed(0))
     schedule = make_plan(method, FRAMES, 30, behind.options())
     clips = merge(FrameFeatures(x, (5, 6), (x,)), schedule)
     assert clips.x.shape[0] * clips.x.shape[1] == schedule.output_tokens
     assert (clips.source.diff(dim=1) > 0).all() and clips.source.max() < FRAMES * 30
-    if not any(plan.before or plan.after or plan.gathered for plan in schedule.plan):  # what stays is as it was
-        assert torch.equal(clips.x, x.flatten(0, 1)[clips.source])
-        assert torch.equal(clips.deeper[0], clips.x)
+    torch.testing.assert_close(clips.deeper[0], clips.x)  # the mean of what each token holds
 
 
 def test_a_weight_follows_its_token() -> None:
