@@ -20,6 +20,8 @@ def name(value: object) -> str:
 @pytest.mark.parametrize(("case", "part"), MERGES, ids=name)
 def test_matching(case: Case, part: dict) -> None:
     t, key, tolerance = case.tensors, part["key"], case.config["tol"]
+    if part["distill_token"] and not part["class_token"]:
+        pytest.skip("no tower has a distillation token and no CLS token; a prefix is in front of what merges")
     num_prefix = int(part["class_token"]) + int(part["distill_token"])
     order = "position" if num_prefix else "similarity"
     merge = bipartite_match(t["metric"], part["r_effective"], num_prefix, order)
