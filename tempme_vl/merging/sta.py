@@ -10,7 +10,7 @@ tower with frames apart is a slot is this package's reading of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -71,8 +71,9 @@ def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
     for layer, share in zip(acting, rates, strict=True):
         dropped = patches - max(1, round(share * patches))
         in_clip = slots if encoder.joint else 0
-        where = "fewer_last" if options.behind == "block" else "fewer_after"
-        plan[layer] = replace(LayerPlan(slots=in_clip), **{where: dropped * max(1, in_clip)})
+        fewer = dropped * max(1, in_clip)
+        last = fewer if options.behind == "block" else 0
+        plan[layer] = LayerPlan(fewer_after=fewer - last, fewer_last=last, slots=in_clip if dropped else 0)
         patches -= dropped
         if encoder.joint and slots % 2 == 0:
             patches, slots = patches * 2, slots // 2

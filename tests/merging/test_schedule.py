@@ -75,6 +75,7 @@ def test_json_round_trip(method: str) -> None:
 def test_json_of_parts_of_a_clip_and_of_gathered_tokens() -> None:
     joint = make_schedule("sta", 12, 8, 49, 0, True, keep_rate=0.5)
     assert [(plan.fewer_last, plan.slots) for plan in joint.plan if plan.slots] == [(200, 8), (96, 4), (48, 2)]
+    assert not make_schedule("sta", 12, 8, 49, 0, True, keep_rate=1).changes
     fused = make_schedule("evit", 12, 12, 50)
     assert [plan.gathered for plan in fused.plan] == [0, 0, 0, 14, 0, 0, 10, 0, 0, 8, 0, 0]
     for schedule in (joint, fused):
