@@ -27,6 +27,9 @@ METHODS: Registry[Method] = Registry(
         "none": "tempme_vl.merging.none:METHOD",
         "tome": "tempme_vl.merging.tome:METHOD",
         "tempme": "tempme_vl.merging.tempme:METHOD",
+        "evit": "tempme_vl.merging.evit:METHOD",
+        "sta": "tempme_vl.merging.sta:METHOD",
+        "diffrate": "tempme_vl.merging.diffrate:METHOD",
     },
 )
 

@@ -19,7 +19,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.export import register_dataclass
 
-from tempme_vl.matching import follow
+from tempme_vl.matching import follow, take
+
+# A weight may be zero or less, as DiffRate's of a token that takes in its opposite; its logarithm is to be finite.
+LEAST_WEIGHT = 1e-9
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -119,6 +122,7 @@ class TokenState:
         proportional: whether a token counts in attention as many times as its size.
         origin: (B*C, N) int64 when traced: the input token of 0..S-1 that each token continues, and thereby its place
             in the clip; -1 for one that is made of several or of none.
+        weight: (B*C, N, 1) float, as how many tokens each counts in attention, where that is not its size; else None.
     """
 
     x: Tensor
@@ -130,6 +134,7 @@ class TokenState:
     num_inserted: int = 0
     proportional: bool = True
     origin: Tensor | None = None
+    weight: Tensor | None = None
 
     @classmethod
     def start(
@@ -149,15 +154,22 @@ class TokenState:
 
     @property
     def attention_bias(self) -> Tensor | None:
-        """(B*C, 1, 1, N) log(size) for the key logits (proportional attention); None while all sizes are 1."""
-        return self.size.log().transpose(1, 2).unsqueeze(1) if self.merged and self.proportional else None
+        """(B*C, 1, 1, N) log(size), or of the weight where there is one, for the key logits (proportional attention);
+        None while all sizes are 1."""
+        counted = self.size if self.weight is None else self.weight.clamp(min=LEAST_WEIGHT)
+        return counted.log().transpose(1, 2).unsqueeze(1) if self.merged and self.proportional else None
 
     def add(self, delta: Tensor) -> TokenState:
         """The state after a residual branch: x + delta, delta (B*C, N, D)."""
         return replace(self, x=self.x + delta)
 
     def regroup(
-        self, x: Tensor, size: Tensor, assignment: Callable[[], Tensor], base: Callable[[], Tensor]
+        self,
+        x: Tensor,
+        size: Tensor,
+        assignment: Callable[[], Tensor],
+        base: Callable[[], Tensor],
+        weight: Tensor | None = None,
     ) -> TokenState:
         """The state after tokens became others: merged, clustered, dropped or put in another order.
 
@@ -167,13 +179,14 @@ class TokenState:
             assignment: gives (B*C, N) int64, the new token that holds each old one, -1 for none. Called where sources
                 are traced.
             base: gives (B*C, N') int64, the old token that each new one continues, -1 for none. Called likewise.
+            weight: (B*C, N', 1), as how many tokens each counts in attention; default: its size.
         """
         source, origin = self.source, self.origin
         if source is not None:
             source = follow(source, assignment())
         if origin is not None:
             origin = follow(base(), origin)
-        return replace(self, x=x, size=size, source=source, origin=origin, merged=True)
+        return replace(self, x=x, size=size, source=source, origin=origin, merged=True, weight=weight)
 
     def keep(self, patches: Tensor, fused: Tensor | None = None) -> TokenState:
         """Drops all patch tokens but some; the prefix stays in front of them.
@@ -185,10 +198,18 @@ class TokenState:
         rows, tokens, _ = self.x.shape
         prefix = torch.arange(self.num_prefix, device=patches.device).expand(rows, -1)
         kept = torch.cat([prefix, patches], dim=1)
-        x, size = (t.gather(1, kept.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in (self.x, self.size))
+
+        def counted(values: Tensor) -> Tensor:
+            """Those of the kept tokens, and behind them the sum of all others if they become one."""
+            left = take(values, kept)
+            if fused is None:
+                return left
+            return torch.cat([left, values.sum(1, keepdim=True) - left.sum(1, keepdim=True)], dim=1)
+
+        x, size = take(self.x, kept), counted(self.size)
+        weight = None if self.weight is None else counted(self.weight)
         if fused is not None:
             x = torch.cat([x, fused.to(x.dtype)], dim=1)
-            size = torch.cat([size, self.size.sum(1, keepdim=True) - size.sum(1, keepdim=True)], dim=1)
 
         def assignment() -> Tensor:
             other = kept.new_full((rows, tokens), -1 if fused is None else kept.shape[1])
@@ -197,7 +218,7 @@ class TokenState:
         def base() -> Tensor:
             return kept if fused is None else torch.cat([kept, kept.new_full((rows, 1), -1)], dim=1)
 
-        return replace(self.regroup(x, size, assignment, base), merged=self.merged or fused is not None)
+        return replace(self.regroup(x, size, assignment, base, weight), merged=self.merged or fused is not None)
 
     def insert(self, tokens: Tensor) -> TokenState:
         """Puts tokens that hold no input, such as prompts, at the end of the prefix; they never merge.
@@ -207,16 +228,27 @@ class TokenState:
         """
         at, more = self.num_prefix, tokens.shape[1]
         x = torch.cat([self.x[:, :at], tokens.to(self.x.dtype), self.x[:, at:]], dim=1)
-        size = torch.cat(
-            [self.size[:, :at], torch.ones_like(self.size[:, :1]).expand(-1, more, -1), self.size[:, at:]], 1
-        )
+
+        def with_ones(values: Tensor) -> Tensor:
+            return torch.cat([values[:, :at], torch.ones_like(values[:, :1]).expand(-1, more, -1), values[:, at:]], 1)
+
+        size, weight = with_ones(self.size), None if self.weight is None else with_ones(self.weight)
         source, origin = self.source, self.origin
         if source is not None:
             source = torch.where(source >= at, source + more, source)
         if origin is not None:
             origin = torch.cat([origin[:, :at], origin.new_full((len(origin), more), -1), origin[:, at:]], dim=1)
         prefix, inserted = at + more, self.num_inserted + more
-        return replace(self, x=x, size=size, source=source, origin=origin, num_prefix=prefix, num_inserted=inserted)
+        return replace(
+            self,
+            x=x,
+            size=size,
+            source=source,
+            origin=origin,
+            num_prefix=prefix,
+            num_inserted=inserted,
+            weight=weight,
+        )
 
     def join_clips(self, num_joined: int) -> TokenState:
         """Joins each `num_joined` neighbouring clips into one (paper section 3.2).
@@ -244,6 +276,7 @@ class TokenState:
             num_clips=self.num_clips // f,
             num_prefix=self.num_prefix * f,
             num_inserted=self.num_inserted * f,
+            weight=None if self.weight is None else _join(self.weight, f, parts),
         )
 
     def pool_prefix(self, num_frames: int) -> TokenState:
@@ -260,6 +293,9 @@ class TokenState:
         size = self.size[:, :own].unflatten(1, (num_frames, one))
         summed = size.sum(1)
         x = ((self.x[:, :own].unflatten(1, (num_frames, one)) * size).sum(1) / summed).to(self.x.dtype)
+        weight = self.weight
+        if weight is not None:
+            weight = torch.cat([weight[:, :own].unflatten(1, (num_frames, one)).sum(1), weight[:, own:]], 1)
 
         def assignment() -> Tensor:
             number = torch.arange(tokens, device=self.x.device)
@@ -270,7 +306,7 @@ class TokenState:
             return torch.where(number < one, -1, number + own - one).expand(rows, -1)
 
         state = self.regroup(
-            torch.cat([x, self.x[:, own:]], 1), torch.cat([summed, self.size[:, own:]], 1), assignment, base
+            torch.cat([x, self.x[:, own:]], 1), torch.cat([summed, self.size[:, own:]], 1), assignment, base, weight
         )
         return replace(state, num_prefix=self.num_prefix - own + one)
 

@@ -80,7 +80,7 @@ def compress(
     Args:
         model: a video-language model of transformers, one of `HOSTS`, or peft's wrapper of one.
         processor: its processor.
-        method: "tempme", "tome" or "none".
+        method: a name in `tempme_vl.METHODS`.
         num_frames: F, frames sampled of every video.
         clip_position_std: TempMe's clip positions start as N(0, std^2); 0 starts at the pretrained function.
         feed: see `Compressed`.

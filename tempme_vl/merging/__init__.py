@@ -54,16 +54,18 @@ def make_schedule(
 
     Raises:
         ValueError: an unknown method or option, one that cannot join the clips of a joint encoder, a limit that
-            cannot be reached, or a shape that the paper has no setting for, with neither options nor limit.
+            cannot be reached, a shape that the paper has no setting for, with neither options nor limit, or a method
+            that reads the attention of CLS tokens where there are none.
     """
     record, encoder = METHODS[method], Encoder(layers, frames, tokens, prefix, joint)
     if joint and not record.joint:
         raise ValueError(f"method {method!r} joins frames step by step, but a joint encoder's are one clip already")
+    _check_attention(method, prefix)
     unknown = sorted(set(options) - set(record.option_names))
     if unknown:
         names = ", ".join(record.option_names) or "none"
         raise ValueError(f"method {method!r} does not know the options {', '.join(unknown)}; it has {names}")
-    known: dict[str, Any] = {**record.shaped(encoder), **record.published(encoder), **options}
+    known = {**record.usual(encoder), **options}
     if limit is not None:
         known |= _solve(method, encoder, limit, known, set(options))
     missing = [name for name in record.option_names if name not in known]
@@ -78,7 +80,7 @@ def make_schedule(
 def has_setting(method: str, encoder: Encoder, options: Collection[str]) -> bool:
     """Whether a method's paper and the given options leave none open for an encoder."""
     record = METHODS[method]
-    return {*record.shaped(encoder), *record.published(encoder), *options} >= set(record.option_names)
+    return {*record.usual(encoder), *options} >= set(record.option_names)
 
 
 def _solve(method: str, encoder: Encoder, limit: Limit, known: dict[str, Any], given: set[str]) -> dict[str, Any]:
@@ -111,10 +113,14 @@ def merge_layers(schedule: MergeSchedule, width: int) -> list[LayerMerge]:
     Raises:
         ValueError: an unknown method, a schedule that is none of it, or one that reads CLS tokens where there are none.
     """
+    _check_attention(schedule.method, schedule.prefix)
     method = METHODS[schedule.method]
-    if "cls_rows" in method.reads and not schedule.prefix:
-        raise ValueError(
-            f"method {schedule.method!r} reads the attention of CLS tokens, and this tower has none: choose another "
-            "method, or a tower that pools by a CLS token"
-        )
     return [method.layer_merge(schedule, layer, width) for layer in range(len(schedule.plan))]
+
+
+def _check_attention(method: str, prefix: int) -> None:
+    if "cls_rows" in METHODS[method].reads and not prefix:
+        raise ValueError(
+            f"method {method!r} reads the attention of CLS tokens, and this tower has none: choose another method, or "
+            "a tower that pools by a CLS token"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from tempme_vl.matching import MergeMap
 from tempme_vl.merging.schedule import LayerPlan
@@ -58,6 +58,19 @@ def apply_merge(state: TokenState, merge: MergeMap) -> TokenState:
     return state.regroup(
         *merge.weighted_mean(state.x, state.size), assignment=lambda: merge.assignment, base=lambda: merge.base
     )
+
+
+def attention_of_cls(state: TokenState, context: AttentionContext) -> Tensor:
+    """How a frame's CLS token attends to its patches, on average over the heads: (R, N - P) float, with gradient.
+
+    EViT and DiffRate judge patches by it. The first of several prefix tokens is the CLS token.
+    """
+    return context.rows(0, 1)[:, :, 0, state.num_prefix :].mean(1)
+
+
+def cls_row_cost(patches: int, width: int, head_width: int) -> int:
+    """Multiply-accumulates of `attention_of_cls` for so many tokens: products with the keys, and their softmax."""
+    return patches * (width + width // head_width)
 
 
 def is_of_merging(model: nn.Module, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 from tempme_vl.merging.base import LayerMerge
@@ -50,7 +50,7 @@ class Method:
     """A merging method.
 
     Attributes:
-        options: a frozen dataclass.
+        options: a frozen dataclass; those with a default need not be given.
         schedule: (encoder, options) -> its schedule.
         layer_merge: (schedule, number of a block, width) -> the modules of this block. What they need to know of the
             options beside the plan, `MergeSchedule.settings` says.
@@ -74,6 +74,11 @@ class Method:
     matching: Callable[[LayerPlan, LayerCount, int, int], int] = pair_matching
     reads: tuple[Reading, ...] = ("keys",)
     behind: Behind | None = None
+
+    def usual(self, encoder: Encoder) -> dict[str, Any]:
+        """Options that need not be given for an encoder: its class's defaults, and what shape and paper say."""
+        defaults = {field.name: field.default for field in fields(self.options) if field.default is not MISSING}
+        return {**defaults, **self.shaped(encoder), **self.published(encoder)}
 
     @property
     def option_names(self) -> tuple[str, ...]:

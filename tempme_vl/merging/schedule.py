@@ -36,6 +36,8 @@ class LayerPlan:
         insert: tokens that each clip gets before attention, behind its CLS tokens, and keeps; they never merge.
         fewer_before, fewer_after, fewer_last: patch tokens that each clip has fewer before attention, between attention
             and MLP and behind the MLP, beside the pairs: dropped, or gathered in others.
+        gathered: patch tokens that go into others, or into a new one, where `fewer_after` counts.
+        slots: of so many equal parts of each clip's patches a method ranks the tokens; 0 for the clip as it is.
     """
 
     join: int | None = None
@@ -46,6 +48,8 @@ class LayerPlan:
     fewer_before: int = 0
     fewer_after: int = 0
     fewer_last: int = 0
+    gathered: int = 0
+    slots: int = 0
 
 
 class LayerCount(NamedTuple):
@@ -128,6 +132,11 @@ class MergeSchedule:
                     )
             if plan.insert < 0 or (plan.pool_prefix and not self.prefix):
                 raise ValueError(f"layer {layer} inserts {plan.insert} tokens and pools {self.prefix} CLS: {plan}")
+            if not 0 <= plan.gathered <= plan.fewer_after + 1:
+                raise ValueError(
+                    f"layer {layer} has {plan.fewer_after} tokens fewer after attention, so that at most "
+                    f"{plan.fewer_after + 1} of them go into others or a new one; got gathered={plan.gathered}"
+                )
 
     @classmethod
     def identity(
@@ -286,7 +295,7 @@ class MergeSchedule:
 
 
 # of a plan, beside [join, before, after]: one value a block each
-_MORE = ("pool_prefix", "insert", "fewer_before", "fewer_after", "fewer_last")
+_MORE = ("pool_prefix", "insert", "fewer_before", "fewer_after", "fewer_last", "gathered", "slots")
 
 
 @dataclass(frozen=True)
@@ -306,6 +315,8 @@ class _Saved:
     fewer_before: tuple[Count, ...] = ()
     fewer_after: tuple[Count, ...] = ()
     fewer_last: tuple[Count, ...] = ()
+    gathered: tuple[Count, ...] = ()
+    slots: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
         if wrong := [name for name in _MORE if len(getattr(self, name)) not in (0, len(self.plan))]:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tempme_vl.matching import bipartite_match
 from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge, no_clip_step
 from tempme_vl.merging.budget import Knob, LimitKind
 from tempme_vl.merging.method import Behind, Method
 from tempme_vl.merging.schedule import Encoder, LayerPlan, MergeSchedule
-from tempme_vl.schema import Count, Layers
+from tempme_vl.schema import Count, Layers, Range
 from tempme_vl.state import AttentionContext, TokenState
 
 
 @dataclass(frozen=True)
 class Options:
-    """r: pairs merged a frame, in every block or one number a block."""
+    """r: pairs merged a frame: in every block; one number a block; or (r, inflection), r on average, evenly from
+    (1 - inflection) r in the first block to (1 + inflection) r in the last, -1 to 1. A pair is a tuple, or a list of
+    two whose second is no number of pairs, such as [8, -1.0].
+    proportional: whether a token counts in attention as many times as its size.
+    """
 
-    r: int | Sequence[int]
+    r: int | Sequence[float]
+    proportional: bool = True
 
 
 _PUBLISHED = {50: 2, 197: 10}  # r of CLIP B/32 and B/16 in TempMe's Table 1
@@ -47,16 +52,38 @@ def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
     Raises:
         ValueError: a negative or broken r, or not one number a block.
     """
-    r, layers = options.r, encoder.layers
-    wanted = list(r) if isinstance(r, Sequence) else [r] * layers
-    if len(wanted) != layers or not all(isinstance(pairs, int) and pairs >= 0 for pairs in wanted):
-        raise ValueError(f"r counts the pairs merged in each of {layers} blocks, whole and not negative; got {r!r}")
     plan, n = [], encoder.tokens * (encoder.frames if encoder.joint else 1)
-    for pairs in wanted:
+    for pairs in pairs_by_block(options.r, encoder.layers):
         pairs = min(pairs, (n - encoder.prefix) // 2)
         n -= pairs
         plan.append(LayerPlan(after=pairs))
-    return MergeSchedule("tome", encoder.frames, encoder.tokens, tuple(plan), encoder.prefix, encoder.joint)
+    shape = encoder.frames, encoder.tokens, tuple(plan), encoder.prefix, encoder.joint
+    return MergeSchedule("tome", *shape, proportional=options.proportional)
+
+
+def pairs_by_block(r: int | Sequence[float], layers: int) -> list[int]:
+    """The pairs that each block wants to merge; see `Options`. Fractions are cut off, as ToMe's code does.
+
+    Raises:
+        ValueError: see `schedule`.
+    """
+    wanted = list(r) if isinstance(r, Sequence) else [r] * layers
+    if isinstance(r, Sequence) and len(r) == 2 and (isinstance(r, tuple) or not _is_count(r[1])):
+        mean, inflection = r
+        if _is_count(mean) and -1 <= inflection <= 1:
+            first = int(mean * (1.0 - inflection))
+            step = (2 * mean - 2 * first) / max(1, layers - 1)
+            wanted = [int(first + step * block) for block in range(layers)] if layers > 1 else [mean]
+    if len(wanted) != layers or not all(map(_is_count, wanted)):
+        raise ValueError(
+            f"r counts the pairs merged in each of {layers} blocks, whole and not negative, or is (r, inflection) with "
+            f"an inflection from -1 to 1; got {r!r}"
+        )
+    return [int(pairs) for pairs in wanted]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 class ToMeMerge(TokenMerger):
@@ -79,9 +106,9 @@ def layer_merge(schedule: MergeSchedule, layer: int, width: int) -> LayerMerge:
 
 @dataclass(frozen=True)
 class BehindOptions:
-    """r: pairs merged a frame in every step, or one number a step. steps: how often."""
+    """r: as in `Options`, of steps in place of blocks. steps: how often."""
 
-    r: Count | list[Count] = 16
+    r: Count | list[Count] | tuple[Count, Annotated[float, Range(-1, 1)]] = 16
     steps: Layers = 2
 
 

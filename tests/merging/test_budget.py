@@ -61,6 +61,19 @@ def test_a_budget_is_kept_and_nearly_used(name: str, method: str) -> None:
         assert budget - 0.04 < found <= budget, (frames, budget)
 
 
+@pytest.mark.parametrize("name", ["B/32", "L/14", "DINOv2 B/14 with registers", "tiny"])
+@pytest.mark.parametrize("method", ["evit", "diffrate", "sta"])
+def test_methods_that_drop_keep_a_budget_and_a_number_of_tokens(method: str, name: str) -> None:
+    """The first slot of STA keeps half of its patches, so that it cannot cost less than some 0.45."""
+    backbone = TOWERS[name]
+    for budget in (0.5 if method == "sta" else 0.4, 0.6, 0.8):
+        found = share(schedule_of(backbone, method, 12, budget=budget), backbone)
+        assert budget - 0.05 < found <= budget, budget
+    most = 12 * backbone.shape.tokens // 3
+    schedule = schedule_of(backbone, method, 12, tokens=most)
+    assert most * 0.8 < schedule.output_tokens <= most
+
+
 @pytest.mark.parametrize("frames", [1, 2, 5, 7, 8, 12, 16, 30, 64])
 def test_all_frames_end_in_one_clip(frames: int) -> None:
     for name in ("B/16", "L/14", "tiny"):

@@ -20,6 +20,15 @@ def test_counts_and_costs_of_the_paper() -> None:
     for tokens, none, tome in ((50, 53.0, 40.2), (197, 211.3, 144.4)):
         assert make_schedule("none", 12, 12, tokens).gflops() == pytest.approx(none, rel=2e-3)
         assert make_schedule("tome", 12, 12, tokens).gflops() == pytest.approx(tome, rel=2e-3)
+    # and of its Table 1, the settings of STA and of DiffRate for B/32 being fits
+    for method, tokens, left, gflops in (
+        ("evit", 50, 252, 37.2),
+        ("diffrate", 197, 588, 138.5),
+        ("diffrate", 50, 240, 36.8),
+        ("sta", 50, 312, 35.7),
+    ):
+        schedule = make_schedule(method, 12, 12, tokens)
+        assert schedule.output_tokens == left and schedule.gflops() == pytest.approx(gflops, rel=3e-3)
 
 
 def test_the_final_norm_costs_the_tokens_that_pooling_reads() -> None:
@@ -61,6 +70,16 @@ def test_json_round_trip(method: str) -> None:
     schedule = make_schedule(method, 12, 12, 50)
     assert MergeSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
     assert hash(schedule) == hash(MergeSchedule.from_dict(schedule.to_dict()))
+
+
+def test_json_of_parts_of_a_clip_and_of_gathered_tokens() -> None:
+    joint = make_schedule("sta", 12, 8, 49, 0, True, keep_rate=0.5)
+    assert [(plan.fewer_last, plan.slots) for plan in joint.plan if plan.slots] == [(200, 8), (96, 4), (48, 2)]
+    assert not make_schedule("sta", 12, 8, 49, 0, True, keep_rate=1).changes
+    fused = make_schedule("evit", 12, 12, 50)
+    assert [plan.gathered for plan in fused.plan] == [0, 0, 0, 14, 0, 0, 10, 0, 0, 8, 0, 0]
+    for schedule in (joint, fused):
+        assert MergeSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
 TEMPME = {"layers": 6, "frames": 6, "tokens": 17, "r": 1, "merge_layers": (2, 4), "merge_frames": (2, 3)}
@@ -165,6 +184,8 @@ def test_json_has_what_a_plan_has_and_no_more() -> None:
         (LayerPlan(after=8, fewer_last=8), r"wants 8 tokens fewer behind the MLP, but at least 1 of 8"),
         (LayerPlan(fewer_before=-1), r"wants -1 tokens fewer before attention"),
         (LayerPlan(insert=-1), r"inserts -1 tokens"),
+        (LayerPlan(fewer_after=3, gathered=5), r"3 tokens fewer after attention, so that at most 4 .*got gathered=5"),
+        (LayerPlan(fewer_after=3, gathered=-1), r"got gathered=-1"),
     ],
 )
 def test_a_token_has_to_stay(plan: LayerPlan, message: str) -> None:
