@@ -26,6 +26,11 @@ METHODS: Registry[Method] = Registry(
         "none": "tempme_vl.merging.none:METHOD",
         "tome": "tempme_vl.merging.tome:METHOD",
         "tempme": "tempme_vl.merging.tempme:METHOD",
+        "temporal_only": "tempme_vl.merging.temporal_only:METHOD",
+        "reduction_only": "tempme_vl.merging.reduction_only:METHOD",
+        "random": "tempme_vl.merging.random:METHOD",
+        "uniform": "tempme_vl.merging.uniform:METHOD",
+        "pool": "tempme_vl.merging.pool:METHOD",
     },
 )
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from towers import TINY, random_video, small_clip, tempme_schedule, tiny_frontend
+from towers import TINY, every_way, random_video, small_clip, tempme_schedule, tiny_frontend, way
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, QueryValueBias, QuickGELU, TowerShape
@@ -22,16 +22,11 @@ from tempme_vl.merging import tempme, tome
 from tempme_vl.state import AttentionContext
 
 SCHEDULES = [
-    MergeSchedule.identity(6, 6, 17),
-    MergeSchedule.tome(6, 6, 17, 2),
     tempme_schedule(),
     MergeSchedule.tempme(6, 6, 17, 2, (2, 3, 5), (1, 3, 2), 100, 100),
+    *(schedule for schedule in every_way() if schedule.method != "tempme"),
 ]
 FIELDS = ("tokens", "pooled", "size", "frames", "source")
-
-
-def method(schedule: MergeSchedule) -> str:
-    return schedule.method
 
 
 def assert_equal(actual: FrontendOutput, expected: FrontendOutput) -> None:
@@ -46,7 +41,7 @@ def gradients(frontend: VisualFrontend, output: FrontendOutput) -> dict[str, Ten
     return {name: p.grad.clone() for name, p in frontend.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_predicted_counts_are_the_real_ones(schedule: MergeSchedule) -> None:
     frontend, seen = tiny_frontend(schedule), []
     for block in frontend.blocks:
@@ -59,12 +54,14 @@ def test_predicted_counts_are_the_real_ones(schedule: MergeSchedule) -> None:
     assert all(rows == 2 * clips for clips, rows, _, _ in seen)
     assert attended == [count.attention for count in schedule.layer_counts]
     assert output.tokens.shape == (2, schedule.output_tokens, 64)
-    assert output.pooled.shape == (2, 64) and output.frames.shape == (2, 6, 64)
-    assert (output.size.sum(1) == 6 * 17).all()
-    assert torch.equal(output.source[0].bincount(minlength=schedule.output_tokens), output.size[0].flatten().long())
+    last = schedule.layer_counts[-1]
+    assert output.pooled.shape == (2, 64) and output.frames.shape == (2, last.clips * (last.prefix - last.inserted), 64)
+    held, dropped = output.source[0][output.source[0] >= 0], (output.source < 0).sum(1)
+    assert torch.equal(output.size.sum((1, 2)).long() + dropped, torch.full((2,), 6 * 17))
+    assert torch.equal(held.bincount(minlength=schedule.output_tokens), output.size[0].flatten().long())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_videos_of_a_batch_do_not_meet(schedule: MergeSchedule) -> None:
     frontend, video = tiny_frontend(schedule).double(), random_video(6, dtype=torch.float64)
     both, second = frontend(video), frontend(video[1:])
@@ -80,7 +77,7 @@ def test_tracing_changes_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("trace", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_checkpointing_is_exact(schedule: MergeSchedule, trace: bool) -> None:
     plain, video = tiny_frontend(schedule), random_video(6)
     checkpointed = deepcopy(plain)
@@ -105,14 +102,14 @@ def test_checkpointing_computes_every_block_twice_and_only_when_training() -> No
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_bfloat16_autocast(schedule: MergeSchedule, checkpointing: bool) -> None:
     frontend, video = tiny_frontend(schedule), random_video(6)
     expected = frontend(video)
     frontend.set_grad_checkpointing(checkpointing)
     with torch.autocast("cpu", torch.bfloat16):
         output = frontend(video)
-    assert output.size.dtype == torch.float32 and (output.size.sum(1) == 6 * 17).all()
+    assert output.size.dtype == torch.float32 and torch.equal(output.size.sum(1), expected.size.sum(1))
     cosine = torch.cosine_similarity(output.pooled.float(), expected.pooled, dim=-1)
     assert (cosine > 0.99).all(), cosine
     grads = gradients(frontend, output)
@@ -128,7 +125,7 @@ def test_bfloat16_weights() -> None:
     assert output.pooled.isfinite().all()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_float64_agrees_with_float32(schedule: MergeSchedule) -> None:
     frontend, video = tiny_frontend(schedule), random_video(6)
     single = frontend(video, trace_source=True)
@@ -156,6 +153,29 @@ def test_compiles_into_one_graph(backend: str) -> None:
         torch.testing.assert_close(actual_grads[name], gradient, rtol=1e-4, atol=1e-5)
     compiled(random_video(6) + 1, mask, trace_source=True)
     assert counter.frame_count == 1, "one graph, and no second one for other pixels"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", every_way(layers=2, frames=2), ids=way)
+def test_every_method_compiles_into_one_graph(schedule: MergeSchedule) -> None:
+    torch._dynamo.reset()
+    frontend = VisualFrontend(visual_backbone(small_clip(layers=2, width=64).visual), schedule)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(frontend, backend=counter, fullgraph=True)
+    expected, actual = frontend(random_video(2), trace_source=True), compiled(random_video(2), trace_source=True)
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(actual, field), getattr(expected, field), rtol=0, atol=1e-6)
+    actual.pooled.sum().backward()
+    assert counter.frame_count == 1 and all(p.grad is not None for p in frontend.parameters())
+
+
+@pytest.mark.parametrize("schedule", every_way(), ids=way)
+def test_every_method_comes_back_from_a_folder(schedule: MergeSchedule, tmp_path) -> None:
+    frontend, video = tiny_frontend(schedule), random_video(6)
+    frontend.save_pretrained(tmp_path)
+    loaded = VisualFrontend.from_pretrained(tmp_path)
+    assert loaded.schedule == schedule
+    assert_equal(loaded.eval()(video, trace_source=True), frontend.eval()(video, trace_source=True))
 
 
 @pytest.mark.parametrize("for_onnx", [False, True])

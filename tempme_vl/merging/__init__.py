@@ -58,12 +58,14 @@ def make_schedule(
     """
     record, encoder = METHODS[method], Encoder(layers, frames, tokens, prefix, joint)
     if joint and not record.joint:
-        raise ValueError(f"method {method!r} joins frames step by step, but a joint encoder's are one clip already")
+        raise ValueError(
+            f"method {method!r} keeps frames apart or joins frames step by step, but a joint encoder's are one clip"
+        )
     unknown = sorted(set(options) - set(record.option_names))
     if unknown:
         names = ", ".join(record.option_names) or "none"
         raise ValueError(f"method {method!r} does not know the options {', '.join(unknown)}; it has {names}")
-    known: dict[str, Any] = {**record.shaped(encoder), **record.published(encoder), **options}
+    known = {**record.usual(encoder), **options}
     if limit is not None:
         known |= _solve(method, encoder, limit, known, set(options))
     missing = [name for name in record.option_names if name not in known]
@@ -78,7 +80,7 @@ def make_schedule(
 def has_setting(method: str, encoder: Encoder, options: Collection[str]) -> bool:
     """Whether a method's paper and the given options leave none open for an encoder."""
     record = METHODS[method]
-    return {*record.shaped(encoder), *record.published(encoder), *options} >= set(record.option_names)
+    return {*record.usual(encoder), *options} >= set(record.option_names)
 
 
 def _solve(method: str, encoder: Encoder, limit: Limit, known: dict[str, Any], given: set[str]) -> dict[str, Any]:
