@@ -21,7 +21,11 @@ TINY_SHAPE = TowerShape(image_size=32, patch_size=8, width=64, heads=4, embed_di
 OTHER_WAYS: dict[str, list[dict[str, Any]]] = {
     "uniform": [{"drop": 5, "layer": 1}],
     "random": [{"drop": 10, "seed": 3}],
-    "pool": [{"side": 3}],
+    "pool": [{"side": 3}, {"side": 4, "join": 2}],
+    "centerclip": [
+        {"clusters": 12, "merge_layers": (1,), "merge_frames": (1,), "centers": "mean"},
+        {"clusters": 10, "algorithm": "spectral", "neighbours": -1},
+    ],
 }
 
 
