@@ -28,6 +28,7 @@ METHODS: Registry[Method] = Registry(
         "tempme": "tempme_vl.merging.tempme:METHOD",
         "temporal_only": "tempme_vl.merging.temporal_only:METHOD",
         "reduction_only": "tempme_vl.merging.reduction_only:METHOD",
+        "testa": "tempme_vl.merging.testa:METHOD",
         "centerclip": "tempme_vl.merging.centerclip:METHOD",
         "random": "tempme_vl.merging.random:METHOD",
         "uniform": "tempme_vl.merging.uniform:METHOD",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -18,7 +20,7 @@ from tempme_vl.backbones.open_clip import load_clip, visual_backbone
 from tempme_vl.backbones.timm import backbone_of as timm_backbone
 from tempme_vl.frontend import masked_mean
 from tempme_vl.matching import MergeMap, bipartite_match
-from tempme_vl.merging import tempme, tome
+from tempme_vl.merging import centerclip, tempme, testa, tome
 from tempme_vl.state import AttentionContext
 
 SCHEDULES = [
@@ -249,8 +251,11 @@ class _Counter:
         for module in frontend.modules():
             if id(module) not in in_head:
                 module.register_forward_hook(self.count)
-        for merging in (tempme, tome):
+        for merging in (tempme, tome, testa):
             monkeypatch.setattr(merging, "bipartite_match", self.match)
+        monkeypatch.setattr(testa, "match_frames", self.match_frames)
+        for name in ("kmedoids", "spectral"):
+            monkeypatch.setattr(centerclip, name, partial(self.cluster, getattr(centerclip, name)))
         monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", self.attend)
 
     def count(self, module: nn.Module, inputs: tuple, output: object) -> None:
@@ -269,12 +274,22 @@ class _Counter:
         self.total += metric.shape[0] * even * odd * metric.shape[2] if r else 0
         return bipartite_match(metric, r, prefix, *order)
 
+    def match_frames(self, metric: Tensor, r: int) -> MergeMap:
+        videos, patches, frames, width = metric.shape
+        self.total += videos * patches * len(range(0, frames, 2)) * len(range(1, frames, 2)) * width
+        return _MATCH_FRAMES(metric, r)
+
+    def cluster(self, algorithm: Any, x: Tensor, *options: object) -> tuple[Tensor, Tensor]:
+        self.total += x.shape[0] * x.shape[1] ** 2 * x.shape[2]  # the distances of all points
+        return algorithm(x, *options)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
         rows, heads, queries, head_width = q.shape
         self.total += rows * heads * queries * k.shape[2] * (2 * head_width + 1)
         return _ATTENTION(q, k, v, *args, **kwargs)
 
 
+_MATCH_FRAMES = testa.match_frames
 _ATTENTION = nn.functional.scaled_dot_product_attention
 
 
@@ -300,7 +315,9 @@ def test_gflops_are_those_of_the_modules_that_run(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch, torch.no_grad():
             counter = _Counter(frontend, patch)
             frontend(random_video(6, videos=1))
-        projection = 6 * frontend.shape.width * frontend.shape.embed_dim  # by convention, there or not
+        last = frontend.schedule.layer_counts[-1]
+        embedded = last.clips * last.prefix if frontend.shape.pooling == "cls" else 6
+        projection = embedded * frontend.shape.width * frontend.shape.embed_dim  # by convention, there or not
         counted = (counter.total + projection) / 1e9
         assert frontend.gflops() == pytest.approx(counted, rel=1e-12), name
 

@@ -22,6 +22,11 @@ OTHER_WAYS: dict[str, list[dict[str, Any]]] = {
     "uniform": [{"drop": 5, "layer": 1}],
     "random": [{"drop": 10, "seed": 3}],
     "pool": [{"side": 3}, {"side": 4, "join": 2}],
+    "testa": [
+        {"r_temporal": 1, "r_spatial": 2, "strategy": "importance"},
+        {"r_temporal": 1, "r_spatial": 2, "strategy": "prune"},
+        {"r_temporal": 1, "r_spatial": 3},
+    ],
     "centerclip": [
         {"clusters": 12, "merge_layers": (1,), "merge_frames": (1,), "centers": "mean"},
         {"clusters": 10, "algorithm": "spectral", "neighbours": -1},

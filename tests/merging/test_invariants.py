@@ -57,6 +57,8 @@ def test_tokens_hold_what_source_and_size_say(schedule: MergeSchedule) -> None:
     torch.testing.assert_close(held, by_source.double(), atol=1e-9, rtol=0)
     assert torch.equal(by_source.sum(2, keepdim=True).double(), output.size)
 
+    if any(plan.fewer_clips for plan in schedule.plan):
+        return  # frames merge with others, CLS tokens and all
     last = schedule.layer_counts[-1]
     clips, tokens, prefix = last.clips, last.out, last.prefix
     frames = schedule.frames // clips  # of a clip, as many as CLS tokens, or more where some of them became one
