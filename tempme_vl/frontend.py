@@ -405,7 +405,7 @@ def create_frontend(
         pretrained: a tag of the family ("openai"; for hf and timm "default"); the path of weights, in any layout that
             the family knows, or of a folder that this package wrote; or None for random weights. Clip positions among
             them are taken where this front end has the same ones.
-        method: "tempme", "tome" or "none".
+        method: a name in `tempme_vl.METHODS`; docs/methods.md has them with their options.
         num_frames: F.
         clip_position_std: TempMe's clip positions start as N(0, std^2). 0 starts at the pretrained function; a
             tower trained from scratch needs about 0.5.
