@@ -285,7 +285,7 @@ def all_ways(model: Any, processor: Any, options: Options) -> list[Way]:
         return {"merge_frames": options.merge_frames, "cross_percent": CROSS_PERCENT, "intra_percent": intra}
 
     def behind_tokens(intra: int) -> int:
-        return make_plan("tempme", options.frames, schedule.tokens, behind_options(intra)).output_tokens
+        return make_plan("tempme", options.frames, (1, schedule.tokens), behind_options(intra)).output_tokens
 
     intra = nearest(behind_tokens, range(51), costs.tokens)
     host = PostEncoderVideoLlava(model, processor, "tempme", options.frames, behind_options(intra))

@@ -115,12 +115,13 @@ class VisualFrontend(Shareable, nn.Module):
             )
         tokens, size = (rearrange(t, "(b c) n d -> b (c n) d", c=state.num_clips) for t in (state.x, state.size))
         frames = self._embed_frames(state)
-        pooled = masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask)
+        pooled = masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask, state.clip_of)
         source = state.source
         if source is not None:
             clip = torch.arange(state.num_clips, device=source.device).view(1, -1, 1)
             source = source.unflatten(0, (-1, state.num_clips))
-            source = torch.where(source < 0, source, source + clip * state.x.shape[1]).flatten(1, 2)
+            source = torch.where(source < 0, source, source + clip * state.x.shape[1])
+            source = source.flatten(1, 2) if state.clip_of is None else source.amax(1)
         return FrontendOutput(tokens, pooled, size, frames, source)
 
     def _embed_frames(self, state: TokenState) -> Tensor:
@@ -402,14 +403,23 @@ class VisualFrontend(Shareable, nn.Module):
         return build(lambda: cls.from_config(config, place), state, directory)
 
 
-def masked_mean(frames: Tensor, frame_mask: Tensor | None) -> Tensor:
+def masked_mean(frames: Tensor, frame_mask: Tensor | None, clip_of: Tensor | None = None) -> Tensor:
     """Mean over the real frames, zero where there is none: (B, C, E), (B, F) -> (B, E).
 
-    Where C < F an embedding stands for F / C neighbouring frames and counts if one of them is real.
+    Where C < F an embedding stands for F / C neighbouring frames, or for those that `clip_of` says, and counts if one
+    of them is real.
+
+    Args:
+        clip_of: (B, F), see `TokenState`.
     """
     if frame_mask is None:
         return frames.mean(dim=1)
-    weight = frame_mask.bool().unflatten(1, (frames.shape[1], -1)).any(dim=2).to(frames.dtype).unsqueeze(-1)
+    if clip_of is None:
+        real = frame_mask.bool().unflatten(1, (frames.shape[1], -1)).any(dim=2)
+    else:
+        held = frame_mask.bool() & (clip_of >= 0)
+        real = frames.new_zeros(frames.shape[:2]).scatter_add(1, clip_of.clamp(min=0), held.to(frames.dtype)) > 0
+    weight = real.to(frames.dtype).unsqueeze(-1)
     return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
@@ -431,7 +441,7 @@ def create_frontend(
         pretrained: a tag of the family ("openai"; for hf and timm "default"); the path of weights, in any layout that
             the family knows, or of a folder that this package wrote; or None for random weights. Clip positions among
             them are taken where this front end has the same ones.
-        method: a name in `tempme_vl.METHODS`.
+        method: a name in `tempme_vl.METHODS`; docs/methods.md has them with their options.
         num_frames: F.
         clip_position_std: TempMe's clip positions start as N(0, std^2). 0 starts at the pretrained function; a
             tower trained from scratch needs about 0.5.

@@ -30,6 +30,13 @@ METHODS: Registry[Method] = Registry(
         "evit": "tempme_vl.merging.evit:METHOD",
         "sta": "tempme_vl.merging.sta:METHOD",
         "diffrate": "tempme_vl.merging.diffrate:METHOD",
+        "temporal_only": "tempme_vl.merging.temporal_only:METHOD",
+        "reduction_only": "tempme_vl.merging.reduction_only:METHOD",
+        "testa": "tempme_vl.merging.testa:METHOD",
+        "centerclip": "tempme_vl.merging.centerclip:METHOD",
+        "random": "tempme_vl.merging.random:METHOD",
+        "uniform": "tempme_vl.merging.uniform:METHOD",
+        "pool": "tempme_vl.merging.pool:METHOD",
     },
 )
 

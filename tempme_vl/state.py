@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.export import register_dataclass
 
-from tempme_vl.matching import follow, take
+from tempme_vl.matching import MergeMap, follow, take
 
 # A weight may be zero or less, as DiffRate's of a token that takes in its opposite; its logarithm is to be finite.
 LEAST_WEIGHT = 1e-9
@@ -117,12 +117,15 @@ class TokenState:
         num_prefix: P, the tokens of one clip that never merge.
         merged: False as long as every size is 1, known without looking at the tensor.
         source: (B*C, S) int64 when traced: which of the clip's N tokens holds each input token, the clip's
-            frames in order and the tokens of a frame in order; -1 for a token that a method dropped.
+            frames in order and the tokens of a frame in order; -1 for a token that a method dropped. Where clips have
+            merged S are all input tokens of the video, and -1 is also for what other clips hold.
         num_inserted: those of the P tokens that no input is in, such as prompts; the last of them.
         proportional: whether a token counts in attention as many times as its size.
         origin: (B*C, N) int64 when traced: the input token of 0..S-1 that each token continues, and thereby its place
             in the clip; -1 for one that is made of several or of none.
         weight: (B*C, N, 1) float, as how many tokens each counts in attention, where that is not its size; else None.
+        clip_of: (B, F) int64, the clip that holds each frame, -1 for a dropped one; None where clips hold equally many
+            neighbouring frames, as long as none has merged with another.
     """
 
     x: Tensor
@@ -135,6 +138,7 @@ class TokenState:
     proportional: bool = True
     origin: Tensor | None = None
     weight: Tensor | None = None
+    clip_of: Tensor | None = None
 
     @classmethod
     def start(
@@ -278,6 +282,51 @@ class TokenState:
             num_inserted=self.num_inserted * f,
             weight=None if self.weight is None else _join(self.weight, f, parts),
         )
+
+    def merge_clips(self, merge: MergeMap) -> TokenState:
+        """Merges whole clips, each token with those at its place, CLS tokens too, by means weighted with sizes.
+
+        Args:
+            merge: of the C clips of each video.
+        """
+        x, size = (t.unflatten(0, (-1, self.num_clips)) for t in (self.x, self.size))
+        summed = merge.sum(size.flatten(2)).unflatten(2, size.shape[2:])
+        x = (merge.sum((x * size).flatten(2)).unflatten(2, x.shape[2:]) / summed).to(self.x.dtype)
+        return replace(self._regroup_clips(x, summed, merge.assignment, merge.base), merged=True)
+
+    def keep_clips(self, kept: Tensor) -> TokenState:
+        """Drops all clips but some.
+
+        Args:
+            kept: (B, C') int64, the numbers among the C clips of those that stay, in their new order.
+        """
+        x, size = (t.unflatten(0, (-1, self.num_clips)) for t in (self.x, self.size))
+        x, size = (t.take_along_dim(kept[:, :, None, None], 1) for t in (x, size))
+        places = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
+        return self._regroup_clips(
+            x, size, kept.new_full((len(kept), self.num_clips), -1).scatter(1, kept, places), kept
+        )
+
+    def _regroup_clips(self, x: Tensor, size: Tensor, assignment: Tensor, base: Tensor) -> TokenState:
+        """The state of the clips (B, C', N, D) and (B, C', N, 1) that others became; see `regroup`."""
+        assert not self.num_inserted and self.weight is None
+        videos, clips = assignment.shape
+        first, left = self.clip_of is None, base.shape[1]
+        clip_of = torch.arange(clips, device=base.device).expand(videos, -1) if self.clip_of is None else self.clip_of
+        source, origin = self.source, self.origin
+        if source is not None and origin is not None:
+            inputs, number = source.shape[1], torch.arange(clips, device=source.device)
+            source, origin = source.unflatten(0, (videos, clips)), origin.unflatten(0, (videos, clips))
+            if first:  # of a clip: now of the video
+                own = (number.unsqueeze(1) == number).unsqueeze(2)
+                source = torch.where(own, source.unsqueeze(2), -1).flatten(2)
+                origin = torch.where(origin < 0, origin, origin + inputs * number.unsqueeze(1))
+            into = torch.where(assignment < 0, left, assignment).unsqueeze(2).expand_as(source)
+            nobody = source.new_full((videos, left + 1, source.shape[2]), -1)
+            source = nobody.scatter_reduce(1, into, source, "amax")[:, :left].flatten(0, 1)
+            origin = origin.take_along_dim(base.unsqueeze(2), 1).flatten(0, 1)
+        state = replace(self, x=x.flatten(0, 1), size=size.flatten(0, 1), source=source, origin=origin)
+        return replace(state, num_clips=left, clip_of=follow(clip_of, assignment))
 
     def pool_prefix(self, num_frames: int) -> TokenState:
         """Makes the CLS tokens and registers of so many frames those of one, by their mean weighted with sizes.

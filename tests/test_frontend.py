@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from functools import partial
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from towers import TINY, random_video, small_clip, tempme_schedule, tiny_frontend
+from towers import TINY, every_way, random_video, small_clip, tempme_schedule, tiny_frontend, way
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, QueryValueBias, QuickGELU, TowerShape
@@ -18,20 +20,15 @@ from tempme_vl.backbones.open_clip import load_clip, visual_backbone
 from tempme_vl.backbones.timm import backbone_of as timm_backbone
 from tempme_vl.frontend import masked_mean
 from tempme_vl.matching import MergeMap, bipartite_match
-from tempme_vl.merging import tempme, tome
+from tempme_vl.merging import centerclip, tempme, testa, tome
 from tempme_vl.state import AttentionContext
 
 SCHEDULES = [
-    MergeSchedule.identity(6, 6, 17),
-    MergeSchedule.tome(6, 6, 17, 2),
     tempme_schedule(),
     MergeSchedule.tempme(6, 6, 17, 2, (2, 3, 5), (1, 3, 2), 100, 100),
+    *(schedule for schedule in every_way() if schedule.method != "tempme"),
 ]
 FIELDS = ("tokens", "pooled", "size", "frames", "source")
-
-
-def method(schedule: MergeSchedule) -> str:
-    return schedule.method
 
 
 def assert_equal(actual: FrontendOutput, expected: FrontendOutput) -> None:
@@ -46,7 +43,7 @@ def gradients(frontend: VisualFrontend, output: FrontendOutput) -> dict[str, Ten
     return {name: p.grad.clone() for name, p in frontend.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_predicted_counts_are_the_real_ones(schedule: MergeSchedule) -> None:
     frontend, seen = tiny_frontend(schedule), []
     for block in frontend.blocks:
@@ -59,12 +56,14 @@ def test_predicted_counts_are_the_real_ones(schedule: MergeSchedule) -> None:
     assert all(rows == 2 * clips for clips, rows, _, _ in seen)
     assert attended == [count.attention for count in schedule.layer_counts]
     assert output.tokens.shape == (2, schedule.output_tokens, 64)
-    assert output.pooled.shape == (2, 64) and output.frames.shape == (2, 6, 64)
-    assert (output.size.sum(1) == 6 * 17).all()
-    assert torch.equal(output.source[0].bincount(minlength=schedule.output_tokens), output.size[0].flatten().long())
+    last = schedule.layer_counts[-1]
+    assert output.pooled.shape == (2, 64) and output.frames.shape == (2, last.clips * (last.prefix - last.inserted), 64)
+    held, dropped = output.source[0][output.source[0] >= 0], (output.source < 0).sum(1)
+    assert torch.equal(output.size.sum((1, 2)).long() + dropped, torch.full((2,), 6 * 17))
+    assert torch.equal(held.bincount(minlength=schedule.output_tokens), output.size[0].flatten().long())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_videos_of_a_batch_do_not_meet(schedule: MergeSchedule) -> None:
     frontend, video = tiny_frontend(schedule).double(), random_video(6, dtype=torch.float64)
     both, second = frontend(video), frontend(video[1:])
@@ -80,7 +79,7 @@ def test_tracing_changes_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("trace", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_checkpointing_is_exact(schedule: MergeSchedule, trace: bool) -> None:
     plain, video = tiny_frontend(schedule), random_video(6)
     checkpointed = deepcopy(plain)
@@ -105,14 +104,14 @@ def test_checkpointing_computes_every_block_twice_and_only_when_training() -> No
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_bfloat16_autocast(schedule: MergeSchedule, checkpointing: bool) -> None:
     frontend, video = tiny_frontend(schedule), random_video(6)
     expected = frontend(video)
     frontend.set_grad_checkpointing(checkpointing)
     with torch.autocast("cpu", torch.bfloat16):
         output = frontend(video)
-    assert output.size.dtype == torch.float32 and (output.size.sum(1) == 6 * 17).all()
+    assert output.size.dtype == torch.float32 and torch.equal(output.size.sum(1), expected.size.sum(1))
     cosine = torch.cosine_similarity(output.pooled.float(), expected.pooled, dim=-1)
     assert (cosine > 0.99).all(), cosine
     grads = gradients(frontend, output)
@@ -128,7 +127,7 @@ def test_bfloat16_weights() -> None:
     assert output.pooled.isfinite().all()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=method)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=way)
 def test_float64_agrees_with_float32(schedule: MergeSchedule) -> None:
     frontend, video = tiny_frontend(schedule), random_video(6)
     single = frontend(video, trace_source=True)
@@ -156,6 +155,29 @@ def test_compiles_into_one_graph(backend: str) -> None:
         torch.testing.assert_close(actual_grads[name], gradient, rtol=1e-4, atol=1e-5)
     compiled(random_video(6) + 1, mask, trace_source=True)
     assert counter.frame_count == 1, "one graph, and no second one for other pixels"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", every_way(layers=2, frames=2), ids=way)
+def test_every_method_compiles_into_one_graph(schedule: MergeSchedule) -> None:
+    torch._dynamo.reset()
+    frontend = VisualFrontend(visual_backbone(small_clip(layers=2, width=64).visual), schedule)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(frontend, backend=counter, fullgraph=True)
+    expected, actual = frontend(random_video(2), trace_source=True), compiled(random_video(2), trace_source=True)
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(actual, field), getattr(expected, field), rtol=0, atol=1e-6)
+    actual.pooled.sum().backward()
+    assert counter.frame_count == 1 and all(p.grad is not None for p in frontend.parameters())
+
+
+@pytest.mark.parametrize("schedule", every_way(), ids=way)
+def test_every_method_comes_back_from_a_folder(schedule: MergeSchedule, tmp_path) -> None:
+    frontend, video = tiny_frontend(schedule), random_video(6)
+    frontend.save_pretrained(tmp_path)
+    loaded = VisualFrontend.from_pretrained(tmp_path)
+    assert loaded.schedule == schedule
+    assert_equal(loaded.eval()(video, trace_source=True), frontend.eval()(video, trace_source=True))
 
 
 @pytest.mark.parametrize("for_onnx", [False, True])
@@ -229,8 +251,11 @@ class _Counter:
         for module in frontend.modules():
             if id(module) not in in_head:
                 module.register_forward_hook(self.count)
-        for merging in (tempme, tome):
+        for merging in (tempme, tome, testa):
             monkeypatch.setattr(merging, "bipartite_match", self.match)
+        monkeypatch.setattr(testa, "match_frames", self.match_frames)
+        for name in ("kmedoids", "spectral"):
+            monkeypatch.setattr(centerclip, name, partial(self.cluster, getattr(centerclip, name)))
         monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", self.attend)
 
     def count(self, module: nn.Module, inputs: tuple, output: object) -> None:
@@ -249,12 +274,22 @@ class _Counter:
         self.total += metric.shape[0] * even * odd * metric.shape[2] if r else 0
         return bipartite_match(metric, r, prefix, *order)
 
+    def match_frames(self, metric: Tensor, r: int) -> MergeMap:
+        videos, patches, frames, width = metric.shape
+        self.total += videos * patches * len(range(0, frames, 2)) * len(range(1, frames, 2)) * width
+        return _MATCH_FRAMES(metric, r)
+
+    def cluster(self, algorithm: Any, x: Tensor, *options: object) -> tuple[Tensor, Tensor]:
+        self.total += x.shape[0] * x.shape[1] ** 2 * x.shape[2]  # the distances of all points
+        return algorithm(x, *options)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
         rows, heads, queries, head_width = q.shape
         self.total += rows * heads * queries * k.shape[2] * (2 * head_width + 1)
         return _ATTENTION(q, k, v, *args, **kwargs)
 
 
+_MATCH_FRAMES = testa.match_frames
 _ATTENTION = nn.functional.scaled_dot_product_attention
 
 
@@ -280,7 +315,9 @@ def test_gflops_are_those_of_the_modules_that_run(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch, torch.no_grad():
             counter = _Counter(frontend, patch)
             frontend(random_video(6, videos=1))
-        projection = 6 * frontend.shape.width * frontend.shape.embed_dim  # by convention, there or not
+        last = frontend.schedule.layer_counts[-1]
+        embedded = last.clips * last.prefix if frontend.shape.pooling == "cls" else 6
+        projection = embedded * frontend.shape.width * frontend.shape.embed_dim  # by convention, there or not
         counted = (counter.total + projection) / 1e9
         assert frontend.gflops() == pytest.approx(counted, rel=1e-12), name
 

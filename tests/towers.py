@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import open_clip
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,42 @@ from torch import Tensor, nn
 from tempme_vl import MergeSchedule, VisualFrontend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
 from tempme_vl.backbones.open_clip import load_clip, visual_backbone
+from tempme_vl.merging import METHODS
+from tempme_vl.scheduling import schedule_for
 from tempme_vl.state import AttentionContext
 
 TINY = "open_clip:tiny"  # 6 layers, 17 tokens of width 64 a frame
+TINY_SHAPE = TowerShape(image_size=32, patch_size=8, width=64, heads=4, embed_dim=64)
+# options that make another of a method's ways than the one without options
+OTHER_WAYS: dict[str, list[dict[str, Any]]] = {
+    "uniform": [{"drop": 5, "layer": 1}],
+    "random": [{"drop": 10, "seed": 3}],
+    "pool": [{"side": 3}, {"side": 4, "join": 2}],
+    "testa": [
+        {"r_temporal": 1, "r_spatial": 2, "strategy": "importance"},
+        {"r_temporal": 1, "r_spatial": 2, "strategy": "prune"},
+        {"r_temporal": 1, "r_spatial": 3},
+    ],
+    "centerclip": [
+        {"clusters": 12, "merge_layers": (1,), "merge_frames": (1,), "centers": "mean"},
+        {"clusters": 10, "algorithm": "spectral", "neighbours": -1},
+    ],
+}
+
+
+def every_way(layers: int = 6, frames: int = 6, shape: TowerShape = TINY_SHAPE) -> list[MergeSchedule]:
+    """Schedules of all methods for a tower: of their settings or the usual budget, and of `OTHER_WAYS`."""
+    names = [name for name, method in METHODS.items() if method.joint or not shape.joint]
+    return [
+        schedule_for(name, layers, shape, frames, **options)
+        for name in names
+        for options in [{}, *OTHER_WAYS.get(name, [])]
+    ]
+
+
+def way(schedule: MergeSchedule) -> str:
+    """A name for a test."""
+    return f"{schedule.method}-{schedule.frames}x{schedule.tokens}-{schedule.output_tokens}"
 
 
 def small_clip(quick_gelu: bool = False, **vision: object) -> open_clip.CLIP:

@@ -62,12 +62,12 @@ def options_of(method: str, given: Mapping[str, Any], place: str) -> Any:
     return read(kind, given, f"{place}, method {method!r}")
 
 
-def make_plan(method: str, frames: int, tokens: int, options: Any) -> MergeSchedule:
+def make_plan(method: str, frames: int, grid: tuple[int, int], options: Any) -> MergeSchedule:
     """The merging of one video.
 
     Args:
         frames: T, frames or temporal patches.
-        tokens: S, tokens of each.
+        grid: rows and columns of the S tokens of each.
         options: what `options_of` gave, or a mapping of some of them.
 
     Raises:
@@ -75,7 +75,7 @@ def make_plan(method: str, frames: int, tokens: int, options: Any) -> MergeSched
     """
     if isinstance(options, Mapping):
         options = options_of(method, options, "a host")
-    schedule = METHODS[method].behind_tower().schedule(frames, tokens, options)
+    schedule = METHODS[method].behind_tower().schedule(frames, grid, options)
     if any(plan.insert for plan in schedule.plan):
         raise ValueError(f"method {method!r} inserts tokens, which have no place among those of a host")
     return schedule
@@ -284,7 +284,7 @@ class PostEncoderHost(Host):
 
     def plan(self, grid: tuple[int, int, int]) -> MergeSchedule:
         """The merging of a video of T slots of rows x columns of tokens."""
-        return make_plan(self.method, grid[0], grid[1] * grid[2], self.options)
+        return make_plan(self.method, grid[0], grid[1:], self.options)
 
     def count(self, height: int, width: int) -> tuple[int, int]:
         """Visual tokens of a video with frames of this size: the host's own, and ours. Computed, without the model."""

@@ -59,7 +59,9 @@ def make_schedule(
     """
     record, encoder = METHODS[method], Encoder(layers, frames, tokens, prefix, joint)
     if joint and not record.joint:
-        raise ValueError(f"method {method!r} joins frames step by step, but a joint encoder's are one clip already")
+        raise ValueError(
+            f"method {method!r} keeps frames apart or joins frames step by step, but a joint encoder's are one clip"
+        )
     _check_attention(method, prefix)
     unknown = sorted(set(options) - set(record.option_names))
     if unknown:

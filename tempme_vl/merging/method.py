@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from math import prod
 from typing import Any, Literal
 
 from tempme_vl.merging.base import LayerMerge
 from tempme_vl.merging.budget import Knob, LimitKind
 from tempme_vl.merging.schedule import Encoder, LayerCount, LayerPlan, MergeSchedule
-from tempme_vl.schema import Layers
+from tempme_vl.schema import Layers, read
 
 # Of a step's context: the tokens or keys, or what attention made of them
 Reading = Literal["tokens", "keys", "cls_rows", "column_sums"]
+
+
+def checked(method: str, options: Any) -> Any:
+    """The same options, once each is of its annotated type and within its bounds.
+
+    Raises:
+        ConfigError: one that is not; names it.
+    """
+    return read(type(options), asdict(options), f"method {method!r}")
 
 
 def pair_matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int) -> int:
@@ -38,11 +48,11 @@ class Behind:
 
     Attributes:
         options: a frozen dataclass, with the defaults for such hosts.
-        schedule: (frames, tokens of a frame, options) -> its schedule, a step for a block.
+        schedule: (frames, rows and columns of a frame's tokens, options) -> its schedule, a step for a block.
     """
 
     options: type
-    schedule: Callable[[int, int, Any], MergeSchedule]
+    schedule: Callable[[int, tuple[int, int], Any], MergeSchedule]
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,8 @@ class Method:
         joint: whether it works on frames that attend jointly.
         matching: (plan, count, width, width of a head) -> multiply-accumulates in one block, beside the tower's own.
         reads: what its modules read of their context: refused where there is none of it.
-        behind: how it works behind a tower; None for the schedule of a tower of `steps` blocks, an option more.
+        behind: how it works behind a tower, or why it does not; None for the schedule of a tower of `steps` blocks, an
+            option more.
     """
 
     options: type
@@ -73,7 +84,7 @@ class Method:
     joint: bool = True
     matching: Callable[[LayerPlan, LayerCount, int, int], int] = pair_matching
     reads: tuple[Reading, ...] = ("keys",)
-    behind: Behind | None = None
+    behind: Behind | str | None = None
 
     def usual(self, encoder: Encoder) -> dict[str, Any]:
         """Options that need not be given for an encoder: its class's defaults, and what shape and paper say."""
@@ -88,18 +99,20 @@ class Method:
         """How it works behind a tower.
 
         Raises:
-            ValueError: it reads attention, and there is none.
+            ValueError: it reads attention, and there is none; or it says itself why not.
         """
         if attention := [read for read in self.reads if read in ("cls_rows", "column_sums")]:
             raise ValueError(
                 f"it reads attention ({', '.join(attention)}), and behind a tower none has run: choose a method that "
                 "compares tokens, or a host that merges inside its tower"
             )
+        if isinstance(self.behind, str):
+            raise ValueError(self.behind)
         if self.behind is not None:
             return self.behind
         options = make_dataclass(
             "Options", [("steps", Layers, field(default=1))], bases=(self.options,), frozen=True, kw_only=True
         )
         return Behind(
-            options, lambda frames, tokens, given: self.schedule(Encoder(given.steps, frames, tokens, 0), given)
+            options, lambda frames, grid, given: self.schedule(Encoder(given.steps, frames, prod(grid), 0), given)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from tempme_vl.merging.base import LayerMerge
 from tempme_vl.merging.method import Behind, Method
@@ -29,5 +30,5 @@ METHOD = Method(
     schedule,
     layer_merge,
     reads=(),
-    behind=Behind(Options, lambda frames, tokens, options: schedule(Encoder(1, frames, tokens, 0), options)),
+    behind=Behind(Options, lambda frames, grid, options: schedule(Encoder(1, frames, prod(grid), 0), options)),
 )

@@ -38,6 +38,7 @@ class LayerPlan:
             and MLP and behind the MLP, beside the pairs: dropped, or gathered in others.
         gathered: patch tokens that go into others, or into a new one, where `fewer_after` counts.
         slots: of so many equal parts of each clip's patches a method ranks the tokens; 0 for the clip as it is.
+        fewer_clips: clips that each video has fewer before attention: dropped, or merged into others.
     """
 
     join: int | None = None
@@ -50,6 +51,7 @@ class LayerPlan:
     fewer_last: int = 0
     gathered: int = 0
     slots: int = 0
+    fewer_clips: int = 0
 
 
 class LayerCount(NamedTuple):
@@ -112,7 +114,15 @@ class MergeSchedule:
                     f"layer {layer} joins {join} clips but {clips} are left: {self.frames} frames do not divide by "
                     f"the joins {joins}; make the frames a multiple of {math.prod(joins)}, or change merge_frames"
                 )
-            clips //= join
+            clips = clips // join - plan.fewer_clips
+            if plan.fewer_clips < 0 or clips < 1:
+                raise ValueError(
+                    f"layer {layer} wants {plan.fewer_clips} clips fewer, but at least 1 has to stay: {plan}"
+                )
+        if any(plan.fewer_clips for plan in self.plan) and any(
+            (plan.join or 1) > 1 or plan.insert for plan in self.plan
+        ):
+            raise ValueError("clips that merge or are dropped are frames: no layer joins clips, or inserts tokens")
         for layer, (plan, count) in enumerate(zip(self.plan, self.layer_counts, strict=True)):
             for where, pairs, fewer, tokens in (
                 ("before attention", plan.before, plan.fewer_before, count.joined),
@@ -183,7 +193,7 @@ class MergeSchedule:
         cls, inserted = self.prefix, 0
         for plan in self.plan:
             join = plan.join or 1
-            clips, cls, inserted = clips // join, cls * join, inserted * join + plan.insert
+            clips, cls, inserted = clips // join - plan.fewer_clips, cls * join, inserted * join + plan.insert
             joined = tokens * join + plan.insert
             if plan.pool_prefix:
                 joined, cls = joined - cls + self.prefix, self.prefix
@@ -295,7 +305,7 @@ class MergeSchedule:
 
 
 # of a plan, beside [join, before, after]: one value a block each
-_MORE = ("pool_prefix", "insert", "fewer_before", "fewer_after", "fewer_last", "gathered", "slots")
+_MORE = ("pool_prefix", "insert", "fewer_before", "fewer_after", "fewer_last", "fewer_clips", "gathered", "slots")
 
 
 @dataclass(frozen=True)
@@ -317,6 +327,7 @@ class _Saved:
     fewer_last: tuple[Count, ...] = ()
     gathered: tuple[Count, ...] = ()
     slots: tuple[Count, ...] = ()
+    fewer_clips: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
         if wrong := [name for name in _MORE if len(getattr(self, name)) not in (0, len(self.plan))]:

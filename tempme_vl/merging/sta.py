@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
@@ -169,8 +170,8 @@ class BehindOptions:
     steps: Layers = 3
 
 
-def behind_schedule(frames: int, tokens: int, options: BehindOptions) -> MergeSchedule:
-    return schedule(Encoder(options.steps, frames, tokens, 0), Options(options.keep_rate))
+def behind_schedule(frames: int, grid: tuple[int, int], options: BehindOptions) -> MergeSchedule:
+    return schedule(Encoder(options.steps, frames, prod(grid), 0), Options(options.keep_rate))
 
 
 METHOD = Method(

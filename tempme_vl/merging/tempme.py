@@ -8,6 +8,7 @@ blocks go on merging inside the clip.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Annotated, Any
 
 import torch
@@ -214,7 +215,7 @@ class BehindOptions:
     intra_percent: Annotated[int, Range(0, 100)] = 10
 
 
-def behind_schedule(frames: int, tokens: int, options: BehindOptions) -> MergeSchedule:
+def behind_schedule(frames: int, grid: tuple[int, int], options: BehindOptions) -> MergeSchedule:
     """Joined clips alternate, since frames of a grid have their tokens in the same places.
 
     Raises:
@@ -224,7 +225,7 @@ def behind_schedule(frames: int, tokens: int, options: BehindOptions) -> MergeSc
     if not joins:
         raise ValueError("merge_frames says how many clips each step joins, such as (2, 2); got none")
     inside = Options(0, tuple(range(len(joins))), joins, options.cross_percent, options.intra_percent)
-    made = schedule(Encoder(len(joins), frames, tokens, 0), inside)
+    made = schedule(Encoder(len(joins), frames, prod(grid), 0), inside)
     return replace(made, settings=(("alternate", True),))
 
 

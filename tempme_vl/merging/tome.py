@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, Literal
 
 from tempme_vl.matching import bipartite_match
@@ -112,8 +113,8 @@ class BehindOptions:
     steps: Layers = 2
 
 
-def behind_schedule(frames: int, tokens: int, options: BehindOptions) -> MergeSchedule:
-    return schedule(Encoder(options.steps, frames, tokens, 0), Options(options.r))
+def behind_schedule(frames: int, grid: tuple[int, int], options: BehindOptions) -> MergeSchedule:
+    return schedule(Encoder(options.steps, frames, prod(grid), 0), Options(options.r))
 
 
 METHOD = Method(Options, schedule, layer_merge, published, knobs=knobs, behind=Behind(BehindOptions, behind_schedule))

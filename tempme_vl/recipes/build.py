@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
 
 def merging(options: MergeOptions, usual_frames: int) -> dict[str, Any]:
     """Keywords that `tempme_vl.create_frontend` and `tempme_vl.integrations.compress` share."""
-    names = ("budget", "tokens", *METHODS[options.method].option_names)
+    own = {field.name for field in fields(MergeOptions)}  # --seed is of training, and no method's
+    names = ("budget", "tokens", *own.intersection(METHODS[options.method].option_names))
     return {
         "method": options.method,
         "num_frames": options.num_frames or usual_frames,

@@ -356,7 +356,7 @@ def test_folders_come_back(name: str, tmp_path: Any) -> None:
 def test_features_merge_weighted_by_their_sizes() -> None:
     torch.manual_seed(0)
     frames = FrameFeatures(torch.randn(4, 10, 6, requires_grad=True), (2, 5), (torch.randn(4, 10, 6),))
-    plan = make_plan("tempme", 4, 10, METHODS["tempme"])
+    plan = make_plan("tempme", 4, (2, 5), METHODS["tempme"])
     clips = merge(frames, plan)
     assert clips.x.shape == (*plan.token_counts[-1], 6) and clips.deeper[0].shape == clips.x.shape
     assert (clips.source.diff(dim=1) > 0).all()
@@ -376,7 +376,7 @@ def test_still_frames_merge_without_a_loss() -> None:
     torch.manual_seed(0)
     still = torch.randn(1, 9, 6).expand(4, -1, -1)  # an odd number of tokens
     options = {"merge_frames": [2, 2], "cross_percent": 50, "intra_percent": 0}
-    clips = merge(FrameFeatures(still, (3, 3)), make_plan("tempme", 4, 9, options))
+    clips = merge(FrameFeatures(still, (3, 3)), make_plan("tempme", 4, (3, 3), options))
     torch.testing.assert_close(clips.x[0], still[0])
     assert clips.source[0].tolist() == list(range(27, 36))
 

@@ -74,6 +74,15 @@ def test_methods_that_drop_keep_a_budget_and_a_number_of_tokens(method: str, nam
     assert most * 0.8 < schedule.output_tokens <= most
 
 
+@pytest.mark.parametrize("method", ["reduction_only", "centerclip", "testa", "random", "uniform", "pool"])
+def test_other_methods_keep_a_budget(method: str) -> None:
+    for name, budget in itertools.product(("B/32", "B/16", "UMT L/16"), (0.35, 0.5, 0.8)):
+        schedule = schedule_of(TOWERS[name], method, 12, budget=budget)
+        assert budget - 0.04 < share(schedule, TOWERS[name]) <= budget, (name, budget)
+        few = schedule_of(TOWERS[name], method, 12, tokens=12 * 40).output_tokens
+        assert 300 < few <= 480, name
+
+
 @pytest.mark.parametrize("frames", [1, 2, 5, 7, 8, 12, 16, 30, 64])
 def test_all_frames_end_in_one_clip(frames: int) -> None:
     for name in ("B/16", "L/14", "tiny"):

@@ -10,9 +10,10 @@ import itertools
 
 import pytest
 import torch
-from towers import coded_frontend, random_video
+from towers import coded_frontend, every_way, random_video, way
 
-from tempme_vl import MergeSchedule
+from tempme_vl import MergeSchedule, make_schedule
+from tempme_vl.backbones.base import TowerShape
 
 JOINS = [  # frames, merge layers, frames joined
     (1, (), ()),
@@ -27,7 +28,10 @@ TEMPME = [
     MergeSchedule.tempme(4, frames, tokens, r, layers, joins, cross, intra)
     for (frames, layers, joins), (r, cross, intra), tokens in itertools.product(JOINS, PAIRS, (5, 10, 17))
 ]
+CODED = TowerShape(image_size=8, patch_size=2, width=114, heads=2, embed_dim=114)  # as `coded_frontend` makes it
 OTHERS = [
+    *every_way(4, 6, CODED),
+    make_schedule("centerclip", 4, 6, 17, clusters=(12, 7, 3), merge_layers=(0, 1, 3), merge_frames=(1, 2, 3)),
     MergeSchedule.identity(3, 4, 10),
     MergeSchedule.tome(4, 3, 17, 2),
     MergeSchedule.tome(4, 3, 10, 99),
@@ -35,11 +39,7 @@ OTHERS = [
 ]
 
 
-def name(schedule: MergeSchedule) -> str:
-    return f"{schedule.method}-{schedule.frames}x{schedule.tokens}-{schedule.output_tokens}"
-
-
-@pytest.mark.parametrize("schedule", TEMPME + OTHERS, ids=name)
+@pytest.mark.parametrize("schedule", TEMPME + OTHERS, ids=way)
 def test_tokens_hold_what_source_and_size_say(schedule: MergeSchedule) -> None:
     side = 2 * round((schedule.tokens - 1) ** 0.5)
     video = random_video(schedule.frames, side, dtype=torch.float64)
@@ -47,24 +47,29 @@ def test_tokens_hold_what_source_and_size_say(schedule: MergeSchedule) -> None:
 
     inputs, outputs = schedule.frames * schedule.tokens, schedule.output_tokens
     assert output.tokens.shape[:2] == output.size.shape[:2] == (2, outputs)
-    assert torch.equal(output.size.sum(1).flatten(), torch.full((2,), float(inputs), dtype=torch.float64))
+    dropped = (output.source < 0).sum(1)
+    assert torch.equal(output.size.sum((1, 2)).long() + dropped, torch.full((2,), inputs))
 
     # held[b, m, s]: how much of input token s is in output token m, by content
     held = output.tokens[..., :inputs] * output.size
     assert output.source.shape == (2, inputs)
-    by_source = torch.nn.functional.one_hot(output.source, outputs).transpose(1, 2)
+    by_source = torch.nn.functional.one_hot(output.source + 1, outputs + 1)[..., 1:].transpose(1, 2)
     torch.testing.assert_close(held, by_source.double(), atol=1e-9, rtol=0)
     assert torch.equal(by_source.sum(2, keepdim=True).double(), output.size)
 
-    clips, tokens = schedule.token_counts[-1]
-    frames = schedule.frames // clips  # frames of a clip, and its CLS tokens
+    if any(plan.fewer_clips for plan in schedule.plan):
+        return  # frames merge with others, CLS tokens and all
+    last = schedule.layer_counts[-1]
+    clips, tokens, prefix = last.clips, last.out, last.prefix
+    frames = schedule.frames // clips  # of a clip, as many as CLS tokens, or more where some of them became one
     for video_source in output.source.unflatten(1, (schedule.frames, schedule.tokens)):
         for frame, frame_source in enumerate(video_source):
             clip, position = divmod(frame, frames)
-            assert frame_source[0] == clip * tokens + position, "CLS tokens stay alone, first, in frame order"
-            patches = frame_source[1:]
-            assert (patches >= clip * tokens + frames).all() and (patches < (clip + 1) * tokens).all()
-    assert torch.equal(output.size.view(2, clips, tokens)[:, :, :frames], torch.ones(2, clips, frames).double())
+            assert frame_source[0] == clip * tokens + position * prefix // frames, "CLS tokens first, in frame order"
+            patches = frame_source[1:][frame_source[1:] >= 0]
+            assert (patches >= clip * tokens + prefix).all() and (patches < (clip + 1) * tokens).all()
+    of_cls = output.size.view(2, clips, tokens)[:, :, :prefix]
+    assert torch.equal(of_cls, torch.full_like(of_cls, frames / prefix))
 
 
 def test_joins_really_merge_across_frames() -> None:

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from towers import TINY_SHAPE
 
 from tempme_vl import create_frontend
-from tempme_vl.merging import METHODS, Encoder, LayerPlan, MergeSchedule, TokenMerger, merge_layers
+from tempme_vl.merging import METHODS, LayerPlan, MergeSchedule, TokenMerger, merge_layers
 from tempme_vl.merging.sta import SlotDrop
 from tempme_vl.merging.tempme import ClipPosition, CrossClipMerge
 from tempme_vl.merging.tome import ToMeMerge, pairs_by_block
+from tempme_vl.scheduling import schedule_for
 from tempme_vl.state import AttentionContext, TokenState
 
 
@@ -79,17 +81,7 @@ def test_an_unknown_method_in_a_schedule() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_registry_names_its_schedules(method: str) -> None:
-    options = {
-        "none": {},
-        "tome": {"r": 1},
-        "tempme": {"r": 1, "merge_layers": (0,), "merge_frames": (2,), "cross_percent": 1, "intra_percent": 1},
-        "evit": {"keep_rate": 0.5},
-        "diffrate": {"merge_kept": (5, 3)},
-        "sta": {"keep_rate": 0.5},
-    }
-    record = METHODS[method]
-    made = record.schedule(Encoder(2, 2, 5), record.options(**options[method]))
-    assert made.method == method
+    assert schedule_for(method, 6, TINY_SHAPE, 6).method == method
 
 
 class Products(TorchDispatchMode):

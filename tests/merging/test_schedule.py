@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from towers import TINY_SHAPE
 
 from tempme_vl import MergeSchedule, make_schedule
 from tempme_vl.merging import METHODS, LayerPlan
+from tempme_vl.scheduling import schedule_for
 
 
 def test_counts_and_costs_of_the_paper() -> None:
@@ -67,7 +69,7 @@ def test_defaults_are_the_papers_b32() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_json_round_trip(method: str) -> None:
-    schedule = make_schedule(method, 12, 12, 50)
+    schedule = schedule_for(method, 6, TINY_SHAPE, 6)
     assert MergeSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
     assert hash(schedule) == hash(MergeSchedule.from_dict(schedule.to_dict()))
 
