@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frontend": {"state", "merging", "backbones", "families", "scheduling", "pretrained", "schema", "messages", "data"},
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains
-    "tuning": {"schema", "messages"},
+    "tuning": {"schema", "messages", "registry", "state", "backbones", "text", "frontend", "merging"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE,

@@ -30,6 +30,14 @@ RETRIEVAL = {"retrieval": "a retrieval model"}
 
 
 @dataclass(frozen=True)
+class _Tuned:
+    """The tuning whose modules stayed in the model."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class _Saved:
     """config.json."""
 
@@ -37,6 +45,7 @@ class _Saved:
     frontend: Mapping[str, Any]
     text_cfg: Mapping[str, Any]
     input: Inputs
+    tuning: _Tuned | None = None
 
     def __post_init__(self) -> None:
         _text_side(str(self.frontend.get("family"))).check(self.text_cfg, "'text_cfg'")
@@ -55,6 +64,7 @@ class RetrievalModel(TunableModel):
     """
 
     lora_parts = ("frontend", "text")
+    keeps_modules = True
 
     def __init__(
         self,
@@ -139,7 +149,8 @@ class RetrievalModel(TunableModel):
         What tuning added is merged into them.
 
         Raises:
-            ValueError: a model that is none of open_clip's with both towers its own.
+            ValueError: a model that is none of open_clip's with both towers its own, or with modules of a tuning that
+                cannot be merged into its weights.
         """
         from tempme_vl.backbones.clip_checkpoint import to_openai_names
         from tempme_vl.backbones.open_clip import is_mixed
@@ -149,6 +160,10 @@ class RetrievalModel(TunableModel):
             raise ValueError(
                 f"OpenAI's names are those of CLIP; this model is of {given.get('name', given['family'])!r}"
             )
+        if self.tuning.stays:
+            raise ValueError(
+                f"CLIP's names are those of its towers; {self.tuning} has added modules that cannot be merged into them"
+            )
         state = self.plain_state()
         visual = self.frontend.openai_state_dict(part_of(state, "frontend."))
         text = to_openai_names(part_of(state, "text."))
@@ -156,7 +171,8 @@ class RetrievalModel(TunableModel):
         return {**{f"visual.{key}": value for key, value in visual.items()}, **text, "logit_scale": scale}
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes config.json, model.safetensors and the words' files; what tuning added is merged into plain weights.
+        """Writes config.json, model.safetensors and the words' files; what tuning added is merged into plain weights
+        where it can be, and else saved beside them.
 
         Args:
             state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
@@ -165,6 +181,8 @@ class RetrievalModel(TunableModel):
         self.words.save(Path(directory))
         shared = {key: self.config[key] for key in ("text_cfg", "input")}
         config = {"kind": "retrieval", "frontend": self.frontend.full_config(), **shared}
+        if (tuned := self.tuning_config()) is not None:
+            config["tuning"] = tuned
         save_model(directory, config, self.plain_state(state))
 
     @classmethod
@@ -176,13 +194,16 @@ class RetrievalModel(TunableModel):
         """
         config, state = load_model(directory, RETRIEVAL)
         file = Path(directory) / CONFIG_FILE
-        read(_Saved, config, str(file))
+        tuned = read(_Saved, config, str(file)).tuning
 
         def make() -> RetrievalModel:
             frontend = VisualFrontend.from_config(config["frontend"], f"{file}, 'frontend'")
             side = _text_side(config["frontend"]["family"])
             texts = side.build(config["frontend"], config["text_cfg"], Path(directory))
-            return cls(frontend, texts.tower, config, words=texts.words)
+            model = cls(frontend, texts.tower, config, words=texts.words)
+            if tuned is not None:
+                model.extend(find_tuning(tuned.name, tuned.options))
+            return model
 
         return build(make, state, directory)
 

@@ -1,6 +1,7 @@
 """How a model is fine-tuned: whole, in part, or through small modules beside its frozen weights.
 
-A new way is a file with a `Tuning` and its line in `TUNINGS`, or, from outside the package, `TUNINGS["name"] = Class`.
+A new way is a file with a `Tuning` and its line in `TUNINGS`, or, from outside of the package,
+`TUNINGS.register("name", Class)` or an entry point of the group "tempme_vl.tunings" (`tempme_vl.registry`).
 """
 
 from __future__ import annotations
@@ -8,19 +9,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tempme_vl.messages import few
+from tempme_vl.registry import Registry
 from tempme_vl.schema import read
-from tempme_vl.tuning.base import Tuning
+from tempme_vl.tuning.base import AddedModules, Tuning
 from tempme_vl.tuning.clip4clip import Clip4Clip
 from tempme_vl.tuning.full import Full
-from tempme_vl.tuning.lora import Lora
+from tempme_vl.tuning.lora import Dora, Lora
 
 if TYPE_CHECKING:
     from tempme_vl.tuning.model import TunableModel
 
-__all__ = ["TUNINGS", "Clip4Clip", "Full", "Lora", "TunableModel", "Tuning", "find_tuning"]
+__all__ = [
+    "TUNINGS",
+    "AddedModules",
+    "Clip4Clip",
+    "Dora",
+    "Full",
+    "Lora",
+    "TunableModel",
+    "Tuning",
+    "find_tuning",
+]
 
-TUNINGS: dict[str, type[Tuning]] = {kind.name: kind for kind in (Full, Clip4Clip, Lora)}
+TUNINGS: Registry[type[Tuning]] = Registry(
+    "tuning",
+    "tempme_vl.tunings",
+    Tuning,
+    {
+        "full": Full,
+        "clip4clip": Clip4Clip,
+        "lora": Lora,
+        "dora": Dora,
+        "prompt": "tempme_vl.tuning.prompt:Prompt",  # whose modules need torch; the names do not
+        "adapter": "tempme_vl.tuning.adapter:Adapter",
+    },
+)
 
 
 def find_tuning(tuning: str | Tuning, options: Mapping[str, Any] | None = None) -> Tuning:
@@ -32,11 +55,7 @@ def find_tuning(tuning: str | Tuning, options: Mapping[str, Any] | None = None) 
     Raises:
         ValueError: a name that is not in `TUNINGS`, or options that are not its own or not of their types.
     """
-    if isinstance(tuning, Tuning):
-        return tuning
-    if tuning not in TUNINGS:
-        raise ValueError(f"there is no tuning {tuning!r}; expected one of {few(list(TUNINGS), 99)}")
-    return read(TUNINGS[tuning], options or {}, f"tuning {tuning!r}")
+    return tuning if isinstance(tuning, Tuning) else read(TUNINGS[tuning], options or {}, f"tuning {tuning!r}")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,61 +11,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from towers import TINY, random_video
+from tuning.models import KINDS, make, outputs, train, trained
 
 from tempme_vl.tasks.qa import load_qa_model
-from tempme_vl.tasks.qa.create import create_qa_model
-from tempme_vl.tasks.retrieval import create_retrieval_model, load_retrieval_model
-from tempme_vl.tuning import TUNINGS, Clip4Clip, Full, Lora, TunableModel, Tuning, find_tuning
-
-MERGING = {"r": 1, "merge_layers": (2, 3), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
-WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{i}" for i in range(20)))
-KINDS = ("CLIP", "UMT", "QA")
-
-
-def make(kind: str, tuning: str | Tuning = "full") -> TunableModel:
-    torch.manual_seed(0)
-    if kind == "QA":
-        model = create_qa_model(TINY, WORDS, "classifier", ("word1", "word2"), num_frames=4, **MERGING)
-        model.tune(find_tuning(tuning))
-        return model
-    name, vocabulary = (TINY, None) if kind == "CLIP" else ("umt:tiny", WORDS)
-    return create_retrieval_model(
-        name, None, "tempme", 4, tuning, clip_position_std=0.5, vocabulary=vocabulary, **MERGING
-    )
-
-
-def batch(kind: str) -> dict[str, Tensor]:
-    ids = torch.tensor([[2, 5, 7, 3], [2, 9, 3, 0]])
-    of_text = {"question_ids": ids, "question_mask": (ids > 0).long(), "answer_class": torch.tensor([0, 1])}
-    if kind != "QA":
-        ids = torch.tensor([[49406, 320, 525, 49407], [49406, 786, 49407, 0]]) if kind == "CLIP" else ids
-        of_text = {"text_ids": ids, "text_mask": (ids > 0).long()}
-        of_text |= {"video_id": torch.arange(2), "text_id": torch.arange(2)}
-    return {"video": random_video(4, 32), "frame_mask": torch.ones(2, 4), "valid": torch.ones(2), **of_text}
-
-
-def outputs(model: nn.Module, kind: str) -> Tensor:
-    """What a model in evaluation says of two videos and texts."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        given = {key: value for key, value in batch(kind).items() if key != "answer_class"}
-        features = model.eval()(given)
-    return torch.cat([value.flatten() for _, value in sorted(features.items()) if value.is_floating_point()])
-
-
-def train(model: Any, kind: str, steps: int = 3) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        given = batch(kind)
-        model.loss(model(given), given).backward()
-        optimizer.step()
-
-
-def trained(model: nn.Module) -> set[str]:
-    return {name for name, p in model.named_parameters() if p.requires_grad}
+from tempme_vl.tasks.retrieval import load_retrieval_model
+from tempme_vl.tuning import TUNINGS, Lora, TunableModel, Tuning, find_tuning
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +78,7 @@ def test_clip4clip_freezes_parts_of_clip_alone() -> None:
 @pytest.mark.parametrize(
     ("tuning", "options", "message"),
     [
-        ("loar", {}, "there is no tuning 'loar'; expected one of full, clip4clip, lora"),
+        ("loar", {}, "unknown tuning 'loar'; expected one of full, clip4clip, lora"),
         ("lora", {"rnk": 4}, "tuning 'lora': unknown keys 'rnk'; expected rank, alpha, dropout, targets"),
         ("lora", {"rank": "4"}, "tuning 'lora', 'rank': expected a whole number"),
         ("lora", {"rank": 0}, "expected a rank of at least 1"),
@@ -184,9 +134,9 @@ class Scale(nn.Module):
 
 @pytest.fixture
 def last_block() -> Iterator[str]:
-    TUNINGS[LastBlock.name] = LastBlock
+    TUNINGS.register(LastBlock.name, LastBlock)
     yield LastBlock.name
-    del TUNINGS[LastBlock.name]
+    TUNINGS.unregister(LastBlock.name)
 
 
 def test_a_tuning_from_outside_trains_and_is_saved(last_block: str, tmp_path: Path) -> None:
@@ -202,4 +152,4 @@ def test_a_tuning_from_outside_trains_and_is_saved(last_block: str, tmp_path: Pa
 
 def test_names_are_those_of_the_table() -> None:
     assert {name: kind.name for name, kind in TUNINGS.items()} == {name: name for name in TUNINGS}
-    assert list(TUNINGS.values()) == [Full, Clip4Clip, Lora]
+    assert all(issubclass(kind, Tuning) for kind in TUNINGS.values())

@@ -1,0 +1,138 @@
+"""Every way of tuning with modules of its own, with and without merging: it starts, trains, is saved and comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tuning.models import make, outputs, train, trained
+
+from tempme_vl import VisualFrontend, create_frontend
+from tempme_vl.backbones.open_clip import build_clip, model_config, visual_backbone
+from tempme_vl.merging import make_schedule
+from tempme_vl.tasks.retrieval import RetrievalModel, load_retrieval_model
+from tempme_vl.text.clip import ClipTextEncoder
+from tempme_vl.tuning import TUNINGS, AddedModules, Tuning, find_tuning
+
+OPTIONS: dict[str, dict[str, Any]] = {"dora": {"rank": 2}, "prompt": {"tokens": 2}, "adapter": {}}
+STARTS_PRETRAINED = ("dora", "adapter")
+each = pytest.mark.parametrize("name", OPTIONS)
+merging = pytest.mark.parametrize("method", ["tempme", "tome", "none"])
+
+
+def tuning(name: str) -> Tuning:
+    return find_tuning(name, OPTIONS[name])
+
+
+def made(name: str, method: str = "tempme") -> RetrievalModel:
+    """The tuned model, whose added modules no longer are as at the start."""
+    model = make("CLIP", tuning(name), method, **({"r": 2} if method == "tome" else {}))
+    assert isinstance(model, RetrievalModel)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.requires_grad and model.tuning.is_new(key) and not weight.any():
+                weight.normal_(std=0.1)
+    return model
+
+
+def test_every_tuning_of_the_package_is_here() -> None:
+    assert {*OPTIONS} == {*TUNINGS} - {"full", "clip4clip", "lora"}
+
+
+@each
+@merging
+def test_it_trains_alone_and_is_saved(name: str, method: str, tmp_path: Path) -> None:
+    plain = make("CLIP", "full", method, **({"r": 2} if method == "tome" else {}))
+    start = make("CLIP", tuning(name), method, **({"r": 2} if method == "tome" else {}))
+    difference = (outputs(start, "CLIP") - outputs(plain, "CLIP")).abs().max()
+    assert difference < 1e-6 if name in STARTS_PRETRAINED else difference > 1e-4
+
+    model = made(name, method)
+    before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
+    train(model, "CLIP")
+    learnt = {key for key, weight in model.named_parameters() if not torch.equal(weight, before[key])}
+    assert learnt == trained(model) - unused(model)
+    assert any(key.startswith("text.") for key in learnt) and any(key.startswith("frontend.") for key in learnt)
+    assert {key for key in trained(model) if model.is_new_parameter(key)} == trained(model)
+
+    model.save_pretrained(tmp_path / "best")
+    loaded = load_retrieval_model(tmp_path / "best")
+    assert (loaded.state_dict().keys() == plain.state_dict().keys()) == (not model.tuning.stays)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if not model.tuning.stays else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(outputs(loaded, "CLIP"), outputs(model, "CLIP"), **tolerance)
+
+
+def unused(model: RetrievalModel) -> set[str]:
+    """What cannot learn, by the tuning itself."""
+    return set()
+
+
+@each
+def test_recomputing_blocks_changes_nothing(name: str) -> None:
+    model, again = made(name), made(name)
+    again.set_grad_checkpointing()
+    for one in (model, again):
+        train(one, "CLIP", 1)
+    state = again.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@each
+def test_half_precision_is_near(name: str) -> None:
+    model = made(name, "none")
+    full = outputs(model, "CLIP")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = outputs(model, "CLIP")
+    half = outputs(model.bfloat16(), "CLIP")
+    assert (mixed - full).abs().max() < 0.05 and (half - full).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "dora"])  # peft's own code breaks the graph
+@pytest.mark.slow
+def test_it_compiles_without_breaks(name: str) -> None:
+    model = made(name).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(outputs(compiled, "CLIP"), outputs(model, "CLIP"))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if issubclass(TUNINGS[name], AddedModules)])
+def test_what_has_no_place_for_modules_is_refused(name: str, tmp_path: Path) -> None:
+    for kind in ("UMT", "QA"):
+        with pytest.raises(ValueError, match=f"'{name}' adds modules that cannot be merged .* choose lora or dora"):
+            make(kind, tuning(name))
+    model = made(name)
+    with pytest.raises(ValueError, match="has added modules that cannot be merged into them"):
+        model.openai_state_dict()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"modules of the tuning '{name}'"):
+        create_frontend("open_clip:tiny", str(tmp_path), method="none", num_frames=4)
+    with pytest.raises(ValueError, match=f"modules of the tuning '{name}'"):
+        VisualFrontend.from_pretrained(tmp_path)
+
+
+COUNTS = [  # trainable parameters of CLIP's ViT-B/32 and of B/16, in the tables of the papers
+    ("full", {}, 151_277_313, None),
+    ("clip4clip", {}, 123_540_993, 123_540_993),
+    ("lora", {}, 491_520, 491_520),
+    ("prompt", {}, 76_800, 76_800),
+    ("adapter", {}, 261_312, 261_312),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "b32", "b16"), COUNTS, ids=lambda value: str(value))
+def test_what_trains_is_counted_as_in_the_papers(name: str, options: dict[str, Any], b32: int, b16: int | None) -> None:
+    for tower, tokens, count in (("ViT-B-32-quickgelu", 50, b32), ("ViT-B-16-quickgelu", 197, b16)):
+        if count is not None:
+            assert trainable(name, options, tower, tokens, "none") == count
+            assert trainable(name, options, tower, tokens, "tempme") == count + 21 * 768  # clip positions
+
+
+def trainable(name: str, options: dict[str, Any], tower: str, tokens: int, method: str) -> int:
+    with torch.device("meta"):
+        clip = build_clip(model_config(tower))
+        frontend = VisualFrontend(visual_backbone(clip.visual), make_schedule(method, 12, 12, tokens))
+        model = RetrievalModel(frontend, ClipTextEncoder(clip), {})
+        model.tune(find_tuning(name, options))
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
