@@ -111,7 +111,8 @@ class RetrievalModel(TunableModel):
             batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss`.
         """
         video, text, video_id, text_id, valid = gather_pairs(features, batch)
-        return contrastive_loss(video, text, features["scale"], video_id, text_id, valid)
+        weights = self.tuning.loss_weights
+        return contrastive_loss(video, text, features["scale"], video_id, text_id, valid, weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in the backward pass."""

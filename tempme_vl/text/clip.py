@@ -125,6 +125,23 @@ class ClipTextEncoder(TextEncoder):
                 state = _block(block, state)
         return self.head(state.x[torch.arange(len(x), device=x.device), end])
 
+    def shorten(self, places: int, fixed_length: bool = False) -> None:
+        """Leaves so many places fewer for the words of texts, for words that are learnt.
+
+        Args:
+            fixed_length: whether every text has all of the places from now on.
+
+        Raises:
+            ValueError: not even a start token, a word and an end token would be left.
+        """
+        if self.context_length - places < 3:
+            raise ValueError(
+                f"{places} learnt words leave {self.context_length - places} of {self.context_length} places for "
+                "texts; expected at least 3 to be left"
+            )
+        self.context_length -= places
+        self.fixed_length = self.fixed_length or fixed_length
+
     def adapters(self) -> list[OpenClipBlock]:
         """The blocks in order."""
         return [cast(OpenClipBlock, block) for block in self.blocks]

@@ -42,6 +42,8 @@ TUNINGS: Registry[type[Tuning]] = Registry(
         "dora": Dora,
         "prompt": "tempme_vl.tuning.prompt:Prompt",  # whose modules need torch; the names do not
         "adapter": "tempme_vl.tuning.adapter:Adapter",
+        "plevu": "tempme_vl.tuning.plevu:Plevu",
+        "vop": "tempme_vl.tuning.vop:Vop",
     },
 )
 

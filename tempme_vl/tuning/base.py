@@ -22,10 +22,12 @@ class Tuning:
         name: in `TUNINGS`, on command lines and in `create_retrieval_model`.
         stays: whether what it adds cannot be merged into plain weights: it is saved with the model then, and `extend`
             makes it again.
+        loss_weights: of videos that choose among texts and of texts that choose among videos, in a contrastive loss.
     """
 
     name: ClassVar[str]
     stays: ClassVar[bool] = False
+    loss_weights: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def apply(self, model: TunableModel) -> None:
         """Adds modules to a model in place, and says by `requires_grad` what trains."""

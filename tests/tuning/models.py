@@ -41,11 +41,20 @@ def batch(kind: str) -> dict[str, Tensor]:
     return {"video": random_video(4, 32), "frame_mask": torch.ones(2, 4), "valid": torch.ones(2), **of_text}
 
 
+def fitting(model: nn.Module, kind: str) -> dict[str, Tensor]:
+    """A batch whose texts are as long as the model wants them."""
+    given, text = batch(kind), getattr(model, "text", None)
+    if kind == "CLIP" and text.fixed_length:
+        padding = 0, text.context_length - given["text_ids"].shape[1]
+        given |= {name: nn.functional.pad(given[name], padding) for name in ("text_ids", "text_mask")}
+    return given
+
+
 def outputs(model: nn.Module, kind: str) -> Tensor:
     """What a model in evaluation says of two videos and texts."""
     torch.manual_seed(0)
     with torch.no_grad():
-        given = {key: value for key, value in batch(kind).items() if key != "answer_class"}
+        given = {key: value for key, value in fitting(model, kind).items() if key != "answer_class"}
         features = model.eval()(given)
     return torch.cat([value.flatten() for _, value in sorted(features.items()) if value.is_floating_point()])
 
@@ -55,7 +64,7 @@ def train(model: Any, kind: str, steps: int = 3) -> None:
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        given = batch(kind)
+        given = fitting(model, kind)
         model.loss(model(given), given).backward()
         optimizer.step()
 

@@ -16,7 +16,13 @@ from tempme_vl.tasks.retrieval import RetrievalModel, load_retrieval_model
 from tempme_vl.text.clip import ClipTextEncoder
 from tempme_vl.tuning import TUNINGS, AddedModules, Tuning, find_tuning
 
-OPTIONS: dict[str, dict[str, Any]] = {"dora": {"rank": 2}, "prompt": {"tokens": 2}, "adapter": {}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dora": {"rank": 2},
+    "prompt": {"tokens": 2},
+    "adapter": {},
+    "plevu": {"prefix": 2, "postfix": 1, "heads": 4},
+    "vop": {"visual": 2, "prefix": 1, "suffix": 1},
+}
 STARTS_PRETRAINED = ("dora", "adapter")
 each = pytest.mark.parametrize("name", OPTIONS)
 merging = pytest.mark.parametrize("method", ["tempme", "tome", "none"])
@@ -118,6 +124,9 @@ COUNTS = [  # trainable parameters of CLIP's ViT-B/32 and of B/16, in the tables
     ("lora", {}, 491_520, 491_520),
     ("prompt", {}, 76_800, 76_800),
     ("adapter", {}, 261_312, 261_312),
+    ("plevu", {}, 6_350_336, 6_350_336),
+    ("vop", {}, 122_880, 122_880),
+    ("vop", {"visual": 4, "prefix": 4, "suffix": 0}, 61_440, 61_440),
 ]
 
 
