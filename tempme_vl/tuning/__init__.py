@@ -44,6 +44,8 @@ TUNINGS: Registry[type[Tuning]] = Registry(
         "adapter": "tempme_vl.tuning.adapter:Adapter",
         "plevu": "tempme_vl.tuning.plevu:Plevu",
         "vop": "tempme_vl.tuning.vop:Vop",
+        "dgl": "tempme_vl.tuning.dgl:Dgl",
+        "mv_adapter": "tempme_vl.tuning.mv_adapter:MvAdapter",
     },
 )
 

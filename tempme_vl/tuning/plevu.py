@@ -27,8 +27,8 @@ _STD = 0.01  # of what is learnt, at the start
 @dataclass(frozen=True)
 class Plevu(AddedModules):
     """All of CLIP is frozen. A caption becomes [start, prefix, words, postfix, end], with learnt words from a table of
-    one for every place. Frames' embeddings, not normalised, get temporal positions, pass a transformer and are averaged,
-    whether real or not. Similarities are cosines / 0.07, and the loss is that of videos that choose among texts.
+    one for every place. Frames' embeddings, not normalised, get temporal positions, pass a transformer and are
+    averaged, real or not. Similarities are cosines / 0.07, and the loss is that of videos that choose among texts.
 
     The public code is that for actions; for retrieval the authors have published none.
 
