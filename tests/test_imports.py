@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frontend": {"state", "merging", "backbones", "families", "scheduling", "pretrained", "schema", "messages", "data"},
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains
-    "tuning": {"schema", "messages", "registry", "state", "backbones", "text", "frontend", "merging"},
+    "tuning": {"schema", "registries", "state", "backbones", "text", "frontend"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE,
@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"processes", "together", "manifest", "schema", "libraries"},
 }
 # above a part, and named there for a type checker alone: what its mappings hold
-TYPES: dict[str, set[str]] = {"registries": {"merging", "families", "data"}}
+TYPES: dict[str, set[str]] = {"registries": {"merging", "families", "data", "tuning"}}
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed
 HEAVY = {"deepspeed", "peft", "timm", "decord"}  # and not always needed

@@ -1,7 +1,6 @@
 """How a model is fine-tuned: whole, in part, or through small modules beside its frozen weights.
 
-A new way is a file with a `Tuning` and its line in `TUNINGS`, or, from outside of the package,
-`TUNINGS.register("name", Class)` or an entry point of the group "tempme_vl.tunings" (`tempme_vl.registry`).
+A new way is a file with a `Tuning` and its line in `tempme_vl.registries.TUNINGS` (docs/add_a_tuning.md).
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tempme_vl.registry import Registry
+from tempme_vl.registries import TUNINGS
 from tempme_vl.schema import read
 from tempme_vl.tuning.base import AddedModules, Tuning
 from tempme_vl.tuning.clip4clip import Clip4Clip
@@ -30,24 +29,6 @@ __all__ = [
     "Tuning",
     "find_tuning",
 ]
-
-TUNINGS: Registry[type[Tuning]] = Registry(
-    "tuning",
-    "tempme_vl.tunings",
-    Tuning,
-    {
-        "full": Full,
-        "clip4clip": Clip4Clip,
-        "lora": Lora,
-        "dora": Dora,
-        "prompt": "tempme_vl.tuning.prompt:Prompt",  # whose modules need torch; the names do not
-        "adapter": "tempme_vl.tuning.adapter:Adapter",
-        "plevu": "tempme_vl.tuning.plevu:Plevu",
-        "vop": "tempme_vl.tuning.vop:Vop",
-        "dgl": "tempme_vl.tuning.dgl:Dgl",
-        "mv_adapter": "tempme_vl.tuning.mv_adapter:MvAdapter",
-    },
-)
 
 
 def find_tuning(tuning: str | Tuning, options: Mapping[str, Any] | None = None) -> Tuning:
