@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from towers import TINY, random_video
 
 from tempme_vl.tasks.qa.create import create_qa_model
@@ -71,3 +72,21 @@ def train(model: Any, kind: str, steps: int = 3) -> None:
 
 def trained(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Pairs(Dataset):
+    """Eight videos with texts that fit a model of CLIP."""
+
+    def __init__(self, model: nn.Module):
+        self.given = fitting(model, "CLIP")
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        index = key[1]
+        texts = {name: self.given[name][index % 2].clone() for name in ("text_ids", "text_mask")}
+        texts["text_ids"][1] = 300 + index
+        video = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(index))
+        shared = {"frame_mask": torch.ones(4), "valid": 1, "video_id": index, "text_id": index, "name": f"pair-{index}"}
+        return {"video": video, **shared, **texts}

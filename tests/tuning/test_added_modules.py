@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from tuning.models import make, outputs, train, trained
+from training.models import train_config
+from training.processes import run
+from tuning.models import Pairs, make, outputs, train, trained
 
 from tempme_vl import VisualFrontend, create_frontend
 from tempme_vl.backbones.open_clip import build_clip, model_config, visual_backbone
 from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.retrieval import RetrievalModel, load_retrieval_model
 from tempme_vl.text.clip import ClipTextEncoder
+from tempme_vl.training import distributed
+from tempme_vl.training.engine import Trainer
 from tempme_vl.tuning import TUNINGS, Lora, Tuning, find_tuning
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -100,6 +104,33 @@ def test_half_precision_is_near(name: str) -> None:
     assert (mixed - full).abs().max() < 0.05 and (half - full).abs().max() < 0.1
 
 
+def train_partly(output: Path, stage: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The trained weights of every tuning after two steps. Not of DoRA, whose layers read those of others."""
+    distributed.initialize()
+    weights = {}
+    for name in OPTIONS.keys() - {"dora"}:
+        model = made(name)
+        groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad], "lr": 0.1}]
+        config = train_config(output / name, stage, epochs=1, batch_size=4)
+        trainer = Trainer(model, torch.optim.SGD(groups), Pairs(model), config)
+        for batch in trainer.batches():
+            trainer.update(batch, model.loss)
+        state = trainer.full_state_dict()
+        weights[name] = {key: state[key].clone() for key, weight in model.named_parameters() if weight.requires_grad}
+    return weights
+
+
+@pytest.mark.slow
+def test_partitioned_weights_learn_the_same(tmp_path: Path) -> None:
+    (alone,) = run(train_partly, tmp_path / "alone", "zero0")
+    parts, _ = run(train_partly, tmp_path / "parts", "partitioned", world=2)
+    for name, weights in alone.items():
+        start = dict(made(name).named_parameters())
+        assert any(not torch.equal(weight, start[key]) for key, weight in weights.items())
+        for key, weight in weights.items():
+            torch.testing.assert_close(parts[name][key], weight, rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
+
+
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "dora"])  # peft's own code breaks the graph
 @pytest.mark.slow
 def test_it_compiles_without_breaks(name: str) -> None:
@@ -121,6 +152,32 @@ def test_what_has_no_place_for_modules_is_refused(name: str, tmp_path: Path) -> 
         create_frontend("open_clip:tiny", str(tmp_path), method="none", num_frames=4)
     with pytest.raises(ValueError, match=f"modules of the tuning '{name}'"):
         VisualFrontend.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "method", "message"),
+    [
+        ("prompt", {"tokens": 0}, "none", "expected at least 1 prompt a block"),
+        ("adapter", {"width": 0}, "none", "expected a width of at least 1"),
+        ("plevu", {"prefix": -1}, "none", "expected prefix and postfix from 0"),
+        ("plevu", {"heads": 7}, "none", "expected heads that divide the embedding's 64; got 7"),
+        ("plevu", {"prefix": 70, "postfix": 5, "heads": 4}, "none", "75 learnt words leave 2 of 77 places for texts"),
+        ("vop", {"visual": 0, "prefix": 0, "suffix": 0}, "none", "expected numbers of prompts from 0, and not only 0"),
+        ("dgl", {"prompts": "cubic"}, "none", "'prompts': expected one of 'linear', 'transformer'"),
+        ("dgl", {"text_tokens": 3}, "none", "an even number of text_tokens"),
+        ("mv_adapter", {"shared": (9,)}, "none", r"numbers of blocks among \[0, 1, 2, 3, 4, 5\]; got \[9\]"),
+        ("testa_clip", {"blocks": (6,)}, "none", "expected numbers of blocks from 0 to 5; got 6"),
+        ("testa_clip", {"blocks": (4,)}, "tempme", r"leaves one clip in all of the blocks \[4\]"),
+    ],
+)
+def test_what_is_no_option(name: str, options: dict[str, Any], method: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make("CLIP", find_tuning(name, options), method)
+
+
+def test_more_words_than_a_model_was_tuned_for() -> None:
+    with pytest.raises(ValueError, match="tuned for 3 words at most; got 4: give max_words"):
+        outputs(make("CLIP", find_tuning("mv_adapter", {"words": 3})), "CLIP")
 
 
 COUNTS = [  # trainable parameters of CLIP's ViT-B/32 and of B/16, in the tables of the papers

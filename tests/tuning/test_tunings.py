@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from tuning.models import KINDS, make, outputs, train, trained
 
 from tempme_vl.tasks.qa import load_qa_model
 from tempme_vl.tasks.retrieval import load_retrieval_model
-from tempme_vl.tuning import TUNINGS, Lora, TunableModel, Tuning, find_tuning
+from tempme_vl.tuning import TUNINGS, Lora, Tuning, find_tuning
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,55 +96,6 @@ def test_layers_that_are_not_there_and_a_second_tuning() -> None:
         model.tune(Lora())
     other = make("CLIP", "clip4clip")
     other.tune(Lora())  # which freezes more
-
-
-@dataclass(frozen=True)
-class LastBlock(Tuning):
-    """Trains the last block of the visual tower and a new scale of its head, as somebody else might want it."""
-
-    name: ClassVar[str] = "last_block"
-    blocks: int = 1
-
-    def apply(self, model: TunableModel) -> None:
-        model.requires_grad_(False)
-        frontend: Any = model.get_submodule("frontend")
-        frontend.blocks[-self.blocks :].requires_grad_(True)
-        frontend.head = nn.Sequential(frontend.head, Scale(frontend.shape.embed_dim))
-
-    def is_new(self, name: str) -> bool:
-        return name.endswith("last_scale")
-
-    def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        scale = state["frontend.head.1.last_scale"]
-        merged = {key.replace("head.0.", "head."): value for key, value in state.items() if "last_scale" not in key}
-        return {**merged, "frontend.head.proj": merged["frontend.head.proj"] * scale}
-
-
-class Scale(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.last_scale = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.last_scale
-
-
-@pytest.fixture
-def last_block() -> Iterator[str]:
-    TUNINGS.register(LastBlock.name, LastBlock)
-    yield LastBlock.name
-    TUNINGS.unregister(LastBlock.name)
-
-
-def test_a_tuning_from_outside_trains_and_is_saved(last_block: str, tmp_path: Path) -> None:
-    model = make("CLIP", last_block)
-    assert torch.equal(outputs(model, "CLIP"), outputs(make("CLIP"), "CLIP"))
-    assert {name for name in trained(model) if model.is_new_parameter(name)} == {"frontend.head.1.last_scale"}
-    train(model, "CLIP")
-    tuned = outputs(deepcopy(model), "CLIP")
-    model.save_pretrained(tmp_path / "best")
-    loaded = load_retrieval_model(tmp_path / "best")
-    torch.testing.assert_close(outputs(loaded, "CLIP"), tuned, rtol=1e-4, atol=1e-5)
 
 
 def test_names_are_those_of_the_table() -> None:
