@@ -23,7 +23,7 @@ from tempme_vl.families import FAMILIES, find_family, split_name
 from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
-from tempme_vl.pretrained import CONFIG_FILE, build, load_any, save_model
+from tempme_vl.pretrained import CONFIG_FILE, build, load_any, refuse_added_modules, save_model
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import ConfigError, read
 from tempme_vl.state import AttentionContext, FrontendOutput, TokenState, at_least_float32
@@ -48,9 +48,28 @@ class MergedBlock(nn.Module):
 
     def forward(self, state: TokenState) -> TokenState:
         state = self.before_attention(state, AttentionContext.of_tokens(state.x))
-        delta, attention = self.block.attention_branch(state.x, state.attention_bias)
-        state = self.after_attention(state.add(delta), attention)
-        return self.after_mlp(state.add(self.block.mlp_branch(state.x)), attention)
+        state, attention = self.block.attention_step(state)
+        state = self.after_attention(state, attention)
+        return self.after_mlp(self.block.mlp_step(state), attention)
+
+
+class FramePlace(nn.Module):
+    """The place where frames become a video, and a tuning may do otherwise. As it is here: the mean of the real frames'
+    normalised embeddings."""
+
+    def forward(
+        self, frames: Tensor, frame_mask: Tensor | None, video: Tensor | None, clip_of: Tensor | None = None
+    ) -> Tensor:
+        """Args:
+            frames: (B, F, E), or (B, C, E) where an embedding stands for several frames; not normalised.
+            frame_mask: (B, F), nonzero for real frames.
+            video: (B, G, E), `TokenState.video_tokens` normed and projected, where there are such.
+            clip_of: (B, F), see `TokenState`.
+
+        Returns:
+            (B, E).
+        """
+        return masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask, clip_of)
 
 
 class VisualFrontend(Shareable, nn.Module):
@@ -82,6 +101,7 @@ class VisualFrontend(Shareable, nn.Module):
         self.blocks = nn.ModuleList(
             MergedBlock(cast(BlockAdapter, block), merge) for block, merge in zip(backbone.blocks, merges, strict=True)
         )
+        self.tuned = FramePlace()
         self.grad_checkpointing = False
 
     def forward(self, video: Tensor, frame_mask: Tensor | None = None, trace_source: bool = False) -> FrontendOutput:
@@ -100,7 +120,8 @@ class VisualFrontend(Shareable, nn.Module):
         self._check(video, frame_mask)
         x = self.embed(video.flatten(0, 1))
         schedule = self.schedule
-        state = TokenState.start(x, schedule.clips, self.shape.num_prefix, trace_source, schedule.proportional)
+        start = x, schedule.clips, self.shape.num_prefix, trace_source, schedule.proportional
+        state = TokenState.start(*start, frame_mask=frame_mask)
         for block in self.blocks:
             state = checkpoint(block, state, use_reentrant=False) if self._recompute() else block(state)
         return self._output(state, frame_mask)
@@ -115,7 +136,8 @@ class VisualFrontend(Shareable, nn.Module):
             )
         tokens, size = (rearrange(t, "(b c) n d -> b (c n) d", c=state.num_clips) for t in (state.x, state.size))
         frames = self._embed_frames(state)
-        pooled = masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask, state.clip_of)
+        video = None if state.video_tokens is None else self.head(self.norm(state.video_tokens))
+        pooled = self.tuned(frames, frame_mask, video, state.clip_of)
         source = state.source
         if source is not None:
             clip = torch.arange(state.num_clips, device=source.device).view(1, -1, 1)
@@ -394,6 +416,7 @@ class VisualFrontend(Shareable, nn.Module):
         file = directory / CONFIG_FILE
         if "frontend" not in settings:
             raise ConfigError(f"{file}: expected a model with a 'frontend'; got {', '.join(settings)}")
+        refuse_added_modules(settings, directory)
         place = f"{file}, 'frontend'"
         if settings.pop("kind") == ModelConfig.kind:
             config = read(ModelConfig, settings, str(file)).frontend

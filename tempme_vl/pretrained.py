@@ -127,6 +127,19 @@ def load_kind(directory: str | Path) -> str:
     return str(_read_settings(directory)["kind"])
 
 
+def refuse_added_modules(config: Mapping[str, Any], directory: str | Path) -> None:
+    """For readers of a part of a model, such as its visual tower.
+
+    Raises:
+        FolderError: a tuning's modules stayed in the model (`tempme_vl.tuning.base.AddedModules`).
+    """
+    if isinstance(tuned := config.get("tuning"), Mapping):
+        raise FolderError(
+            f"{directory} holds a model with modules of the tuning {tuned.get('name')!r}, which are no part of a "
+            "tower's weights: tempme_vl.tasks.retrieval.load_retrieval_model reads it"
+        )
+
+
 def _require_files(directory: Path) -> None:
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / name).is_file()]
     if missing:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from tempme_vl.families.base import Family
     from tempme_vl.integrations.base import Host
     from tempme_vl.merging.method import Method
+    from tempme_vl.tuning.base import Tuning
 
-__all__ = ["DATASETS", "FAMILIES", "HOSTS", "METHODS"]
+__all__ = ["DATASETS", "FAMILIES", "HOSTS", "METHODS", "TUNINGS"]
 
 # how tokens become fewer: docs/add_a_method.md
 METHODS: Registry[Method] = Registry(
@@ -87,5 +88,25 @@ HOSTS: Registry[type[Host]] = Registry(
         "Qwen3VLForConditionalGeneration": "tempme_vl.integrations.qwen3_vl:Qwen3VLHost",
         "InternVLForConditionalGeneration": "tempme_vl.integrations.internvl:InternVLHost",
         "SmolVLMForConditionalGeneration": "tempme_vl.integrations.smolvlm:SmolVLMHost",
+    },
+)
+
+# what of a model trains: docs/add_a_tuning.md
+TUNINGS: Registry[type[Tuning]] = Registry(
+    "tuning",
+    "tempme_vl.tunings",
+    "tempme_vl.tuning.base:Tuning",
+    {
+        "full": "tempme_vl.tuning.full:Full",
+        "clip4clip": "tempme_vl.tuning.clip4clip:Clip4Clip",
+        "lora": "tempme_vl.tuning.lora:Lora",
+        "dora": "tempme_vl.tuning.lora:Dora",
+        "prompt": "tempme_vl.tuning.prompt:Prompt",
+        "adapter": "tempme_vl.tuning.adapter:Adapter",
+        "plevu": "tempme_vl.tuning.plevu:Plevu",
+        "dgl": "tempme_vl.tuning.dgl:Dgl",
+        "vop": "tempme_vl.tuning.vop:Vop",
+        "mv_adapter": "tempme_vl.tuning.mv_adapter:MvAdapter",
+        "testa_clip": "tempme_vl.tuning.testa_clip:TestaClip",
     },
 )

@@ -44,17 +44,27 @@ class AttentionContext:
         queries: (R, heads, N, D_head), or None where no attention has run.
         bias: (R, 1, 1, N) on the keys, as `TokenState.attention_bias` gives it, or None.
         scale: of the logits; None for D_head ** -0.5.
+        other_keys: (R, heads, n, D_head) of what was attended to beside the tokens, such as prompts, each as one key;
+            or None. Nothing merges it, but it has its share of every row.
     """
 
     keys: Tensor
     queries: Tensor | None = None
     bias: Tensor | None = None
     scale: float | None = None
+    other_keys: Tensor | None = None
 
     @classmethod
     def of_tokens(cls, x: Tensor) -> AttentionContext:
         """Tokens (R, N, D) that no attention has seen."""
         return cls(x.unsqueeze(1))
+
+    def without_last(self, others: int) -> AttentionContext:
+        """The same attention, its last keys and queries those of no tokens."""
+        assert self.queries is not None and self.other_keys is None
+        keys, other_keys = self.keys[:, :, :-others], self.keys[:, :, -others:]
+        bias = None if self.bias is None else self.bias[..., :-others]
+        return AttentionContext(keys, self.queries[:, :, :-others], bias, self.scale, other_keys)
 
     def features(self) -> Tensor:
         """(R, N, D_head) keys averaged over heads, without gradient: what ToMe and TempMe compare tokens by."""
@@ -78,7 +88,11 @@ class AttentionContext:
             queries, keys = at_least_float32(self.queries[:, :, first:last]), at_least_float32(self.keys)
             scale = queries.shape[-1] ** -0.5 if self.scale is None else self.scale
             logits = (queries * scale) @ keys.transpose(-1, -2)
-            return (logits if self.bias is None else logits + self.bias).softmax(-1)
+            logits = logits if self.bias is None else logits + self.bias
+            if self.other_keys is None:
+                return logits.softmax(-1)
+            others = (queries * scale) @ at_least_float32(self.other_keys).transpose(-1, -2)
+            return torch.cat([logits, others], -1).softmax(-1)[..., : keys.shape[2]]
 
     @torch.no_grad()
     def column_sums(self, diagonal: bool = True, chunk: int = 128) -> Tensor:
@@ -126,6 +140,8 @@ class TokenState:
         weight: (B*C, N, 1) float, as how many tokens each counts in attention, where that is not its size; else None.
         clip_of: (B, F) int64, the clip that holds each frame, -1 for a dropped one; None where clips hold equally many
             neighbouring frames, as long as none has merged with another.
+        frame_mask: (B, F), nonzero for real frames, or None where all are.
+        video_tokens: (B, G, D) tokens of whole videos that a tuning adds; they belong to no clip, and hold no input.
     """
 
     x: Tensor
@@ -139,10 +155,18 @@ class TokenState:
     origin: Tensor | None = None
     weight: Tensor | None = None
     clip_of: Tensor | None = None
+    frame_mask: Tensor | None = None
+    video_tokens: Tensor | None = None
 
     @classmethod
     def start(
-        cls, x: Tensor, num_clips: int, num_prefix: int, trace_source: bool = False, proportional: bool = True
+        cls,
+        x: Tensor,
+        num_clips: int,
+        num_prefix: int,
+        trace_source: bool = False,
+        proportional: bool = True,
+        frame_mask: Tensor | None = None,
     ) -> TokenState:
         """The state before the first block: every token stands for itself.
 
@@ -154,7 +178,13 @@ class TokenState:
         dtype = torch.promote_types(x.dtype, torch.float32)
         size = torch.ones(rows, tokens, 1, dtype=dtype, device=x.device)
         source = torch.arange(tokens, device=x.device).expand(rows, -1) if trace_source else None
-        return cls(x, size, num_clips, num_prefix, source=source, proportional=proportional, origin=source)
+        return cls(
+            *(x, size, num_clips, num_prefix),
+            source=source,
+            proportional=proportional,
+            origin=source,
+            frame_mask=frame_mask,
+        )
 
     @property
     def attention_bias(self) -> Tensor | None:

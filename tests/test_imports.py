@@ -75,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains
-    "tuning": {"schema", "messages"},
+    "tuning": {"schema", "registries", "state", "backbones", "text", "frontend"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE | {"data"},
@@ -92,7 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"processes", "together", "manifest", "schema", "libraries"},
 }
 # above a part, and named there for a type checker alone: what its mappings hold
-TYPES: dict[str, set[str]] = {"registries": {"data", "families", "integrations", "merging"}}
+TYPES: dict[str, set[str]] = {"registries": {"data", "families", "integrations", "merging", "tuning"}}
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed
 HEAVY = {"deepspeed", "peft", "timm", "decord"}  # and not always needed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -120,8 +120,12 @@ class SelfAttention(nn.Module):
         Returns:
             the attended tokens (R, N, D), and what attended to them.
         """
-        q, k, v = self.bias(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.project(x)
         return self.proj(attend(q, k, v, bias)), AttentionContext(k, q, bias)
+
+    def project(self, x: Tensor) -> Tensor:
+        """(R, N, D) tokens -> (3, R, heads, N, D_head) queries, keys and values."""
+        return self.bias(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class PatchProjection(nn.Conv2d):
@@ -182,11 +186,57 @@ class DropPath(nn.Module):
         return x * kept.div_(1 - self.rate)
 
 
+class BlockState(Protocol):
+    """What runs through blocks: `TokenState` of a visual tower, `TextState` of a text tower."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def attention_bias(self) -> Tensor | None: ...
+
+    def add(self: S, delta: Tensor) -> S: ...
+
+
+S = TypeVar("S", bound=BlockState)
+
+
+class BlockPlace(nn.Module):
+    """The place in a block where a tuning adds something. Empty as it is here: both branches are added as they are.
+
+    What stands in it holds its learnt weights in modules that it calls, so that ZeRO-3 gathers them.
+    """
+
+    def attention_step(self, block: BlockAdapter, state: S) -> tuple[S, AttentionContext]:
+        """The state after a block's attention, and what attended."""
+        delta, attention = block.attention_branch(state.x, state.attention_bias)
+        return state.add(delta), attention
+
+    def mlp_step(self, block: BlockAdapter, state: S) -> S:
+        """The state after a block's MLP."""
+        return state.add(block.mlp_branch(state.x))
+
+
 class BlockAdapter(nn.Module):
     """A pre-norm transformer block taken apart into its two residual branches.
 
     Norms, LayerScale, DropPath and qk-norm stay inside the branches.
+
+    Attributes:
+        tuned: what a tuning adds to it.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tuned = BlockPlace()
+
+    def attention_step(self, state: S) -> tuple[S, AttentionContext]:
+        """The state after the attention branch and what a tuning adds there, and the attention, for merging."""
+        return self.tuned.attention_step(self, state)
+
+    def mlp_step(self, state: S) -> S:
+        """The state after the MLP branch and what a tuning adds there."""
+        return self.tuned.mlp_step(self, state)
 
     def attention_branch(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionContext]:
         """(R, N, D) tokens -> the branch's (R, N, D) delta, and the attention that made it, for merging."""

@@ -65,6 +65,7 @@ def contrastive_loss(
     video_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     valid: Tensor | None = None,
+    weights: tuple[float, float] = (0.5, 0.5),
 ) -> Tensor:
     """Symmetric cross-entropy between matching videos and captions (CLIP; TempMe section 4).
 
@@ -75,19 +76,19 @@ def contrastive_loss(
         scale: exp(logit scale), a scalar.
         video_ids, text_ids: (G,) int64, equal for the same video or the same caption.
         valid: (G,) bool; pairs whose video could not be read are False: neither positive nor negative.
+        weights: of videos that choose among texts, and of texts that choose among videos.
 
     Returns:
-        the scalar mean of both directions; 0 if no pair is valid.
+        the scalar sum of both directions' weighted means; 0 if no pair is valid.
     """
     excluded = same_pairs(
         *(ids for ids in (torch.arange(len(video), device=video.device), video_ids, text_ids) if ids is not None)
     )
     logits_VT = _logits(scale * _readable(video, valid), text, excluded, valid)
     target = torch.arange(len(logits_VT), device=logits_VT.device)
-    per_pair = 0.5 * (
-        F.cross_entropy(logits_VT, target, reduction="none") + F.cross_entropy(logits_VT.T, target, reduction="none")
-    )
-    return _mean(per_pair, valid)
+    by_video = F.cross_entropy(logits_VT, target, reduction="none")
+    by_text = F.cross_entropy(logits_VT.T, target, reduction="none")
+    return _mean(weights[0] * by_video + weights[1] * by_text, valid)
 
 
 def same_pairs(*ids: Tensor) -> Tensor:

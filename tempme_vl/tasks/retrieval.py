@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,7 @@ from tempme_vl.frontend import VisualFrontend, merge_in
 from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import MergeSchedule, is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, build, load_kind, load_model, save_model
+from tempme_vl.schema import LEFT_OUT
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.cards import retrieval_card
 from tempme_vl.tasks.inputs import Inputs
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class TunedBy:
+    """The tuning whose modules stayed in the model."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class RetrievalConfig(ModelConfig):
     """config.json of a `RetrievalModel`; `text_cfg` is of the library that the text tower comes from."""
 
@@ -43,6 +52,7 @@ class RetrievalConfig(ModelConfig):
     what: ClassVar[str] = "a retrieval model"
     text_cfg: Mapping[str, Any]
     input: Inputs
+    tuning: TunedBy | None = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         _text_side(self.frontend.tower.family).check(self.text_cfg, "'text_cfg'")
@@ -61,6 +71,7 @@ class RetrievalModel(Shareable, TunableModel):
     """
 
     lora_parts = ("frontend", "text")
+    keeps_modules = True
 
     def __init__(
         self,
@@ -109,7 +120,8 @@ class RetrievalModel(Shareable, TunableModel):
             batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss`.
         """
         video, text, video_id, text_id, valid = gather_pairs(features, batch)
-        return contrastive_loss(video, text, features["scale"], video_id, text_id, valid)
+        weights = self.tuning.loss_weights
+        return contrastive_loss(video, text, features["scale"], video_id, text_id, valid, weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in the backward pass."""
@@ -147,7 +159,8 @@ class RetrievalModel(Shareable, TunableModel):
         What tuning added is merged into them.
 
         Raises:
-            ValueError: a model that is none of open_clip's with both towers its own.
+            ValueError: a model that is none of open_clip's with both towers its own, or with modules of a tuning that
+                cannot be merged into its weights.
         """
         from tempme_vl.backbones.clip_checkpoint import to_openai_names
         from tempme_vl.backbones.open_clip import Config
@@ -155,6 +168,10 @@ class RetrievalModel(Shareable, TunableModel):
         given = self.frontend.config
         if not isinstance(given, Config) or given.family != "open_clip" or given.is_mixed:
             raise ValueError(f"OpenAI's names are those of CLIP; this model is of {tower_name(given)!r}")
+        if self.tuning.stays:
+            raise ValueError(
+                f"CLIP's names are those of its towers; {self.tuning} has added modules that cannot be merged into them"
+            )
         state = self.plain_state()
         visual = self.frontend.openai_state_dict(part_of(state, "frontend."))
         text = to_openai_names(part_of(state, "text."))
@@ -163,14 +180,17 @@ class RetrievalModel(Shareable, TunableModel):
 
     def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes config.json, model.safetensors, README.md and the words' files; what tuning added is merged into plain
-        weights.
+        weights where it can be, and else saved beside them.
 
         Args:
             state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
         """
         Path(directory).mkdir(parents=True, exist_ok=True)
         self.words.save(Path(directory))
-        config = RetrievalConfig(self.frontend.full_config(), self.text_config, self.input)
+        tuned = self.tuning_config()
+        config = RetrievalConfig(
+            self.frontend.full_config(), self.text_config, self.input, None if tuned is None else TunedBy(**tuned)
+        )
         save_model(directory, config, self.plain_state(state), self.card())
 
     def card(self) -> Card:
@@ -195,7 +215,10 @@ class RetrievalModel(Shareable, TunableModel):
         def make() -> RetrievalModel:
             frontend = VisualFrontend.from_config(config.frontend, place)
             texts = _text_side(tower.family).build(tower, dict(config.text_cfg), directory)
-            return cls(frontend, texts.tower, config.text_cfg, words=texts.words, input=config.input)
+            model = cls(frontend, texts.tower, config.text_cfg, words=texts.words, input=config.input)
+            if config.tuning is not None:
+                model.extend(find_tuning(config.tuning.name, config.tuning.options))
+            return model
 
         return build(make, state, directory)
 

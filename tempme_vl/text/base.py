@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TextState:
+    """Words between two steps of a text tower.
+
+    Attributes:
+        x: (B, L, D).
+        attention_bias: (1, 1, L, L) on the logits, such as the mask of a causal tower, or None.
+    """
+
+    x: Tensor
+    attention_bias: Tensor | None = None
+
+    def add(self, delta: Tensor) -> TextState:
+        """The state after a residual branch."""
+        return replace(self, x=self.x + delta)
 
 
 class TextEncoder(nn.Module):

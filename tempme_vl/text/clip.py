@@ -14,23 +14,43 @@ from torch.utils.checkpoint import checkpoint
 
 from tempme_vl.backbones.open_clip_blocks import OpenClipBlock
 from tempme_vl.libraries import describe, undocumented
-from tempme_vl.text.base import TextEncoder
+from tempme_vl.text.base import TextEncoder, TextState
 
 _PACKAGE = "open_clip_torch"
 with undocumented(_PACKAGE):
     from open_clip.transformer import TextTransformer
 
 
+class WordPlace(nn.Module):
+    """The place in front of the positions where a tuning adds words that are learnt. Empty as it is here."""
+
+    def forward(self, words: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """Args:
+            words: (B, L, D) embedded words without positions.
+            end: (B,) int64, the place that stands for each text.
+
+        Returns:
+            words (B, L', D), and that place among them.
+        """
+        return words, end
+
+
 class ClipTextEmbed(nn.Module):
-    """Word and position embeddings: (B, L) ids -> (B, L, D)."""
+    """Word and position embeddings.
+
+    Attributes:
+        tuned: what a tuning adds between the two.
+    """
 
     def __init__(self, tower: Any):
         super().__init__()
         self.token_embedding, self.positional_embedding = tower.token_embedding, tower.positional_embedding
+        self.tuned = WordPlace()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.token_embedding(ids)
-        return x + self.positional_embedding[: ids.shape[1]].to(x.dtype)
+    def forward(self, ids: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) ids and (B,) the places that stand for the texts -> (B, L, D) words, and these places; L may grow."""
+        x, end = self.tuned(self.token_embedding(ids), end)
+        return x + self.positional_embedding[: x.shape[1]].to(x.dtype), end
 
 
 class ClipTextHead(nn.Module):
@@ -77,7 +97,7 @@ class ClipTextEncoder(TextEncoder):
             )
         causal = source.attn_mask is not None
         super().__init__(source.context_length, fixed_length=not causal or pool == "last")
-        self.causal, self.pool = causal, pool
+        self.causal, self.pool, self.width = causal, pool, source.ln_final.normalized_shape[0]
         self.embed, self.head = ClipTextEmbed(source), ClipTextHead(source)
         self.blocks = nn.ModuleList(OpenClipBlock(block) for block in source.transformer.resblocks)
 
@@ -95,25 +115,43 @@ class ClipTextEncoder(TextEncoder):
             ValueError: see `TextEncoder.check`.
         """
         self.check(ids, mask)
-        x = self.embed(ids)
-        bias = _causal_bias(x) if self.causal else None
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(_block, block, x, bias, use_reentrant=False)
-            else:
-                x = _block(cast(OpenClipBlock, block), x, bias)
-        if self.pool == "last":
-            return self.head(x[:, -1])
         end = mask.bool().sum(dim=1) - 1
-        return self.head(x[torch.arange(len(x), device=x.device), end])
+        x, end = self.embed(ids, torch.full_like(end, ids.shape[1] - 1) if self.pool == "last" else end)
+        state = TextState(x, _causal_bias(x) if self.causal else None)
+        for block in self.adapters():
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                state = checkpoint(_block, block, state, use_reentrant=False)
+            else:
+                state = _block(block, state)
+        return self.head(state.x[torch.arange(len(x), device=x.device), end])
+
+    def shorten(self, places: int, fixed_length: bool = False) -> None:
+        """Leaves so many places fewer for the words of texts, for words that are learnt.
+
+        Args:
+            fixed_length: whether every text has all of the places from now on.
+
+        Raises:
+            ValueError: not even a start token, a word and an end token would be left.
+        """
+        if self.context_length - places < 3:
+            raise ValueError(
+                f"{places} learnt words leave {self.context_length - places} of {self.context_length} places for "
+                "texts; expected at least 3 to be left"
+            )
+        self.context_length -= places
+        self.fixed_length = self.fixed_length or fixed_length
+
+    def adapters(self) -> list[OpenClipBlock]:
+        """The blocks in order."""
+        return [cast(OpenClipBlock, block) for block in self.blocks]
 
     def input_side(self) -> nn.Module:
         return self.embed
 
 
-def _block(block: OpenClipBlock, x: Tensor, bias: Tensor | None) -> Tensor:
-    x = x + block.attention_branch(x, bias)[0]
-    return x + block.mlp_branch(x)
+def _block(block: OpenClipBlock, state: TextState) -> TextState:
+    return block.mlp_step(block.attention_step(state)[0])
 
 
 def _causal_bias(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How a model is fine-tuned: whole, in part, or through small modules beside its frozen weights.
 
-A new way is a file with a `Tuning` and its line in `TUNINGS`, or, from outside the package, `TUNINGS["name"] = Class`.
+A new way is a file with a `Tuning` and its line in `tempme_vl.registries.TUNINGS` (docs/add_a_tuning.md).
 """
 
 from __future__ import annotations
@@ -8,19 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tempme_vl.messages import few
+from tempme_vl.registries import TUNINGS
 from tempme_vl.schema import read
-from tempme_vl.tuning.base import Tuning
+from tempme_vl.tuning.base import AddedModules, Tuning
 from tempme_vl.tuning.clip4clip import Clip4Clip
 from tempme_vl.tuning.full import Full
-from tempme_vl.tuning.lora import Lora
+from tempme_vl.tuning.lora import Dora, Lora
 
 if TYPE_CHECKING:
     from tempme_vl.tuning.model import TunableModel
 
-__all__ = ["TUNINGS", "Clip4Clip", "Full", "Lora", "TunableModel", "Tuning", "find_tuning"]
-
-TUNINGS: dict[str, type[Tuning]] = {kind.name: kind for kind in (Full, Clip4Clip, Lora)}
+__all__ = [
+    "TUNINGS",
+    "AddedModules",
+    "Clip4Clip",
+    "Dora",
+    "Full",
+    "Lora",
+    "TunableModel",
+    "Tuning",
+    "find_tuning",
+]
 
 
 def find_tuning(tuning: str | Tuning, options: Mapping[str, Any] | None = None) -> Tuning:
@@ -32,11 +40,7 @@ def find_tuning(tuning: str | Tuning, options: Mapping[str, Any] | None = None) 
     Raises:
         ValueError: a name that is not in `TUNINGS`, or options that are not its own or not of their types.
     """
-    if isinstance(tuning, Tuning):
-        return tuning
-    if tuning not in TUNINGS:
-        raise ValueError(f"there is no tuning {tuning!r}; expected one of {few(list(TUNINGS), 99)}")
-    return read(TUNINGS[tuning], options or {}, f"tuning {tuning!r}")
+    return tuning if isinstance(tuning, Tuning) else read(TUNINGS[tuning], options or {}, f"tuning {tuning!r}")
 
 
 def __getattr__(name: str) -> Any:

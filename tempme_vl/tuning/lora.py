@@ -36,6 +36,7 @@ class Lora(Tuning):
     """
 
     name: ClassVar[str] = "lora"
+    magnitudes: ClassVar[bool] = False  # DoRA's
 
     rank: int = 8
     alpha: float | None = None
@@ -64,7 +65,7 @@ class Lora(Tuning):
         layers = [name for name in layers if name.rpartition(".")[2] in targets]
         if not layers:
             raise ValueError(f"LoRA: no layer of {type(model).__name__} is called {' or '.join(targets)}")
-        kept = [p for name, p in model.named_parameters() if p.requires_grad and model.trains_beside_lora(name)]
+        kept = [p for name, p in model.named_parameters() if p.requires_grad and model.trains_beside(name)]
         inject_adapter_in_model(self._config(layers), model, _ADAPTER)
         for name, weight in model.named_parameters():
             weight.requires_grad_(self.is_new(name))
@@ -92,13 +93,14 @@ class Lora(Tuning):
             lora_dropout=self.dropout,
             target_modules=layers if isinstance(layers, str) else list(layers),
             task_type=task,
+            use_dora=self.magnitudes,
         )
 
     def is_new(self, name: str) -> bool:
         return _ADDED in name and _WRAPPED not in name
 
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """W + alpha / rank * B A, added in float32; LoRA of a part that peft wraps is left as it is."""
+        """W + alpha / rank * B A (DoRA: rescaled), in float32; LoRA of a part that peft wraps is left as it is."""
         merged = {}
         for name, value in state.items():
             if self.is_new(name):
@@ -110,5 +112,18 @@ class Lora(Tuning):
                 merged[f"{layer}.{last}"] = value
             else:
                 a, b = (state[f"{layer}.lora_{side}.{_ADAPTER}.weight"].float() for side in "AB")
-                merged[f"{layer}.weight"] = (value.float() + self.scale * (b @ a)).to(value.dtype)
+                weight = value.float() + self.scale * (b @ a)
+                if self.magnitudes:
+                    magnitude = state[f"{layer}.lora_magnitude_vector.{_ADAPTER}.weight"].float()
+                    weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
+                merged[f"{layer}.weight"] = weight.to(value.dtype)
         return merged
+
+
+@dataclass(frozen=True)
+class Dora(Lora):
+    """DoRA (ICML 2024) by peft, on the same layers: LoRA gives the direction of each row of a weight, and a learnt
+    magnitude its length: y = x (m W' / |W'|)^T + b, W' = W + alpha / rank * B A, |.| by row; m starts as |W|."""
+
+    name: ClassVar[str] = "dora"
+    magnitudes: ClassVar[bool] = True

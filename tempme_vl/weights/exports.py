@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tempme_vl.fit import load_strictly, misfits
 from tempme_vl.messages import few, shown
-from tempme_vl.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_any, load_vocabulary
+from tempme_vl.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_any, load_vocabulary, refuse_added_modules
 from tempme_vl.schema import ConfigError, Settings, read, read_json, write
 
 _log = logging.getLogger(__name__)
@@ -78,13 +78,14 @@ def find_export(path: str | Path) -> Export | None:
         path: the folder, or model.safetensors in it.
 
     Raises:
-        ValueError: see `tempme_vl.pretrained.load_any`.
+        ValueError: modules of a tuning are among its weights; or see `tempme_vl.pretrained.load_any`.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent if path.name == WEIGHTS_FILE else None
     config = None if folder is None else read_config(folder)
     if folder is None or config is None or not isinstance(config.get("frontend"), dict) or "kind" not in config:
         return None
+    refuse_added_modules(config, folder)
     return Export(folder, *load_any(folder))
 
 

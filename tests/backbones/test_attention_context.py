@@ -136,3 +136,13 @@ def test_fused_attention_runs_alone_where_no_method_reads_more(monkeypatch: pyte
     monkeypatch.setattr(AttentionContext, "rows", refuse)
     for method, options in (("tome", {"r": 2}), ("none", {})):
         create_frontend("open_clip:tiny", method=method, num_frames=2, **options)(torch.randn(1, 2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_what_is_attended_to_beside_the_tokens_keeps_its_share(sized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, *_ = attended("open_clip", monkeypatch, sized)
+    whole, tokens = context.rows(0, TOKENS), TOKENS - 3
+    cut = context.without_last(3)
+    torch.testing.assert_close(cut.rows(0, tokens), whole[:, :, :tokens, :tokens], rtol=0, atol=1e-12)
+    torch.testing.assert_close(cut.column_sums(), whole[:, :, :tokens, :tokens].sum(2), rtol=0, atol=1e-12)
+    assert cut.keys.shape[2] == cut.features().shape[1] == tokens

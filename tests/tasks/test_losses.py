@@ -42,6 +42,15 @@ def test_equals_cross_entropy_when_all_differ(given: tuple) -> None:
     torch.testing.assert_close(contrastive_loss(video, text, SCALE, *given), plain(video, text))
 
 
+def test_one_direction_alone() -> None:
+    video, text = features()
+    own = torch.arange(len(video))
+    by_video = contrastive_loss(video, text, torch.tensor(4.0), weights=(1.0, 0.0))
+    by_text = contrastive_loss(video, text, torch.tensor(4.0), weights=(0.0, 1.0))
+    torch.testing.assert_close(by_video, F.cross_entropy(4 * video @ text.T, own))
+    torch.testing.assert_close(by_text, F.cross_entropy(4 * text @ video.T, own))
+
+
 def test_the_same_video_or_caption_is_no_negative() -> None:
     """Pairs 0 and 3 share their video, 1 and 4 their caption: no gradient between them, in either direction."""
     for video_ids, text_ids, (i, j) in (

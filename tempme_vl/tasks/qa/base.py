@@ -214,9 +214,9 @@ class VideoQAModel(Shareable, TunableModel):
             return False
         return any(re.search(pattern, name.removeprefix("head.")) for pattern in self.head.new_parameters)
 
-    def trains_beside_lora(self, name: str) -> bool:
+    def trains_beside(self, name: str) -> bool:
         """The head trains as it does without; of the front end only what no pretrained model had."""
-        return name.startswith("head.") or super().trains_beside_lora(name)
+        return name.startswith("head.") or super().trains_beside(name)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of all parts in the backward pass."""

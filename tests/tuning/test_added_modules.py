@@ -1,0 +1,213 @@
+"""Every way of tuning with modules of its own, with and without merging: it starts, trains, is saved and comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training.models import train_config
+from training.processes import run
+from tuning.models import Pairs, make, outputs, train, trained
+
+from tempme_vl import VisualFrontend, create_frontend
+from tempme_vl.backbones.open_clip import build_clip, model_config, visual_backbone
+from tempme_vl.merging import make_schedule
+from tempme_vl.tasks.retrieval import RetrievalModel, load_retrieval_model
+from tempme_vl.text.clip import ClipTextEncoder
+from tempme_vl.training import distributed
+from tempme_vl.training.engine import Trainer
+from tempme_vl.tuning import TUNINGS, Lora, Tuning, find_tuning
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dora": {"rank": 2},
+    "prompt": {"tokens": 2},
+    "adapter": {},
+    "plevu": {"prefix": 2, "postfix": 1, "heads": 4},
+    "vop": {"visual": 2, "prefix": 1, "suffix": 1},
+    "dgl": {"tokens": 2},
+    "mv_adapter": {"width": 8, "words": 4, "factor": 4},
+    "testa_clip": {"rank": 2, "blocks": (0, 1)},
+}
+STARTS_PRETRAINED = ("dora", "adapter", "mv_adapter")
+each = pytest.mark.parametrize("name", OPTIONS)
+merging = pytest.mark.parametrize("method", ["tempme", "tome", "none"])
+
+
+def tuning(name: str) -> Tuning:
+    return find_tuning(name, OPTIONS[name])
+
+
+def made(name: str, method: str = "tempme") -> RetrievalModel:
+    """The tuned model, whose added modules no longer are as at the start."""
+    model = make("CLIP", tuning(name), method, **({"r": 2} if method == "tome" else {}))
+    assert isinstance(model, RetrievalModel)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.requires_grad and model.tuning.is_new(key) and not weight.any():
+                weight.normal_(std=0.1)
+    return model
+
+
+def test_every_tuning_of_the_package_is_here() -> None:
+    assert {*OPTIONS} == {*TUNINGS} - {"full", "clip4clip", "lora"}
+
+
+@each
+@merging
+def test_it_trains_alone_and_is_saved(name: str, method: str, tmp_path: Path) -> None:
+    plain = make("CLIP", "full", method, **({"r": 2} if method == "tome" else {}))
+    start = make("CLIP", tuning(name), method, **({"r": 2} if method == "tome" else {}))
+    difference = (outputs(start, "CLIP") - outputs(plain, "CLIP")).abs().max()
+    assert difference < 1e-6 if name in STARTS_PRETRAINED else difference > 1e-4
+
+    model = made(name, method)
+    before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
+    train(model, "CLIP")
+    learnt = {key for key, weight in model.named_parameters() if not torch.equal(weight, before[key])}
+    assert learnt == trained(model) - unused(model)
+    there = {key for key, _ in plain.named_parameters() if not plain.is_new_parameter(key)}
+    assert {key for key in trained(model) if not model.is_new_parameter(key)} == there & trained(model)
+
+    model.save_pretrained(tmp_path / "best")
+    loaded = load_retrieval_model(tmp_path / "best")
+    assert (loaded.state_dict().keys() == plain.state_dict().keys()) == (not model.tuning.stays)
+    merged = isinstance(model.tuning, Lora)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if merged else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(outputs(loaded, "CLIP"), outputs(model, "CLIP"), **tolerance)
+
+
+def unused(model: RetrievalModel) -> set[str]:
+    """What cannot learn, by the tuning itself."""
+    behind = {f"frontend.tuned.prompts.behind.{part}" for part in ("weight", "bias")}
+    return behind if model.tuning.name == "dgl" else set()
+
+
+@each
+def test_recomputing_blocks_changes_nothing(name: str) -> None:
+    model, again = made(name), made(name)
+    again.set_grad_checkpointing()
+    for one in (model, again):
+        train(one, "CLIP", 1)
+    state = again.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@each
+def test_half_precision_is_near(name: str) -> None:
+    model = made(name, "none")
+    full = outputs(model, "CLIP")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = outputs(model, "CLIP")
+    half = outputs(model.bfloat16(), "CLIP")
+    assert (mixed - full).abs().max() < 0.05 and (half - full).abs().max() < 0.1
+
+
+def train_partly(output: Path, stage: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The trained weights of every tuning after two steps. Not of DoRA, whose layers read those of others."""
+    distributed.initialize()
+    weights = {}
+    for name in OPTIONS.keys() - {"dora"}:
+        model = made(name)
+        groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad], "lr": 0.1}]
+        config = train_config(output / name, stage, epochs=1, batch_size=4)
+        trainer = Trainer(model, torch.optim.SGD(groups), Pairs(model), config)
+        for batch in trainer.batches():
+            trainer.update(batch, model.loss)
+        state = trainer.full_state_dict()
+        weights[name] = {key: state[key].clone() for key, weight in model.named_parameters() if weight.requires_grad}
+    return weights
+
+
+@pytest.mark.slow
+def test_partitioned_weights_learn_the_same(tmp_path: Path) -> None:
+    (alone,) = run(train_partly, tmp_path / "alone", "zero0")
+    parts, _ = run(train_partly, tmp_path / "parts", "partitioned", world=2)
+    for name, weights in alone.items():
+        start = dict(made(name).named_parameters())
+        assert any(not torch.equal(weight, start[key]) for key, weight in weights.items())
+        for key, weight in weights.items():
+            torch.testing.assert_close(parts[name][key], weight, rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "dora"])  # peft's own code breaks the graph
+@pytest.mark.slow
+def test_it_compiles_without_breaks(name: str) -> None:
+    model = made(name).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(outputs(compiled, "CLIP"), outputs(model, "CLIP"))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if TUNINGS[name].stays])
+def test_what_has_no_place_for_modules_is_refused(name: str, tmp_path: Path) -> None:
+    for kind in ("UMT", "QA"):
+        with pytest.raises(ValueError, match=f"'{name}' adds modules that cannot be merged .* choose lora or dora"):
+            make(kind, tuning(name))
+    model = made(name)
+    with pytest.raises(ValueError, match="has added modules that cannot be merged into them"):
+        model.openai_state_dict()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"modules of the tuning '{name}'"):
+        create_frontend("open_clip:tiny", str(tmp_path), method="none", num_frames=4)
+    with pytest.raises(ValueError, match=f"modules of the tuning '{name}'"):
+        VisualFrontend.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "method", "message"),
+    [
+        ("prompt", {"tokens": 0}, "none", "expected at least 1 prompt a block"),
+        ("adapter", {"width": 0}, "none", "expected a width of at least 1"),
+        ("plevu", {"prefix": -1}, "none", "expected prefix and postfix from 0"),
+        ("plevu", {"heads": 7}, "none", "expected heads that divide the embedding's 64; got 7"),
+        ("plevu", {"prefix": 70, "postfix": 5, "heads": 4}, "none", "75 learnt words leave 2 of 77 places for texts"),
+        ("vop", {"visual": 0, "prefix": 0, "suffix": 0}, "none", "expected numbers of prompts from 0, and not only 0"),
+        ("dgl", {"prompts": "cubic"}, "none", "'prompts': expected one of 'linear', 'transformer'"),
+        ("dgl", {"text_tokens": 3}, "none", "an even number of text_tokens"),
+        ("mv_adapter", {"shared": (9,)}, "none", r"numbers of blocks among \[0, 1, 2, 3, 4, 5\]; got \[9\]"),
+        ("testa_clip", {"blocks": (6,)}, "none", "expected numbers of blocks from 0 to 5; got 6"),
+        ("testa_clip", {"blocks": (4,)}, "tempme", r"leaves one clip in all of the blocks \[4\]"),
+    ],
+)
+def test_what_is_no_option(name: str, options: dict[str, Any], method: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make("CLIP", find_tuning(name, options), method)
+
+
+def test_more_words_than_a_model_was_tuned_for() -> None:
+    with pytest.raises(ValueError, match="tuned for 3 words at most; got 4: give max_words"):
+        outputs(make("CLIP", find_tuning("mv_adapter", {"words": 3})), "CLIP")
+
+
+COUNTS = [  # trainable parameters of CLIP's ViT-B/32 and of B/16, in the tables of the papers
+    ("full", {}, 151_277_313, None),
+    ("clip4clip", {}, 123_540_993, 123_540_993),
+    ("lora", {}, 491_520, 491_520),
+    ("prompt", {}, 76_800, 76_800),
+    ("adapter", {}, 261_312, 261_312),
+    ("plevu", {}, 6_350_336, 6_350_336),
+    ("vop", {}, 122_880, 122_880),
+    ("dgl", {}, 827_392, 827_392),
+    ("dgl", {"prompts": "transformer"}, 9_575_168, 9_575_168),
+    ("mv_adapter", {}, 3_496_704, 3_496_704),
+    ("testa_clip", {}, 589_824, 589_824),
+    ("vop", {"visual": 4, "prefix": 4, "suffix": 0}, 61_440, 61_440),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "b32", "b16"), COUNTS, ids=lambda value: str(value))
+def test_what_trains_is_counted_as_in_the_papers(name: str, options: dict[str, Any], b32: int, b16: int | None) -> None:
+    for tower, tokens, count in (("ViT-B-32-quickgelu", 50, b32), ("ViT-B-16-quickgelu", 197, b16)):
+        if count is not None:
+            assert trainable(name, options, tower, tokens, "none") == count
+            assert trainable(name, options, tower, tokens, "tempme") == count + 21 * 768  # clip positions
+
+
+def trainable(name: str, options: dict[str, Any], tower: str, tokens: int, method: str) -> int:
+    with torch.device("meta"):
+        clip = build_clip(model_config(tower))
+        frontend = VisualFrontend(visual_backbone(clip.visual), make_schedule(method, 12, 12, tokens))
+        model = RetrievalModel(frontend, ClipTextEncoder(clip), {})
+        model.tune(find_tuning(name, options))
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
