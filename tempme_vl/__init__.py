@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from tempme_vl.integrations import HOSTS
     from tempme_vl.merging import MergeSchedule, make_schedule
     from tempme_vl.pipeline import VideoQA, VideoRetrieval, read_video
-    from tempme_vl.registries import DATASETS, FAMILIES, METHODS
+    from tempme_vl.registries import DATASETS, FAMILIES, HEADS, METHODS
     from tempme_vl.state import FrontendOutput, TokenState
-    from tempme_vl.tasks.qa import HEADS, load_qa_model
+    from tempme_vl.tasks.qa import load_qa_model
     from tempme_vl.tasks.retrieval import create_retrieval_model, load_retrieval_model
     from tempme_vl.tuning import TUNINGS
 
@@ -46,9 +46,9 @@ _HOMES = {
     "tempme_vl.integrations": ("HOSTS",),
     "tempme_vl.merging": ("MergeSchedule", "make_schedule"),
     "tempme_vl.pipeline": ("VideoQA", "VideoRetrieval", "read_video"),
-    "tempme_vl.registries": ("DATASETS", "FAMILIES", "METHODS"),
+    "tempme_vl.registries": ("DATASETS", "FAMILIES", "HEADS", "METHODS"),
     "tempme_vl.state": ("FrontendOutput", "TokenState"),
-    "tempme_vl.tasks.qa": ("HEADS", "load_qa_model"),
+    "tempme_vl.tasks.qa": ("load_qa_model",),
     "tempme_vl.tasks.retrieval": ("create_retrieval_model", "load_retrieval_model"),
     "tempme_vl.tuning": ("TUNINGS",),
 }

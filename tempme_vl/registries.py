@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from tempme_vl.data.dataset import DataSet
     from tempme_vl.families.base import Family
     from tempme_vl.merging.method import Method
+    from tempme_vl.tasks.heads import Head
 
-__all__ = ["DATASETS", "FAMILIES", "METHODS"]
+__all__ = ["DATASETS", "FAMILIES", "HEADS", "METHODS", "QA_HEADS", "SIMILARITY_HEADS"]
 
 # how tokens become fewer: docs/add_a_method.md
 METHODS: Registry[Method] = Registry(
@@ -59,4 +60,20 @@ DATASETS: Registry[DataSet] = Registry(
         "activitynet_qa": "tempme_vl.data.activitynet_qa:DATASET",
         "jsonl": "tempme_vl.data.own:DATASET",
     },
+)
+
+# what answers questions about tokens: docs/add_a_head.md
+QA_HEADS = {
+    "classifier": "tempme_vl.tasks.qa.classifier:ClassifierHead",
+    "decoder": "tempme_vl.tasks.qa.decoder:DecoderHead",
+    "llm": "tempme_vl.tasks.qa.llm:LLMHead",
+}
+# what compares videos with texts: the same page
+SIMILARITY_HEADS = {
+    "mean": "tempme_vl.tasks.similarity.mean:MeanHead",
+    "maxsim": "tempme_vl.tasks.similarity.max_sim:MaxSimHead",
+    "xpool": "tempme_vl.tasks.similarity.xpool:XPoolHead",
+}
+HEADS: Registry[type[Head]] = Registry(
+    "head", "tempme_vl.heads", "tempme_vl.tasks.heads:Head", {**QA_HEADS, **SIMILARITY_HEADS}
 )

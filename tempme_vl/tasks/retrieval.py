@@ -1,30 +1,36 @@
-"""Text-video retrieval: a dual encoder and its loss."""
+"""Text-video retrieval: two towers, and a head that compares what they give."""
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempme_vl.families import FAMILIES, Pair, TextSide, find_family, split_name
+from tempme_vl.fit import load_strictly
 from tempme_vl.frontend import VisualFrontend, merge_in
 from tempme_vl.merging import MergeSchedule, is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, build, load_kind, load_model, save_model
 from tempme_vl.schema import read
-from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.heads import find_head, read_options
 from tempme_vl.tasks.inputs import Inputs
-from tempme_vl.tasks.losses import LogitScale, contrastive_loss, gather_pairs
+from tempme_vl.tasks.losses import LogitScale, gather_ids, gather_rows, readable
+from tempme_vl.tasks.similarity.base import PairContext, SimilarityHead
+from tempme_vl.tasks.similarity.mean import MeanHead
 from tempme_vl.tasks.umt_retrieval import UMT_RETRIEVAL, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.tokenizers import ClipWords, Words
 from tempme_vl.tuning import Tuning, find_tuning
 from tempme_vl.tuning.model import TunableModel
-from tempme_vl.weights.exports import load_exported_rest, part_of
+from tempme_vl.weights.exports import Export, find_export, load_exported_rest, part_of
+
+_log = logging.getLogger("tempme_vl.tasks")
 
 RETRIEVAL = {"retrieval": "a retrieval model"}
 
@@ -37,13 +43,16 @@ class _Saved:
     frontend: Mapping[str, Any]
     text_cfg: Mapping[str, Any]
     input: Inputs
+    head: str = "mean"
+    head_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        find_head(self.head, "retrieval")
         _text_side(str(self.frontend.get("family"))).check(self.text_cfg, "'text_cfg'")
 
 
 class RetrievalModel(TunableModel):
-    """Video and text encoders with one embedding space.
+    """Video and text encoders with one embedding space, and a head that compares what they give.
 
     Args:
         frontend: the visual tower.
@@ -52,6 +61,7 @@ class RetrievalModel(TunableModel):
             were sampled and cut in training (sampling, max_words).
         logit_scale: the logarithm of the initial temperature's inverse.
         words: what text ids stand for; default: CLIP's byte pairs.
+        head: default: the cosine of the mean of the frames with the text.
     """
 
     lora_parts = ("frontend", "text")
@@ -63,9 +73,11 @@ class RetrievalModel(TunableModel):
         config: Mapping[str, Any],
         logit_scale: float = math.log(1 / 0.07),
         words: Words | None = None,
+        head: SimilarityHead | None = None,
     ):
         super().__init__()
         self.frontend, self.text, self.logit_scale = frontend, text, LogitScale(logit_scale)
+        self.head = head or MeanHead()
         self.words: Words = words or ClipWords()
         self.config: dict[str, Any] = {"input": {"sampling": "fps1", "max_words": text.max_words(32)}, **config}
 
@@ -76,32 +88,48 @@ class RetrievalModel(TunableModel):
             batch: video (B, F, 3, H, W) and frame_mask (B, F), and/or text_ids and text_mask (B, L).
 
         Returns:
-            video and/or text: (B, E), L2-normalised; scale: exp(logit scale), a scalar.
+            what the head makes of video and/or text, with the head "mean" (B, E), L2-normalised; scale: exp(logit
+            scale), a scalar; of a head with weights, given both sides and valid, logits (G, G) of all ranks.
         """
         features = {"scale": self.logit_scale()}
         if "video" in batch:
-            features["video"] = self.encode_video(batch["video"], batch["frame_mask"])
+            features |= self.head.encode_video(self.frontend, self.frontend(batch["video"], batch["frame_mask"]))
         if "text_ids" in batch:
-            features["text"] = self.encode_text(batch["text_ids"], batch["text_mask"])
+            features |= self.head.encode_text(self.text, batch["text_ids"], batch["text_mask"])
+        if self.head.learns and "valid" in batch and "video" in batch and "text_ids" in batch:
+            # here, and not in `loss`, since DeepSpeed hooks this call
+            features["logits"] = self._logits(features, batch, gather_rows(batch["valid"].long()).bool())
         return features
 
     def encode_video(self, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """(B, F, 3, H, W) -> (B, E), L2-normalised; arguments as in `VisualFrontend.forward`."""
-        return F.normalize(self.frontend(video, frame_mask).pooled, dim=-1)
+        """(B, F, 3, H, W) -> what the head makes of videos, with "mean" (B, E), L2-normalised.
+
+        Arguments as in `VisualFrontend.forward`.
+        """
+        return self.head.encode_video(self.frontend, self.frontend(video, frame_mask))["video"]
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) -> (B, E), L2-normalised; ids and mask as `words` gives them."""
-        return F.normalize(at_least_float32(self.text(ids, mask)), dim=-1)
+        """(B, L) -> what the head makes of texts, with "mean" (B, E), L2-normalised; see `words` for both."""
+        return self.head.encode_text(self.text, ids, mask)["text"]
 
     def loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """The contrastive loss over all ranks' pairs.
+        """The head's loss over all ranks' pairs.
 
         Args:
             features: what the model made of the batch.
-            batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss`.
+            batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss_of`; it may hold parts that the
+                head compares, too.
         """
-        video, text, video_id, text_id, valid = gather_pairs(features, batch)
-        return contrastive_loss(video, text, features["scale"], video_id, text_id, valid)
+        video_id, text_id, valid = gather_ids(batch)
+        logits = features["logits"] if "logits" in features else self._logits(features, batch, valid)
+        return self.head.loss(logits, video_id, text_id, valid)
+
+    def _logits(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+        """(G, G), texts by videos, of all ranks."""
+        there = {**batch, **features}
+        video = {name: readable(gather_rows(there[name]), valid) for name in self.head.video_parts}
+        text = {name: gather_rows(there[name]) for name in self.head.text_parts}
+        return self.head.logits(text, video, features["scale"])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in the backward pass."""
@@ -126,8 +154,11 @@ class RetrievalModel(TunableModel):
         return _assemble(frontend, pair)
 
     def is_new_parameter(self, name: str) -> bool:
-        """Whether a parameter was in no pretrained model: TempMe's clip positions, and what tuning added."""
-        return super().is_new_parameter(name) or is_of_merging(self, name)
+        """Whether a parameter was in no pretrained model: TempMe's clip positions, the head's, what tuning added."""
+        if super().is_new_parameter(name) or is_of_merging(self, name):
+            return True
+        own = name.removeprefix("head.")
+        return own != name and any(re.search(pattern, own) for pattern in self.head.new_parameters)
 
     def input_side(self) -> list[nn.Module]:
         """Token, position and class embeddings, conv1 and ln_pre, which CLIP4Clip freezes."""
@@ -164,7 +195,7 @@ class RetrievalModel(TunableModel):
         Path(directory).mkdir(parents=True, exist_ok=True)
         self.words.save(Path(directory))
         shared = {key: self.config[key] for key in ("text_cfg", "input")}
-        config = {"kind": "retrieval", "frontend": self.frontend.full_config(), **shared}
+        config = {"kind": "retrieval", "frontend": self.frontend.full_config(), **shared, **self.head.saved()}
         save_model(directory, config, self.plain_state(state))
 
     @classmethod
@@ -176,13 +207,16 @@ class RetrievalModel(TunableModel):
         """
         config, state = load_model(directory, RETRIEVAL)
         file = Path(directory) / CONFIG_FILE
-        read(_Saved, config, str(file))
+        saved = read(_Saved, config, str(file))
+        kind = cast(type[SimilarityHead], find_head(saved.head, "retrieval"))
+        told = read_options(saved.head, saved.head_options)
 
         def make() -> RetrievalModel:
             frontend = VisualFrontend.from_config(config["frontend"], f"{file}, 'frontend'")
             side = _text_side(config["frontend"]["family"])
             texts = side.build(config["frontend"], config["text_cfg"], Path(directory))
-            return cls(frontend, texts.tower, config, words=texts.words)
+            head = kind.create(PairContext(frontend, texts.tower), told)
+            return cls(frontend, texts.tower, config, words=texts.words, head=head)
 
         return build(make, state, directory)
 
@@ -196,6 +230,7 @@ def create_retrieval_model(
     method: str = "tempme",
     num_frames: int = 12,
     tuning: str | Tuning = "full",
+    head: str = "mean",
     *,
     clip_position_std: float = 0.0,
     vocabulary: tuple[str, ...] | None = None,
@@ -207,15 +242,22 @@ def create_retrieval_model(
         name: "family:model" of a model with a text tower: open_clip's CLIP, SigLIP and others, "umt:b16", or "hf:" and
             a CLIP, SigLIP or SigLIP 2 of transformers.
         tuning: what of it trains, one of `tempme_vl.TUNINGS` or an instance with options, `Lora(rank=16)`.
+        head: what compares videos and texts, one of `tempme_vl.HEADS`: "mean", "maxsim", "xpool", or another package's.
         vocabulary: words of UMT's text side (`create_umt_retrieval_model`); other models have their own.
-        others: as in `tempme_vl.create_frontend`, with its errors.
+        options: the head's own, and those of `tempme_vl.create_frontend`, as all others.
 
     Raises:
-        ValueError: see `create_frontend`, `find_tuning` and the tuning's `apply`; or a family without text towers.
+        ValueError: see `create_frontend`, `find_tuning` and the tuning's `apply`, `find_head` and the head; or a family
+            without text towers.
     """
     way, family = find_tuning(tuning), find_family(name)
+    kind = cast(type[SimilarityHead], find_head(head, "retrieval"))
+    own = {field.name for field in fields(kind.options)}
+    told = read_options(head, {key: options.pop(key) for key in own & options.keys()})
     made: AnyRetrievalModel
     if family.needs_vocabulary:
+        if head != "mean":
+            raise ValueError(f"{name!r} has layers of its own that compare videos and texts: leave the head 'mean'")
         if vocabulary is None:
             raise ValueError(
                 f"the text side of {name!r} needs its vocabulary: see tempme_vl.text.tokenizers.bert_vocabulary"
@@ -229,7 +271,9 @@ def create_retrieval_model(
         tower_options = {key: options.pop(key) for key in side.options if key in options}
         pair = side.load(model, pretrained, num_frames, **tower_options)
         frontend = merge_in(pair.backbone, pair.config, method, num_frames, clip_position_std, **options)
-        made = _assemble(frontend, pair)
+        made = _assemble(frontend, pair, kind.create(PairContext(frontend, pair.texts.tower), told))
+        if made.head.learns and pretrained is not None and (export := find_export(pretrained)):
+            _load_head(made.head, export)
     made.tune(way)
     return made
 
@@ -242,6 +286,19 @@ def load_retrieval_model(directory: str | Path) -> AnyRetrievalModel:
     """
     kind = load_kind(directory)
     return (UMTRetrievalModel if kind in UMT_RETRIEVAL else RetrievalModel).from_pretrained(directory)
+
+
+def _load_head(head: SimilarityHead, export: Export) -> None:
+    """Starts a head from a folder of the package, where that has the same.
+
+    Raises:
+        ValueError: weights that do not fit.
+    """
+    theirs = export.config.get("head", "mean") if export.kind in RETRIEVAL else "none"
+    if theirs == head.name:
+        load_strictly(head, part_of(export.state, "head."), f"the head of {export.folder}")
+    else:
+        _log.warning("%s: its head is %s, so %s starts anew", export.folder, theirs, head.name)
 
 
 def _text_side(family: str) -> TextSide:
@@ -257,13 +314,13 @@ def _text_side(family: str) -> TextSide:
     return side
 
 
-def _assemble(frontend: VisualFrontend, pair: Pair) -> RetrievalModel:
+def _assemble(frontend: VisualFrontend, pair: Pair, head: SimilarityHead | None = None) -> RetrievalModel:
     config = {**pair.config, "text_cfg": pair.text_config}
-    model = RetrievalModel(frontend, pair.texts.tower, config, pair.log_scale, pair.texts.words)
+    model = RetrievalModel(frontend, pair.texts.tower, config, pair.log_scale, pair.texts.words, head)
     if pair.export is None:
         return model
     if pair.export.kind in RETRIEVAL:
-        load_exported_rest(model, pair.export)
+        load_exported_rest(model, pair.export, anew=("head.",))
     else:
         raise ValueError(f"{pair.export.folder} holds a {pair.export.kind} model, without a text tower for retrieval")
     return model

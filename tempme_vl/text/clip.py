@@ -34,7 +34,7 @@ class ClipTextEmbed(nn.Module):
 
 
 class ClipTextHead(nn.Module):
-    """Final norm and projection of the word that stands for the text: (B, D) -> (B, E)."""
+    """Final norm and projection of the word that stands for the text, or of any: (..., D) -> (..., E)."""
 
     def __init__(self, tower: Any):
         super().__init__()
@@ -94,6 +94,17 @@ class ClipTextEncoder(TextEncoder):
         Raises:
             ValueError: see `TextEncoder.check`.
         """
+        x = self._encode(ids, mask)
+        if self.pool == "last":
+            return self.head(x[:, -1])
+        end = mask.bool().sum(dim=1) - 1
+        return self.head(x[torch.arange(len(x), device=x.device), end])
+
+    def words(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L, E); see `TextEncoder.words`."""
+        return self.head(self._encode(ids, mask))
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         self.check(ids, mask)
         x = self.embed(ids)
         bias = _causal_bias(x) if self.causal else None
@@ -102,10 +113,7 @@ class ClipTextEncoder(TextEncoder):
                 x = checkpoint(_block, block, x, bias, use_reentrant=False)
             else:
                 x = _block(cast(OpenClipBlock, block), x, bias)
-        if self.pool == "last":
-            return self.head(x[:, -1])
-        end = mask.bool().sum(dim=1) - 1
-        return self.head(x[torch.arange(len(x), device=x.device), end])
+        return x
 
     def input_side(self) -> nn.Module:
         return self.embed
