@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from tempme_vl.families.base import Family
     from tempme_vl.integrations.base import Host
     from tempme_vl.merging.method import Method
+    from tempme_vl.tasks.heads import Head
     from tempme_vl.tuning.base import Tuning
 
-__all__ = ["DATASETS", "FAMILIES", "HOSTS", "METHODS", "TUNINGS"]
+__all__ = ["DATASETS", "FAMILIES", "HEADS", "HOSTS", "METHODS", "QA_HEADS", "SIMILARITY_HEADS", "TUNINGS"]
 
 # how tokens become fewer: docs/add_a_method.md
 METHODS: Registry[Method] = Registry(
@@ -109,4 +110,20 @@ TUNINGS: Registry[type[Tuning]] = Registry(
         "mv_adapter": "tempme_vl.tuning.mv_adapter:MvAdapter",
         "testa_clip": "tempme_vl.tuning.testa_clip:TestaClip",
     },
+)
+
+# what answers questions about tokens: docs/add_a_head.md
+QA_HEADS = {
+    "classifier": "tempme_vl.tasks.qa.classifier:ClassifierHead",
+    "decoder": "tempme_vl.tasks.qa.decoder:DecoderHead",
+    "llm": "tempme_vl.tasks.qa.llm:LLMHead",
+}
+# what compares videos with texts: the same page
+SIMILARITY_HEADS = {
+    "mean": "tempme_vl.tasks.similarity.mean:MeanHead",
+    "maxsim": "tempme_vl.tasks.similarity.max_sim:MaxSimHead",
+    "xpool": "tempme_vl.tasks.similarity.xpool:XPoolHead",
+}
+HEADS: Registry[type[Head]] = Registry(
+    "head", "tempme_vl.heads", "tempme_vl.tasks.heads:Head", {**QA_HEADS, **SIMILARITY_HEADS}
 )

@@ -33,8 +33,7 @@ from towers import TINY, tempme_schedule, tiny_frontend
 
 from tempme_vl import VisualFrontend, create_frontend
 from tempme_vl.integrations import compress, load_compressed
-from tempme_vl.tasks.qa import load_qa_model
-from tempme_vl.tasks.qa.create import create_llm_qa_model
+from tempme_vl.tasks.qa import create_qa_model, load_qa_model
 from tempme_vl.tasks.retrieval import create_retrieval_model, load_retrieval_model
 from tempme_vl.tasks.videollm import create_video_llm, load_video_llm
 
@@ -80,7 +79,7 @@ def _lora(folder: Path) -> None:
     source = folder.parent / f"{folder.name}-source"
     write_llm(source)
     torch.manual_seed(0)
-    model = create_llm_qa_model(TINY, str(source), method="none", num_frames=6, max_words=24, lora_rank=4)
+    model = create_qa_model(TINY, head="llm", llm=str(source), method="none", num_frames=6, max_words=24, lora_rank=4)
     model.save_pretrained(folder)
 
 

@@ -17,7 +17,7 @@ from tempme_vl.merging import METHODS
 from tempme_vl.recipes.options.presets import SETTING
 from tempme_vl.recipes.options.shared import MergeOptions
 from tempme_vl.registry import Registry
-from tempme_vl.tasks.qa import HEADS
+from tempme_vl.tasks.heads import HeadNames
 
 HEAVY = {"torch", "deepspeed", "transformers", "open_clip", "timm", "peft", "torchvision"}
 
@@ -144,7 +144,7 @@ def test_examples_can_be_read_and_what_runs_is_there(command: Command[Any]) -> N
 def test_names_that_are_written_out_are_those_of_the_tables() -> None:
     """Reading them from the tables would import torch."""
     qa = next(command for command in COMMANDS if command.name == "train videoqa")
-    assert all(qa.parse(["--head", head]).head == head for head in HEADS)
+    assert all(qa.parse(["--head", head]).head == head for head in HeadNames("qa"))
     assert {*METHODS["tempme"].option_names, *METHODS["tome"].option_names} - {"proportional"} == set(SETTING)
     assert set(SETTING) < {field.name for field in fields(MergeOptions)}
 

@@ -92,7 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"processes", "together", "manifest", "schema", "libraries"},
 }
 # above a part, and named there for a type checker alone: what its mappings hold
-TYPES: dict[str, set[str]] = {"registries": {"data", "families", "integrations", "merging", "tuning"}}
+TYPES: dict[str, set[str]] = {"registries": {"data", "families", "integrations", "merging", "tasks", "tuning"}}
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed
 HEAVY = {"deepspeed", "peft", "timm", "decord"}  # and not always needed

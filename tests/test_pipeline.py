@@ -179,3 +179,51 @@ def test_what_is_made_of_models_shows_itself_in_a_line(folders: dict[str, Path],
     output = tiny_frontend(tempme_schedule())(torch.zeros(1, 6, 3, 32, 32))
     shown = repr(output)
     assert "tokens=(1, " in shown and "float32 on cpu" in shown and "source" not in shown and len(shown) < 250
+
+
+# ---- many questions
+
+
+@KINDS
+def test_many_questions_are_answered_as_each_alone_with_scores(kind: str, folders: dict[str, Path], data: Path) -> None:
+    """Three videos, of which one is asked about three times; some with options, others without."""
+    qa = load(kind, folders, data)
+    files = [data / "videos" / f"video{number}.mp4" for number in (20, 21, 20, 29, 20)]
+    texts = ["which way does the object move", "which color appears first", "what shape", "which way", "what"]
+    options = [OPTIONS, ("red", "blue"), OPTIONS[:2], OPTIONS[1:], ("up", "left", "right", "down")]
+    if kind != "choice":
+        options[1:3] = [(), ()]
+    encoded: list[int] = []
+    qa.model.frontend.register_forward_pre_hook(lambda _, given: encoded.append(len(given[0])))
+    found = qa.best_answers(files, texts, options, top_k=3, batch_size=2)
+    assert encoded == [2, 1], "each video once"
+    for file, text, given, best in zip(files, texts, options, found, strict=True):
+        assert best[0].text == qa.answer(file, text, given)
+        (alone,) = qa.best_answers([file], [text], [given], top_k=100)
+        assert [answer.text for answer in alone[:3]] == [answer.text for answer in best]
+        assert [answer.score for answer in alone[:3]] == pytest.approx([answer.score for answer in best], abs=1e-4)
+        scores = [answer.score for answer in alone]
+        assert scores == sorted(scores, reverse=True) and all(0 < score <= 1 for score in scores)
+        if given or not qa.model.writes:
+            assert sum(scores) == pytest.approx(1, abs=1e-4)
+        known = given or qa.answers
+        if known:  # of these, those the model knows
+            assert {answer.text for answer in alone} <= set(known)
+            assert len(alone) == len({*known} & {*(qa.answers if kind == "classifier" else known)})
+
+
+def test_questions_that_are_not_asked_in_lists_or_pairs(folders: dict[str, Path], data: Path) -> None:
+    qa, video = VideoQA.from_pretrained(folders["decoder"], timeout=None), data / "videos" / "video21.mp4"
+    assert qa.best_answers([], []) == []
+    for given, message in (
+        ((video, [QUESTION]), r"a list of videos and a list of questions: give \[video\], \[question\]"),
+        (([video], QUESTION), "a list of questions"),
+        (([video], [QUESTION, QUESTION]), "got 1 videos, 2 questions and 2 times options"),
+        (([video], [QUESTION], []), "got 1 videos, 1 questions and 0 times options"),
+        (([video], [QUESTION], None, 0), "top_k must be at least 1; got 0"),
+        (([video], [QUESTION], None, 1, 0), "batch_size must be at least 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qa.best_answers(*given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="this head chooses among options, but the question has none"):
+        VideoQA.from_pretrained(folders["choice"]).best_answers(["no such file"], [QUESTION])

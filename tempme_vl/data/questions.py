@@ -48,7 +48,7 @@ class TrainQuestions(Dataset):
             "video": read.video,
             "frame_mask": torch.ones(len(read.video)),
             "times": read.times,
-            **_tokenized(self.tokenize, question, answer, self.most_options),
+            **tokenized(self.tokenize, question, answer, self.most_options),
             "valid": int(read.valid),
             "name": f"{question.question_id} ({question.video.video_id})",
         }
@@ -73,7 +73,7 @@ class AskedQuestions(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         of_video = {name: tensor[self.rows[index]] for name, tensor in self.kept.items()}
-        return of_video | _tokenized(self.tokenize, self.split.questions[index], None, self.most_options)
+        return of_video | tokenized(self.tokenize, self.split.questions[index], None, self.most_options)
 
 
 def most_options(split: QASplit) -> int:
@@ -88,7 +88,12 @@ def most_options(split: QASplit) -> int:
     return max(len(question.options) for question in split.questions)
 
 
-def _tokenized(tokenize: Tokenize, question: Question, answer: str | None, most: int) -> dict[str, Tensor]:
+def tokenized(tokenize: Tokenize, question: Question, answer: str | None, most: int) -> dict[str, Tensor]:
+    """What `tokenize` gives of a question, its options filled up to the `most` of a batch; option_valid (most,).
+
+    Args:
+        most: 0 where questions have no options.
+    """
     asked = tokenize(question.question, answer, question.options)
     if not most:
         return asked

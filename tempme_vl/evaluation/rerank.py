@@ -149,6 +149,7 @@ def rerank(
 def rerank_embeddings(matcher: Matcher[Any], e: Embeddings, device: torch.device, top_k: int) -> dict[str, Any]:
     """`rerank` and its report for embeddings that were kept with their tokens (`embed(..., keep_tokens=True)`)."""
     assert e.tokens is not None and e.states is not None and e.text_mask is not None
+    assert e.video is not None and e.text is not None
     similarity = e.text @ torch.where(e.valid[:, None], e.video, torch.zeros_like(e.video)).T
     reranked = rerank(matcher, e.tokens, e.states, e.text_mask, similarity, e.valid, device=device, top_k=top_k)
     return reranked_report(reranked, e.video_of_caption)

@@ -5,7 +5,7 @@ Letters: V videos, Q captions, E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from tempme_vl.evaluation.metrics import (
     rank_statistics,
     summarize,
 )
+from tempme_vl.tasks.similarity.base import SimilarityHead, in_blocks
 from tempme_vl.training import distributed
 
 DUAL_SOFTMAX_SCALE = 100.0
@@ -34,22 +35,39 @@ class Embeddings:
     """What retrieval is computed from.
 
     Attributes:
-        video: (V, E) float32, L2-normalised (UMT: the mean over frames of normalised embeddings).
-        text: (Q, E) float32, L2-normalised.
+        video: (V, E) float32, L2-normalised (UMT: the mean over frames of normalised embeddings); None where `scores`
+            are given.
+        text: (Q, E) float32, L2-normalised; None alike.
         video_of_caption: (Q,) int64.
         valid: (V,) bool, False for videos that could not be read; they stay in every denominator and are never
             found: their queries are lost (`rank_statistics`), and as candidates they come last.
         tokens, states, text_mask: (V, M, D), (Q, L, D_text) and (Q, L), what re-ranking compares; kept if asked for.
             Of the tokens a rank has those of the videos that it encoded.
+        scores: (Q, V), of a head that compares more than an embedding of each side.
     """
 
-    video: Tensor
-    text: Tensor
+    video: Tensor | None
+    text: Tensor | None
     video_of_caption: Tensor
     valid: Tensor
     tokens: Tensor | Rows | None = None
     states: Tensor | None = None
     text_mask: Tensor | None = None
+    scores: Tensor | None = None
+
+    def of_texts(self, first: int, count: int) -> Tensor:
+        """Scores of some captions against all videos."""
+        if self.scores is not None:
+            return self.scores[first : first + count]
+        assert self.text is not None and self.video is not None
+        return self.text[first : first + count] @ self.video.T
+
+    def of_videos(self, first: int, count: int) -> Tensor:
+        """Scores of some videos against all captions."""
+        if self.scores is not None:
+            return self.scores[:, first : first + count].T
+        assert self.text is not None and self.video is not None
+        return self.video[first : first + count] @ self.text.T
 
 
 def embed(
@@ -61,6 +79,7 @@ def embed(
     batch_size: int = 32,
     workers: int = 2,
     keep_tokens: bool = False,
+    head: SimilarityHead | None = None,
 ) -> Embeddings:
     """Encodes videos and captions, each rank its share; every rank gets the whole result on the CPU, but for tokens.
 
@@ -69,7 +88,10 @@ def embed(
         videos: items with video, frame_mask, valid; captions: items with text_ids, text_mask.
         workers: loader processes a rank; 0 loads in this one.
         keep_tokens: keep what `tempme_vl.evaluation.rerank` needs.
+        head: of a model that has one.
     """
+    if head is not None and not head.products:
+        return _compare(encode, videos, captions, video_of_caption, device, batch_size, workers, head)
     of_videos = ("video", "valid", *(("tokens",) if keep_tokens else ()))
     of_captions = ("text", *(("states", "text_mask") if keep_tokens else ()))
     total = len(videos)  # type: ignore[arg-type]
@@ -89,6 +111,27 @@ def embed(
     )
 
 
+def _compare(
+    encode: Encoder,
+    videos: Dataset,
+    captions: Dataset,
+    video_of_caption: list[int],
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    head: SimilarityHead,
+) -> Embeddings:
+    """`embed` where a head compares tokens: each rank its own videos with all captions."""
+    total = len(videos)  # type: ignore[arg-type]
+    shards = even_shards(total)
+    video = encode_own(encode, videos, device, (*head.video_parts, "valid"), shards, batch_size, workers)
+    valid = gather_on_cpu(video.pop("valid"), device)[:total].bool()
+    text = encode_all(encode, captions, device, head.text_parts, batch_size, workers, "captions")
+    scores = in_blocks(head.similarity, text, video, device).T.contiguous()
+    scores = gather_on_cpu(scores, device)[:total].T
+    return Embeddings(None, None, torch.tensor(video_of_caption), valid, scores=scores)
+
+
 def _rows(own: Tensor, total: int) -> Rows:
     """Of the shards of `even_shards`, without what repeats in the last one."""
     first = min(distributed.rank() * len(own), total)
@@ -105,14 +148,14 @@ def retrieval_ranks(embeddings: Embeddings, dual_softmax: bool = False, chunk: i
     Returns:
         "t2v" by caption and "v2t" by video; with several captions a video, "v2t_any_caption" and "v2t_max_pooled".
     """
-    owners, num_videos = embeddings.video_of_caption, len(embeddings.video)
+    owners, num_videos = embeddings.video_of_caption, len(embeddings.valid)
     lost = ~embeddings.valid
     found: dict[str, list[Ranks]] = {way: [] for way in ("t2v", "v2t_any_caption", "v2t_max_pooled")}
     for first, rows in _text_rows(embeddings, dual_softmax, chunk):
         own = owners[first : first + len(rows)]
         found["t2v"].append(rank_statistics(rows, own, lost=lost[own]))
     captions = captions_of_videos(owners, num_videos)
-    for first, rows in _score_rows(embeddings.video, embeddings.text, dual_softmax, chunk, embeddings.valid):
+    for first, rows in _score_rows(embeddings.of_videos, num_videos, dual_softmax, chunk, embeddings.valid):
         own_lost = lost[first : first + len(rows)]
         found["v2t_any_caption"].append(rank_statistics(rows, captions[first : first + len(rows)], lost=own_lost))
         pooled = max_pool_captions(rows, owners, num_videos)
@@ -134,8 +177,8 @@ def retrieval_report(embeddings: Embeddings, dual_softmax: bool = False, chunk: 
         settings beside them.
     """
     return {
-        "videos": len(embeddings.video),
-        "captions": len(embeddings.text),
+        "videos": len(embeddings.valid),
+        "captions": len(embeddings.video_of_caption),
         "unreadable_videos": int((~embeddings.valid).sum()),
         "dual_softmax": dual_softmax,
         **{way: summarize(ranks) for way, ranks in retrieval_ranks(embeddings, dual_softmax, chunk).items()},
@@ -154,23 +197,23 @@ def selection_score(report: Mapping[str, Any]) -> float:
 
 def _text_rows(e: Embeddings, dual_softmax: bool, chunk: int) -> Iterator[tuple[int, Tensor]]:
     """(first caption, scores of `chunk` captions against all videos); unreadable videos score -inf."""
-    for first, rows in _score_rows(e.text, e.video, dual_softmax, chunk):
+    for first, rows in _score_rows(e.of_texts, len(e.video_of_caption), dual_softmax, chunk):
         yield first, rows.masked_fill(~e.valid, -torch.inf)
 
 
 def _score_rows(
-    queries: Tensor, candidates: Tensor, dual_softmax: bool, chunk: int, readable: Tensor | None = None
+    some: Callable[[int, int], Tensor], queries: int, dual_softmax: bool, chunk: int, readable: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """(first query, scores of `chunk` queries); a query that could not be read scores 0, and nobody looks at it."""
-    log_total = torch.full((len(candidates),), -torch.inf)
-    unread = torch.zeros(len(queries), dtype=torch.bool) if readable is None else ~readable
+    log_total = torch.tensor(-torch.inf)
+    unread = torch.zeros(queries, dtype=torch.bool) if readable is None else ~readable
     if dual_softmax:
-        for first in range(0, len(queries), chunk):
-            rows = DUAL_SOFTMAX_SCALE * queries[first : first + chunk] @ candidates.T
+        for first in range(0, queries, chunk):
+            rows = DUAL_SOFTMAX_SCALE * some(first, chunk)
             rows = rows.masked_fill(unread[first : first + chunk, None], -torch.inf)
             log_total = torch.logaddexp(log_total, rows.logsumexp(dim=0))
-    for first in range(0, len(queries), chunk):
-        rows = queries[first : first + chunk] @ candidates.T
+    for first in range(0, queries, chunk):
+        rows = some(first, chunk)
         scores = rows * (DUAL_SOFTMAX_SCALE * rows - log_total).exp() if dual_softmax else rows
         yield first, scores.masked_fill(unread[first : first + chunk, None], 0.0)
 

@@ -21,7 +21,7 @@ from tempme_vl.evaluation.reading import all_broken, check_reading, decode_timeo
 from tempme_vl.evaluation.rerank import rerank_embeddings
 from tempme_vl.evaluation.retrieval import Embeddings, embed, format_retrieval, retrieval_report
 from tempme_vl.reports import finish, write_whole
-from tempme_vl.tasks.retrieval import load_retrieval_model
+from tempme_vl.tasks.retrieval import RetrievalModel, load_retrieval_model
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.training import distributed
 
@@ -55,6 +55,11 @@ def evaluate(
     """Embeddings and report of a split, all ranks together and the same on every rank."""
     model = load_retrieval_model(options.checkpoint).to(device).eval()
     captions = EvalCaptions(split, model.words.tokenizer(model.input.max_words))
+    head = model.head if isinstance(model, RetrievalModel) else None
+    if options.save_embeddings is not None and head is not None and not head.products:
+        raise ValueError(
+            f"--save-embeddings writes one embedding a video; the head {head.name!r} compares more than that"
+        )
     matcher = model if isinstance(model, UMTRetrievalModel) and options.rerank else None
     sampling = options.sampling or model.input.sampling
     with own_log() as log:
@@ -76,6 +81,7 @@ def evaluate(
             options.batch_size,
             options.workers,
             keep_tokens=matcher is not None,
+            head=head,
         )
         broken = all_broken(log)
     report = {
@@ -94,6 +100,7 @@ def evaluate(
 
 def save_embeddings(file: Path, embeddings: Embeddings, split: RetrievalSplit) -> None:
     """Writes video (V, E), text (Q, E), video_of_caption (Q,), valid (V,); ids and captions in the metadata."""
+    assert embeddings.video is not None and embeddings.text is not None
     tensors = {
         "video": embeddings.video,
         "text": embeddings.text,

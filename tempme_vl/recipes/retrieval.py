@@ -23,6 +23,7 @@ from tempme_vl.recipes.start import announce, begin, check_files, facts, in_word
 from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.retrieval import (
     AnyRetrievalModel,
+    RetrievalModel,
     create_retrieval_model,
     load_retrieval_model,
 )
@@ -69,6 +70,7 @@ def main(options: Options) -> None:
     report = evaluate(best, test, reader, tokenizer, device, options.workers, options.rerank)
     report |= {
         "model": options.model,
+        "head": options.head,
         **about_run(options, trainer, trained, val),
         **cost(model.frontend),
     }
@@ -86,8 +88,15 @@ def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
         words = [caption for captions in train.captions for caption in captions]
         vocabulary = words_of(options, words, options.vocabulary)
     model = create_retrieval_model(
-        options.model, tuning=options.tuned(), vocabulary=vocabulary, **tower(options, train.num_frames)
+        options.model,
+        tuning=options.tuned(),
+        head=options.head,
+        vocabulary=vocabulary,
+        **tower(options, train.num_frames),
+        **options.of_head(),
     )
+    if options.chunks > 1 and isinstance(model, RetrievalModel) and model.head.learns:
+        raise ValueError(f"the weights of the head {options.head!r} see all pairs of a batch at once: leave --chunks 1")
     model.set_grad_checkpointing(options.grad_checkpointing)
     return model
 
@@ -104,9 +113,17 @@ def evaluate(
     """Metrics of a split, all ranks together; `encoder` is a model or, without re-ranking, its DeepSpeed engine."""
     encoder.eval()
     captions, rerank = EvalCaptions(split, tokenizer), rerank if isinstance(encoder, UMTRetrievalModel) else 0
-    videos = EvalVideos(split.videos, reader)
+    videos, owners = EvalVideos(split.videos, reader), captions.video_of_caption
+    model = getattr(encoder, "module", encoder)
     embeddings = embed(
-        encoder, videos, captions, captions.video_of_caption, device, workers=workers, keep_tokens=rerank > 0
+        encoder,
+        videos,
+        captions,
+        owners,
+        device,
+        workers=workers,
+        keep_tokens=rerank > 0,
+        head=model.head if isinstance(model, RetrievalModel) else None,
     )
     report = {"split": split.name, "note": split.note, **retrieval_report(embeddings)}
     return {**report, "reranked": rerank_embeddings(encoder, embeddings, device, rerank)} if rerank else report

@@ -16,6 +16,7 @@ from tempme_vl.frontend import VisualFrontend
 from tempme_vl.recipes.names import MISSING_VIDEOS
 from tempme_vl.recipes.options.shared import RecipeOptions, VisualOptions
 from tempme_vl.reports import provenance, write_json, write_whole
+from tempme_vl.tasks.qa.options import LLMOptions
 from tempme_vl.training import distributed
 from tempme_vl.training.config import TrainConfig
 
@@ -29,7 +30,12 @@ MAY_CHANGE = {
 }
 
 # Options that came later, with the value that changes nothing: runs from before do not record them.
-LATER: dict[str, Any] = {"method_options": ()}
+LATER: dict[str, Any] = {
+    "method_options": (),
+    "head": "mean",  # of retrieval, which had no other
+    "head_options": (),
+    **{name: getattr(LLMOptions, name) for name in ("template", "lora_alpha", "lora_dropout", "dtype")},
+}
 
 # Fields of splits and questions as checkpoints have them in the hash of their annotations.
 RECORDED = {"videos": "clips", "video": "clip"}

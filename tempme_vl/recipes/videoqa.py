@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,9 +18,9 @@ from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.videoqa import Options
 from tempme_vl.recipes.report import about_run, cost, write_answers, write_results
 from tempme_vl.recipes.start import announce, begin, check_files, facts, in_words
+from tempme_vl.tasks.heads import find_head
 from tempme_vl.tasks.inputs import VideoInput
-from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
-from tempme_vl.tasks.qa.create import create_llm_qa_model, create_qa_model
+from tempme_vl.tasks.qa import QAHead, VideoQAModel, create_qa_model, load_qa_model
 from tempme_vl.training.engine import Trainer
 
 
@@ -28,11 +28,12 @@ def main(options: Options) -> None:
     device = begin(options)
     train, val, test = options.source().all_questions()
     check_files(options, train, val, test)
+    head = head_of(options)
     for asked in (split for split in (val, test) if split is not None):  # now, and not after an epoch
-        if not most_options(asked) and most_options(train) and options.head == "classifier":
+        if not most_options(asked) and most_options(train) and head.only_options:
             raise ValueError(f"{train.name} teaches to choose among options; the questions of {asked.name} have none")
-    free = options.head == "llm" or most_options(train)  # an answer is written, or one of the question's options
-    answers = () if free else answer_vocabulary(train, options.num_answers)
+    listed = head.uses_answers and not most_options(train)  # else one of the question's options, or written
+    answers = answer_vocabulary(train, options.num_answers) if listed else ()
     model = build_model(options, train, answers).to(device)
     preprocess = model.frontend.preprocessing
     reader = video_reader(options, model.frontend.schedule.frames, VideoTransform(preprocess))
@@ -67,44 +68,18 @@ def main(options: Options) -> None:
     write_results(options, model, test.name, {"accuracy": report["accuracy"]})
 
 
+def head_of(options: Options) -> type[QAHead]:
+    return cast(type[QAHead], find_head(options.head, "qa"))
+
+
 def build_model(options: Options, train: QASplit, answers: tuple[str, ...]) -> VideoQAModel:
-    model = build_llm(options) if options.head == "llm" else build_bert(options, train, answers)
+    texts = [text for q in train.questions for text in (q.question, *q.answers, *q.options)]
+    words = words_of(options, texts, options.vocabulary) if head_of(options).needs_vocabulary else ()
+    model = create_qa_model(options.model, words, options.head, answers, **tower(options, 12), **options.of_head())
     model.tune(options.tuned())
     model.input = VideoInput(options.sampling)
     model.set_grad_checkpointing(options.grad_checkpointing)
     return model
-
-
-def build_llm(options: Options) -> VideoQAModel:
-    if options.llm is None:
-        raise ValueError("--head llm needs --llm, a folder or the hub name of a causal language model")
-    return create_llm_qa_model(
-        options.model,
-        options.llm,
-        max_words=options.max_words,
-        answer_words=options.answer_words,
-        train_llm=options.train_llm,
-        lora_rank=options.lora_rank,
-        **tower(options, 12),
-    )
-
-
-def build_bert(options: Options, train: QASplit, answers: tuple[str, ...]) -> VideoQAModel:
-    texts = [text for q in train.questions for text in (q.question, *q.answers, *q.options)]
-    assert options.head != "llm"
-    return create_qa_model(
-        options.model,
-        words_of(options, texts, options.vocabulary),
-        options.head,
-        answers,
-        text=options.text,
-        text_pretrained=options.text_pretrained,
-        max_words=options.max_words,
-        rule=options.rule,
-        candidates=options.candidates,
-        answer_words=options.answer_words,
-        **tower(options, 12),
-    )
 
 
 def evaluate(
@@ -113,7 +88,7 @@ def evaluate(
     """Accuracy and predictions on a split, all ranks together; `encode` is the model or its DeepSpeed engine."""
     encode.eval()
     predictions = predict(model, encode, split, reader, device, workers=workers)
-    return accuracy(predictions, split, model.answers or None, normalize=model.head.name == "llm"), predictions
+    return accuracy(predictions, split, model.answers or None, normalize=not model.head.uses_answers), predictions
 
 
 def describe(train: QASplit, val: QASplit | None, test: QASplit, answers: tuple[str, ...]) -> str:

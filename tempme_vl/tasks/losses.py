@@ -52,10 +52,14 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_pairs(features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """What a contrast needs of all ranks: video, text (G, E), video_id, text_id (G,) int64, valid (G,) bool."""
-    video, text = gather_rows(features["video"]), gather_rows(features["text"])
+    """What a contrast needs of all ranks: video, text (G, E), and what `gather_ids` gives."""
+    return gather_rows(features["video"]), gather_rows(features["text"]), *gather_ids(batch)
+
+
+def gather_ids(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all ranks' pairs video_id, text_id (G,) int64, and valid (G,) bool."""
     video_id, text_id, valid = (gather_rows(batch[key].long()) for key in ("video_id", "text_id", "valid"))
-    return video, text, video_id, text_id, valid.bool()
+    return video_id, text_id, valid.bool()
 
 
 def contrastive_loss(
@@ -67,13 +71,30 @@ def contrastive_loss(
     valid: Tensor | None = None,
     weights: tuple[float, float] = (0.5, 0.5),
 ) -> Tensor:
-    """Symmetric cross-entropy between matching videos and captions (CLIP; TempMe section 4).
-
-    Pairs of the same video or of the same caption are not each other's negatives: they leave the denominator.
+    """`contrastive_loss_of` the cosines of videos and captions (CLIP; TempMe section 4).
 
     Args:
         video, text: (G, E) L2-normalised features of all ranks, row i of both belonging together.
         scale: exp(logit scale), a scalar.
+        others: see `contrastive_loss_of`.
+    """
+    logits_VT = (scale * readable(video, valid)) @ text.T
+    return contrastive_loss_of(logits_VT.T, video_ids, text_ids, valid, weights)
+
+
+def contrastive_loss_of(
+    logits_TV: Tensor,
+    video_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    valid: Tensor | None = None,
+    weights: tuple[float, float] = (0.5, 0.5),
+) -> Tensor:
+    """Symmetric cross-entropy between matching videos and captions.
+
+    Pairs of the same video or of the same caption are not each other's negatives: they leave the denominator.
+
+    Args:
+        logits_TV: (G, G) of the captions and videos of all ranks, row i and column i belonging together.
         video_ids, text_ids: (G,) int64, equal for the same video or the same caption.
         valid: (G,) bool; pairs whose video could not be read are False: neither positive nor negative.
         weights: of videos that choose among texts, and of texts that choose among videos.
@@ -81,14 +102,38 @@ def contrastive_loss(
     Returns:
         the scalar sum of both directions' weighted means; 0 if no pair is valid.
     """
-    excluded = same_pairs(
-        *(ids for ids in (torch.arange(len(video), device=video.device), video_ids, text_ids) if ids is not None)
-    )
-    logits_VT = _logits(scale * _readable(video, valid), text, excluded, valid)
+    logits_VT = _without(logits_TV.T, _same(logits_TV, video_ids, text_ids), valid)
     target = torch.arange(len(logits_VT), device=logits_VT.device)
     by_video = F.cross_entropy(logits_VT, target, reduction="none")
     by_text = F.cross_entropy(logits_VT.T, target, reduction="none")
     return _mean(weights[0] * by_video + weights[1] * by_text, valid)
+
+
+def sigmoid_loss(
+    logits_TV: Tensor,
+    video_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """-log sigmoid of every pair, of those that do not belong together with the sign turned, a caption (SigLIP).
+
+    Pairs of the same video or of the same caption beside the diagonal do not count.
+
+    Args:
+        logits_TV: with the bias; and others as in `contrastive_loss_of`.
+
+    Returns:
+        the sum over a caption's pairs, the mean over captions; 0 if no pair is valid.
+    """
+    own = torch.eye(len(logits_TV), dtype=torch.bool, device=logits_TV.device)
+    left = _without(torch.where(own, logits_TV, -logits_TV), _same(logits_TV, video_ids, text_ids), valid)
+    return _mean(-F.logsigmoid(left).masked_fill(left.isneginf(), 0.0).sum(dim=1), valid)
+
+
+def _same(logits: Tensor, *ids: Tensor | None) -> Tensor:
+    """`same_pairs` of the ids that there are; each row is its own."""
+    rows = torch.arange(len(logits), device=logits.device)
+    return same_pairs(rows, *(one for one in ids if one is not None))
 
 
 def same_pairs(*ids: Tensor) -> Tensor:
@@ -112,7 +157,7 @@ def soft_contrastive_loss(
     Returns:
         the scalar mean of both directions; 0 if no pair is valid.
     """
-    logits_VT = _logits(_readable(video, valid) / temperature, text, torch.zeros_like(same), valid)
+    logits_VT = _without((readable(video, valid) / temperature) @ text.T, torch.zeros_like(same), valid)
     positives = same & ~logits_VT.isneginf()
     counts = positives.sum(1)
     # both masks are symmetric, so the transposed logits have the same targets
@@ -120,17 +165,17 @@ def soft_contrastive_loss(
     return _mean(-0.5 * sum(likelihoods) / counts, valid)
 
 
-def _readable(video: Tensor, valid: Tensor | None) -> Tensor:
-    """Whatever an unreadable video's features are, even NaN, they must not spread."""
-    return video if valid is None else torch.where(valid[:, None], video, torch.zeros_like(video))
+def readable(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """(G, ...), zeros for unreadable videos: whatever their features are, even NaN, they must not spread."""
+    return rows if valid is None else rows.where(valid.view(-1, *[1] * (rows.ndim - 1)), torch.zeros_like(rows))
 
 
-def _logits(video: Tensor, text: Tensor, excluded: Tensor, valid: Tensor | None) -> Tensor:
-    """(G, G) products; -inf beside the diagonal where `excluded` or where one of both videos is unreadable."""
+def _without(logits: Tensor, excluded: Tensor, valid: Tensor | None) -> Tensor:
+    """(G, G), -inf beside the diagonal where `excluded` or where one of both videos is unreadable."""
     if valid is not None:
         excluded = excluded | ~valid[:, None] | ~valid[None, :]
-    diagonal = torch.eye(len(video), dtype=torch.bool, device=video.device)
-    return (video @ text.T).masked_fill(excluded & ~diagonal, -torch.inf)
+    diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    return logits.masked_fill(excluded & ~diagonal, -torch.inf)
 
 
 def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
@@ -195,7 +240,7 @@ def matching_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
         raise ValueError(f"expected (3 B, 2) logits: positives and two negatives each; got {tuple(logits.shape)}")
     labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     labels[: len(logits) // 3] = 1
-    logits = at_least_float32(_readable(logits, valid))
+    logits = at_least_float32(readable(logits, valid))
     return _mean(F.cross_entropy(logits, labels, reduction="none"), valid)
 
 

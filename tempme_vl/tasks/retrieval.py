@@ -1,34 +1,40 @@
-"""Text-video retrieval: a dual encoder and its loss."""
+"""Text-video retrieval: two towers, and a head that compares what they give."""
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempme_vl.card import Card
 from tempme_vl.configs import ModelConfig, tower_name
 from tempme_vl.families import FAMILIES, Pair, TextSide, find_family, split_name
+from tempme_vl.fit import load_strictly
 from tempme_vl.frontend import VisualFrontend, merge_in
 from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import MergeSchedule, is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, build, load_kind, load_model, save_model
 from tempme_vl.schema import LEFT_OUT
-from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.cards import retrieval_card
+from tempme_vl.tasks.heads import find_head, read_options
 from tempme_vl.tasks.inputs import Inputs
-from tempme_vl.tasks.losses import LogitScale, contrastive_loss, gather_pairs
+from tempme_vl.tasks.losses import LogitScale, gather_ids, gather_rows, readable
+from tempme_vl.tasks.similarity.base import PairContext, SimilarityHead
+from tempme_vl.tasks.similarity.mean import MeanHead
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalConfig, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.tokenizers import ClipWords, Words
 from tempme_vl.tuning import Tuning, find_tuning
 from tempme_vl.tuning.model import TunableModel
-from tempme_vl.weights.exports import load_exported_rest, part_of
+from tempme_vl.weights.exports import Export, find_export, load_exported_rest, part_of
+
+_log = logging.getLogger("tempme_vl.tasks")
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,13 +59,16 @@ class RetrievalConfig(ModelConfig):
     text_cfg: Mapping[str, Any]
     input: Inputs
     tuning: TunedBy | None = field(default=None, metadata=LEFT_OUT)
+    head: str = field(default="mean", metadata=LEFT_OUT)
+    head_options: Mapping[str, Any] = field(default_factory=dict, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
+        find_head(self.head, "retrieval")
         _text_side(self.frontend.tower.family).check(self.text_cfg, "'text_cfg'")
 
 
 class RetrievalModel(Shareable, TunableModel):
-    """Video and text encoders with one embedding space.
+    """Video and text encoders with one embedding space, and a head that compares what they give.
 
     Args:
         frontend: the visual tower.
@@ -68,6 +77,7 @@ class RetrievalModel(Shareable, TunableModel):
         logit_scale: the logarithm of the initial temperature's inverse.
         words: what text ids stand for; default: CLIP's byte pairs.
         input: how frames and captions were sampled and cut in training.
+        head: default: the cosine of the mean of the frames with the text.
     """
 
     lora_parts = ("frontend", "text")
@@ -81,9 +91,11 @@ class RetrievalModel(Shareable, TunableModel):
         logit_scale: float = math.log(1 / 0.07),
         words: Words | None = None,
         input: Inputs | None = None,
+        head: SimilarityHead | None = None,
     ):
         super().__init__()
         self.frontend, self.text, self.logit_scale = frontend, text, LogitScale(logit_scale)
+        self.head = head or MeanHead()
         self.words: Words = words or ClipWords()
         self.text_config = text_config
         self.input = input or Inputs("fps1", text.max_words(32))
@@ -95,33 +107,48 @@ class RetrievalModel(Shareable, TunableModel):
             batch: video (B, F, 3, H, W) and frame_mask (B, F), and/or text_ids and text_mask (B, L).
 
         Returns:
-            video and/or text: (B, E), L2-normalised; scale: exp(logit scale), a scalar.
+            what the head makes of video and/or text, with the head "mean" (B, E), L2-normalised; scale: exp(logit
+            scale), a scalar; of a head with weights, given both sides and valid, logits (G, G) of all ranks.
         """
         features = {"scale": self.logit_scale()}
         if "video" in batch:
-            features["video"] = self.encode_video(batch["video"], batch["frame_mask"])
+            features |= self.head.encode_video(self.frontend, self.frontend(batch["video"], batch["frame_mask"]))
         if "text_ids" in batch:
-            features["text"] = self.encode_text(batch["text_ids"], batch["text_mask"])
+            features |= self.head.encode_text(self.text, batch["text_ids"], batch["text_mask"])
+        if self.head.learns and "valid" in batch and "video" in batch and "text_ids" in batch:
+            # here, and not in `loss`, since DeepSpeed hooks this call
+            features["logits"] = self._logits(features, batch, gather_rows(batch["valid"].long()).bool())
         return features
 
     def encode_video(self, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """(B, F, 3, H, W) -> (B, E), L2-normalised; arguments as in `VisualFrontend.forward`."""
-        return F.normalize(self.frontend(video, frame_mask).pooled, dim=-1)
+        """(B, F, 3, H, W) -> what the head makes of videos, with "mean" (B, E), L2-normalised.
+
+        Arguments as in `VisualFrontend.forward`.
+        """
+        return self.head.encode_video(self.frontend, self.frontend(video, frame_mask))["video"]
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) -> (B, E), L2-normalised; ids and mask as `words` gives them."""
-        return F.normalize(at_least_float32(self.text(ids, mask)), dim=-1)
+        """(B, L) -> what the head makes of texts, with "mean" (B, E), L2-normalised; see `words` for both."""
+        return self.head.encode_text(self.text, ids, mask)["text"]
 
     def loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """The contrastive loss over all ranks' pairs.
+        """The head's loss over all ranks' pairs.
 
         Args:
             features: what the model made of the batch.
-            batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss`.
+            batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss_of`; it may hold parts that the
+                head compares, too.
         """
-        video, text, video_id, text_id, valid = gather_pairs(features, batch)
-        weights = self.tuning.loss_weights
-        return contrastive_loss(video, text, features["scale"], video_id, text_id, valid, weights)
+        video_id, text_id, valid = gather_ids(batch)
+        logits = features["logits"] if "logits" in features else self._logits(features, batch, valid)
+        return self.head.loss(logits, video_id, text_id, valid, self.tuning.loss_weights)
+
+    def _logits(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+        """(G, G), texts by videos, of all ranks."""
+        there = {**batch, **features}
+        video = {name: readable(gather_rows(there[name]), valid) for name in self.head.video_parts}
+        text = {name: gather_rows(there[name]) for name in self.head.text_parts}
+        return self.head.logits(text, video, features["scale"])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in the backward pass."""
@@ -146,8 +173,11 @@ class RetrievalModel(Shareable, TunableModel):
         return _assemble(frontend, pair)
 
     def is_new_parameter(self, name: str) -> bool:
-        """Whether a parameter was in no pretrained model: TempMe's clip positions, and what tuning added."""
-        return super().is_new_parameter(name) or is_of_merging(self, name)
+        """Whether a parameter was in no pretrained model: TempMe's clip positions, the head's, what tuning added."""
+        if super().is_new_parameter(name) or is_of_merging(self, name):
+            return True
+        own = name.removeprefix("head.")
+        return own != name and any(re.search(pattern, own) for pattern in self.head.new_parameters)
 
     def input_side(self) -> list[nn.Module]:
         """Token, position and class embeddings, conv1 and ln_pre, which CLIP4Clip freezes."""
@@ -189,7 +219,12 @@ class RetrievalModel(Shareable, TunableModel):
         self.words.save(Path(directory))
         tuned = self.tuning_config()
         config = RetrievalConfig(
-            self.frontend.full_config(), self.text_config, self.input, None if tuned is None else TunedBy(**tuned)
+            self.frontend.full_config(),
+            self.text_config,
+            self.input,
+            None if tuned is None else TunedBy(**tuned),
+            self.head.name,
+            asdict(self.head.told),
         )
         save_model(directory, config, self.plain_state(state), self.card())
 
@@ -211,11 +246,14 @@ class RetrievalModel(Shareable, TunableModel):
         directory = find_folder(source, **hub)
         config, state = load_model(directory, RetrievalConfig)
         tower, place = config.frontend.tower, f"{directory / CONFIG_FILE}, 'frontend'"
+        kind = cast(type[SimilarityHead], find_head(config.head, "retrieval"))
+        told = read_options(config.head, config.head_options)
 
         def make() -> RetrievalModel:
             frontend = VisualFrontend.from_config(config.frontend, place)
             texts = _text_side(tower.family).build(tower, dict(config.text_cfg), directory)
-            model = cls(frontend, texts.tower, config.text_cfg, words=texts.words, input=config.input)
+            head = kind.create(PairContext(frontend, texts.tower), told)
+            model = cls(frontend, texts.tower, config.text_cfg, words=texts.words, input=config.input, head=head)
             if config.tuning is not None:
                 model.extend(find_tuning(config.tuning.name, config.tuning.options))
             return model
@@ -232,6 +270,7 @@ def create_retrieval_model(
     method: str = "tempme",
     num_frames: int = 12,
     tuning: str | Tuning = "full",
+    head: str = "mean",
     *,
     clip_position_std: float = 0.0,
     vocabulary: tuple[str, ...] | None = None,
@@ -243,15 +282,22 @@ def create_retrieval_model(
         name: "family:model" of a model with a text tower: open_clip's CLIP, SigLIP and others, "umt:b16", or "hf:" and
             a CLIP, SigLIP or SigLIP 2 of transformers.
         tuning: what of it trains, one of `tempme_vl.TUNINGS` or an instance with options, `Lora(rank=16)`.
+        head: what compares videos and texts, one of `tempme_vl.HEADS`: "mean", "maxsim", "xpool", or another package's.
         vocabulary: words of UMT's text side (`create_umt_retrieval_model`); other models have their own.
-        others: as in `tempme_vl.create_frontend`, with its errors.
+        options: the head's own, and those of `tempme_vl.create_frontend`, as all others.
 
     Raises:
-        ValueError: see `create_frontend`, `find_tuning` and the tuning's `apply`; or a family without text towers.
+        ValueError: see `create_frontend`, `find_tuning` and the tuning's `apply`, `find_head` and the head; or a family
+            without text towers.
     """
     way, family = find_tuning(tuning), find_family(name)
+    kind = cast(type[SimilarityHead], find_head(head, "retrieval"))
+    own = {field.name for field in fields(kind.options)}
+    told = read_options(head, {key: options.pop(key) for key in own & options.keys()})
     made: AnyRetrievalModel
     if family.needs_vocabulary:
+        if head != "mean":
+            raise ValueError(f"{name!r} has layers of its own that compare videos and texts: leave the head 'mean'")
         if vocabulary is None:
             raise ValueError(
                 f"the text side of {name!r} needs its vocabulary: see tempme_vl.text.tokenizers.bert_vocabulary"
@@ -265,7 +311,9 @@ def create_retrieval_model(
         tower_options = {key: options.pop(key) for key in side.options if key in options}
         pair = side.load(model, pretrained, num_frames, **tower_options)
         frontend = merge_in(pair.backbone, pair.config, method, num_frames, clip_position_std, **options)
-        made = _assemble(frontend, pair)
+        made = _assemble(frontend, pair, kind.create(PairContext(frontend, pair.texts.tower), told))
+        if made.head.learns and pretrained is not None and (export := find_export(pretrained)):
+            _load_head(made.head, export)
     made.tune(way)
     return made
 
@@ -284,6 +332,19 @@ def load_retrieval_model(source: str | Path, **hub: Unpack[HubOptions]) -> AnyRe
     return (UMTRetrievalModel if of_umt else RetrievalModel).from_pretrained(directory)
 
 
+def _load_head(head: SimilarityHead, export: Export) -> None:
+    """Starts a head from a folder of the package, where that has the same.
+
+    Raises:
+        ValueError: weights that do not fit.
+    """
+    theirs = export.config.get("head", "mean") if export.kind == RetrievalConfig.kind else "none"
+    if theirs == head.name:
+        load_strictly(head, part_of(export.state, "head."), f"the head of {export.folder}")
+    else:
+        _log.warning("%s: its head is %s, so %s starts anew", export.folder, theirs, head.name)
+
+
 def _text_side(family: str) -> TextSide:
     """Raises:
     ValueError: a family without one.
@@ -297,12 +358,12 @@ def _text_side(family: str) -> TextSide:
     return side
 
 
-def _assemble(frontend: VisualFrontend, pair: Pair) -> RetrievalModel:
-    model = RetrievalModel(frontend, pair.texts.tower, pair.text_config, pair.log_scale, pair.texts.words)
+def _assemble(frontend: VisualFrontend, pair: Pair, head: SimilarityHead | None = None) -> RetrievalModel:
+    model = RetrievalModel(frontend, pair.texts.tower, pair.text_config, pair.log_scale, pair.texts.words, None, head)
     if pair.export is None:
         return model
     if pair.export.kind == RetrievalConfig.kind:
-        load_exported_rest(model, pair.export)
+        load_exported_rest(model, pair.export, anew=("head.",))
     else:
         raise ValueError(f"{pair.export.folder} holds a {pair.export.kind} model, without a text tower for retrieval")
     return model

@@ -45,6 +45,14 @@ class TextEncoder(nn.Module):
         """What stands before the first block, which CLIP4Clip freezes."""
         raise NotImplementedError
 
+    def words(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L, E): every word in the space of whole texts, not normalised; ids and mask as in a call.
+
+        Raises:
+            ValueError: a tower whose single words have no place in that space.
+        """
+        raise ValueError(f"{type(self).__name__} has no embeddings of single words")
+
     def max_words(self, wanted: int) -> int:
         """Places that a text gets where so many are wanted."""
         return self.context_length if self.fixed_length else min(wanted, self.context_length)

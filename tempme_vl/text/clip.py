@@ -54,7 +54,7 @@ class ClipTextEmbed(nn.Module):
 
 
 class ClipTextHead(nn.Module):
-    """Final norm and projection of the word that stands for the text: (B, D) -> (B, E)."""
+    """Final norm and projection of the word that stands for the text, or of any: (..., D) -> (..., E)."""
 
     def __init__(self, tower: Any):
         super().__init__()
@@ -114,6 +114,25 @@ class ClipTextEncoder(TextEncoder):
         Raises:
             ValueError: see `TextEncoder.check`.
         """
+        x, end = self._encode(ids, mask)
+        return self.head(x[torch.arange(len(x), device=x.device), end])
+
+    def words(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L, E); see `TextEncoder.words`.
+
+        Raises:
+            ValueError: a tuning has put learnt words among those of texts.
+        """
+        x, _ = self._encode(ids, mask)
+        if x.shape[1] != ids.shape[1]:
+            raise ValueError(
+                "the head compares the words of texts, and the tuning puts learnt words among them: choose another "
+                "tuning, or the head 'mean'"
+            )
+        return self.head(x)
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) after the blocks, and (B,) the place of each text's end."""
         self.check(ids, mask)
         end = mask.bool().sum(dim=1) - 1
         x, end = self.embed(ids, torch.full_like(end, ids.shape[1] - 1) if self.pool == "last" else end)
@@ -123,7 +142,7 @@ class ClipTextEncoder(TextEncoder):
                 state = checkpoint(_block, block, state, use_reentrant=False)
             else:
                 state = _block(block, state)
-        return self.head(state.x[torch.arange(len(x), device=x.device), end])
+        return state.x, end
 
     def shorten(self, places: int, fixed_length: bool = False) -> None:
         """Leaves so many places fewer for the words of texts, for words that are learnt.

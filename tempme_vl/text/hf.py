@@ -65,6 +65,13 @@ class HFTextEncoder(TextEncoder):
             return cast(Tensor, checkpoint(self._encode, ids, seen, use_reentrant=False))
         return self._encode(ids, seen)
 
+    def words(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L, E) of CLIP; see `TextEncoder.words`."""
+        if self.fixed_length:  # SigLIP's projection is a part of how it pools
+            return super().words(ids, mask)
+        self.check(ids, mask)
+        return self.projection(self.tower(input_ids=ids, attention_mask=mask).last_hidden_state)
+
     def _encode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         return self.projection(self.tower(input_ids=ids, attention_mask=mask).pooler_output)
 

@@ -15,8 +15,7 @@ from towers import random_video
 from training.models import RECIPES
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
-from tempme_vl.tasks.qa.create import create_llm_qa_model
+from tempme_vl.tasks.qa import VideoQAModel, create_qa_model, load_qa_model
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import full_state_dict
 from tempme_vl.training.engine import TrainConfig, deepspeed_config
@@ -67,7 +66,7 @@ def tiny_llm_qa(folder: Path, method: str = "tempme", seed: int = 0, **options: 
     torch.manual_seed(seed)
     tower = {"tempme": TOWER, "tome": {"r": 2}, "none": {}}[method]
     options = {"num_frames": FRAMES, "clip_position_std": 0.1, "max_words": 24, **tower, **options}
-    return create_llm_qa_model("open_clip:tiny", str(folder), method=method, **options)
+    return create_qa_model("open_clip:tiny", head="llm", llm=str(folder), method=method, **options)
 
 
 def videos() -> Tensor:

@@ -126,7 +126,8 @@ def test_words_and_classes() -> None:
 def test_prediction_is_the_likeliest_class() -> None:
     made, asked, (tokens, size) = head_of(), make_questions(), random_tokens()
     output = made(tokens, size, asked)
-    assert output.keys() == {"logits", "prediction"} and output["logits"].dtype == torch.float32
+    assert output.keys() == {"logits", "prediction", "scores"} and output["logits"].dtype == torch.float32
+    torch.testing.assert_close(output["scores"], output["logits"].exp() / output["logits"].exp().sum(1, keepdim=True))
     assert torch.equal(output["prediction"], output["logits"].argmax(1, keepdim=True))
     assert [made.text(row) for row in output["prediction"].tolist()] == [
         ANSWERS[int(n)] for n in output["logits"].argmax(1)

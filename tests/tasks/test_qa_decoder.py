@@ -324,9 +324,19 @@ def test_generated_texts() -> None:
 def test_prediction_is_generated_without_a_list(answer_words: int) -> None:
     (model, head), batch = tiny(answer_words=answer_words), make_batch()
     features = model({key: batch[key] for key in (*VIDEO, *make_questions())})
-    assert features.keys() == {"tokens", "size", "states", "prediction"}
-    expected = head.generate(*asked(model, batch))
+    assert features.keys() == {"tokens", "size", "states", "prediction", "scores"}
+    states, mask = asked(model, batch)
+    expected = head.generate(states, mask)
     assert expected.shape == (4, answer_words - 1) and torch.equal(features["prediction"], expected)
+    # word by word, up to the end token
+    question, chances = head.decoder.keys_values(states, mask), torch.ones(4)
+    ended = torch.zeros(4, dtype=torch.bool)
+    for place in range(answer_words - 1):
+        before = torch.cat([torch.full((4, 1), START), expected[:, :place]], dim=1)
+        likely = head.decoder(before.unsqueeze(1), question)[:, 0, -1].softmax(-1)
+        chances = torch.where(ended, chances, chances * likely[torch.arange(4), expected[:, place]])
+        ended = ended | (expected[:, place] == END)
+    torch.testing.assert_close(features["scores"], chances.unsqueeze(1))
 
 
 def test_a_list_does_not_bind_what_is_generated() -> None:

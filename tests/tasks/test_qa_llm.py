@@ -279,9 +279,10 @@ def test_left_padded_prompts_have_the_positions_of_unpadded_ones(llm: Path) -> N
             first = int(batch["question_mask"][0].argmax())
             assert first > 10
             alone = {k: v[:, first:] if k.startswith("question_") else v for k, v in batch.items()}
-            (key,) = found
-            output = head(tokens[row : row + 1], size[row : row + 1], alone)[key]
-            torch.testing.assert_close(output, found[key][row : row + 1], rtol=0, atol=1e-4)
+            output = head(tokens[row : row + 1], size[row : row + 1], alone)
+            assert output.keys() == found.keys()
+            for key, value in output.items():
+                torch.testing.assert_close(value, found[key][row : row + 1], rtol=0, atol=1e-4)
 
 
 def test_options(random_writer: VideoQAModel) -> None:
@@ -301,6 +302,21 @@ def test_options(random_writer: VideoQAModel) -> None:
 def answer_to_all(model: VideoQAModel, answer: str, count: int) -> dict[str, Tensor]:
     row = model.head.tokenize("", answer)
     return {key: row[key].expand(count, -1) for key in ("answer_ids", "answer_mask")}
+
+
+def test_scores_are_the_probabilities_of_what_was_written_and_shares_of_options(random_writer: VideoQAModel) -> None:
+    """By the loss that training would have for these words, which generating has no part in."""
+    model, numbers = random_writer, [0, 1, 9, 33]
+    kept, asks = rows_of(encoded(model), numbers), asked(model, numbers)
+    with torch.no_grad():
+        said = model(kept | asks)
+        ended = (said["prediction"] == model.head._end).cumsum(1)
+        words = {"answer_ids": said["prediction"], "answer_mask": torch.cat([0 * ended[:, :1], ended[:, :-1]], 1) == 0}
+        losses = model(kept | asks | {name: value.long() for name, value in words.items()})["losses"]
+        chosen = model(kept | asked(model, numbers, options=DOINGS))["scores"]
+        each = [model(kept | asks | answer_to_all(model, doing, 4))["losses"] for doing in DOINGS]
+    torch.testing.assert_close(said["scores"], (-losses).exp().unsqueeze(1), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(chosen, (-torch.stack(each, dim=1)).softmax(1), rtol=1e-3, atol=1e-6)
 
 
 def test_answering_is_silent(expert: VideoQAModel, capfd: pytest.CaptureFixture[str]) -> None:

@@ -391,7 +391,9 @@ def test_settings_by_name() -> None:
     ("changes", "message"),
     [
         ({"name": "tiny"}, r"got 'tiny' \(known families: open_clip, umt"),
-        ({"head": "answerer"}, r"expected one of the heads classifier, decoder; got 'answerer'"),
+        ({"head": "answerer"}, r"'answerer' is no head for question answering; expected one of classifier, decoder, l"),
+        ({"vocabulary": ()}, r"the head 'decoder' needs a vocabulary"),
+        ({"candidates": "3"}, r"head 'decoder', 'candidates': expected a whole number"),
         ({"text": "bert-tiny"}, r"expected one of \['bert-base', 'bert-large', 'tiny'\]; got 'bert-tiny'"),
         ({"rule": "umt"}, r"the rule 'umt' ranks a list of answers, and there is none"),
         ({"method": "tempme", "budget": 0.0}, r"budget is a share of the GFLOPs without merging"),

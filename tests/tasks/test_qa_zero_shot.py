@@ -58,7 +58,7 @@ def scores_text_by_text(family: str, video: int, texts: list[str]) -> Tensor:
         if family == "umt":
             match.append(model.fuse(of_text["states"], mask, model.keys_values(of_video["tokens"]))[0, 1])
     if family == "open_clip":
-        return torch.stack(similarity)
+        return (model.logit_scale.log_scale.exp() * torch.stack(similarity)).softmax(0)
     # UMT's rule for multiple choice (its MSRVTT-MC evaluation)
     contrast = torch.stack(similarity) / model.temperature.temperature.item()
     return 0.7 * torch.stack(match).softmax(0) + 0.3 * contrast.softmax(0)
@@ -74,7 +74,7 @@ def test_scores_of_options_are_those_of_each_text_alone(family: str, rows: int) 
     for video, (question, options) in enumerate(zip(QUESTIONS, OPTIONS, strict=True)):
         expected = scores_text_by_text(family, video, [f"{question} {option}" for option in options])
         torch.testing.assert_close(said["scores"][video, : len(options)], expected, rtol=1e-4, atol=1e-6)
-        assert said["scores"][video, len(options) :].eq(-torch.inf).all()
+        assert said["scores"][video, len(options) :].eq(0).all()
         assert said["prediction"][video].item() == expected.argmax().item()
         assert expected.unique().numel() == len(options)
 

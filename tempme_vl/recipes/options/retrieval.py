@@ -12,8 +12,9 @@ from tempme_vl.command_line import Command, Example, first_look
 from tempme_vl.data.datasets import CAPTIONED, texts_of
 from tempme_vl.data.options import EMBEDDED
 from tempme_vl.recipes.options.presets import preset
-from tempme_vl.recipes.options.shared import VisualOptions
+from tempme_vl.recipes.options.shared import VisualOptions, named_value
 from tempme_vl.registries import DATASETS
+from tempme_vl.tasks.heads import HeadNames, read_options
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,18 @@ class Options(VisualOptions):
     """Words kept of a caption, start and end included; default: the data set's usual 32 or 64."""
     freeze: Literal["none", "clip4clip"] | None = None
     """The older name of --tuning: none is full."""
+    head: Annotated[str, HeadNames("retrieval")] = "mean"
+    """What compares videos and texts. mean: the mean of the frames with the text, as TempMe; maxsim: each word with the
+    token nearest to it; xpool: each text pools the tokens by its own attention; and those of installed packages."""
+    head_options: tuple[str, ...] = ()
+    """NAME=VALUE of the head's own: of both others of=frames instead of tokens; of maxsim mean=false, loss=sigmoid; of
+    xpool heads, dropout."""
     rerank: int = 128
     """UMT: candidates of each query that the fusion layers rank anew in the test, both ways; 0 leaves it out."""
+
+    def of_head(self) -> dict[str, Any]:
+        """What the head is told."""
+        return dict(map(named_value, self.head_options))
 
 
 def defaults(arguments: Sequence[str], recipe: str = "retrieval", suffix: str = "") -> dict[str, Any]:
@@ -80,8 +91,9 @@ def checked(options: Options) -> Options:
     """
     if options.freeze is not None:
         options = replace(options, tuning="full" if options.freeze == "none" else options.freeze, freeze=None)
-    options.tuned()  # both say what is wrong before anything starts
+    options.tuned()  # these say what is wrong before anything starts
     options.source()
+    read_options(options.head, options.of_head())
     if options.chunks > 1:
         from tempme_vl.families import find_family  # which imports torch
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tempme_vl.command_line import Command, Example, first_look
 from tempme_vl.data.datasets import ASKED
 from tempme_vl.data.options import EMBEDDED
 from tempme_vl.recipes.options.presets import preset
-from tempme_vl.recipes.options.shared import VisualOptions
+from tempme_vl.recipes.options.shared import VisualOptions, named_value
 from tempme_vl.registries import DATASETS
+from tempme_vl.tasks.heads import HeadNames, options_of, read_options
+from tempme_vl.tasks.qa.options import NAMED, DecoderOptions, LLMOptions
+
+OF_HEADS = {field.name for kind in NAMED.values() for field in fields(kind)}
 
 
 @dataclass(frozen=True)
-class Options(VisualOptions):
+class Options(DecoderOptions, LLMOptions, VisualOptions):
     """Train a front end with a head that answers questions.
 
     The defaults shown are those of the data set and the model: --help together with --data-root, --dataset or --model
@@ -25,36 +29,23 @@ class Options(VisualOptions):
 
     dataset: Annotated[str, ASKED] = "msrvtt_qa"
     """Default: motion, the embedded data set; msrvtt_qa as soon as --data-root is given."""
-    head: Literal["classifier", "decoder", "llm"] = "classifier"
+    head: Annotated[str, HeadNames("qa")] = "classifier"
     """classifier: one of the answers; decoder: ranks the answers, or writes freely (--rule generate); llm: a language
-    model writes, and its answers are compared without case, punctuation and leading articles."""
+    model writes, and its answers are compared without case, punctuation and leading articles; and those of installed
+    packages."""
+    head_options: tuple[str, ...] = ()
+    """NAME=VALUE of a head that has others than those below."""
     num_answers: int = 1500
     """The most frequent answers of the training split, which are those that the model can give. Questions whose
     options differ are answered by choosing among these."""
     vocabulary: str | None = None
     """BERT's words: a folder with vocab.txt or a hub name; default: those of the training questions and answers."""
-    text: str | None = None
-    """Size of the text side: bert-base, bert-large or tiny; default: UMT's own, bert-base for CLIP."""
-    text_pretrained: str | None = None
-    """A BERT that the text side starts from: a folder with model.safetensors or a hub name."""
-    max_words: int = 25
-    """Word pieces kept of a question, [CLS] included."""
-    answer_words: int = 5
-    """Word pieces kept of an answer, [CLS] and [SEP] included."""
-    rule: Literal["likelihood", "umt", "generate"] | None = None
-    """How the decoder answers: by log p(answer); UMT's own, which counts the first word twice; or word by word."""
-    candidates: int = 128
-    """Answers that the decoder scores whole: those with the likeliest first words."""
-    llm: str | None = None
-    """The language model of --head llm: a folder or a hub name, with safetensors weights."""
-    lora_rank: int = 0
-    """LoRA on the language model; 0 for none."""
-    train_llm: bool = False
-    """Train the language model whole; without it and without LoRA it stays as it is."""
 
-
-# pieces of a language model, the template's among them
-LLM = {"max_words": 64, "answer_words": 8}
+    def of_head(self) -> dict[str, Any]:
+        """What the head is told: its options that stand above by themselves, and those of --head-options."""
+        known = {field.name for field in fields(options_of(self.head))}
+        given = {name: getattr(self, name) for name in known & OF_HEADS}
+        return given | dict(map(named_value, self.head_options))
 
 
 def defaults(arguments: Sequence[str]) -> dict[str, Any]:
@@ -66,18 +57,28 @@ def defaults(arguments: Sequence[str]) -> dict[str, Any]:
     head = given.head or found.get("head", Options.head)
     return {
         **found,
-        **(LLM if head == "llm" else {}),
+        **_of_its_own(head),
         "dataset": dataset,
         "model": model,
         "output": Path("runs") / f"{dataset}-{head}-{given.method or Options.method}",
     }
 
 
+def _of_its_own(head: str) -> dict[str, Any]:
+    """Defaults of a head that are others than those of the recipe, such as a language model's number of words."""
+    if head not in HeadNames("qa"):
+        return {}  # which is refused where all options are read
+    usual = {field.name: field.default for field in fields(Options)}
+    own = [field for field in fields(options_of(head)) if field.name in OF_HEADS and field.default is not MISSING]
+    return {field.name: field.default for field in own if field.default != usual[field.name]}
+
+
 def checked(options: Options) -> Options:
     """Raises:
-    ValueError: there is no such way of tuning.
+    ValueError: there is no such way of tuning, or options that the head does not have.
     """
-    options.tuned()  # says what is wrong before anything starts
+    options.tuned()  # both say what is wrong before anything starts
+    read_options(options.head, options.of_head())
     return options
 
 

@@ -1,4 +1,4 @@
-"""Answers to questions about videos: a front end, and a head that reads questions and gives answers.
+"""The record of a head that answers questions about videos.
 
 Letters: B videos, each with its question, K options or candidates of a question, L words, A answers in all; others as
 in `tempme_vl.state`.
@@ -7,8 +7,7 @@ in `tempme_vl.state`.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,39 +16,69 @@ import torch
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.card import Card
-from tempme_vl.configs import ModelConfig
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.hub import Shareable
-from tempme_vl.merging import is_of_merging
-from tempme_vl.pretrained import CONFIG_FILE, save_model
-from tempme_vl.tasks.cards import qa_card
-from tempme_vl.tasks.inputs import VideoInput
-from tempme_vl.tasks.losses import gather_rows
-from tempme_vl.tuning.model import TunableModel
+from tempme_vl.pretrained import CONFIG_FILE
+from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.heads import Head, Task
 
 
-class QAHead(nn.Module):
-    """What turns the tokens of videos and questions about them into answers.
+@dataclass(frozen=True)
+class HeadContext:
+    """What a head is created for.
 
     Attributes:
-        name: in `tempme_vl.tasks.qa.HEADS`.
-        answers: those it can give, the most frequent one first; empty if it writes them freely.
-        new_parameters: patterns (re.search) of the names of those parameters that no pretrained model had; they learn
-            at their own rate.
+        name: of the front end's tower, "family:model".
+        frontend: whose tokens it reads.
+        answers: those of the training split, the most frequent one first; none where it is to choose among the
+            options of a question, or to write.
+        vocabulary: words that questions are read with, in the order of their ids; none for a head that has its own.
+        pretrained: weights that the front end started from.
     """
 
     name: str
+    frontend: VisualFrontend
     answers: tuple[str, ...] = ()
-    new_parameters: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
+    pretrained: str | None = None
+
+
+class QAHead(Head, nn.Module):
+    """What turns the tokens of videos and questions about them into answers.
+
+    Attributes:
+        needs_vocabulary: BERT's words, or those of the training questions, are given to it (`HeadContext.vocabulary`).
+        uses_answers: it is given the training split's most frequent answers. The answers of one that is not are
+            compared without case, punctuation and leading articles.
+        only_options: without such answers it can only choose among a question's options.
+        answers: those it can give, the most frequent one first; empty if it writes them freely.
+        writes: `scores` are of what it wrote, and not of its answers.
+    """
+
+    task: ClassVar[Task] = "qa"
+    needs_vocabulary: ClassVar[bool] = False
+    uses_answers: ClassVar[bool] = True
+    only_options: ClassVar[bool] = False
+    answers: tuple[str, ...] = ()
+    writes: bool = False
+
+    @classmethod
+    def create(cls, context: HeadContext, options: Any) -> QAHead:
+        """A head to train.
+
+        Args:
+            options: an instance of `options`.
+        """
+        raise NotImplementedError
 
     def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
         """What `forward` needs of one question, without the batch dimension.
 
         Args:
             answer: to train on it; None to be asked.
-            options: those to choose among, K; their tensors' names start with "option_" and K is their first
-                dimension.
+            options: those to choose among, K.
+
+        Returns:
+            tensors whose names start with "question_", "answer_" or "option_"; of the last K is the first dimension.
         """
         raise NotImplementedError
 
@@ -61,8 +90,10 @@ class QAHead(nn.Module):
             batch: what `tokenize` gave for B questions; option_valid (B, K), 0 for options that only fill up a row.
 
         Returns:
-            with answers: losses (A,), one for each answer; else prediction (B, W) int64, which `text` reads. Where
-            options were given, W = 1: the number of the chosen one.
+            with answers: losses (A,), one for each answer. Else prediction (B, W) int64, which `text` reads, and scores
+            float: (B, K) of the options, or of `answers`, shares that add up to 1 (0 for what was not considered); of a
+            head that writes (B, 1), the probability of what it wrote. Where options were given, W = 1: the number of
+            the chosen one.
         """
         raise NotImplementedError
 
@@ -112,139 +143,20 @@ class QAHead(nn.Module):
         """The full weights from those that `save` gave, where a head keeps others elsewhere."""
         return dict(state)
 
+    def anew(self, folder: Path) -> Sequence[str]:
+        """Beginnings of the names of weights that start anew where training goes on from a folder with such a head.
+
+        Args:
+            folder: a model's, with a head of the same name.
+        """
+        return ()
+
 
 def head_place(directory: Path) -> str:
     """Where a head's JSON data stand, for errors."""
     return f"{directory / CONFIG_FILE}, 'head_config'"
 
 
-@dataclass(frozen=True)
-class QAConfig(ModelConfig):
-    """config.json of a `VideoQAModel`; `head_config` is the head's (`QAHead.load`)."""
-
-    kind: ClassVar[str] = "video_qa"
-    what: ClassVar[str] = "a question answering model"
-    head: str
-    head_config: Mapping[str, Any]
-    input: VideoInput
-
-
-class VideoQAModel(Shareable, TunableModel):
-    """A front end with a head that answers questions about its tokens.
-
-    Args:
-        frontend: any visual tower, merged or not. Its own head, which pools tokens for retrieval, has no part in an
-            answer and is frozen.
-        head: see `QAHead`.
-        input: how frames were sampled in training.
-    """
-
-    lora_parts = ("frontend",)
-    kept: tuple[str, ...] = ("tokens", "size")  # what forward needs of a video, however many questions follow
-
-    def __init__(self, frontend: VisualFrontend, head: QAHead, input: VideoInput | None = None):
-        super().__init__()
-        self.frontend, self.head = frontend, head
-        self.frontend.head.requires_grad_(False)
-        self.input = input or VideoInput("uniform")
-
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encodes videos and answers questions, whichever a batch holds; the one way in under DeepSpeed.
-
-        Args:
-            batch: video (B, F, 3, H, W), frame_mask (B, F) and, in training, valid (B,), 0 for unreadable videos; or
-                tokens and size, as an earlier call gave them. To ask, what `QAHead.tokenize` gives, stacked.
-
-        Returns:
-            tokens (B, M, D), normed, and size (B, M, 1); with questions what `QAHead.forward` returns.
-        """
-        features = self._encode(batch) if "video" in batch else {name: batch[name] for name in self.kept}
-        if "question_ids" in batch or "option_ids" in batch:
-            features |= self.head(features["tokens"], features["size"], batch)
-        return features
-
-    def _encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        video = batch["video"]
-        if "valid" in batch:  # whatever an unreadable video holds, even NaN, must not reach the gradients
-            video = video.where(batch["valid"].bool().view(-1, 1, 1, 1, 1), 0.0)
-        output = self.frontend(video, batch["frame_mask"])
-        return {"tokens": self.frontend.norm(output.tokens), "size": output.size}
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """See `QAHead.answers`."""
-        return self.head.answers
-
-    def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
-        """See `QAHead.tokenize`."""
-        return self.head.tokenize(question, answer, options)
-
-    def tokenizer(self) -> Callable[..., dict[str, Tensor]]:
-        """`tokenize` without the model: a loader's workers need no weights."""
-        return self.head.without_weights().tokenize
-
-    def text(self, prediction: Sequence[int]) -> str:
-        """See `QAHead.text`."""
-        return self.head.text(prediction)
-
-    def loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """The sum of weight * loss of all answers over the number of questions; 0 if no video was readable.
-
-        Args:
-            features: what the model made of the batch.
-            batch: valid (B,); questions of unreadable videos do not count. answer_row (A,) int64, the answer's
-                question, where they are not one each in order; answer_weight (A,), all 1 without it (UMT: how often
-                an answer was given to its question; 0 for one that the head cannot give).
-        """
-        losses = features["losses"]
-        if "answer_weight" in batch:
-            losses = losses * batch["answer_weight"]
-        valid = batch["valid"].bool()
-        losses = losses.where(valid[batch["answer_row"]] if "answer_row" in batch else valid, 0.0)
-        # per question of the global batch: DeepSpeed averages over ranks, which may hold unequal numbers of valid ones
-        everywhere = gather_rows(valid.long())
-        ranks = len(everywhere) // len(valid)
-        return losses.sum() * ranks / everywhere.sum().clamp(min=1)
-
-    def is_new_parameter(self, name: str) -> bool:
-        """Whether a parameter was in no pretrained model and learns at its own rate."""
-        if super().is_new_parameter(name) or is_of_merging(self, name):
-            return True
-        if not name.startswith("head."):
-            return False
-        return any(re.search(pattern, name.removeprefix("head.")) for pattern in self.head.new_parameters)
-
-    def trains_beside(self, name: str) -> bool:
-        """The head trains as it does without; of the front end only what no pretrained model had."""
-        return name.startswith("head.") or super().trains_beside(name)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the blocks of all parts in the backward pass."""
-        self.frontend.set_grad_checkpointing(enable)
-        self.head.set_grad_checkpointing(enable)
-
-    def is_saved(self, name: str) -> bool:
-        """Whether `save_pretrained` writes a parameter; others are found again."""
-        return not name.startswith("head.") or self.head.is_saved(name.removeprefix("head."))
-
-    def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes config.json, model.safetensors, README.md and the head's own files; `load_qa_model` reads them.
-
-        What tuning added is merged into plain weights.
-
-        Args:
-            state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
-        """
-        state = self.plain_state(state)
-        of_head = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        head_config, of_head = self.head.save(directory, of_head)
-        config = QAConfig(self.frontend.full_config(), self.head.name, head_config, self.input)
-        of_frontend = {key: value for key, value in state.items() if key.startswith("frontend.")}
-        weights = of_frontend | {f"head.{key}": value for key, value in of_head.items()}
-        save_model(directory, config, weights, self.card())
-
-    def card(self) -> Card:
-        """What is known of it, for people (`tempme_vl.card`)."""
-        return qa_card(self.frontend, self.head.name, self.answers, self.input, self.tuning)
+def chosen(logits: Tensor) -> dict[str, Tensor]:
+    """What `QAHead.forward` returns for logits or log-likelihoods (B, K), -inf for what is not considered."""
+    return {"prediction": logits.argmax(dim=1, keepdim=True), "scores": at_least_float32(logits).softmax(dim=1)}

@@ -18,7 +18,9 @@ from tempme_vl.backbones.base import TowerShape
 from tempme_vl.pretrained import load_answers, save_answers
 from tempme_vl.schema import read, write
 from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.qa.base import QAHead, head_place
+from tempme_vl.tasks.qa.base import HeadContext, QAHead, chosen, head_place
+from tempme_vl.tasks.qa.bert import create_questions, new_in_bert, start_text
+from tempme_vl.tasks.qa.options import BertOptions
 from tempme_vl.tasks.qa.question import QuestionEncoder, SavedQuestions
 
 
@@ -29,6 +31,9 @@ class ClassifierHead(QAHead):
     """
 
     name = "classifier"
+    options = BertOptions
+    needs_vocabulary = True
+    only_options = True
 
     def __init__(self, questions: QuestionEncoder, answers: Sequence[str]):
         super().__init__()
@@ -39,6 +44,14 @@ class ClassifierHead(QAHead):
         )
         self.new_parameters = (r"^classifier\.",)
         self._number = {answer: number for number, answer in enumerate(answers)}
+
+    @classmethod
+    def create(cls, context: HeadContext, options: BertOptions) -> ClassifierHead:
+        questions = create_questions(context, options)
+        start_text(context, options, questions)
+        head = cls(questions, context.answers)
+        head.new_parameters += new_in_bert(context, options)
+        return head
 
     def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
         """See `QAHead.tokenize`. An answer outside the list gets the weight 0: it is not trained on.
@@ -88,7 +101,7 @@ class ClassifierHead(QAHead):
             return {"logits": logits, "losses": F.cross_entropy(logits, batch["answer_class"], reduction="none")}
         if "option_class" in batch:
             logits = self._of_options(logits, batch)
-        return {"logits": logits, "prediction": logits.argmax(dim=1, keepdim=True)}
+        return {"logits": logits, **chosen(logits)}
 
     def _logits(self, ids: Tensor, mask: Tensor, keys: Any) -> Tensor:
         return at_least_float32(self.classifier(self.questions(ids, mask, keys)[:, 0]))
@@ -108,6 +121,10 @@ class ClassifierHead(QAHead):
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         save_answers(directory, self.answers)
         return write(self.questions.save(directory)), dict(state)
+
+    def anew(self, folder: Path) -> Sequence[str]:
+        """Classes of other answers start anew."""
+        return ("classifier.2.",) if load_answers(folder) != self.answers else ()
 
     @classmethod
     def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> ClassifierHead:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from tempme_vl.manifest import errors_in
 from tempme_vl.pretrained import load_answers, save_answers
 from tempme_vl.schema import Layers, Size, read, write
 from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.qa.base import QAHead, head_place
+from tempme_vl.tasks.qa.base import HeadContext, QAHead, chosen, head_place
+from tempme_vl.tasks.qa.bert import create_questions, is_umt, new_in_bert, start_text
+from tempme_vl.tasks.qa.options import DecoderOptions, Rule
 from tempme_vl.tasks.qa.question import QuestionEncoder, SavedQuestions
 from tempme_vl.text import BertDecoder, QuestionKeys
 from tempme_vl.text.tokenizers import WordPieceTokenizer
-
-Rule = Literal["likelihood", "umt", "generate"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class DecoderHead(QAHead):
     """
 
     name = "decoder"
+    options = DecoderOptions
+    needs_vocabulary = True
 
     def __init__(
         self,
@@ -83,6 +85,22 @@ class DecoderHead(QAHead):
             raise ValueError(f"the rule {rule!r} ranks a list of answers, and there is none: give answers")
         self.questions, self.decoder, self.answers = questions, decoder, tuple(answers)
         self.rule, self.candidates, self.answer_words = rule, candidates, answer_words
+
+    @classmethod
+    def create(cls, context: HeadContext, options: DecoderOptions) -> DecoderHead:
+        # UMT's decoder was trained on tokens of one size, and gives them equal weight
+        questions = create_questions(context, options, proportional=not is_umt(context))
+        shape = questions.shape
+        decoder = BertDecoder(shape, shape.layers - shape.fusion_layer)
+        start_text(context, options, questions, decoder)
+        rule = options.rule or ("likelihood" if context.answers else "generate")
+        head = cls(questions, decoder, context.answers, rule, options.candidates, options.answer_words)
+        head.new_parameters = new_in_bert(context, options)
+        return head
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        return self.rule == "generate"
 
     def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
         ids, mask = self.questions.tokenize(question)
@@ -106,20 +124,26 @@ class DecoderHead(QAHead):
                 question = question.select(batch["answer_row"])
             ids, words = batch["answer_ids"].unsqueeze(1), batch["answer_mask"].unsqueeze(1)
             return {"states": states, "losses": self.decoder.sequence_loss(ids, words, question).squeeze(1)}
-        return {"states": states, "prediction": self._answer(states, mask, batch)}
+        return {"states": states, **self._answer(states, mask, batch)}
 
     @torch.no_grad()
-    def _answer(self, states: Tensor, mask: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def _answer(self, states: Tensor, mask: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "option_ids" in batch:
             question = self.decoder.keys_values(states, mask)
             losses = self.decoder.sequence_loss(batch["option_ids"], batch["option_mask"], question)
             if "option_valid" in batch:
                 losses = losses.masked_fill(~batch["option_valid"].bool(), torch.inf)
-            return losses.argmin(dim=1, keepdim=True)
+            return chosen(-losses)
         if self.rule == "generate":
-            return self.generate(states, mask)
+            written = self.generate(states, mask)
+            return {"prediction": written, "scores": self._probability(written, states, mask)}
         ids, words = (part.to(states.device) for part in self._list)
-        return self.rank(states, mask, ids, words, self.candidates, self.rule).answers[:, :1]
+        ranking = self.rank(states, mask, ids, words, self.candidates, self.rule)
+        scores = ranking.probabilities.new_zeros(len(states), len(ids))
+        return {
+            "prediction": ranking.answers[:, :1],
+            "scores": scores.scatter(1, ranking.answers, ranking.probabilities),
+        }
 
     @torch.no_grad()
     def rank(
@@ -191,6 +215,16 @@ class DecoderHead(QAHead):
         start, end = words.index("[CLS]"), words.index("[SEP]")
         most = self.answer_words - 1 if max_words is None else max_words
         return self.decoder.generate(self.decoder.keys_values(states, mask), start, end, most)
+
+    def _probability(self, written: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        """(Q, 1) of generated words (Q, L), up to their end token."""
+        words = self.questions.vocabulary
+        start = torch.full_like(written[:, :1], words.index("[CLS]"))
+        ended = (written == words.index("[SEP]")).cumsum(dim=1)
+        real = torch.cat([torch.ones_like(start), torch.cat([torch.ones_like(start), 1 - ended[:, :-1]], dim=1)], dim=1)
+        ids = torch.cat([start, written], dim=1)
+        question = self.decoder.keys_values(states, mask)
+        return (-self.decoder.sequence_loss(ids.unsqueeze(1), real.unsqueeze(1), question)).exp()
 
     def text(self, prediction: Sequence[int]) -> str:
         """An answer of the list by its number, or generated pieces joined to words."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,11 @@ from tempme_vl.tasks.pretrained_lm import (
     read_adapter,
     set_grad_checkpointing,
 )
-from tempme_vl.tasks.qa.base import QAHead, head_place
+from tempme_vl.tasks.qa.base import HeadContext, QAHead, chosen, head_place
+from tempme_vl.tasks.qa.options import DTYPES, TEMPLATE, Dtype, LLMOptions
+from tempme_vl.tuning import Lora
 
-TEMPLATE = "Question: {question} Short answer:"  # BLIP-2's, which models without a chat format understand, too
 PLACEHOLDER = -1  # stands for a visual token in a prompt; no tokenizer has it
-Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES: tuple[str, ...] = get_args(Dtype)
 LLM_FOLDER, TOKENIZER_FOLDER = "llm", "tokenizer"
 
 
@@ -83,6 +82,9 @@ class LLMHead(QAHead):
     """
 
     name = "llm"
+    options = LLMOptions
+    uses_answers = False
+    writes = True
 
     def __init__(
         self,
@@ -123,6 +125,30 @@ class LLMHead(QAHead):
             do_sample=False, max_new_tokens=answer_words, eos_token_id=self._end, pad_token_id=self._end
         )
         self._answer_pieces("")  # raises for a template that runs into the answer
+
+    @classmethod
+    def create(cls, context: HeadContext, options: LLMOptions) -> LLMHead:
+        """See `QAHead.create`.
+
+        Raises:
+            ValueError: no language model, or see `load_llm` and the class.
+        """
+        if options.llm is None:
+            raise ValueError("--head llm needs --llm, a folder or the hub name of a causal language model")
+        folder = Path(options.llm)
+        source = str(folder.resolve()) if folder.is_dir() else options.llm  # found again from any working directory
+        llm, rank = load_llm(source, options.dtype), options.lora_rank
+        return cls(
+            Lora(rank, options.lora_alpha, options.lora_dropout).wrap(llm, task="CAUSAL_LM") if rank else llm,
+            load_tokenizer(source),
+            context.frontend.shape.width,
+            context.frontend.schedule.output_tokens,
+            options.template,
+            options.max_words,
+            options.answer_words,
+            options.train_llm,
+            source,
+        )
 
     # ---- text
 
@@ -204,7 +230,7 @@ class LLMHead(QAHead):
             if "answer_row" in batch:
                 prompt, mask = prompt[batch["answer_row"]], mask[batch["answer_row"]]
             return {"losses": self._losses(prompt, mask, batch["answer_ids"], batch["answer_mask"])}
-        return {"prediction": self._answer(prompt, mask, batch)}
+        return self._answer(prompt, mask, batch)
 
     def _prompt(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Tokens (B, M, D) at the placeholders of ids (B, P), words elsewhere -> (B, P, H)."""
@@ -237,7 +263,7 @@ class LLMHead(QAHead):
         return (F.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * words).sum(dim=1)
 
     @torch.no_grad()
-    def _answer(self, prompt: Tensor, mask: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def _answer(self, prompt: Tensor, mask: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "option_ids" in batch:
             questions, options, _ = batch["option_ids"].shape
             rows = torch.arange(questions, device=prompt.device).repeat_interleave(options)
@@ -245,11 +271,25 @@ class LLMHead(QAHead):
             losses = self._losses(prompt[rows], mask[rows], ids, words).view(questions, options)
             if "option_valid" in batch:
                 losses = losses.masked_fill(~batch["option_valid"].bool(), torch.inf)
-            return losses.argmin(dim=1, keepdim=True)
+            return chosen(-losses)
         # under ZeRO-3 a rank gathers weights from all others in each step: all take as many as the slowest
         partitioned = hasattr(next(self.llm.parameters()), "ds_id")
-        written = self.llm.generate(inputs_embeds=prompt, attention_mask=mask, synced_gpus=partitioned)
-        return F.pad(written, (0, self.answer_words - written.shape[1]), value=self._end)
+        made = self.llm.generate(
+            inputs_embeds=prompt,
+            attention_mask=mask,
+            synced_gpus=partitioned,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        words = made.sequences
+        # a step's logits at a time, as there may be 150,000 words
+        chances = [
+            at_least_float32(logits).log_softmax(dim=1).gather(1, word.unsqueeze(1))
+            for logits, word in zip(made.logits, words.T, strict=True)
+        ]
+        ended = F.pad((words == self._end).cumsum(dim=1)[:, :-1], (1, 0))
+        scores = torch.cat(chances, dim=1).masked_fill(ended > 0, 0.0).sum(dim=1, keepdim=True).exp()
+        return {"prediction": F.pad(words, (0, self.answer_words - words.shape[1]), value=self._end), "scores": scores}
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         set_grad_checkpointing(self.llm, enable)
@@ -323,6 +363,10 @@ class LLMHead(QAHead):
         if saved.lora and (differing := sorted(adapter.keys() ^ head._adapter().keys())):
             raise FolderError(f"{folder / ADAPTER_WEIGHTS} does not fit {saved.source}: {differing[:4]} ...")
         return head
+
+    def anew(self, folder: Path) -> Sequence[str]:
+        """Everything: of another model's folder only the front end is gone on from."""
+        return ("",)
 
     @classmethod
     def is_whole(cls, config: Mapping[str, Any]) -> bool:

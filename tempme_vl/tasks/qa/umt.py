@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tempme_vl.backbones.umt import Mode
-from tempme_vl.backbones.umt_checkpoint import KeyReport, convert
+from tempme_vl.backbones.umt_checkpoint import convert
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import MergeSchedule
 from tempme_vl.tasks.inputs import VideoInput
-from tempme_vl.tasks.qa.base import VideoQAModel
 from tempme_vl.tasks.qa.decoder import DecoderHead
+from tempme_vl.tasks.qa.model import VideoQAModel
 from tempme_vl.tasks.qa.question import QuestionEncoder
-from tempme_vl.tasks.umt_text import load_bert_side
 from tempme_vl.text import BertDecoder, bert_from_umt, load_umt_decoder
 from tempme_vl.weights.exports import part_of
 
@@ -50,23 +49,3 @@ def umt_qa_from_state_dict(
     load_umt_decoder(decoder, answers)
     questions = QuestionEncoder(text, fusion, vocabulary, proportional=False)
     return VideoQAModel(frontend, DecoderHead(questions, decoder), VideoInput("segment"))
-
-
-def load_umt_questions(
-    questions: QuestionEncoder, decoder: BertDecoder | None, state: Mapping[str, Tensor]
-) -> KeyReport:
-    """Loads a question encoder, and a decoder if given, from a public UMT checkpoint, as far as it has them.
-
-    Without a decoder of its own in the file, the decoder starts from the fusion layers, as UMT's does.
-
-    Returns:
-        what became of every key of the file, the visual ones included.
-
-    Raises:
-        ValueError: a text side of other sizes than the model's.
-    """
-    converted = convert(state, "qa", questions.shape.fusion_layer)
-    load_bert_side(questions.text, questions.fusion, part_of(converted.state, "text_encoder."))
-    if decoder is not None:
-        load_umt_decoder(decoder, part_of(converted.state, "text_decoder."))
-    return converted.report

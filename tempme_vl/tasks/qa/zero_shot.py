@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.tasks.retrieval import AnyRetrievalModel
+from tempme_vl.tasks.retrieval import AnyRetrievalModel, RetrievalModel
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 
 MATCH_SHARE = 0.7  # UMT on MSRVTT-MC: 0.7 softmax(matching) + 0.3 softmax(similarity)
@@ -26,6 +26,9 @@ class ZeroShotQA(nn.Module):
             Each costs a text to encode for every question.
         template: how question and answer make a text.
         rows: texts that are encoded at once: bounds the memory.
+
+    Raises:
+        ValueError: a retrieval model whose head compares more than an embedding of each side.
     """
 
     def __init__(
@@ -36,9 +39,15 @@ class ZeroShotQA(nn.Module):
         rows: int = 1024,
     ):
         super().__init__()
+        if isinstance(retrieval, RetrievalModel) and not retrieval.head.products:
+            raise ValueError(
+                f"zero-shot answers compare one embedding of a video with one of a text; this model has the head "
+                f"{retrieval.head.name!r}"
+            )
         self.retrieval, self.answers, self.template, self.rows = retrieval, tuple(answers), template, rows
         self.frontend = retrieval.frontend
         self.input = retrieval.input
+        self.writes = False
         self.kept: tuple[str, ...] = ("video", "tokens") if isinstance(retrieval, UMTRetrievalModel) else ("video",)
         max_words = retrieval.text.max_words(self.input.max_words)
         self._tokenizer = retrieval.words.tokenizer(max_words)
@@ -68,8 +77,9 @@ class ZeroShotQA(nn.Module):
                 `tokenize` gives, stacked, and option_valid (B, K).
 
         Returns:
-            video (B, E), as the retrieval model gives it, and for UMT tokens (B, M, D); with questions scores (B, K)
-            and prediction (B, 1) int64, the number of the option or answer.
+            video (B, E), as the retrieval model gives it, and for UMT tokens (B, M, D); with questions prediction
+            (B, 1) int64, the number of the option or answer, and scores (B, K), shares of them that add up to 1:
+            CLIP's are softmax(scale * similarity).
         """
         if "frame_mask" in batch:
             encoded = self.retrieval({name: batch[name] for name in ("video", "frame_mask")})
@@ -78,8 +88,6 @@ class ZeroShotQA(nn.Module):
             features = {name: batch[name] for name in self.kept}
         if "option_ids" in batch:
             scores = self._scores(features, batch)
-            if "option_valid" in batch:
-                scores = scores.masked_fill(~batch["option_valid"].bool(), -torch.inf)
             features |= {"scores": scores, "prediction": scores.argmax(dim=1, keepdim=True)}
         return features
 
@@ -92,11 +100,11 @@ class ZeroShotQA(nn.Module):
             for part in torch.arange(len(ids), device=ids.device).split(self.rows)
         ]
         similarity, match = (torch.cat(part).view(videos, options) for part in zip(*parts, strict=True))
-        if not isinstance(self.retrieval, UMTRetrievalModel):
-            return similarity
         if "option_valid" in batch:
             there = batch["option_valid"].bool()
             similarity, match = (t.masked_fill(~there, -torch.inf) for t in (similarity, match))
+        if not isinstance(self.retrieval, UMTRetrievalModel):
+            return (self.retrieval.logit_scale() * similarity).softmax(1)
         temperature = self.retrieval.temperature()
         return MATCH_SHARE * match.softmax(1) + (1 - MATCH_SHARE) * (similarity / temperature).softmax(1)
 
