@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tempme_vl.command import at_least
-from tempme_vl.data.options import MOTION_ROOT
 from tempme_vl.evaluation.compare import LEVEL, Compared, Row, Run, compared, markdown, plot
 from tempme_vl.evaluation.measure import device_name, paired_times
 from tempme_vl.evaluation.metrics import RECALL_AT, Ranks
@@ -25,6 +24,7 @@ from tempme_vl.evaluation.retrieval import retrieval_ranks
 from tempme_vl.evaluation.retrieval_command import evaluate, split_of
 from tempme_vl.messages import few
 from tempme_vl.processes import launcher
+from tempme_vl.registries import DATASETS
 from tempme_vl.reports import provenance, show, write_json, write_whole
 from tempme_vl.tasks.retrieval import load_retrieval_model
 
@@ -128,7 +128,7 @@ def arguments(options: CompareOptions, row: Row, seed: int) -> list[str]:
         "seed": seed,
         "output": folder(options, row, seed),
         "dataset": options.dataset,
-        "data_root": options.data_root or (MOTION_ROOT if options.dataset == "motion" else None),
+        "data_root": options.data_root or DATASETS[options.dataset].root,
         "video_root": options.video_root,
         "annotations": options.annotations,
         "resume": "auto",

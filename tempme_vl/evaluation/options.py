@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tempme_vl.command_line import Command, Example
 from tempme_vl.data.datasets import ASKED, CAPTIONED
-from tempme_vl.data.options import DataOptions
+from tempme_vl.data.options import EMBEDDED, DataOptions
 from tempme_vl.tuning import TUNINGS
 
 ROWS = Literal["open_clip", "none", "tome", "tempme", "joint", "clip", "clip+tempme"]
@@ -141,7 +141,7 @@ class CompareOptions(DataOptions):
     """Of weights, order and augmentation; the same for every row."""
     output: Path = Path("runs/compare")
     """The runs' folders, comparison.json, comparison.md and comparison.svg."""
-    dataset: str = "motion"
+    dataset: Annotated[str, CAPTIONED] = EMBEDDED
     """As `train retrieval` has it."""
     train: tuple[str, ...] = ()
     """NAME=VALUE of `train retrieval`, for all rows alike, such as epochs=2."""
