@@ -31,7 +31,8 @@ from tempme_vl.command import at_least, run
 from tempme_vl.command_line import Command
 from tempme_vl.evaluation.measure import device_name, paired_times, synchronize
 from tempme_vl.integrations import Compressed, SampledVideo, compress
-from tempme_vl.integrations.base import input_device, input_dtype, pooled, prefill_gflops
+from tempme_vl.integrations.base import pooled
+from tempme_vl.integrations.costs import prefill_gflops
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, make_plan
 from tempme_vl.integrations.tiny import word_tokenizer
@@ -167,9 +168,9 @@ class Way:
 class PostEncoderVideoLlava(PostEncoderHost):
     """Video-LLaVA with merging behind its tower, to compare with: the library merges inside it."""
 
-    @property
-    def tower(self) -> nn.Module:
-        return self.model.model.video_tower
+    @staticmethod
+    def tower_of(model: Any) -> nn.Module:
+        return model.model.video_tower
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         vision = self.model.config.vision_config
@@ -179,12 +180,7 @@ class PostEncoderVideoLlava(PostEncoderHost):
         return grid[1], grid[1]
 
     def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
-        values = self.processor.video_processor(
-            videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
-        )
-        pixels = values["pixel_values_videos"].to(input_device(self.tower), input_dtype(self.tower))
-        x = pooled(self.model.model.get_video_features(pixels)).unflatten(0, pixels.shape[:2])
-        return [FrameFeatures(row, self.grid(*video.frames.shape[1:3])) for row, video in zip(x, videos, strict=True)]
+        return self.frames_of(pooled(self.model.model.get_video_features(self.pixels(videos))), videos)
 
 
 def main(options: Options) -> None:

@@ -84,10 +84,9 @@ LIBRARIES: dict[str, Library] = {
             ),
             Use(
                 "integrations/base.py",
-                ("image_processor", "vision_tower"),
-                "whether a processor reads images, and what their pixels go into",
+                ("image_processor", "video_processor", "vision_tower"),
+                "the host's own preprocessing, whether a processor reads images, and the tower of most hosts",
             ),
-            Use("integrations/in_encoder.py", ("video_processor",), "the host's own preprocessing"),
             Use(
                 "integrations/instructblip_video.py",
                 ("language_projection", "qformer", "qformer_tokenizer", "query_tokens", "vision_model"),
@@ -95,18 +94,18 @@ LIBRARIES: dict[str, Library] = {
             ),
             Use(
                 "integrations/internvl.py",
-                ("end_image_token", "image_token", "start_image_token", "video_processor"),
+                ("end_image_token", "image_token", "start_image_token"),
                 "the words around a frame in the prompt",
             ),
             Use(
                 "integrations/llava_next_video.py",
-                ("multi_modal_projector", "vision_resampler", "vision_tower"),
-                "tower, pooling and projector",
+                ("multi_modal_projector", "vision_resampler"),
+                "pooling and projector",
             ),
             Use(
                 "integrations/llava_onevision.py",
-                ("apply_pooling", "image_newline", "multi_modal_projector", "vision_tower"),
-                "tower, pooling and projector, and the token behind a video",
+                ("apply_pooling", "image_newline", "multi_modal_projector"),
+                "pooling and projector, and the token behind a video",
             ),
             Use(
                 "integrations/perception_lm.py",
@@ -117,12 +116,10 @@ LIBRARIES: dict[str, Library] = {
                     "multi_modal_projector",
                     "num_prefix_tokens",
                     "timm_model",
-                    "video_processor",
                     "vision_tower",
                 ),
                 "tower and projector, without its pooling where tokens have merged",
             ),
-            Use("integrations/post_encoder.py", ("vision_tower",), "the tower"),
             Use(
                 "integrations/qwen2_5_vl.py",
                 ("_prepare_position_ids_for_generation", "get_rope_index", "video_processor", "visual"),

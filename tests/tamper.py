@@ -104,8 +104,8 @@ def _video_llm(folder: Path) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"r": 1, "merge_layers": (2,), "merge_frames": (2,)}
     options |= {"cross_percent": 40, "intra_percent": 20}
-    trained = create_video_llm(model, processor, "tempme", tiny.FRAMES, 0.3, 4, source=str(source), **options)
-    trained.save_pretrained(folder)
+    compressed = compress(model, processor, "tempme", tiny.FRAMES, 0.3, **options)
+    create_video_llm(compressed, 4, source=str(source)).save_pretrained(folder)
 
 
 KINDS: dict[str, Kind] = {

@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuning": {"schema", "messages"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
-    "integrations": CORE,
+    "integrations": CORE | {"data"},
     # of data: splits and predictions, to score them; of training: ranks
     "evaluation": CORE | {"tasks", "pipeline", "data", "training", "reports"} | COMMANDS,
     # what brings all of it together
@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports"} | COMMANDS,
     # the command, which knows all others
     "cli": {"__init__", "command", "command_line", "recipes", "evaluation"},
-    "lmms_eval": {"integrations", "data", "libraries"},
+    "lmms_eval": {"integrations", "libraries"},
     # side shelves, which know no model and not each other
     "data": {"messages", "registries"},
     "training": {"processes", "together", "manifest", "schema", "libraries"},

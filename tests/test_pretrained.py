@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from towers import TINY, random_video, small_clip, tempme_schedule, tiny_frontend
 
 from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
+from tempme_vl.integrations import load_host
 from tempme_vl.manifest import MANIFEST_FILE, write_manifest
 from tempme_vl.pretrained import hub_file, load_answers, load_model, require_hub, save_answers, save_model
 from tempme_vl.tasks.qa.llm import load_llm, load_tokenizer
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
-from tempme_vl.tasks.videollm import load_host
 
 VIDEO = random_video(6)
 WORDS = torch.tensor([[49406, 320, 49407, 0]])

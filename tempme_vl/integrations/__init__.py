@@ -1,6 +1,6 @@
 """Video-language models of transformers that read few tokens of a video, without a change to them.
 
-A new one is a file with a `Host` and a line in `HOSTS`.
+A new one is a file with a `Host` and a line in `HOSTS` (`tempme_vl/integrations/hosts.py`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,14 @@ from typing import Any
 import transformers
 from torch import nn
 
-from tempme_vl.integrations.base import Costs, Feed, Host, VisualTokens, more_tokens
+from tempme_vl.integrations.base import Costs, Feed, Host, VisualTokens
 from tempme_vl.integrations.compressed import CONFIG_FILE, Compressed, read_config
-from tempme_vl.integrations.instructblip_video import InstructBlipVideoHost
-from tempme_vl.integrations.internvl import InternVLHost
-from tempme_vl.integrations.llava_next_video import LlavaNextVideoHost
-from tempme_vl.integrations.llava_onevision import LlavaOnevisionHost
-from tempme_vl.integrations.perception_lm import PerceptionLMHost
-from tempme_vl.integrations.qwen2_5_vl import Qwen2_5_VLHost
-from tempme_vl.integrations.qwen3_vl import Qwen3VLHost
-from tempme_vl.integrations.smolvlm import SmolVLMHost
-from tempme_vl.integrations.video_llava import VideoLlavaHost
+from tempme_vl.integrations.costs import more_tokens
+from tempme_vl.integrations.hosts import HOSTS, find_host
+from tempme_vl.integrations.loading import load_host, load_weights
 from tempme_vl.integrations.videos import SampledVideo
 from tempme_vl.libraries import undocumented
-from tempme_vl.manifest import FolderError, check_manifest, errors_in
+from tempme_vl.manifest import check_manifest, errors_in
 from tempme_vl.merging.tempme import ClipPosition
 from tempme_vl.schema import THEIR_LAYERS, check_plain, read_json
 
@@ -42,34 +36,8 @@ __all__ = [
     "compress",
     "find_host",
     "load_compressed",
+    "load_host",
 ]
-
-# by the name of the model's class
-HOSTS: dict[str, type[Host]] = {
-    "VideoLlavaForConditionalGeneration": VideoLlavaHost,
-    "LlavaNextVideoForConditionalGeneration": LlavaNextVideoHost,
-    "LlavaOnevisionForConditionalGeneration": LlavaOnevisionHost,
-    "InstructBlipVideoForConditionalGeneration": InstructBlipVideoHost,
-    "PerceptionLMForConditionalGeneration": PerceptionLMHost,
-    "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLHost,
-    "Qwen3VLForConditionalGeneration": Qwen3VLHost,
-    "InternVLForConditionalGeneration": InternVLHost,
-    "SmolVLMForConditionalGeneration": SmolVLMHost,
-}
-
-
-def find_host(name: str) -> type[Host]:
-    """The host of a model's class.
-
-    Raises:
-        ValueError: an unknown one.
-    """
-    if name not in HOSTS:
-        raise ValueError(
-            f"{name} is no video-language model that can be compressed; known are {', '.join(HOSTS)}. Another one "
-            "needs a Host of its own (tempme_vl/integrations/base.py)"
-        )
-    return HOSTS[name]
 
 
 def _unwrapped(model: Any) -> Any:
@@ -121,9 +89,9 @@ def compress(
         ValueError: another model, a part of a processor, or options that do not fit.
     """
     inner = _unwrapped(model)
-    find_host(type(inner).__name__)
+    host_class = find_host(type(inner).__name__)
     _check_processor(processor)
-    host = find_host(type(inner).__name__).create(inner, processor, method, num_frames, options)
+    host = host_class.create(inner, processor, method, num_frames, options)
     for module in host.merging.modules():
         if isinstance(module, ClipPosition):
             nn.init.normal_(module.weight, std=clip_position_std)
@@ -158,7 +126,10 @@ def load_compressed(
     options = {"trust_remote_code": False, **options}
     trusted = options["trust_remote_code"]
     if model is None:
-        model = _load_model(directory, config["model"], options)
+        if (directory / "config.json").is_file():  # where peft's adapter alone is saved there is none
+            check_plain(read_json(directory / "config.json"), str(directory / "config.json"), THEIR_LAYERS)
+        with errors_in(directory, Exception):
+            model = load_weights(directory, config["model"], **options)
     if processor is None:
         with errors_in(directory, Exception):
             processor = transformers.AutoProcessor.from_pretrained(directory, trust_remote_code=trusted)
@@ -170,17 +141,3 @@ def load_compressed(
         compressed = Compressed(host_class.restore(inner, processor, config), model, feed)
     compressed.load_merging(directory)
     return compressed
-
-
-def _load_model(directory: Path, name: str, options: dict[str, Any]) -> Any:
-    """Raises:
-    FolderError: it cannot be read, or some of its weights are not there: transformers would leave them random.
-    """
-    if (directory / "config.json").is_file():  # where peft's adapter alone is saved there is none
-        check_plain(read_json(directory / "config.json"), str(directory / "config.json"), THEIR_LAYERS)
-    with errors_in(directory, Exception):
-        loaded: Any = getattr(transformers, name).from_pretrained(directory, **options, output_loading_info=True)
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise FolderError(f"{directory} lacks {len(missing)} weights of a {name}: {missing[:4]} ...")
-    return model

@@ -9,7 +9,6 @@ or changes it.
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
+from transformers import BatchFeature, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.integrations.images import read_images
@@ -57,7 +57,7 @@ class Costs:
 
 
 class Host(ABC):
-    """One family of video-language models, around a model that stays as it is.
+    """One family of video-language models, around a model that stays as it is: all that is particular to it.
 
     A subclass gives `create`, `restore`, `config`, `encode` and `costs`; the rest has defaults that suit a model with a
     placeholder for every visual token and one-dimensional positions.
@@ -65,6 +65,7 @@ class Host(ABC):
     Attributes:
         model: the host model, without peft's wrapper.
         processor: its processor.
+        method: of merging, a name in `tempme_vl.METHODS`.
         num_frames: F, frames sampled of every video.
         placeholder: what stands for a video in a prompt, such as "<video>".
         token_id: id of the token that each visual token takes the place of.
@@ -76,9 +77,13 @@ class Host(ABC):
     modality: ClassVar[Literal["video", "image"]] = "video"  # the key of mm_encoder_outputs
     feeds: ClassVar[tuple[Feed, ...]] = ("encoder_outputs", "embeddings")  # ways into the model that work
     uses_time: ClassVar[bool] = False  # whether the language model is told when frames were shown
+    pixel_name: ClassVar[str] = "pixel_values_videos"  # what the host's preprocessing calls a video's pixels
+    # modules and parameters between tower and language model, by their names; they train when the host is fine-tuned
+    projector: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
+    model_class: ClassVar[type[PreTrainedModel] | None] = None  # where transformers has no class of the host's name
 
-    def __init__(self, model: Any, processor: Any, num_frames: int):
-        self.model, self.processor, self.num_frames = model, processor, num_frames
+    def __init__(self, model: Any, processor: Any, method: str, num_frames: int):
+        self.model, self.processor, self.method, self.num_frames = model, processor, method, num_frames
         self.merging = nn.ModuleDict()
         self.placeholder = str(getattr(processor, "video_token", "<video>"))  # models of images alone name none
         self.token_id: int = getattr(model.config, f"{self.modality}_token_id")
@@ -116,10 +121,26 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def costs(self) -> Costs:
-        """Computed, without running the model."""
+    def costs(self, frame: tuple[int, int] | None = None) -> Costs:
+        """Computed, without running the model.
+
+        Args:
+            frame: height and width in pixels of the frames that come in, where the host keeps their size; default:
+                usual ones.
+        """
 
     # ---- what a host may say differently
+
+    @staticmethod
+    def tower_of(model: Any) -> nn.Module:
+        """The vision tower of a model, perhaps in peft's wrapper."""
+        return model.model.vision_tower
+
+    @staticmethod
+    def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+        """A model of less than a million weights, and its processor, whose tokenizer knows the words: for
+        `tempme_vl.integrations.tiny.tiny_host`, which draws the weights. A host without one leaves this as it is."""
+        raise NotImplementedError
 
     @property
     def target(self) -> Any:
@@ -132,9 +153,31 @@ class Host(ABC):
         return self.model.model.language_model
 
     @property
+    def tower(self) -> Any:
+        """The vision tower that runs."""
+        return self.tower_of(self.model)
+
+    @property
+    def tower_parts(self) -> list[nn.Module]:
+        """What of the tower runs, and so can train."""
+        return [self.tower]
+
+    @property
     def image_tower(self) -> Any:
         """What the pixels of images go into."""
-        return self.model.model.vision_tower
+        return self.tower
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Recomputes in the backward pass what runs outside the model's own forward."""
+        del enable  # most towers run as they are
+
+    def preprocess(self, videos: Sequence[Any]) -> BatchFeature:
+        """What the host's own preprocessing makes of the frames of videos, all of which it keeps."""
+        return self.processor.video_processor(videos=list(videos), do_sample_frames=False, return_tensors="pt")
+
+    def pixels(self, videos: Sequence[SampledVideo]) -> Tensor:
+        """(V, F, 3, H, W), by the host's own preprocessing, where the tower is and as precise."""
+        return as_input(self.preprocess([video.frames for video in videos])[self.pixel_name], self.tower)
 
     def written(self, tokens: VisualTokens) -> str:
         """What stands in the prompt where the user wrote `placeholder`; holds token `token_id` M times."""
@@ -182,10 +225,9 @@ class Host(ABC):
         """
         assert self.image_placeholder is not None
         written, values = read_images(self.processor, images, self.image_placeholder)
-        inner, tower = self.model.model, self.image_tower
-        device, dtype = input_device(tower), input_dtype(tower)
+        inner = self.model.model
         wanted = [name for name in inspect.signature(inner.get_image_features).parameters if name in values]
-        given = {name: values[name].to(device, dtype if values[name].is_floating_point() else None) for name in wanted}
+        given = {name: as_input(values[name], self.image_tower) for name in wanted}
         with own_weights(inner):
             output = inner.get_image_features(**given)
         rows = list(pooled(output))
@@ -268,6 +310,11 @@ def input_dtype(module: nn.Module) -> torch.dtype:
     return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), torch.float32)
 
 
+def as_input(values: Tensor, module: nn.Module) -> Tensor:
+    """The input of a module where it goes, and numbers that are not whole as precise as the module."""
+    return values.to(input_device(module), input_dtype(module) if values.is_floating_point() else None)
+
+
 @contextmanager
 def own_weights(module: nn.Module) -> Iterator[None]:
     """Has the weights that a module itself holds at hand, where accelerate offloads them between calls: what its hook
@@ -281,55 +328,3 @@ def own_weights(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
-
-
-def count_weights(module: nn.Module) -> int:
-    """Weights of its matrices, without packing: of a layer in 4 bits, which holds two in a byte, each counts."""
-    total = 0
-    for part in module.modules():
-        own = sum(weight.numel() for weight in part.parameters(recurse=False) if weight.ndim > 1)
-        rows, columns = getattr(part, "out_features", None), getattr(part, "in_features", None)
-        total += rows * columns if own and rows and columns else own
-    return total
-
-
-def prefill_gflops(host: Host, tokens: int) -> float:
-    """Cost of the decoder's layers for reading so many tokens, causal attention included; a multiply-add is 1."""
-    layers = max((m for m in host.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
-    width = host.model.config.get_text_config().hidden_size
-    return (count_weights(layers) * tokens + len(layers) * tokens**2 * width) / 1e9
-
-
-def describe(host: Host, method: str) -> str:
-    """Tokens and costs of one video in the host's own way and in ours, as a table."""
-    costs = host.costs()
-    rows = [
-        ("visual tokens", float(costs.native_tokens), float(costs.tokens), "{:.0f}"),
-        ("vision tower, GFLOPs", costs.native_tower, costs.tower, "{:.4g}"),
-        (
-            "prefill of these tokens, GFLOPs",
-            prefill_gflops(host, costs.native_tokens),
-            prefill_gflops(host, costs.tokens),
-            "{:.4g}",
-        ),
-    ]
-    height, width = costs.frame
-    lines = [
-        f"{type(host.model).__name__}, {host.num_frames} frames of {height} x {width} pixels, method {method!r} "
-        "(a multiply-add is 1 FLOP)",
-        f"{'':32}{'host':>12}{'compressed':>12}{'ratio':>8}",
-    ]
-    for name, native, ours, form in rows:
-        ratio = ours / native if native else math.nan
-        lines.append(f"{name:32}{form.format(native):>12}{form.format(ours):>12}{ratio:>8.3f}")
-    if more_tokens(costs):
-        lines.append(
-            f"Beware: {costs.tokens} tokens are more than the {costs.native_tokens} of the host's own way, which pools "
-            "them: merge more, or the language model gets slower."
-        )
-    return "\n".join(lines)
-
-
-def more_tokens(costs: Costs) -> bool:
-    """Whether the language model reads more tokens than in the host's own way."""
-    return costs.tokens > costs.native_tokens

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 
 from tempme_vl.fit import misfits
-from tempme_vl.integrations.base import Feed, Host, VisualTokens, describe, input_device
-from tempme_vl.integrations.images import as_image
+from tempme_vl.integrations.base import Feed, Host, VisualTokens, input_device
+from tempme_vl.integrations.costs import cost_table
+from tempme_vl.integrations.images import ImageInput, as_image
 from tempme_vl.integrations.places import Visuals, by_modality, check_places, with_images
-from tempme_vl.integrations.videos import FPS, SampledVideo, pair_up, tell_times
+from tempme_vl.integrations.videos import FPS, FpsInput, SampledVideo, TimesInput, VideoInput, pair_up, tell_times
 from tempme_vl.libraries import undocumented
 from tempme_vl.manifest import FolderError, write_manifest
 from tempme_vl.messages import shown
@@ -27,7 +28,7 @@ from tempme_vl.pretrained import read_safetensors
 from tempme_vl.schema import ConfigError, read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "tempme.json", "tempme.safetensors"
-_IGNORED = -100
+IGNORED = -100  # the label of what counts in no loss, as transformers has it
 
 
 class Compressed:
@@ -70,23 +71,23 @@ class Compressed:
         return self.host.image_placeholder
 
     def __repr__(self) -> str:
-        costs, method = self.host.costs(), self.host.config()["method"]
+        costs = self.host.costs()
         frames = f"{self.host.num_frames} frames, {costs.tokens} of the host's {costs.native_tokens} tokens"
-        return f"Compressed({type(self.host.model).__name__}, {method}: {frames}, by {self.feed})"
+        return f"Compressed({type(self.host.model).__name__}, {self.host.method}: {frames}, by {self.feed})"
 
     def describe(self) -> str:
         """Tokens and costs of one video: the host's own and ours."""
-        return describe(self.host, self.host.config()["method"])
+        return cost_table(self.host)
 
     @undocumented("transformers")
     def prepare(
         self,
         text: str | Sequence[str],
-        videos: Sequence[Any] = (),
+        videos: str | Path | Sequence[VideoInput | Sequence[VideoInput]] = (),
         labels: bool | Sequence[str] = False,
-        fps: float | Sequence[Any] | None = None,
-        times: Sequence[Any] | Tensor | None = None,
-        images: Sequence[Any] | None = None,
+        fps: FpsInput = None,
+        times: TimesInput = None,
+        images: Image | Sequence[ImageInput | Sequence[ImageInput]] | None = None,
     ) -> BatchFeature:
         """Inputs for `generate` and forward of the model, on its device.
 
@@ -96,14 +97,17 @@ class Compressed:
         Args:
             text: prompts with the host's placeholders for every video, such as "<video>", and for every image
                 (`image_placeholder`).
-            videos: a list of videos a prompt (or one video for every placeholder): uint8 frames (T, H, W, 3) or
-                (T, 3, H, W). `num_frames` of them are taken evenly; T may be less. Or `SampledVideo`s, whose frames
+            videos: a list of videos a prompt (or one video for every placeholder). Each is a file's path, of which
+                `num_frames` frames are read, from the first to the last, as lmms-eval's models read them; or what
+                `tempme_vl.read_video` gave, where other frames are wanted; or uint8 frames (T, H, W, 3) or
+                (T, 3, H, W), of which `num_frames` are taken evenly; T may be less. Or `SampledVideo`s, whose frames
                 were chosen already and know their times.
             labels: True for labels on all words of the prompts; or for each prompt its answer, which is put behind it
                 with an end token and alone has labels. Else prompts are padded on the left, for generation.
             fps: frames a second of the frames given, for hosts that are told times (`Host.uses_time`): a number for
                 all videos, or one for each, in order or in a list a prompt. Untold, 24 are assumed with a warning, as
-                these hosts' own processors do.
+                these hosts' own processors do. Files, and what `read_video` gave, tell their times; None stands for
+                them in a list.
             times: in place of fps the seconds of the frames given: T for each video, in order or in a list a prompt.
             images: a list of images a prompt (or one image for every placeholder): of PIL, or uint8 pixels (H, W, 3) or
                 (3, H, W). They go the host's own way, through its processor and tower, and nothing of them merges.
@@ -113,9 +117,10 @@ class Compressed:
             needs besides, such as position_ids.
 
         Raises:
+            VideoError: a file that cannot be read.
             ValueError: not one video or image for every placeholder, videos or images in another form, images where
                 the host takes none (`Host.check_images`), answers with an image's placeholder, both fps and times, or
-                not one of them for each video.
+                not one of them for each video, or one for a file.
         """
         prompts, groups = pair_up(text, videos, self.host.placeholder)
         pictures = self._pair_images(prompts, images, groups)
@@ -137,16 +142,19 @@ class Compressed:
         mask = _pad([[1] * len(row) for row in rows], 0, side).to(device)
         inputs: dict[str, Any] = {"attention_mask": mask, **self.host.extra_inputs(input_ids, mask, tokens, shown)}
         if labels:
-            target = [[_IGNORED] * n + row[n:] for n, row in zip(unlabelled, rows, strict=True)]
-            padded = _pad(target, _IGNORED, side).to(device)
+            target = [[IGNORED] * n + row[n:] for n, row in zip(unlabelled, rows, strict=True)]
+            padded = _pad(target, IGNORED, side).to(device)
             for of_one_kind in visuals.values():
-                padded = padded.masked_fill(input_ids == of_one_kind.token_id, _IGNORED)
+                padded = padded.masked_fill(input_ids == of_one_kind.token_id, IGNORED)
             inputs["labels"] = padded
         self.host.remember(inputs)
         return BatchFeature({**inputs, **self._feed(input_ids, visuals)})
 
     def _pair_images(
-        self, prompts: list[str], images: Sequence[Any] | None, videos: list[list[Any]]
+        self,
+        prompts: list[str],
+        images: Image | Sequence[ImageInput | Sequence[ImageInput]] | None,
+        videos: list[list[VideoInput]],
     ) -> list[list[Image]]:
         """The images of each prompt."""
         place = self.host.image_placeholder
@@ -229,10 +237,10 @@ class Compressed:
     def answer(
         self,
         text: str | Sequence[str],
-        videos: Sequence[Any] = (),
-        fps: float | Sequence[Any] | None = None,
-        times: Sequence[Any] | Tensor | None = None,
-        images: Sequence[Any] | None = None,
+        videos: str | Path | Sequence[VideoInput | Sequence[VideoInput]] = (),
+        fps: FpsInput = None,
+        times: TimesInput = None,
+        images: Image | Sequence[ImageInput | Sequence[ImageInput]] | None = None,
         **options: Any,
     ) -> list[str]:
         """What the model writes behind the prompts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL.Image import Image, fromarray
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 _EXPECTED = "expected an image of PIL, or uint8 pixels (H, W, 3) or (3, H, W) as an array or tensor"
+ImageInput: TypeAlias = Image | np.ndarray | Tensor  # what users have as one image
 _BETWEEN = "\0"  # images of a prompt; no processor writes it
 
 

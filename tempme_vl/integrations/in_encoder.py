@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tempme_vl.backbones import hf
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, input_device, input_dtype
+from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, input_device
 from tempme_vl.merging import MergeSchedule, learnt_modules, share_learnt
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import read
@@ -34,15 +34,14 @@ class _Saved:
 class InEncoderHost(Host):
     """A host around `VisualFrontend`, which is made of the very modules of the tower and is no child of the model.
 
-    A subclass says `tower`, `project`, `project_grid` and `native_tokens`, and `layer` if no configuration tells it.
+    A subclass says `project`, `project_grid` and `native_tokens`, and `layer` if no configuration tells it.
     """
 
     keeps_prefix = False  # whether the language model gets the CLS tokens
     added_tokens = 0  # tokens that `project` adds to a video's
-    pixel_name = "pixel_values_videos"  # what the host's preprocessing calls them
 
     def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
-        super().__init__(model, processor, schedule.frames)
+        super().__init__(model, processor, schedule.method, schedule.frames)
         self.merges = schedule.changes
         self._made_of, self._frontend = self._make_frontend(schedule)
         self.merging = nn.ModuleDict(learnt_modules(self._frontend.blocks))
@@ -53,7 +52,7 @@ class InEncoderHost(Host):
     def frontend(self) -> VisualFrontend:
         """Of the modules that the tower has now: peft's `modules_to_save` puts a copy in the place of a module, and its
         LoRA others in the places of linear layers."""
-        if self._made_of != _modules_of(self.running_tower(self.model)):
+        if self._made_of != _modules_of(self.tower):
             old = self._frontend
             self._made_of, self._frontend = self._make_frontend(old.schedule)
             self._frontend.set_grad_checkpointing(old.grad_checkpointing)
@@ -61,26 +60,35 @@ class InEncoderHost(Host):
         return self._frontend
 
     def _make_frontend(self, schedule: MergeSchedule) -> tuple[list[nn.Module], VisualFrontend]:
-        tower = self.running_tower(self.model)
+        tower = self.tower
         backbone, config = hf.backbone_of(tower, self.layer(self.model))
         return _modules_of(tower), VisualFrontend(backbone, schedule, config)
 
-    # ---- facts of a host
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        self.frontend.set_grad_checkpointing(enable)
 
-    @staticmethod
-    def tower(model: Any) -> nn.Module:
-        """The vision tower, perhaps in peft's wrapper."""
-        raise NotImplementedError
+    # ---- the tower
+
+    @property
+    def tower(self) -> Any:
+        return self.running_tower(self.model)
+
+    @property
+    def tower_parts(self) -> list[nn.Module]:
+        """Without the head, which pools for other uses."""
+        return [self.frontend.embed, self.frontend.blocks, self.frontend.norm]
 
     @classmethod
     def running_tower(cls, model: Any) -> nn.Module:
         """The vision tower that runs: where peft trains a copy of it, the copy, unless adapters are off."""
-        tower = cls.tower(model)
+        tower = cls.tower_of(model)
         while hasattr(tower, "modules_to_save") and hasattr(tower, "original_module"):
             wrapper: Any = tower
             off = wrapper.disable_adapters or not wrapper.active_adapters
             tower = wrapper.original_module if off else wrapper.modules_to_save[wrapper.active_adapters[0]]
         return tower
+
+    # ---- facts of a host
 
     @staticmethod
     def layer(model: Any) -> int:
@@ -130,19 +138,12 @@ class InEncoderHost(Host):
         return cls(model, processor, schedule)
 
     def config(self) -> dict[str, Any]:
-        schedule = self.frontend.schedule
-        return {"method": schedule.method, "schedule": schedule.to_dict()}
+        return {"method": self.method, "schedule": self.frontend.schedule.to_dict()}
 
     def pixels(self, videos: Sequence[SampledVideo]) -> Tensor:
-        """(V, F, 3, H, W), by the host's own preprocessing, where the tower is and as precise."""
-        values = self.processor.video_processor(
-            videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
-        )
-        tower = self.running_tower(self.model)
         self._refuse_offloaded()
-        device = input_device(tower)
-        self.merging.to(device)  # the model may have moved since
-        return values[self.pixel_name].to(device, input_dtype(tower))
+        self.merging.to(input_device(self.tower))  # the model may have moved since
+        return super().pixels(videos)
 
     def _refuse_offloaded(self) -> None:
         """accelerate brings a module's weights when it calls that module."""
@@ -162,8 +163,9 @@ class InEncoderHost(Host):
         )
         return [VisualTokens(row) for row in features]
 
-    def costs(self) -> Costs:
-        whole, _ = hf.backbone_of(self.running_tower(self.model), -1)  # the host runs all blocks, whatever it takes
+    def costs(self, frame: tuple[int, int] | None = None) -> Costs:
+        """Of frames as large as the tower's own, which all are resized to."""
+        whole, _ = hf.backbone_of(self.tower, -1)  # the host runs all blocks, whatever it takes
         shape = whole.shape
         identity = MergeSchedule.identity(len(whole.blocks), self.num_frames, shape.tokens, shape.num_prefix)
         return Costs(

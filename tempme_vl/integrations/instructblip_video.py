@@ -27,6 +27,7 @@ class InstructBlipVideoHost(InEncoderHost):
 
     feeds = ("embeddings",)
     pixel_name = "pixel_values"
+    projector = ("qformer", "query_tokens", "language_projection")
 
     def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
         super().__init__(model, processor, schedule)
@@ -34,7 +35,7 @@ class InstructBlipVideoHost(InEncoderHost):
             raise ValueError("expected InstructBLIP with a decoder-only language model (Vicuna); this one is T5")
 
     @staticmethod
-    def tower(model: Any) -> nn.Module:
+    def tower_of(model: Any) -> nn.Module:
         return model.vision_model
 
     @staticmethod

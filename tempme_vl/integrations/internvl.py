@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype, pooled
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, pooled
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost
 
 
@@ -22,12 +22,8 @@ class InternVLHost(PostEncoderHost):
         return patches, patches
 
     def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
-        values = self.processor.video_processor(
-            videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
-        )["pixel_values_videos"]
-        pixels = values.flatten(0, 1).to(input_device(self.tower), input_dtype(self.tower))
-        x = pooled(self.model.model.get_image_features(pixel_values=pixels)).unflatten(0, values.shape[:2])
-        return [FrameFeatures(row, self.grid(*video.frames.shape[1:3])) for row, video in zip(x, videos, strict=True)]
+        pixels = self.pixels(videos).flatten(0, 1)
+        return self.frames_of(pooled(self.model.model.get_image_features(pixel_values=pixels)), videos)
 
     def written(self, tokens: VisualTokens) -> str:
         processor = self.processor

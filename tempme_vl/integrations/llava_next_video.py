@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.backbones.base import TowerShape
@@ -19,6 +19,8 @@ class LlavaNextVideoHost(InEncoderHost):
     ValueError: merging in front of a pooling with weights of its own, which cannot be left out.
     """
 
+    projector = ("multi_modal_projector", "image_newline")
+
     def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
         super().__init__(model, processor, schedule)
         if self.merges and any(True for _ in model.model.vision_resampler.parameters()):
@@ -26,10 +28,6 @@ class LlavaNextVideoHost(InEncoderHost):
                 f"this model pools by spatial_pool_mode={model.config.spatial_pool_mode!r}, which has weights of its "
                 "own and needs a grid; merging works with 'average' and 'max'"
             )
-
-    @staticmethod
-    def tower(model: Any) -> nn.Module:
-        return model.model.vision_tower
 
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(self.without_prefix(tokens))

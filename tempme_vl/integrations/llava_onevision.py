@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.backbones.base import TowerShape
@@ -16,10 +16,7 @@ from tempme_vl.integrations.in_encoder import InEncoderHost, append, grid_side, 
 
 class LlavaOnevisionHost(InEncoderHost):
     added_tokens = 1
-
-    @staticmethod
-    def tower(model: Any) -> nn.Module:
-        return model.model.vision_tower
+    projector = ("multi_modal_projector", "image_newline")
 
     def project(self, tokens: Tensor) -> Tensor:
         return self._with_newline(self.model.model.multi_modal_projector(self.without_prefix(tokens)))

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.integrations.base import Host, SampledVideo, input_device, input_dtype, pooled
+from tempme_vl.integrations.base import Host, SampledVideo, pooled
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost
 from tempme_vl.merging import MergeSchedule
@@ -44,10 +44,6 @@ class PerceptionLMHost(InEncoderHost):
         if rotates(model):
             return RotaryPerceptionLMHost.restore(model, processor, config)
         return super().restore(model, processor, config)
-
-    @staticmethod
-    def tower(model: Any) -> nn.Module:
-        return model.model.vision_tower
 
     @staticmethod
     def layer(model: Any) -> int:
@@ -85,12 +81,7 @@ class RotaryPerceptionLMHost(PostEncoderHost):
         return self.tower.timm_model.embed_dim
 
     def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
-        values = self.processor.video_processor(
-            videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
-        )["pixel_values_videos"]
-        pixels = values.to(input_device(self.tower), input_dtype(self.tower))
-        x = pooled(self.model.model.get_image_features(pixel_values=pixels)).unflatten(0, pixels.shape[:2])
-        return [FrameFeatures(row, self.grid(*video.frames.shape[1:3])) for row, video in zip(x, videos, strict=True)]
+        return self.frames_of(pooled(self.model.model.get_image_features(pixel_values=self.pixels(videos))), videos)
 
 
 def rotates(model: Any) -> bool:

@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens, count_weights
+from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens
+from tempme_vl.integrations.costs import count_weights
 from tempme_vl.merging import METHODS, LayerMerge, MergeSchedule, learnt_modules, merge_layers, share_learnt
 from tempme_vl.registry import UnknownName
 from tempme_vl.schema import Range, read
@@ -179,7 +180,7 @@ def _mean_by_source(x: Tensor, state: TokenState) -> Tensor:
 class PostEncoderHost(Host):
     """A host whose own tower runs, with merging behind it.
 
-    A subclass says `tower`, `features`, `grid`, and how its prompts tell clips apart in `written`.
+    A subclass says `features`, `grid`, `attended`, and how its prompts tell clips apart in `written`.
 
     Args:
         options: those of the method behind a tower; see `options_of`.
@@ -189,8 +190,8 @@ class PostEncoderHost(Host):
     """
 
     def __init__(self, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]):
-        super().__init__(model, processor, num_frames)
-        self.method, self.options = method, options_of(method, options, type(model).__name__)
+        super().__init__(model, processor, method, num_frames)
+        self.options = options_of(method, options, type(model).__name__)
         try:
             plan = self.plan((self.slots, *_GRID))
         except ValueError as error:
@@ -203,15 +204,6 @@ class PostEncoderHost(Host):
     # ---- facts of a host
 
     slot_frames = 1  # frames that the tower joins by itself
-
-    @property
-    def tower(self) -> Any:
-        """The vision tower."""
-        return self.model.model.vision_tower
-
-    @property
-    def image_tower(self) -> Any:
-        return self.tower
 
     @property
     def tower_width(self) -> int:
@@ -256,6 +248,11 @@ class PostEncoderHost(Host):
             for video, frames in zip(videos, self.features(videos), strict=True)
         ]
 
+    def frames_of(self, x: Tensor, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
+        """The features of each video out of (V * F, S, D) of all frames, where the tower sees frames one by one."""
+        grids = [self.grid(*video.frames.shape[1:3]) for video in videos]
+        return [FrameFeatures(*pair) for pair in zip(x.unflatten(0, (len(videos), -1)), grids, strict=True)]
+
     def merge(self, frames: FrameFeatures) -> ClipFeatures:
         """The features of a video, merged with what the method has learnt."""
         schedule = self.plan((len(frames.x), *frames.grid))
@@ -268,14 +265,15 @@ class PostEncoderHost(Host):
         seconds = clip_seconds(video, len(frames.x), len(clips.x))
         return VisualTokens(clips.x.flatten(0, 1), {"clip_tokens": clips.x.shape[1], "seconds": seconds})
 
-    def costs(self) -> Costs:
-        grid = self.grid(*_TYPICAL)
-        native, ours = self.count(*_TYPICAL)
+    def costs(self, frame: tuple[int, int] | None = None) -> Costs:
+        frame = frame or _TYPICAL
+        grid = self.grid(*frame)
+        native, ours = self.count(*frame)
         blocks = max((m for m in self.tower.modules() if isinstance(m, nn.ModuleList)), key=len)
         tokens, attended = self.attended(grid)
         each = count_weights(blocks) + 2 * len(blocks) * attended * self.tower_width
         tower = self.slots * tokens * each / 1e9
-        return Costs(native, ours, tower, tower, _TYPICAL)
+        return Costs(native, ours, tower, tower, frame)
 
     # ---- counts
 

@@ -10,11 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype, pooled
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, as_input, pooled
 from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost
+from tempme_vl.integrations.tiny import SIDE, WIDTH, text_sizes, word_tokenizer
+
+_CHAT = (  # of the tiny one
+    "{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == 'video' %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %} "
+    "ASSISTANT:"
+)
 
 
 class Qwen2_5_VLHost(PostEncoderHost):
@@ -23,6 +32,7 @@ class Qwen2_5_VLHost(PostEncoderHost):
     """
 
     uses_time = True
+    projector: ClassVar[tuple[str, ...]] = ("merger",)
     oldest: ClassVar[str] = "5.14.1"  # of transformers, among those that were tried
 
     def __init__(self, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]):
@@ -49,21 +59,18 @@ class Qwen2_5_VLHost(PostEncoderHost):
                 f"transformers to compress {type(self.model).__name__} ({self.oldest} is new enough)"
             )
 
-    @property
-    def tower(self) -> nn.Module:
-        return self.model.model.visual
+    @staticmethod
+    def tower_of(model: Any) -> nn.Module:
+        return model.model.visual
 
     @property
     def _side(self) -> int:
         """Patches of a token's side."""
         return self.model.config.vision_config.spatial_merge_size
 
-    def _preprocess(self, videos: Sequence[Any]) -> Any:
-        return self.processor.video_processor(videos=list(videos), do_sample_frames=False, return_tensors="pt")
-
     def grid(self, height: int, width: int) -> tuple[int, int]:
         blank = torch.zeros(self.num_frames, 3, height, width, dtype=torch.uint8)
-        _, rows, columns = self._preprocess([blank])["video_grid_thw"][0].tolist()
+        _, rows, columns = self.preprocess([blank])["video_grid_thw"][0].tolist()
         return rows // self._side, columns // self._side
 
     def attended(self, grid: tuple[int, int]) -> tuple[int, float]:
@@ -74,10 +81,9 @@ class Qwen2_5_VLHost(PostEncoderHost):
         return patches, full * patches + (1 - full) * window
 
     def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
-        values = self._preprocess([video.frames for video in videos])
-        grids = values["video_grid_thw"]
-        pixels = values["pixel_values_videos"].to(input_device(self.tower), input_dtype(self.tower))
-        output = self.model.model.get_video_features(pixels, grids.to(input_device(self.tower)))
+        values = self.preprocess([video.frames for video in videos])
+        pixels, grids = values["pixel_values_videos"], values["video_grid_thw"]
+        output = self.model.model.get_video_features(as_input(pixels, self.tower), as_input(grids, self.tower))
         features = []
         for (slots, rows, columns), levels in zip(grids.tolist(), zip(*self.levels(output), strict=True), strict=True):
             x, *deeper = (level.unflatten(0, (slots, -1)) for level in levels)
@@ -186,3 +192,40 @@ class Qwen2_5_VLHost(PostEncoderHost):
         if positions is not None and mask is not None:  # else they are not from `prepare`, but of a second turn
             last = positions.masked_fill(mask == 0, 0).amax(dim=(0, 2))
             self.model.model.rope_deltas = (last + 1 - mask.sum(dim=1)).unsqueeze(1)
+
+    @staticmethod
+    def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+        named = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+        around = {f"vision_{side}_token": f"<|vision_{side}|>" for side in ("start", "end")}
+        tokenizer = word_tokenizer(words, named | around)
+        ids: dict[str, Any] = {f"{n}_id": tokenizer.convert_tokens_to_ids(word) for n, word in (named | around).items()}
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        sizes: dict[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+        config = transformers.Qwen2_5_VLConfig(
+            vision_config={
+                "depth": 4,
+                "hidden_size": WIDTH,
+                "intermediate_size": 2 * WIDTH,
+                "num_heads": 4,
+                "out_hidden_size": WIDTH,
+                "patch_size": 4,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
+                "window_size": 16,
+                "fullatt_block_indexes": [1, 3],
+                "tokens_per_second": 2,
+                "initializer_range": WIDTH**-0.5,
+            },
+            text_config={**text_sizes(tokenizer), "rope_parameters": rope, "rope_scaling": rope},
+            tie_word_embeddings=False,
+            **ids,
+        )
+        processor = transformers.Qwen2_5_VLProcessor(
+            image_processor=transformers.Qwen2VLImageProcessor(**sizes),
+            video_processor=transformers.Qwen2VLVideoProcessor(
+                **sizes, size={"shortest_edge": 64, "longest_edge": SIDE * SIDE * 16}
+            ),
+            tokenizer=tokenizer,
+            chat_template=_CHAT,
+        )
+        return transformers.Qwen2_5_VLForConditionalGeneration(config), processor

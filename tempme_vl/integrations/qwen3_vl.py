@@ -25,6 +25,7 @@ class DeepstackOutput(BaseModelOutputWithPooling):
 
 class Qwen3VLHost(Qwen2_5_VLHost):
     oldest = "5.18.0"
+    projector = ("merger", "deepstack_merger_list")
     feeds: ClassVar[tuple[Feed, ...]] = ("encoder_outputs",)  # features for deeper layers find no other way in
 
     def _check_times(self) -> None:

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tempme_vl.integrations.base import SampledVideo, VisualTokens, input_device, input_dtype, pooled
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, as_input, pooled
 from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost
 
 
 class SmolVLMHost(PostEncoderHost):
     modality = "image"
     uses_time = True
+    projector = ("connector",)
 
-    @property
-    def tower(self) -> nn.Module:
-        return self.model.model.vision_model
+    @staticmethod
+    def tower_of(model: Any) -> nn.Module:
+        return model.model.vision_model
 
     @property
     def language_model(self) -> nn.Module:
@@ -46,15 +47,10 @@ class SmolVLMHost(PostEncoderHost):
         return patches, patches
 
     def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
-        values = self.processor.video_processor(
-            videos=[video.frames for video in videos], do_sample_frames=False, return_tensors="pt"
-        )
-        pixels, mask = (
-            values["pixel_values"].to(input_device(self.tower), input_dtype(self.tower)),
-            values.get("pixel_attention_mask"),
-        )
-        mask = mask if mask is None else mask.to(input_device(self.tower))
-        output = pooled(self.model.model.get_image_features(pixel_values=pixels, pixel_attention_mask=mask))
+        values = self.preprocess([video.frames for video in videos])
+        names = [name for name in ("pixel_values", "pixel_attention_mask") if values.get(name) is not None]
+        given = {name: as_input(values[name], self.tower) for name in names}
+        output = pooled(self.model.model.get_image_features(**given))
         x = torch.cat(list(output)).reshape(-1, output[0].shape[-1])
         rows, columns = self.grid(*videos[0].frames.shape[1:3])
         expected = len(videos) * self.num_frames * rows * columns
@@ -63,8 +59,7 @@ class SmolVLMHost(PostEncoderHost):
                 f"expected {expected} features of {len(videos)} videos, got {len(x)}: SmolVLM leaves frames out whose "
                 "pixels are all 0 after its preprocessing"
             )
-        x = x.view(len(videos), self.num_frames, rows * columns, -1)
-        return [FrameFeatures(row, (rows, columns)) for row in x]
+        return self.frames_of(x.unflatten(0, (-1, rows * columns)), videos)
 
     def visual_tokens(self, video: SampledVideo, frames: FrameFeatures, clips: ClipFeatures) -> VisualTokens:
         tokens = super().visual_tokens(video, frames, clips)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.integrations.in_encoder import InEncoderHost
+from tempme_vl.integrations.tiny import SIDE, WIDTH, text_sizes, word_tokenizer
 
 
 class VideoLlavaHost(InEncoderHost):
     keeps_prefix = True
 
     @staticmethod
-    def tower(model: Any) -> nn.Module:
+    def tower_of(model: Any) -> nn.Module:
         return model.model.video_tower
 
     @property
@@ -30,3 +34,29 @@ class VideoLlavaHost(InEncoderHost):
     @staticmethod
     def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
         return num_frames * shape.tokens
+
+    @staticmethod
+    def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+        named = {"image_token": "<image>", "video_token": "<video>"}
+        tokenizer = word_tokenizer(words, named)
+        sizes: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}
+        vision = transformers.CLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=8,
+        )
+        ids: dict[str, Any] = {
+            f"{kind}_token_index": tokenizer.convert_tokens_to_ids(f"<{kind}>") for kind in ("image", "video")
+        }
+        text = transformers.LlamaConfig(**text_sizes(tokenizer))
+        config = transformers.VideoLlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=-1, **ids)
+        processor = transformers.VideoLlavaProcessor(
+            image_processor=transformers.VideoLlavaImageProcessor(**sizes),
+            video_processor=transformers.VideoLlavaVideoProcessor(**sizes),
+            tokenizer=tokenizer,
+            patch_size=8,
+        )
+        return transformers.VideoLlavaForConditionalGeneration(config), processor

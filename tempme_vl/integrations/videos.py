@@ -1,4 +1,4 @@
-"""Prompts and videos in the forms that users have them, with the times of the frames, to one form."""
+"""Prompts and videos in the forms that users have them, files too, with the times of the frames, to one form."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
+from tempme_vl.data.video import Frames, read_frames
+
 FPS = 24.0  # what hosts assume where nobody told the frames a second
-_EXPECTED = "expected a video as uint8 frames (T, H, W, 3) or (T, 3, H, W), an array, tensor or list of images"
+_EXPECTED = (
+    "expected a video as uint8 frames (T, H, W, 3) or (T, 3, H, W), an array, tensor or list of images, or as the path "
+    "of a file"
+)
 
 
 @dataclass(frozen=True)
@@ -66,29 +71,76 @@ class SampledVideo:
         return self.seconds[0] + self.seconds[-1] + (1 / self.fps if self.fps and self.total is None else 0.0)
 
 
-def sample(video: Any, num_frames: int, fps: float | None = None, times: Sequence[float] | None = None) -> SampledVideo:
+# what users have as one video
+VideoInput: TypeAlias = str | Path | Frames | SampledVideo | np.ndarray | Tensor | Sequence[Image | np.ndarray | Tensor]
+# frames a second: of all videos, or of each, in order or in a list for every prompt
+FpsInput: TypeAlias = float | Sequence[float | None] | Sequence[Sequence[float | None]] | None
+# seconds of the frames of each video, in order or in a list for every prompt; of a single video also these themselves
+_Times: TypeAlias = Sequence[float] | Tensor | np.ndarray
+TimesInput: TypeAlias = _Times | Sequence[_Times | None] | Sequence[Sequence[_Times | None]] | None
+
+
+def read_sampled(
+    path: str | Path,
+    num_frames: int,
+    sampling: str = "uniform",
+    start: float | None = None,
+    end: float | None = None,
+    timeout: float | None = 60.0,
+) -> SampledVideo:
+    """Frames of a video file, or of a part of it, with their times in that part.
+
+    Args:
+        sampling: a name in `tempme_vl.data.sampling.SAMPLING`; "uniform" takes the first, the last and as many evenly
+            between them.
+        start, end, timeout: see `tempme_vl.read_video`.
+
+    Raises:
+        VideoError: a file that cannot be read.
+    """
+    frames = read_frames(path, num_frames, sampling=sampling, start=start, end=end, timeout=timeout)
+    return _of_frames(frames, start or 0.0)
+
+
+def _of_frames(frames: Frames, start: float = 0.0) -> SampledVideo:
+    times = (frames.times - start).clip(min=0)
+    return SampledVideo(frames.pixels, tuple(frames.indices.tolist()), frames.fps, tuple(times.tolist()))
+
+
+def sample(
+    video: VideoInput, num_frames: int, fps: float | None = None, times: Sequence[float] | None = None
+) -> SampledVideo:
     """num_frames frames, the middle ones of as many equal parts; all of them if there are as many.
 
     Args:
-        video: T frames, or a `SampledVideo`, which stays as it is; it is told fps or times if it knows neither.
+        video: T frames; or a file's path, of which `read_sampled` reads the frames; or what `tempme_vl.read_video`
+            gave; or a `SampledVideo`, which stays as it is; it is told fps or times if it knows neither.
         fps: frames a second of the T frames.
         times: seconds of each of the T frames.
 
     Raises:
-        ValueError: not uint8 frames in colour, a `SampledVideo` of another number, or times that are not T ascending
-            numbers.
+        VideoError: a file that cannot be read.
+        ValueError: not uint8 frames in colour, a `SampledVideo` of another number, times that are not T ascending
+            numbers, or fps or times of a file or of `Frames`, which tell them.
     """
+    if isinstance(video, (str, Path, Frames)):
+        if fps is not None or times is not None:
+            what = "fps" if times is None else "times"
+            which = "frames of read_video tell" if isinstance(video, Frames) else f"the file {str(video)!r} tells"
+            raise ValueError(
+                f"{which} when they were shown: give {what} of other videos alone, and None in the place of this one's"
+            )
+        if isinstance(video, Frames):
+            if len(video.pixels) != num_frames:
+                return sample(video.pixels, num_frames, times=video.times.tolist())
+            return _of_frames(video)
+        return read_sampled(video, num_frames)
     if isinstance(video, SampledVideo):
         if len(video.frames) != num_frames:
             raise ValueError(f"expected a SampledVideo of {num_frames} frames; got one of {len(video.frames)}")
         if video.is_timed:
             return video
         return replace(video, fps=fps, times=times if times is None else _ascending(times, num_frames))
-    if isinstance(video, (str, Path)):
-        raise ValueError(
-            f"{_EXPECTED}; got the path or address {str(video)!r}: read its frames first, such as by "
-            f"tempme_vl.data.video.read_frames(path, {num_frames}), which also tells their times"
-        )
     if isinstance(video, (list, tuple)):
         images = [np.asarray(image) for image in video]
         if len({image.shape for image in images}) != 1:
@@ -120,7 +172,9 @@ def _ascending(times: Sequence[float], count: int) -> tuple[float, ...]:
     return seconds
 
 
-def tell_times(videos: Sequence[Sequence[Any]], num_frames: int, fps: Any, times: Any) -> list[list[SampledVideo]]:
+def tell_times(
+    videos: Sequence[Sequence[VideoInput]], num_frames: int, fps: FpsInput, times: TimesInput
+) -> list[list[SampledVideo]]:
     """Samples videos, which know their times then if their user told any.
 
     Args:
@@ -181,7 +235,10 @@ def _short(value: Any) -> str:
 
 
 def pair_up(
-    text: str | Sequence[str], visuals: Sequence[Any], placeholder: str, kind: Literal["video", "image"] = "video"
+    text: str | Sequence[str],
+    visuals: str | Path | Image | Sequence[Any],
+    placeholder: str,
+    kind: Literal["video", "image"] = "video",
 ) -> tuple[list[str], list[list[Any]]]:
     """A list of prompts, and for each the list of its videos or images.
 
@@ -199,7 +256,7 @@ def pair_up(
             "processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
         )
     if isinstance(visuals, (str, Path, Image)):
-        visuals = [visuals]  # a path is refused as such, and not letter by letter
+        visuals = [visuals]
     counts = [prompt.count(placeholder) for prompt in prompts]
     grouped = [isinstance(v, (list, tuple)) and not (kind == "video" and _is_video(v)) for v in visuals]
     if not any(grouped) and len(visuals) == sum(counts):

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from tempme_vl.integrations import Compressed, compress, find_host, load_compressed
+from tempme_vl.integrations import Compressed, compress, load_compressed, load_host
 from tempme_vl.integrations.compressed import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -29,11 +28,7 @@ def load(
         compressed.model.to(device)
         logger.info("%s", compressed.describe())
         return compressed
-    config = transformers.AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
-    name = (config.architectures or ["a model without architectures"])[0]
-    find_host(name)  # refuses before the weights are read
-    model = getattr(transformers, name).from_pretrained(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
-    processor = transformers.AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+    model, processor = load_host(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
     return compress(model.to(device), processor, **{name: _numbers(name, value) for name, value in options.items()})
 
 

@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from tempme_vl.data.video import read_frames
 from tempme_vl.integrations import SampledVideo
-from tempme_vl.integrations.videos import without_start
+from tempme_vl.integrations.compressed import IGNORED
+from tempme_vl.integrations.videos import read_sampled, without_start
 from tempme_vl.libraries import undocumented
 from tempme_vl.lmms_eval.arguments import cut, generation_options, load, video_of
 
@@ -27,8 +27,7 @@ with undocumented("lmms-eval"):
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 
-_IGNORED = -100
-_read = lru_cache(maxsize=4)(read_frames)  # the choices of a question ask for the same video one after the other
+_read = lru_cache(maxsize=4)(read_sampled)  # the choices of a question ask for the same video one after the other
 
 
 class TempMe(lmms):
@@ -114,7 +113,7 @@ class TempMe(lmms):
         with tqdm(total=len(requests), disable=self.rank != 0, desc="tempme_vl") as bar, torch.no_grad():
             for rows, inputs in self._batches(requests, range(len(requests)), labels=True):
                 labels = inputs.pop("labels")[:, 1:]
-                wanted = labels != _IGNORED
+                wanted = labels != IGNORED
                 if ended:  # `prepare` puts an end behind each answer, which is no part of a continuation
                     wanted &= wanted.cumsum(1) < wanted.sum(1, keepdim=True)
                 counts = wanted.sum(1).tolist()
@@ -167,16 +166,7 @@ class TempMe(lmms):
 
     def _video(self, visual: Any) -> SampledVideo:
         path, start, end = video_of(visual)
-        frames = _read(
-            path,
-            self.compressed.host.num_frames,
-            sampling=self.sampling,
-            start=start,
-            end=end,
-            timeout=self.timeout,
-        )
-        times = (frames.times - (start or 0.0)).clip(min=0)  # the part's own
-        return SampledVideo(frames.pixels, tuple(frames.indices.tolist()), frames.fps, tuple(times.tolist()))
+        return _read(path, self.compressed.host.num_frames, self.sampling, start, end, self.timeout)
 
     def _prompt(self, context: str, visuals: Sequence[Any]) -> str:
         host = self.compressed.host

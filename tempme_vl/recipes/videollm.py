@@ -17,16 +17,15 @@ from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.encode import encode_all
 from tempme_vl.evaluation.videoqa import accuracy
-from tempme_vl.integrations import Host
-from tempme_vl.integrations.base import prefill_gflops
-from tempme_vl.integrations.post_encoder import PostEncoderHost
+from tempme_vl.integrations import Host, compress, load_host
+from tempme_vl.integrations.costs import prefill_gflops
 from tempme_vl.integrations.tiny import tiny_host
 from tempme_vl.recipes.build import merging, optimizer, video_reader
 from tempme_vl.recipes.loop import fit
 from tempme_vl.recipes.options.videollm import Options
 from tempme_vl.recipes.report import about_run, write_answers
 from tempme_vl.recipes.start import announce, begin, check_files, facts
-from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_host, load_video_llm
+from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_video_llm
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import latest_checkpoint
 from tempme_vl.training.engine import Trainer
@@ -98,15 +97,13 @@ def build_model(options: Options, source: str, dtype: torch.dtype) -> VideoLLM:
     model, processor = load_host(source, dtype=dtype)
     torch.manual_seed(options.seed)
     built = create_video_llm(
-        model,
-        processor,
+        compress(model, processor, **merging(options, 8)),
         lora_rank=options.lora_rank,
         train_frontend=options.train_frontend,
         prompt=options.prompt,
         answer_tokens=options.answer_tokens,
         source=source,
         input={"sampling": options.sampling, "image_size": options.image_size},
-        **merging(options, 8),
     )
     built.set_grad_checkpointing(options.grad_checkpointing)
     return built
@@ -156,19 +153,17 @@ def evaluate(
     return accuracy(predictions, split, normalize=True), predictions
 
 
-def host_cost(host: Host, side: int) -> dict[str, Any]:
-    """Tokens and GFLOPs of a video with frames of side x side pixels, the host's own and ours; a multiply-add is 1.
-
-    Hosts that merge behind their tower run it as it is; its GFLOPs are left out.
-    """
-    costs, towers = host.costs(), {}
-    native, ours = costs.native_tokens, costs.tokens
-    if isinstance(host, PostEncoderHost):
-        native, ours = host.count(side, side)
-    else:
-        towers = {"tower_gflops": costs.tower, "host_tower_gflops": costs.native_tower}
-    prefill = {"prefill_gflops": prefill_gflops(host, ours), "host_prefill_gflops": prefill_gflops(host, native)}
-    return {"output_tokens": ours, "host_tokens": native, **towers, **prefill}
+def host_cost(host: Host, side: int) -> dict[str, int | float]:
+    """Tokens and GFLOPs of a video with frames of side x side pixels, the host's own and ours; a multiply-add is 1."""
+    costs = host.costs((side, side))
+    return {
+        "output_tokens": costs.tokens,
+        "host_tokens": costs.native_tokens,
+        "tower_gflops": costs.tower,
+        "host_tower_gflops": costs.native_tower,
+        "prefill_gflops": prefill_gflops(host, costs.tokens),
+        "host_prefill_gflops": prefill_gflops(host, costs.native_tokens),
+    }
 
 
 def host_in_words(model: VideoLLM, side: int) -> str:

@@ -18,19 +18,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from tempme_vl.integrations import Compressed, Feed, Host, compress, load_compressed
-from tempme_vl.integrations.compressed import read_config
-from tempme_vl.integrations.in_encoder import InEncoderHost
-from tempme_vl.integrations.post_encoder import PostEncoderHost
+from tempme_vl.integrations import Compressed, Feed, Host, load_compressed, load_host
+from tempme_vl.integrations.compressed import IGNORED, read_config
 from tempme_vl.integrations.videos import without_start
 from tempme_vl.manifest import FolderError, check_manifest, errors_in, write_manifest
-from tempme_vl.pretrained import read_safetensors, require_hub
+from tempme_vl.pretrained import read_safetensors
 from tempme_vl.schema import Size, read, read_json
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import gather_rows
@@ -46,18 +42,6 @@ from tempme_vl.tuning import Lora
 
 PROMPT = "USER: {video}\n{question} ASSISTANT:"  # LLaVA's, for hosts without a chat template
 CONFIG_FILE, TRAINED_FILE = "videollm.json", "trained.safetensors"
-# what hosts call the modules between tower and language model
-PROJECTORS = (
-    "multi_modal_projector",
-    "connector",
-    "merger",
-    "deepstack_merger_list",
-    "language_projection",
-    "qformer",
-    "query_tokens",
-    "image_newline",
-)
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -138,15 +122,15 @@ class VideoLLM(nn.Module):
     def _losses(self, batch: Mapping[str, Any]) -> Tensor:
         inputs = self._inputs(batch, labels=batch["answer"])
         labels = inputs.pop("labels")
-        first = int((labels != _IGNORED).any(dim=0).int().argmax())  # no answer begins before it
+        first = int((labels != IGNORED).any(dim=0).int().argmax())  # no answer begins before it
         kept = labels.shape[1] - first + 1  # a token is told by the position before it
         if "logits_to_keep" in inspect.signature(type(self.compressed.host.target).forward).parameters:
             inputs["logits_to_keep"] = kept
         # others give all positions
         logits = at_least_float32(self.compressed(**inputs, use_cache=False).logits[:, -kept:-1])
         wanted = labels[:, first:]
-        losses = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=_IGNORED, reduction="none")
-        return losses.sum(dim=1) / (wanted != _IGNORED).sum(dim=1)
+        losses = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
+        return losses.sum(dim=1) / (wanted != IGNORED).sum(dim=1)
 
     @torch.no_grad()
     def _write(self, batch: Mapping[str, Any]) -> Tensor:
@@ -194,8 +178,7 @@ class VideoLLM(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of tower and language model in the backward pass."""
         host = self.compressed.host
-        if isinstance(host, InEncoderHost):
-            host.frontend.set_grad_checkpointing(enable)
+        host.set_grad_checkpointing(enable)
         set_grad_checkpointing(host.model, enable)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VideoLLM:
@@ -249,44 +232,43 @@ def _asked(prompt: str, question: str, answer: str | None = None, options: Seque
 
 
 def create_video_llm(
-    model: Any,
-    processor: Any,
-    method: str = "tempme",
-    num_frames: int = 8,
-    clip_position_std: float = 0.0,
+    compressed: Compressed,
     lora_rank: int = 16,
     train_frontend: bool = False,
     prompt: str | None = None,
     answer_tokens: int = 8,
     source: str | None = None,
     input: Mapping[str, Any] | None = None,
-    **options: Any,
 ) -> VideoLLM:
-    """Compresses a host model and says what trains in it.
+    """Says what trains in a compressed model.
 
-    The projector always trains, as in LLaVA; the language model by LoRA on all its linear layers or not at all.
+    The projector (`Host.projector`) always trains, as in LLaVA; the language model by LoRA on all its linear layers or
+    not at all.
 
     Args:
-        model, processor, method, num_frames, clip_position_std, options: see `tempme_vl.integrations.compress`.
+        compressed: what `tempme_vl.integrations.compress` gave, its model not in peft's wrapper.
         lora_rank: 0 for none; LoRA's update is scaled by 1, whatever the rank.
         train_frontend: train the tower and the clip positions, too.
         prompt, answer_tokens, source, input: see `VideoLLM`.
 
     Raises:
-        ValueError: as `compress` and `VideoLLM`; or a projector, or a tower that is to train, of quantised weights.
+        ValueError: as `VideoLLM`; a model that has nothing of what its host calls the projector; or a projector, or a
+            tower that is to train, of quantised weights.
     """
-    compressed = compress(model, processor, method, num_frames, clip_position_std, **options)
+    host, model = compressed.host, compressed.model
     model.requires_grad_(False)
     compressed.merging.requires_grad_(train_frontend)
     if lora_rank:
-        tuned = Lora(lora_rank).wrap(model, linear_layers(compressed.host))
-        compressed = Compressed(compressed.host, tuned, compressed.feed)
-    projector = [weight for name, weight in model.named_parameters() if set(name.split(".")) & set(PROJECTORS)]
+        compressed = Compressed(host, Lora(lora_rank).wrap(model, linear_layers(host)), compressed.feed)
+    projector = [weight for name, weight in model.named_parameters() if set(name.split(".")) & set(host.projector)]
     if not projector:
-        raise ValueError(f"{type(model).__name__} has none of {', '.join(PROJECTORS)}; add its projector's name there")
+        raise ValueError(
+            f"{type(model).__name__} has none of {', '.join(host.projector)}, which {type(host).__name__}.projector "
+            "says lies between tower and language model"
+        )
     _train(projector, "the projector")
     if train_frontend:
-        _train([weight for part in _tower_parts(compressed.host) for weight in part.parameters()], "the tower")
+        _train([weight for part in host.tower_parts for weight in part.parameters()], "the tower")
     return VideoLLM(compressed, prompt, answer_tokens, source, input)
 
 
@@ -332,38 +314,6 @@ def _alike(there: Tensor, value: Tensor) -> bool:
     return there.shape == value.shape and there.is_floating_point() == value.is_floating_point()
 
 
-def load_host(source: str, name: str | None = None, **options: Any) -> tuple[Any, Any]:
-    """A video-language model of transformers and its processor, from safetensors.
-
-    Args:
-        source: a folder, or a name on the hub.
-        name: the model's class; default: the one that its configuration names.
-        options: of its `from_pretrained`; float32 without a dtype, and no code of the folder is run without
-            trust_remote_code=True.
-
-    Raises:
-        ValueError: nothing that can be loaded whole there.
-    """
-    try:
-        require_hub(source)
-        options = {"dtype": torch.float32, "trust_remote_code": False, **options}
-        trusted = options["trust_remote_code"]
-        if name is None:
-            (name,) = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted).architectures
-        model, report = getattr(transformers, str(name)).from_pretrained(
-            source, **options, use_safetensors=True, output_loading_info=True
-        )
-        processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=trusted)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(
-            f"could not load {source!r}: {error}\nExpected a video-language model of transformers with its processor "
-            "and safetensors weights, in a folder or by its name on the hub"
-        ) from error
-    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
-        raise ValueError(f"{source} lacks {len(missing)} weights of a {name}: {missing[:4]} ...")
-    return model, processor
-
-
 def default_prompt(processor: Any, placeholder: str) -> str:
     """A template for prompts by the host's own chat format, or LLaVA's if it has none.
 
@@ -404,14 +354,6 @@ def linear_layers(host: Host) -> str:
     names = {name for name, m in inner.named_modules() if isinstance(m, nn.Linear) and m is not words}
     last = sorted({name.rpartition(".")[2] for name in names})
     return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(map(re.escape, last))})"
-
-
-def _tower_parts(host: Host) -> list[nn.Module]:
-    """What runs of the tower; the head, which pools for other uses, does not."""
-    if isinstance(host, InEncoderHost):
-        return [host.frontend.embed, host.frontend.blocks, host.frontend.norm]
-    assert isinstance(host, PostEncoderHost), type(host)
-    return [host.tower]
 
 
 def _ends(host: Host) -> list[int]:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from tempme_vl.integrations import Compressed, SampledVideo, compress, load_compressed
-from tempme_vl.integrations.base import prefill_gflops
+from tempme_vl.integrations.costs import prefill_gflops
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.videos import pair_up, sample, without_start
 from tempme_vl.manifest import write_manifest
@@ -64,9 +64,6 @@ def test_frames_that_were_chosen_already_stay() -> None:
         np.zeros((0, 8, 8, 3), dtype=np.uint8),
         np.zeros((4, 8, 8, 1), dtype=np.uint8),
         [np.zeros((8, 8, 3), dtype=np.uint8), np.zeros((8, 9, 3), dtype=np.uint8)],
-        "clip.mp4",
-        Path("clip.mp4"),
-        "https://example.org/clip.mp4",
     ],
 )
 def test_other_videos_are_refused(video: Any) -> None:
@@ -245,12 +242,6 @@ def test_models_that_do_not_fit_are_refused() -> None:
     compress(pooled, processor, "none")
     with pytest.raises(ValueError, match="weights of its own and needs a grid"):
         compress(pooled, processor, "tome", r=1)
-
-
-def test_paths_and_addresses_are_refused_as_such() -> None:
-    for videos in ("a/clip.mp4", ["https://example.org/clip.mp4"], [["a/clip.mp4"]]):
-        with pytest.raises(ValueError, match=r"got the path or address '.*clip.mp4': read its frames first"):
-            llava().prepare(tiny.ASK, videos)
 
 
 def test_chat_messages_and_parts_of_a_processor_are_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import pytest
 import torch
 from integrations import tiny, tiny_post
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tempme_vl.data.motion import write_video
 from tempme_vl.data.video import read_frames
@@ -177,6 +180,24 @@ def test_a_host_is_compressed_by_the_options_of_the_command_line(tempme: Any, lm
         tempme(str(folder / "compressed"), device="cpu", r=2)
     other.clean()
     assert not hasattr(other, "compressed")
+
+
+def test_a_host_is_read_whole_and_only_one_that_can_be_compressed(tempme: Any, folder: Path, tmp_path: Path) -> None:
+    for file in (folder / "host").iterdir():
+        shutil.copy(file, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in weights if "lm_head" in name)
+    save_file(
+        {k: v for k, v in weights.items() if k != gone}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"lacks 1 weights of a VideoLlavaForConditionalGeneration: .*lm_head"):
+        tempme(str(tmp_path), device="cpu", prompt="{video} {text} ?", method="none")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for names, said in ((["LlamaForCausalLM"], "LlamaForCausalLM"), (None, "a model without architectures")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": names}))
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)  # refused before it is looked for
+        with pytest.raises(ValueError, match=f"{said} is no video-language model that can be compressed; known are V"):
+            tempme(str(tmp_path), device="cpu", prompt="{video} {text} ?", method="none")
 
 
 @pytest.mark.skipif(not tiny_post.PLACED, reason="compress refuses this host with this transformers")

@@ -11,10 +11,9 @@ import torch
 from integrations import tiny
 
 from tempme_vl import create_frontend
-from tempme_vl.integrations import compress, load_compressed
+from tempme_vl.integrations import compress, load_compressed, load_host
 from tempme_vl.lmms_eval.arguments import load
 from tempme_vl.manifest import write_manifest
-from tempme_vl.tasks.videollm import load_host
 
 
 def _load_compressed(folder: Path) -> object:

@@ -15,11 +15,11 @@ from training.processes import RECIPES
 
 from tempme_vl.data.videoqa import read_question_lines
 from tempme_vl.evaluation.videoqa import accuracy
-from tempme_vl.integrations.tiny import TINY
+from tempme_vl.integrations.tiny import tiny_names
 from tempme_vl.recipes.build import merging
 from tempme_vl.recipes.options.presets import ANY, PRESETS
 from tempme_vl.recipes.options.videollm import VIDEOLLM
-from tempme_vl.recipes.videollm import cost
+from tempme_vl.recipes.videollm import host_cost
 from tempme_vl.tasks.videollm import load_video_llm
 
 parse = VIDEOLLM.parse
@@ -48,7 +48,7 @@ def test_defaults_follow_the_data_set_and_the_host() -> None:
         "intra_percent": 10,
     }
     assert not parse(["--no-train-frontend"]).train_frontend
-    assert {f"tiny:{name}" for name in TINY} == set(PRESETS["videollm"]) - {ANY}
+    assert {f"tiny:{name}" for name in tiny_names()} == set(PRESETS["videollm"]) - {ANY}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_what_is_exported_answers_as_reported(whole: Path, data: Path) -> None:
     assert {key: report[key] for key in expected} == expected
     model = load_video_llm(whole / "best")
     assert model.input == {"sampling": "uniform", "image_size": 32}
-    assert cost(model.compressed.host, 32).items() <= report.items()
+    assert host_cost(model.compressed.host, 32).items() <= report.items()
     assert report["output_tokens"] < report["host_tokens"] == 8 * 17
     shown = (whole / "log").read_text()
     assert "frames of 32 x 32 pixels: 136 visual tokens -> 29" in shown and "weights train; prompt 'USER:" in shown

@@ -12,6 +12,7 @@ from tasks.llm_models import tiny_llm_qa, write_llm
 from torch import nn
 from training.models import ANSWERS, small_model
 
+from tempme_vl.integrations import compress
 from tempme_vl.integrations.tiny import tiny_host
 from tempme_vl.tasks.videollm import create_video_llm
 
@@ -22,7 +23,7 @@ def model_of(kind: str, folder: Path) -> Any:
     if kind == "videollm":
         options = {"merge_frames": (2, 2), "merge_layers": (1, 2), "r": 1, "cross_percent": 30, "intra_percent": 10}
         model, processor = tiny_host("VideoLlava", ["which way does it move", *ANSWERS], 0)
-        return create_video_llm(model, processor, method="tempme", num_frames=4, **options)
+        return create_video_llm(compress(model, processor, num_frames=4, **options))
     return small_model(kind)
 
 

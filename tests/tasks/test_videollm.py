@@ -16,7 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tempme_vl.integrations.tiny import TINY, tiny_host
+from tempme_vl.integrations import compress, load_host
+from tempme_vl.integrations.tiny import tiny_host, tiny_names
 from tempme_vl.manifest import write_manifest
 from tempme_vl.tasks.videollm import (
     ADAPTER_FOLDER,
@@ -25,7 +26,6 @@ from tempme_vl.tasks.videollm import (
     VideoLLM,
     create_video_llm,
     default_prompt,
-    load_host,
     load_video_llm,
 )
 
@@ -38,11 +38,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "VideoLlava": {"r": 1, "merge_layers": (3, 4), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10},
     "Qwen2_5_VL": {"merge_frames": (2, 2)},
 }
-assert set(TINY) == set(SCHEDULES)
-HOSTS = [name for name in sorted(TINY) if name != "Qwen2_5_VL" or tiny_post.PLACED]  # an old transformers has no way
+assert set(tiny_names()) == set(SCHEDULES)
+TINY = [
+    name for name in sorted(SCHEDULES) if name != "Qwen2_5_VL" or tiny_post.PLACED
+]  # an old transformers has no way
 
 
-@pytest.fixture(scope="module", params=HOSTS)
+@pytest.fixture(scope="module", params=TINY)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny host, named by it."""
     folder = tmp_path_factory.mktemp("host") / request.param
@@ -54,9 +56,10 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def created(source: Path, **options: Any) -> VideoLLM:
     """In eval mode, on a host of its own."""
     torch.manual_seed(0)
-    schedule = {} if options.get("method") == "none" else SCHEDULES[source.name]
-    options = {"clip_position_std": 0.5, **schedule, **options}
-    return create_video_llm(*load_host(str(source)), num_frames=FRAMES, source=str(source), **options).eval()
+    method = options.pop("method", "tempme")
+    schedule = {} if method == "none" else SCHEDULES[source.name]
+    compressed = compress(*load_host(str(source)), method, FRAMES, clip_position_std=0.5, **schedule)
+    return create_video_llm(compressed, source=str(source), **options).eval()
 
 
 def batch_of(model: VideoLLM, rows: tuple[int, ...] = (0, 1, 2), learn: bool = True) -> dict[str, Any]:
@@ -226,7 +229,7 @@ def test_answers_are_written_greedily_up_to_an_end_token(source: Path) -> None:
     # an end token of the host's own ends an answer, too
     host, processor = load_host(str(source))
     host.generation_config.eos_token_id = [ids[1], 2]
-    other = create_video_llm(host, processor, num_frames=FRAMES, **SCHEDULES[source.name])
+    other = create_video_llm(compress(host, processor, num_frames=FRAMES, **SCHEDULES[source.name]))
     assert other.text([ids[0], ids[1], ids[0]]) == "dark"
 
 
@@ -334,9 +337,8 @@ def test_every_host_trains_and_writes(where: str, name: str) -> None:
     else:
         (host, processor), frames = tiny_post.build(name), tiny_post.FRAMES
         prompt, options = f"{tiny_post.placeholder(name)}{{question}}:", {"merge_frames": (2, 2)}
-    model = create_video_llm(
-        host, processor, num_frames=frames, lora_rank=2, train_frontend=True, prompt=prompt, answer_tokens=3, **options
-    ).train()
+    compressed = compress(host, processor, num_frames=frames, **options)
+    model = create_video_llm(compressed, lora_rank=2, train_frontend=True, prompt=prompt, answer_tokens=3).train()
     video = torch.randint(0, 256, (2, frames, 3, 32, 32), dtype=torch.uint8)
     batch = {"video": video, "times": torch.arange(frames).expand(2, -1).float(), "valid": torch.ones(2)}
     batch["prompt"] = [model.tokenize("why")["prompt"]] * 2
@@ -359,23 +361,24 @@ def test_quantised_weights_that_are_to_train_are_refused(part: str, options: dic
     """As bitsandbytes packs them; the language model's stay as they are under LoRA."""
     host, processor = tiny.build("VideoLlava")
     pack(host.model.language_model)
-    settings = {"num_frames": tiny.FRAMES, "prompt": "<video> {question}", **tiny.schedule("tempme", 3), **options}
+    compressed = compress(host, processor, num_frames=tiny.FRAMES, **tiny.schedule("tempme", 3))
     pack(getattr(host.model, part))
     what = "projector" if part == "multi_modal_projector" else "tower"
     with pytest.raises(
         ValueError, match=rf"the {what} trains, and \d+ of its \d+ weights are quantised \(torch.uint8\)"
     ):
-        create_video_llm(host, processor, lora_rank=0, **settings)
+        create_video_llm(compressed, lora_rank=0, prompt="<video> {question}", **options)
 
 
 def test_a_host_without_a_known_projector_is_refused() -> None:
     host, processor = tiny.build("VideoLlava")
     host.model.bridge, host.model._modules["multi_modal_projector"] = host.model.multi_modal_projector, nn.Identity()
-    with pytest.raises(ValueError, match=r"has none of multi_modal_projector.*add its projector's name there"):
-        create_video_llm(host, processor, num_frames=tiny.FRAMES, **tiny.schedule("tempme", 3))
+    compressed = compress(host, processor, num_frames=tiny.FRAMES, **tiny.schedule("tempme", 3))
+    with pytest.raises(ValueError, match=r"has none of multi_modal_projector, which VideoLlavaHost\.projector says"):
+        create_video_llm(compressed)
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", TINY)
 def test_tiny_hosts_are_the_same_each_time_and_leave_the_random_state(name: str) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)

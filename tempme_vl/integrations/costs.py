@@ -1,0 +1,61 @@
+"""What a host costs beside its compressed self: tokens and GFLOPs of one video; a multiply-add is 1."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from tempme_vl.integrations.base import Costs, Host
+
+
+def count_weights(module: nn.Module) -> int:
+    """Weights of its matrices, without packing: of a layer in 4 bits, which holds two in a byte, each counts."""
+    total = 0
+    for part in module.modules():
+        own = sum(weight.numel() for weight in part.parameters(recurse=False) if weight.ndim > 1)
+        rows, columns = getattr(part, "out_features", None), getattr(part, "in_features", None)
+        total += rows * columns if own and rows and columns else own
+    return total
+
+
+def prefill_gflops(host: Host, tokens: int) -> float:
+    """Cost of the decoder's layers for reading so many tokens, causal attention included; a multiply-add is 1."""
+    layers = max((m for m in host.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    width = host.model.config.get_text_config().hidden_size
+    return (count_weights(layers) * tokens + len(layers) * tokens**2 * width) / 1e9
+
+
+def cost_table(host: Host) -> str:
+    """Tokens and costs of one video in the host's own way and in ours, as text."""
+    costs = host.costs()
+    rows = [
+        ("visual tokens", float(costs.native_tokens), float(costs.tokens), "{:.0f}"),
+        ("vision tower, GFLOPs", costs.native_tower, costs.tower, "{:.4g}"),
+        (
+            "prefill of these tokens, GFLOPs",
+            prefill_gflops(host, costs.native_tokens),
+            prefill_gflops(host, costs.tokens),
+            "{:.4g}",
+        ),
+    ]
+    height, width = costs.frame
+    lines = [
+        f"{type(host.model).__name__}, {host.num_frames} frames of {height} x {width} pixels, method {host.method!r} "
+        "(a multiply-add is 1 FLOP)",
+        f"{'':32}{'host':>12}{'compressed':>12}{'ratio':>8}",
+    ]
+    for name, native, ours, form in rows:
+        ratio = ours / native if native else math.nan
+        lines.append(f"{name:32}{form.format(native):>12}{form.format(ours):>12}{ratio:>8.3f}")
+    if more_tokens(costs):
+        lines.append(
+            f"Beware: {costs.tokens} tokens are more than the {costs.native_tokens} of the host's own way, which pools "
+            "them: merge more, or the language model gets slower."
+        )
+    return "\n".join(lines)
+
+
+def more_tokens(costs: Costs) -> bool:
+    """Whether the language model reads more tokens than in the host's own way."""
+    return costs.tokens > costs.native_tokens
