@@ -11,10 +11,9 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from tempme_vl.frontend import VisualFrontend, create_frontend
-    from tempme_vl.integrations import HOSTS
     from tempme_vl.merging import MergeSchedule, make_schedule
     from tempme_vl.pipeline import VideoQA, VideoRetrieval, read_video
-    from tempme_vl.registries import DATASETS, FAMILIES, METHODS
+    from tempme_vl.registries import DATASETS, FAMILIES, HOSTS, METHODS
     from tempme_vl.state import FrontendOutput, TokenState
     from tempme_vl.tasks.qa import HEADS, load_qa_model
     from tempme_vl.tasks.retrieval import create_retrieval_model, load_retrieval_model
@@ -43,10 +42,9 @@ __all__ = [
 
 _HOMES = {
     "tempme_vl.frontend": ("VisualFrontend", "create_frontend"),
-    "tempme_vl.integrations": ("HOSTS",),
     "tempme_vl.merging": ("MergeSchedule", "make_schedule"),
     "tempme_vl.pipeline": ("VideoQA", "VideoRetrieval", "read_video"),
-    "tempme_vl.registries": ("DATASETS", "FAMILIES", "METHODS"),
+    "tempme_vl.registries": ("DATASETS", "FAMILIES", "HOSTS", "METHODS"),
     "tempme_vl.state": ("FrontendOutput", "TokenState"),
     "tempme_vl.tasks.qa": ("HEADS", "load_qa_model"),
     "tempme_vl.tasks.retrieval": ("create_retrieval_model", "load_retrieval_model"),

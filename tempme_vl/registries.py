@@ -13,9 +13,10 @@ from tempme_vl.registry import Registry
 if TYPE_CHECKING:
     from tempme_vl.data.dataset import DataSet
     from tempme_vl.families.base import Family
+    from tempme_vl.integrations.base import Host
     from tempme_vl.merging.method import Method
 
-__all__ = ["DATASETS", "FAMILIES", "METHODS"]
+__all__ = ["DATASETS", "FAMILIES", "HOSTS", "METHODS"]
 
 # how tokens become fewer: docs/add_a_method.md
 METHODS: Registry[Method] = Registry(
@@ -58,5 +59,23 @@ DATASETS: Registry[DataSet] = Registry(
         "msvd_qa": "tempme_vl.data.msvd_qa:DATASET",
         "activitynet_qa": "tempme_vl.data.activitynet_qa:DATASET",
         "jsonl": "tempme_vl.data.own:DATASET",
+    },
+)
+
+# video-language models, by the names of their classes: docs/add_a_host.md
+HOSTS: Registry[type[Host]] = Registry(
+    "host",
+    "tempme_vl.hosts",
+    "tempme_vl.integrations.base:Host",
+    {
+        "VideoLlavaForConditionalGeneration": "tempme_vl.integrations.video_llava:VideoLlavaHost",
+        "LlavaNextVideoForConditionalGeneration": "tempme_vl.integrations.llava_next_video:LlavaNextVideoHost",
+        "LlavaOnevisionForConditionalGeneration": "tempme_vl.integrations.llava_onevision:LlavaOnevisionHost",
+        "InstructBlipVideoForConditionalGeneration": "tempme_vl.integrations.instructblip_video:InstructBlipVideoHost",
+        "PerceptionLMForConditionalGeneration": "tempme_vl.integrations.perception_lm:PerceptionLMHost",
+        "Qwen2_5_VLForConditionalGeneration": "tempme_vl.integrations.qwen2_5_vl:Qwen2_5_VLHost",
+        "Qwen3VLForConditionalGeneration": "tempme_vl.integrations.qwen3_vl:Qwen3VLHost",
+        "InternVLForConditionalGeneration": "tempme_vl.integrations.internvl:InternVLHost",
+        "SmolVLMForConditionalGeneration": "tempme_vl.integrations.smolvlm:SmolVLMHost",
     },
 )

@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"processes", "together", "manifest", "schema", "libraries"},
 }
 # above a part, and named there for a type checker alone: what its mappings hold
-TYPES: dict[str, set[str]] = {"registries": {"merging", "families", "data"}}
+TYPES: dict[str, set[str]] = {"registries": {"merging", "families", "data", "integrations"}}
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed
 HEAVY = {"deepspeed", "peft", "timm", "decord"}  # and not always needed

@@ -1,6 +1,6 @@
 """Video-language models of transformers that read few tokens of a video, without a change to them.
 
-A new one is a file with a `Host` and a line in `HOSTS` (`tempme_vl/integrations/hosts.py`).
+A new one is a file with a `Host` and a line in `tempme_vl.registries`.
 """
 
 from __future__ import annotations

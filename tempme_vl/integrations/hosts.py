@@ -1,6 +1,6 @@
-"""Hosts by the name of their model's class. A new one is a file with a `Host` and its line in `HOSTS`, or, from outside
-the package, `HOSTS.register("MineForConditionalGeneration", MineHost)` or an entry point of the group
-"tempme_vl.hosts" (`tempme_vl.registry`)."""
+"""Hosts by the name of their model's class. A new one is a file with a `Host` and a line in `tempme_vl.registries`, or,
+from outside the package, `HOSTS.register("MineForConditionalGeneration", MineHost)` or an entry point of the group
+"tempme_vl.hosts"."""
 
 from __future__ import annotations
 
@@ -10,25 +10,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from tempme_vl.integrations.base import Host
-from tempme_vl.registry import Registry
+from tempme_vl.registries import HOSTS
 
-_HERE = "tempme_vl.integrations"
-HOSTS: Registry[type[Host]] = Registry(
-    "host",
-    "tempme_vl.hosts",
-    Host,
-    {
-        "VideoLlavaForConditionalGeneration": f"{_HERE}.video_llava:VideoLlavaHost",
-        "LlavaNextVideoForConditionalGeneration": f"{_HERE}.llava_next_video:LlavaNextVideoHost",
-        "LlavaOnevisionForConditionalGeneration": f"{_HERE}.llava_onevision:LlavaOnevisionHost",
-        "InstructBlipVideoForConditionalGeneration": f"{_HERE}.instructblip_video:InstructBlipVideoHost",
-        "PerceptionLMForConditionalGeneration": f"{_HERE}.perception_lm:PerceptionLMHost",
-        "Qwen2_5_VLForConditionalGeneration": f"{_HERE}.qwen2_5_vl:Qwen2_5_VLHost",
-        "Qwen3VLForConditionalGeneration": f"{_HERE}.qwen3_vl:Qwen3VLHost",
-        "InternVLForConditionalGeneration": f"{_HERE}.internvl:InternVLHost",
-        "SmolVLMForConditionalGeneration": f"{_HERE}.smolvlm:SmolVLMHost",
-    },
-)
+__all__ = ["HOSTS", "find_host", "model_class"]
 
 
 def find_host(name: str) -> type[Host]:
