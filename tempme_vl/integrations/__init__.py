@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import ProcessorMixin
 
 from tempme_vl.integrations.base import Costs, Feed, Host, VisualTokens
 from tempme_vl.integrations.compressed import CONFIG_FILE, Compressed, read_config
@@ -40,12 +41,12 @@ __all__ = [
 ]
 
 
-def _unwrapped(model: Any) -> Any:
+def _unwrapped(model: Any) -> nn.Module:
     """The host model inside peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _check_processor(processor: Any) -> None:
+def _check_processor(processor: object) -> None:
     """Raises:
     ValueError: a part of a processor.
     """
@@ -59,8 +60,8 @@ def _check_processor(processor: Any) -> None:
 
 @undocumented("transformers")
 def compress(
-    model: Any,
-    processor: Any,
+    model: nn.Module,
+    processor: ProcessorMixin,
     method: str = "tempme",
     num_frames: int = 8,
     clip_position_std: float = 0.0,
@@ -102,7 +103,11 @@ def compress(
 
 @undocumented("transformers")
 def load_compressed(
-    directory: str | Path, model: Any = None, processor: Any = None, feed: Feed | None = None, **options: Any
+    directory: str | Path,
+    model: nn.Module | None = None,
+    processor: ProcessorMixin | None = None,
+    feed: Feed | None = None,
+    **options: Any,
 ) -> Compressed:
     """What `Compressed.save_pretrained` wrote.
 

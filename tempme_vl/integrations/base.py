@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import BatchFeature, PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.integrations.images import read_images
@@ -137,7 +138,7 @@ class Host(ABC):
         return model.model.vision_tower
 
     @staticmethod
-    def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+    def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
         """A model of less than a million weights, and its processor, whose tokenizer knows the words: for
         `tempme_vl.integrations.tiny.tiny_host`, which draws the weights. A host without one leaves this as it is."""
         raise NotImplementedError
@@ -171,7 +172,7 @@ class Host(ABC):
         """Recomputes in the backward pass what runs outside the model's own forward."""
         del enable  # most towers run as they are
 
-    def preprocess(self, videos: Sequence[Any]) -> BatchFeature:
+    def preprocess(self, videos: Sequence[np.ndarray | Tensor]) -> BatchFeature:
         """What the host's own preprocessing makes of the frames of videos, all of which it keeps."""
         return self.processor.video_processor(videos=list(videos), do_sample_frames=False, return_tensors="pt")
 
@@ -189,7 +190,7 @@ class Host(ABC):
         text = parts[0] + "".join(self.written(t) + part for t, part in zip(tokens, parts[1:], strict=True))
         return self.processor.tokenizer(without_start(text, self.processor.tokenizer))["input_ids"]
 
-    def encoder_output(self, tokens: Sequence[VisualTokens]) -> Any:
+    def encoder_output(self, tokens: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
         """What stands in mm_encoder_outputs for the videos of a batch, in order. Made anew for every call: beam search
         expands it in place."""
         rows = [t.features for t in tokens]
@@ -243,7 +244,7 @@ class Host(ABC):
             for number, (row, text) in enumerate(zip(features.split(counts), written, strict=True))
         ]
 
-    def image_extra(self, number: int, values: Mapping[str, Any], output: Any) -> dict[str, Any]:
+    def image_extra(self, number: int, values: Mapping[str, Tensor], output: Any) -> dict[str, Any]:
         """What the host wants to know of an image later, besides what is written in its place.
 
         Args:
@@ -253,7 +254,7 @@ class Host(ABC):
         """
         return {}
 
-    def image_output(self, images: Sequence[VisualTokens]) -> Any:
+    def image_output(self, images: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
         """What stands in mm_encoder_outputs for the images of a batch, where videos have a modality of their own."""
         return self.encoder_output(images)
 

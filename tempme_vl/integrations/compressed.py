@@ -305,7 +305,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def _takes_encoder_outputs(model: Any) -> bool:
+def _takes_encoder_outputs(model: nn.Module) -> bool:
     return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
 
 

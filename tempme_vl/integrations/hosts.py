@@ -4,8 +4,6 @@ from outside the package, `HOSTS.register("MineForConditionalGeneration", MineHo
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
 from transformers import PreTrainedModel
 
@@ -35,7 +33,7 @@ def model_class(name: str) -> type[PreTrainedModel]:
     Raises:
         ValueError: an unknown host, or one that this transformers has no class of.
     """
-    found: Any = find_host(name).model_class or getattr(transformers, name, None)
+    found: type[PreTrainedModel] | None = find_host(name).model_class or getattr(transformers, name, None)
     if found is None:
         raise ValueError(
             f"transformers {transformers.__version__} has no {name}: take a version that has, or say in `model_class` "

@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL.Image import Image, fromarray
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerBase
 
 _EXPECTED = "expected an image of PIL, or uint8 pixels (H, W, 3) or (3, H, W) as an array or tensor"
 ImageInput: TypeAlias = Image | np.ndarray | Tensor  # what users have as one image
 _BETWEEN = "\0"  # images of a prompt; no processor writes it
 
 
-def as_image(value: Any) -> Image:
+def as_image(value: ImageInput | str | Path) -> Image:
     """An image of PIL, whose channels no processor can mistake; one that is it already stays, whatever its mode.
 
     Raises:
@@ -38,11 +38,11 @@ def as_image(value: Any) -> Image:
 class _Listening:
     """A tokenizer that keeps the texts that it is given."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.texts: list[str] = []
 
-    def __call__(self, text: Any, **options: Any) -> Any:
+    def __call__(self, text: str | list[str], **options: Any) -> BatchEncoding:
         self.texts += [text] if isinstance(text, str) else text
         return self.tokenizer(text, **options)
 

@@ -6,7 +6,7 @@ there is no grid any more; with nothing merged it stays, and the host's own resu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,15 +109,14 @@ class InEncoderHost(Host):
         """(V, F, N, D) all tokens of all frames -> (V, M', D_llm), as the host itself does it, pooling included."""
         raise NotImplementedError
 
-    @staticmethod
-    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
+    def native_tokens(self) -> int:
         """Tokens that the host's own way gives the language model for one video."""
         raise NotImplementedError
 
     def tokens(self) -> int:
         """M', tokens that ours gives."""
         if not self.merges:
-            return self.native_tokens(self.model, self.frontend.shape, self.num_frames)
+            return self.native_tokens()
         last = self.frontend.schedule.layer_counts[-1]
         return last.clips * (last.out - (0 if self.keeps_prefix else last.prefix)) + self.added_tokens
 
@@ -169,7 +168,7 @@ class InEncoderHost(Host):
         shape = whole.shape
         identity = MergeSchedule.identity(len(whole.blocks), self.num_frames, shape.tokens, shape.num_prefix)
         return Costs(
-            self.native_tokens(self.model, shape, self.num_frames),
+            self.native_tokens(),
             self.tokens(),
             tower_gflops(identity, shape),
             self.frontend.gflops(),
@@ -192,7 +191,7 @@ def grid_side(shape: TowerShape) -> int:
     return shape.image_size // shape.patch_size
 
 
-def per_frame(function: Any, tokens: Tensor) -> Tensor:
+def per_frame(function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     """Applies what takes (R, N, D) to (V, F, N, D), and puts a video's frames one behind the other again."""
     return function(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).flatten(1, 2)
 

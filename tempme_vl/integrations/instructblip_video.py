@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.backbones.base import TowerShape
 from tempme_vl.integrations.base import SampledVideo, VisualTokens, own_weights
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.videos import without_start
@@ -50,9 +49,8 @@ class InstructBlipVideoHost(InEncoderHost):
     def language_model(self) -> nn.Module:
         return self.model.language_model
 
-    @staticmethod
-    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
-        return num_frames * model.config.num_query_tokens
+    def native_tokens(self) -> int:
+        return self.num_frames * self.model.config.num_query_tokens
 
     def tokens(self) -> int:
         return self.frontend.schedule.layer_counts[-1].clips * self.model.config.num_query_tokens

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tempme_vl.backbones.base import TowerShape
 from tempme_vl.integrations.base import VisualTokens
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
 from tempme_vl.merging import MergeSchedule
@@ -36,9 +35,8 @@ class LlavaNextVideoHost(InEncoderHost):
         pooled = per_frame(self.model.model.vision_resampler, tokens[:, :, self.frontend.shape.num_prefix :])
         return self.model.model.multi_modal_projector(pooled)
 
-    @staticmethod
-    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
-        return num_frames * (grid_side(shape) // model.config.spatial_pool_stride) ** 2
+    def native_tokens(self) -> int:
+        return self.num_frames * (grid_side(self.frontend.shape) // self.model.config.spatial_pool_stride) ** 2
 
-    def image_output(self, images: Sequence[VisualTokens]) -> Any:
+    def image_output(self, images: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(pooler_output=[t.features for t in images])  # type: ignore[arg-type]

@@ -4,12 +4,10 @@ the tokens, and one learnt token behind each video."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tempme_vl.backbones.base import TowerShape
 from tempme_vl.integrations.base import VisualTokens, own_weights
 from tempme_vl.integrations.in_encoder import InEncoderHost, append, grid_side, per_frame
 
@@ -31,9 +29,8 @@ class LlavaOnevisionHost(InEncoderHost):
         with own_weights(self.model.model):
             return append(features, self.model.model.image_newline)
 
-    @staticmethod
-    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
-        return num_frames * ((grid_side(shape) + 1) // 2) ** 2 + 1
+    def native_tokens(self) -> int:
+        return self.num_frames * ((grid_side(self.frontend.shape) + 1) // 2) ** 2 + 1
 
-    def image_output(self, images: Sequence[VisualTokens]) -> Any:
+    def image_output(self, images: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(pooler_output=[t.features for t in images])  # type: ignore[arg-type]

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from tempme_vl.integrations.hosts import find_host, model_class
 from tempme_vl.manifest import FolderError
 from tempme_vl.pretrained import require_hub
 
 
-def load_host(source: str, name: str | None = None, **options: Any) -> tuple[Any, Any]:
+def load_host(source: str, name: str | None = None, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A video-language model and its processor, from safetensors.
 
     Args:

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tempme_vl.backbones.base import TowerShape
 from tempme_vl.integrations.base import Host, SampledVideo, pooled
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
 from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost
@@ -58,9 +57,8 @@ class PerceptionLMHost(InEncoderHost):
         patches = self.frontend.norm(tokens)[:, :, self.frontend.shape.num_prefix :]
         return per_frame(self.model.model.multi_modal_projector, patches)
 
-    @staticmethod
-    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
-        return num_frames * (grid_side(shape) // model.config.projector_pooling_ratio) ** 2
+    def native_tokens(self) -> int:
+        return self.num_frames * (grid_side(self.frontend.shape) // self.model.config.projector_pooling_ratio) ** 2
 
 
 class RotaryPerceptionLMHost(PostEncoderHost):

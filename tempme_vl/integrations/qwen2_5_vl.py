@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.integrations.base import SampledVideo, VisualTokens, as_input, pooled
@@ -109,10 +109,10 @@ class Qwen2_5_VLHost(PostEncoderHost):
             },
         )
 
-    def encoder_output(self, tokens: Sequence[VisualTokens]) -> Any:
+    def encoder_output(self, tokens: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(pooler_output=[t.features for t in tokens])  # type: ignore[arg-type]
 
-    def image_extra(self, number: int, values: Mapping[str, Any], output: Any) -> dict[str, Any]:
+    def image_extra(self, number: int, values: Mapping[str, Tensor], output: Any) -> dict[str, Any]:
         grid = values["image_grid_thw"][number].tolist()
         count = math.prod(grid) // self._side**2
         return {"runs": [(count, range(count))], "grid": grid}
@@ -194,7 +194,7 @@ class Qwen2_5_VLHost(PostEncoderHost):
             self.model.model.rope_deltas = (last + 1 - mask.sum(dim=1)).unsqueeze(1)
 
     @staticmethod
-    def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+    def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
         named = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
         around = {f"vision_{side}_token": f"<|vision_{side}|>" for side in ("start", "end")}
         tokenizer = word_tokenizer(words, named | around)

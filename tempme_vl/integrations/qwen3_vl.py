@@ -60,11 +60,11 @@ class Qwen3VLHost(Qwen2_5_VLHost):
             for second, (_, kept) in zip(tokens.extra["seconds"], tokens.extra["runs"], strict=True)
         )
 
-    def image_extra(self, number: int, values: Mapping[str, Any], output: Any) -> dict[str, Any]:
+    def image_extra(self, number: int, values: Mapping[str, Tensor], output: Any) -> dict[str, Any]:
         deeper = [level[number] for level in output.deepstack_features]
         return {**super().image_extra(number, values, output), "deeper": deeper}
 
-    def encoder_output(self, tokens: Sequence[VisualTokens]) -> Any:
+    def encoder_output(self, tokens: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
         deeper = [list(level) for level in zip(*(t.extra["deeper"] for t in tokens), strict=True)]
         features: Any = [t.features for t in tokens]
         return DeepstackOutput(pooler_output=features, deepstack_features=deeper)

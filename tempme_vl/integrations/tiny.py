@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from tempme_vl.integrations.base import Host
 from tempme_vl.integrations.hosts import HOSTS
@@ -32,7 +32,7 @@ def _tiny_hosts() -> dict[str, type[Host]]:
     return {name.removesuffix(_ENDING): host for name, host in HOSTS.items() if "tiny" in vars(host)}
 
 
-def tiny_host(name: str, texts: Iterable[str], seed: int = 0) -> tuple[Any, Any]:
+def tiny_host(name: str, texts: Iterable[str], seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A random model of less than a million weights, and its processor.
 
     Args:

@@ -7,9 +7,8 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
-from tempme_vl.backbones.base import TowerShape
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.tiny import SIDE, WIDTH, text_sizes, word_tokenizer
 
@@ -31,12 +30,11 @@ class VideoLlavaHost(InEncoderHost):
     def project_grid(self, tokens: Tensor) -> Tensor:
         return self.project(tokens.flatten(1, 2))
 
-    @staticmethod
-    def native_tokens(model: Any, shape: TowerShape, num_frames: int) -> int:
-        return num_frames * shape.tokens
+    def native_tokens(self) -> int:
+        return self.num_frames * self.frontend.shape.tokens
 
     @staticmethod
-    def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+    def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
         named = {"image_token": "<image>", "video_token": "<video>"}
         tokenizer = word_tokenizer(words, named)
         sizes: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}

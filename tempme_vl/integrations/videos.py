@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL.Image import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from tempme_vl.data.video import Frames, read_frames
 
@@ -203,7 +204,7 @@ def tell_times(
     return [[sample(video, num_frames, *next(told)) for video in group] for group in videos]
 
 
-def _one_each(values: Any, videos: Sequence[Sequence[Any]], depth: int, what: str) -> list[Any]:
+def _one_each(values: Any, videos: Sequence[Sequence[VideoInput]], depth: int, what: str) -> list[Any]:
     """A value of `depth` lists for each video, out of one list or of a list for every prompt."""
     counts = [len(group) for group in videos]
     if isinstance(values, list):
@@ -221,15 +222,15 @@ def _as_lists(values: Any) -> Any:
     return [_as_lists(value) for value in values] if isinstance(values, (list, tuple)) else values
 
 
-def _depth(values: Any) -> int:
+def _depth(values: object) -> int:
     return 1 + max((_depth(value) for value in values), default=0) if isinstance(values, list) else 0
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -271,13 +272,13 @@ def pair_up(
     return prompts, groups
 
 
-def without_start(text: str, tokenizer: Any) -> str:
+def without_start(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A prompt without the start token that a chat format wrote in front of it, where the tokenizer adds one, too."""
     start = tokenizer.bos_token
     doubled = start and text.startswith(start) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(start) if doubled else text
 
 
-def _is_video(value: Sequence[Any]) -> bool:
+def _is_video(value: Sequence[object]) -> bool:
     """Whether a list holds frames and not videos."""
     return bool(value) and all(isinstance(frame, Image) or getattr(frame, "ndim", 0) == 3 for frame in value)

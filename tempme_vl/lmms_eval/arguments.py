@@ -25,11 +25,13 @@ def load(
         if options:
             raise ValueError(f"{pretrained} is compressed already by its {CONFIG_FILE}: leave out {sorted(options)}")
         compressed = load_compressed(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
-        compressed.model.to(device)
         logger.info("%s", compressed.describe())
-        return compressed
-    model, processor = load_host(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
-    return compress(model.to(device), processor, **{name: _numbers(name, value) for name, value in options.items()})
+    else:
+        model, processor = load_host(pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
+        given = {name: _numbers(name, value) for name, value in options.items()}
+        compressed = compress(model, processor, **given)
+    compressed.model.to(device)
+    return compressed
 
 
 def _numbers(name: str, value: Any) -> Any:
@@ -61,13 +63,13 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
 
 
-def video_of(visual: Any) -> tuple[str, float | None, float | None]:
+def video_of(visual: object) -> tuple[str, float | None, float | None]:
     """Path, start and end in seconds of what a task's doc_to_visual gives.
 
     Raises:
         ValueError: no video.
     """
-    part = visual if isinstance(visual, dict) else {"url": visual}
+    part: dict[str, Any] = visual if isinstance(visual, dict) else {"url": visual}
     path = part.get("url") or part.get("path")
     if isinstance(path, (str, Path)) and part.get("type", "video") == "video":
         kind = mimetypes.guess_type(str(path))[0] or "video"

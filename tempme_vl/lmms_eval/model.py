@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,12 @@ with undocumented("lmms-eval"):
     from lmms_eval.api.model import lmms
 
 _read = lru_cache(maxsize=4)(read_sampled)  # the choices of a question ask for the same video one after the other
+
+
+class Request(Protocol):
+    """What the harness asks, its `Instance`: the arguments depend on the kind of request."""
+
+    args: tuple[Any, ...]
 
 
 class TempMe(lmms):
@@ -81,7 +87,7 @@ class TempMe(lmms):
         self.prompt = prompt and prompt.replace("\\n", "\n")
         self.sampling, self.timeout = sampling, timeout
 
-    def generate_until(self, requests: list[Any]) -> list[str]:
+    def generate_until(self, requests: list[Request]) -> list[str]:
         """An answer for each request (context, generation kwargs, doc_to_visual, doc id, task, split)."""
         answers = [""] * len(requests)
         alike: dict[str, list[int]] = {}
@@ -98,7 +104,7 @@ class TempMe(lmms):
                     bar.update(len(rows))
         return answers
 
-    def loglikelihood(self, requests: list[Any]) -> list[GenerationResult]:
+    def loglikelihood(self, requests: list[Request]) -> list[GenerationResult]:
         """For each request (context, continuation, doc_to_visual, doc id, task, split) the mean loss of the
         continuation's tokens, and whether all of them are the likeliest.
 
@@ -108,7 +114,7 @@ class TempMe(lmms):
         Raises:
             ValueError: a continuation without a token.
         """
-        results: list[Any] = [None] * len(requests)
+        results: dict[int, GenerationResult] = {}
         ended = self.compressed.tokenizer.eos_token_id is not None
         with tqdm(total=len(requests), disable=self.rank != 0, desc="tempme_vl") as bar, torch.no_grad():
             for rows, inputs in self._batches(requests, range(len(requests)), labels=True):
@@ -126,9 +132,9 @@ class TempMe(lmms):
                 for row, loss, likeliest in zip(rows, losses, greedy, strict=True):
                     results[row] = GenerationResult((loss.mean().item(), bool(likeliest.all())))
                 bar.update(len(rows))
-        return results
+        return [results[row] for row in range(len(requests))]
 
-    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+    def generate_until_multi_round(self, requests: list[Request]) -> list[str]:
         raise NotImplementedError(
             "tempme_vl answers one question at a time: choose a task whose output_type is generate_until, "
             "multiple_choice or loglikelihood"
@@ -140,7 +146,7 @@ class TempMe(lmms):
         super().clean()
 
     def _batches(
-        self, requests: Sequence[Any], wanted: Sequence[int], labels: bool = False
+        self, requests: Sequence[Request], wanted: Sequence[int], labels: bool = False
     ) -> Iterator[tuple[list[int], BatchFeature]]:
         """Inputs of `batch_size` requests at a time, and which ones they are; with `labels` on the second argument."""
         for start in range(0, len(wanted), self.batch_size):
@@ -164,11 +170,11 @@ class TempMe(lmms):
         doc = self.task_dict[task][split][doc_id]
         return doc, list(doc_to_visual(doc) or [])
 
-    def _video(self, visual: Any) -> SampledVideo:
+    def _video(self, visual: object) -> SampledVideo:
         path, start, end = video_of(visual)
         return _read(path, self.compressed.host.num_frames, self.sampling, start, end, self.timeout)
 
-    def _prompt(self, context: str, visuals: Sequence[Any]) -> str:
+    def _prompt(self, context: str, visuals: Sequence[object]) -> str:
         host = self.compressed.host
         places = {"video": host.placeholder, "image": host.image_placeholder or ""}
         kinds = ["image" if isinstance(visual, Image) else "video" for visual in visuals]

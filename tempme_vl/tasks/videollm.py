@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import BatchFeature, GenerationConfig
 
 from tempme_vl.integrations import Compressed, Feed, Host, load_compressed, load_host
 from tempme_vl.integrations.compressed import IGNORED, read_config
@@ -115,7 +115,7 @@ class VideoLLM(nn.Module):
             return {"losses": self._losses(batch)}
         return {"prediction": self._write(batch)}
 
-    def _inputs(self, batch: Mapping[str, Any], labels: bool | Sequence[str] = False) -> Any:
+    def _inputs(self, batch: Mapping[str, Any], labels: bool | Sequence[str] = False) -> BatchFeature:
         videos = list(batch["video"].round().to(torch.uint8))
         return self.compressed.prepare(batch["prompt"], videos, labels, times=batch.get("times"))
 
@@ -154,7 +154,7 @@ class VideoLLM(nn.Module):
 
     # ---- text
 
-    def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Any]:
+    def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, str]:
         """The prompt, which lists the options if there are any, and the answer to learn, as texts."""
         return _asked(self.prompt, question, answer, options)
 
@@ -225,7 +225,7 @@ class VideoLLM(nn.Module):
         write_manifest(directory)
 
 
-def _asked(prompt: str, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Any]:
+def _asked(prompt: str, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, str]:
     listed = f"{question} Options: {', '.join(options)}" if options else question
     asked = {"prompt": prompt.replace("{question}", listed)}
     return asked if answer is None else asked | {"answer": answer}
@@ -295,17 +295,18 @@ def load_video_llm(directory: str | Path, source: str | Path | None = None, **op
     if wrong := [key for key, value in trained.items() if key not in there or not _alike(there[key], value)]:
         raise FolderError(f"{directory / TRAINED_FILE} does not fit {source}: {sorted(wrong)[:4]} ...")
     model.load_state_dict(trained, strict=False)
+    tuned: nn.Module = model
     if adapter:
         from peft import PeftModel, get_peft_model_state_dict
 
         with errors_in(f"{directory / ADAPTER_FOLDER}, on {source}", Exception):
-            model = PeftModel.from_pretrained(model, str(directory / ADAPTER_FOLDER))
-        made = get_peft_model_state_dict(model, save_embedding_layers=False)
+            tuned = PeftModel.from_pretrained(model, str(directory / ADAPTER_FOLDER))
+        made = get_peft_model_state_dict(tuned, save_embedding_layers=False)
         if differing := sorted(adapter.keys() ^ made.keys()):
             raise FolderError(
                 f"{directory / ADAPTER_FOLDER / ADAPTER_WEIGHTS} does not fit {source}: {differing[:4]} ..."
             )
-    compressed = load_compressed(directory, model, processor, saved.feed)
+    compressed = load_compressed(directory, tuned, processor, saved.feed)
     with errors_in(directory / CONFIG_FILE):
         return VideoLLM(compressed, saved.prompt, saved.answer_tokens, source, saved.input).eval()
 

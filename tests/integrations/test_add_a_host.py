@@ -146,7 +146,7 @@ def train(folder: Path, arguments: list[str]) -> None:
 def test_the_recipe_trains_resumes_and_exports_it(name: str, compared: bool, tmp_path: Path) -> None:
     """Compared with a run that nothing stopped, too."""
     root = render_motion(
-        tmp_path / "motion", num_train=20, num_test=4, num_order_train=0, num_order_val=0, num_order_test=0
+        tmp_path / "motion", num_train=24, num_test=4, num_order_train=0, num_order_val=0, num_order_test=0
     )
     lines = [line for split in ("train", "test") for line in questions_of(root, split)]
     options = {
