@@ -171,7 +171,7 @@ def test_hosts_write_the_words_of_the_cpu(name: str) -> None:
     torch.manual_seed(1)
     layers = 4 if name in ("LlavaOnevision", "InstructBlipVideo", "PerceptionLM") else 3
     compressed = compress(model.double(), processor, "tempme", tiny.FRAMES, **tiny.schedule("tempme", layers))
-    text, videos = [tiny.ASK, "why " + tiny.ASK[5:]], [tiny.clip(0), tiny.clip(1)]
+    text, videos = [tiny.ASK, "why " + tiny.ASK[5:]], [tiny.video(0), tiny.video(1)]
     seen = []
     for device in ("cpu", "cuda"):
         model.to(device)

@@ -76,17 +76,17 @@ def test_it_is_found_and_without_merging_is_the_host_itself(name: str) -> None:
     assert f"{name}ForConditionalGeneration" in tempme_vl.HOSTS and name in tiny_names()
     model, processor = built(name)
     assert type(model).__name__ == f"{name}ForConditionalGeneration"
-    video = tiny.clip(0, FRAMES)
+    video = tiny.video(0, FRAMES)
     with torch.no_grad():
         own = model(**processor(text=[ASK], videos=[video], return_tensors="pt")).logits[:, -1]
     compressed = compress(model, processor, "none", FRAMES)
     torch.testing.assert_close(logits(compressed, video), own, rtol=0, atol=1e-5)
-    assert (logits(compressed, tiny.clip(1, FRAMES)) - own).abs().max() > 1e-3
+    assert (logits(compressed, tiny.video(1, FRAMES)) - own).abs().max() > 1e-3
 
 
 @each
 def test_it_answers_counts_saves_and_loads(name: str, tmp_path: Path) -> None:
-    compressed, video = compressed_by(name), tiny.clip(0, FRAMES)
+    compressed, video = compressed_by(name), tiny.video(0, FRAMES)
     costs, shown = compressed.host.costs(), compressed.describe()
     with torch.no_grad():
         (tokens,) = compressed.host.encode([sample(video, FRAMES)], [ASK])
@@ -94,7 +94,7 @@ def test_it_answers_counts_saves_and_loads(name: str, tmp_path: Path) -> None:
     assert (costs.tower < costs.native_tower) == (name == "Inside")
     assert f"{name}ForConditionalGeneration, 4 frames" in shown and str(costs.tokens) in shown
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
-    inputs = compressed.prepare([ASK, "why <video> and <video>"], [video, video, tiny.clip(1, FRAMES)])
+    inputs = compressed.prepare([ASK, "why <video> and <video>"], [video, video, tiny.video(1, FRAMES)])
     with torch.no_grad():
         ids = compressed.generate(**inputs, **options)
     assert compressed.answer(ASK, [video], **options) == compressed.tokenizer.batch_decode(
@@ -114,7 +114,7 @@ def test_it_answers_counts_saves_and_loads(name: str, tmp_path: Path) -> None:
 
 @each
 def test_lmms_eval_runs_it(name: str, tempme: Any, tmp_path: Path) -> None:
-    write_video(tmp_path / "0.mp4", tiny.clip(0, 12))
+    write_video(tmp_path / "0.mp4", tiny.video(0, 12))
     model, processor = built(name)
     model.save_pretrained(tmp_path / "host")
     processor.save_pretrained(tmp_path / "host")

@@ -44,11 +44,11 @@ def test_sampling_takes_the_middles_of_equal_parts() -> None:
     assert sample(frames, 5).frames[:, 0, 0, 0].tolist() == [1, 3, 5, 7, 9]
     channels_first = torch.from_numpy(frames).expand(10, 4, 5, 3).permute(0, 3, 1, 2)
     assert np.array_equal(sample(channels_first, 5).frames[:, :1, :1], sample(frames, 5).frames)
-    assert sample([tiny.clip(0)[0]] * 4, 2).frames.shape == (2, 32, 32, 3)
+    assert sample([tiny.video(0)[0]] * 4, 2).frames.shape == (2, 32, 32, 3)
 
 
 def test_frames_that_were_chosen_already_stay() -> None:
-    chosen = SampledVideo(tiny.clip(0, tiny.FRAMES), (3, 5, 8, 13), fps=2.5)
+    chosen = SampledVideo(tiny.video(0, tiny.FRAMES), (3, 5, 8, 13), fps=2.5)
     assert sample(chosen, tiny.FRAMES) is chosen
     ours = llava().prepare(tiny.ASK, [chosen])["inputs_embeds"]
     assert torch.equal(ours, llava().prepare(tiny.ASK, [chosen.frames])["inputs_embeds"])
@@ -72,7 +72,7 @@ def test_other_videos_are_refused(video: Any) -> None:
 
 
 def test_videos_find_their_prompts() -> None:
-    a, b, c = (tiny.clip(i) for i in range(3))
+    a, b, c = (tiny.video(i) for i in range(3))
     assert pair_up("x <video>", [a], "<video>") == (["x <video>"], [[a]])
     assert pair_up("<video> <video>", [a, b], "<video>")[1] == [[a, b]]
     assert pair_up("<video> <video>", [[a, b]], "<video>")[1] == [[a, b]]
@@ -90,7 +90,7 @@ def test_videos_find_their_prompts() -> None:
 
 def test_labels_cover_words_or_answers_alone() -> None:
     words = tiny.TOKEN
-    text, videos = ["why <video>", "what is the <video> dog"], [tiny.clip(0), tiny.clip(1)]
+    text, videos = ["why <video>", "what is the <video> dog"], [tiny.video(0), tiny.video(1)]
     inputs = llava().prepare(text, videos, labels=True)
     kept = [[i for i in row if i != -100] for row in inputs["labels"].tolist()]
     assert kept == [[1, words["why"]], [1, *(words[w] for w in ("what", "is", "the", "dog"))]]
@@ -105,13 +105,13 @@ def test_labels_cover_words_or_answers_alone() -> None:
 
 
 def test_answers_are_texts_without_the_prompt() -> None:
-    answers = llava().answer(["why <video>", tiny.ASK], [tiny.clip(0), tiny.clip(1)], max_new_tokens=3)
+    answers = llava().answer(["why <video>", tiny.ASK], [tiny.video(0), tiny.video(1)], max_new_tokens=3)
     assert [len(answer.split()) for answer in answers] == [3, 3]
     assert all(word in tiny.WORDS for answer in answers for word in answer.split())
 
 
 def test_any_frames_of_any_size() -> None:
-    for video in (tiny.clip(0, frames=1, side=20), tiny.clip(0, frames=37, side=50), list(tiny.clip(0, frames=5))):
+    for video in (tiny.video(0, frames=1, side=20), tiny.video(0, frames=37, side=50), list(tiny.video(0, frames=5))):
         assert llava().answer("why <video>", [video], max_new_tokens=1)
 
 
@@ -119,10 +119,10 @@ def test_lora_is_seen_and_the_front_end_stays_out_of_the_model(tmp_path: Path) -
     model, processor = tiny.build("VideoLlava")
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     before = compress(model, processor, num_frames=tiny.FRAMES, **TEMPME)
-    plain = tiny.new_tokens(before, tiny.ASK, [tiny.clip(0)])
+    plain = tiny.new_tokens(before, tiny.ASK, [tiny.video(0)])
     wrapped = get_peft_model(model, lora)
     after = compress(wrapped, processor, num_frames=tiny.FRAMES, clip_position_std=0.1, **TEMPME)
-    inputs = after.prepare(tiny.ASK, [tiny.clip(0)], labels=["red dog"])
+    inputs = after.prepare(tiny.ASK, [tiny.video(0)], labels=["red dog"])
     wrapped(**inputs).loss.backward()
     with_gradient = {key for key, p in wrapped.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert all("lora_" in key for key in with_gradient)
@@ -131,14 +131,14 @@ def test_lora_is_seen_and_the_front_end_stays_out_of_the_model(tmp_path: Path) -
     own = {id(p) for p in wrapped.parameters()}
     assert not any(id(p) in own for p in after.merging.parameters())
     # the one compressed before sees the adapters too
-    adapted = tiny.new_tokens(before, tiny.ASK, [tiny.clip(0)])
+    adapted = tiny.new_tokens(before, tiny.ASK, [tiny.video(0)])
     with wrapped.disable_adapter():
-        assert torch.equal(tiny.new_tokens(before, tiny.ASK, [tiny.clip(0)]), plain)
+        assert torch.equal(tiny.new_tokens(before, tiny.ASK, [tiny.video(0)]), plain)
     assert not torch.equal(adapted, plain)
     after.save_merging(tmp_path)
     again = load_compressed(tmp_path, wrapped, processor)
     assert torch.equal(
-        tiny.new_tokens(again, tiny.ASK, [tiny.clip(0)]), tiny.new_tokens(after, tiny.ASK, [tiny.clip(0)])
+        tiny.new_tokens(again, tiny.ASK, [tiny.video(0)]), tiny.new_tokens(after, tiny.ASK, [tiny.video(0)])
     )
 
 
@@ -146,7 +146,7 @@ def test_half_precision_and_train_mode() -> None:
     model, processor = tiny.build("LlavaOnevision")
     model = model.to(torch.bfloat16).train()
     compressed = compress(model, processor, num_frames=tiny.FRAMES, **tiny.schedule("tempme", 4))
-    inputs = compressed.prepare(tiny.ASK, [tiny.clip(0)], labels=True)
+    inputs = compressed.prepare(tiny.ASK, [tiny.video(0)], labels=True)
     output = compressed(**inputs)
     output.loss.backward()
     assert output.logits.dtype == torch.bfloat16 and torch.isfinite(output.loss)
@@ -248,7 +248,7 @@ def test_chat_messages_and_parts_of_a_processor_are_refused() -> None:
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "why"}]}]
     for text in (messages, [messages]):
         with pytest.raises(ValueError, match=r"expected prompts as texts; got .*processor\.apply_chat_template"):
-            llava().prepare(text, [tiny.clip(0)])
+            llava().prepare(text, [tiny.video(0)])
     model, processor = tiny.build("VideoLlava")
     for part in (processor.tokenizer, processor.video_processor):
         with pytest.raises(ValueError, match="expected the model's whole processor"):
@@ -259,7 +259,7 @@ def test_chat_messages_and_parts_of_a_processor_are_refused() -> None:
 def test_a_start_token_is_written_once(name: str) -> None:
     """A chat format may begin with the one that the tokenizer adds."""
     compressed = compress(*tiny.build(name), "none", tiny.FRAMES, feed="embeddings")
-    tokens = compressed.host.encode([sample(tiny.clip(0), tiny.FRAMES)], [tiny.ASK])
+    tokens = compressed.host.encode([sample(tiny.video(0), tiny.FRAMES)], [tiny.ASK])
     ids = compressed.host.input_ids(tiny.ASK, tokens)
     assert compressed.host.input_ids(f"<s>{tiny.ASK}", tokens) == ids and ids.count(1) == 1
     assert compressed.host.input_ids(f"why <s> {tiny.ASK}", tokens).count(1) == 2
@@ -271,10 +271,12 @@ def test_generate_gives_a_dictionary_where_one_is_asked_for() -> None:
     for feed in (None, "embeddings"):
         compressed = compress(*tiny.build("VideoLlava"), num_frames=tiny.FRAMES, feed=feed, **TEMPME)
         options = {"return_dict_in_generate": True, "output_logits": True}
-        plain = tiny.new_tokens(compressed, tiny.ASK, [tiny.clip(0)])
-        output = tiny.new_tokens(compressed, tiny.ASK, [tiny.clip(0)], **options)
+        plain = tiny.new_tokens(compressed, tiny.ASK, [tiny.video(0)])
+        output = tiny.new_tokens(compressed, tiny.ASK, [tiny.video(0)], **options)
         assert torch.equal(output.sequences, plain) and len(output.logits) == plain.shape[1]
-        answers = compressed.answer(tiny.ASK, [tiny.clip(0)], max_new_tokens=tiny.NEW_WORDS, do_sample=False, **options)
+        answers = compressed.answer(
+            tiny.ASK, [tiny.video(0)], max_new_tokens=tiny.NEW_WORDS, do_sample=False, **options
+        )
         assert answers == compressed.tokenizer.batch_decode(plain)
 
 
@@ -295,7 +297,7 @@ def test_generate_gives_a_dictionary_where_one_is_asked_for() -> None:
 )
 def test_times_that_do_not_fit_are_refused(times: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        llava().prepare([tiny.ASK] * 2, [tiny.clip(0), tiny.clip(1)], **times)
+        llava().prepare([tiny.ASK] * 2, [tiny.video(0), tiny.video(1)], **times)
 
 
 def test_what_a_sampled_video_knows_of_its_time() -> None:
@@ -326,7 +328,7 @@ def test_a_placeholder_that_the_tokenizer_breaks_is_refused() -> None:
     model, processor = tiny.build("VideoLlava")
     model.config.video_token_index = tiny.TOKEN["sleeps"]  # a word, which does not come in a row without spaces
     with pytest.raises(ValueError, match="has 0 places for 68 visual tokens"):
-        compress(model, processor, "none", tiny.FRAMES).prepare(tiny.ASK, [tiny.clip(0)])
+        compress(model, processor, "none", tiny.FRAMES).prepare(tiny.ASK, [tiny.video(0)])
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_without_merging_it_is_the_host_itself(
 ) -> None:
     model, processor = shared(name)
     compressed = compressed_by(name, "none", feed)
-    text, videos = [tiny.ASK, "why " + tiny.ASK[5:]], [tiny.clip(0), tiny.clip(1)]
+    text, videos = [tiny.ASK, "why " + tiny.ASK[5:]], [tiny.video(0), tiny.video(1)]
     native = tiny.native_inputs(processor, text, videos)
     with torch.no_grad():
         expected, ours = model(**native).logits, compressed(**compressed.prepare(text, videos)).logits
@@ -86,8 +86,8 @@ def test_behind_merged_tokens_comes_the_projector_alone(name: str) -> None:
     # passes for merging and merges nothing
     idle = {"r": 0, "merge_layers": (1,), "merge_frames": (1,), "cross_percent": 0, "intra_percent": 0}
     compressed = compress(model, processor, "tempme", tiny.FRAMES, **idle)
-    (tokens,) = compressed.host.encode([sample(tiny.clip(0), tiny.FRAMES)], ["<video>"])
-    pixels = processor.video_processor(videos=[tiny.clip(0)], return_tensors="pt")["pixel_values_videos"][0]
+    (tokens,) = compressed.host.encode([sample(tiny.video(0), tiny.FRAMES)], ["<video>"])
+    pixels = processor.video_processor(videos=[tiny.video(0)], return_tensors="pt")["pixel_values_videos"][0]
     torch.testing.assert_close(tokens.features.detach(), unpooled(name, model, pixels), rtol=0, atol=1e-5)
     assert len(tokens.features) == compressed.host.costs().tokens
 
@@ -95,12 +95,12 @@ def test_behind_merged_tokens_comes_the_projector_alone(name: str) -> None:
 @pytest.mark.parametrize(("name", "method", "feed"), FED)
 def test_a_padded_batch_equals_single_calls(name: str, method: str, feed: Any) -> None:
     compressed = compressed_by(name, method, feed)
-    text, videos = [SHORT, LONG], [[tiny.clip(0)], [tiny.clip(1)]]
+    text, videos = [SHORT, LONG], [[tiny.video(0)], [tiny.video(1)]]
     batch = last_logits(compressed, text, videos)
     for row in range(2):
         single = last_logits(compressed, text[row], videos[row])
         torch.testing.assert_close(batch[row], single[0], rtol=0, atol=1e-4)
-    other = last_logits(compressed, text[0], [tiny.clip(7)])
+    other = last_logits(compressed, text[0], [tiny.video(7)])
     assert (other[0] - batch[0]).abs().max() > 1e-3  # the video matters
     for options in ({}, {"num_beams": 3}):
         together = tiny.new_tokens(compressed, text, videos, **options)
@@ -112,9 +112,9 @@ def test_a_padded_batch_equals_single_calls(name: str, method: str, feed: Any) -
 def test_counts_are_the_predicted_ones(name: str, method: str) -> None:
     compressed = compressed_by(name, method)
     costs, shown = compressed.host.costs(), compressed.describe()
-    ids = compressed.host.input_ids(SHORT, compressed.host.encode([sample(tiny.clip(0), tiny.FRAMES)], [SHORT]))
+    ids = compressed.host.input_ids(SHORT, compressed.host.encode([sample(tiny.video(0), tiny.FRAMES)], [SHORT]))
     assert ids.count(tiny.TOKEN["<video>"]) == costs.tokens
-    native = tiny.native_inputs(shared(name)[1], [SHORT], [tiny.clip(0)])["input_ids"]
+    native = tiny.native_inputs(shared(name)[1], [SHORT], [tiny.video(0)])["input_ids"]
     assert (native == tiny.TOKEN["<video>"]).sum() == costs.native_tokens
     assert f"{costs.native_tokens}" in shown and f"{costs.tokens}" in shown
     assert ("Beware" in shown) == (costs.tokens > costs.native_tokens)
@@ -127,12 +127,12 @@ def test_counts_are_the_predicted_ones(name: str, method: str) -> None:
 def test_prompts_with_several_videos_and_with_none(name: str, feed: Any) -> None:
     compressed = compressed_by(name, "tempme", feed)
     text = ["what <video> and <video> why", "what is this", LONG]
-    videos: list[list[np.ndarray]] = [[tiny.clip(0), tiny.clip(1)], [], [tiny.clip(2)]]
+    videos: list[list[np.ndarray]] = [[tiny.video(0), tiny.video(1)], [], [tiny.video(2)]]
     batch = last_logits(compressed, text, videos)
     for row in range(3):
         single = last_logits(compressed, text[row], [videos[row]])
         torch.testing.assert_close(batch[row], single[0], rtol=0, atol=1e-4)
-    swapped = last_logits(compressed, text[0], [tiny.clip(1), tiny.clip(0)])
+    swapped = last_logits(compressed, text[0], [tiny.video(1), tiny.video(0)])
     assert (swapped[0] - batch[0]).abs().max() > 1e-3
     words = tiny.new_tokens(compressed, text[1], [])  # no video at all
     assert torch.equal(words, tiny.new_tokens(compressed, text, videos)[1:2])
@@ -150,7 +150,7 @@ def test_feeds_give_the_same_or_are_refused(name: str, record_property: Callable
             compressed_by(name, "tempme", "encoder_outputs")
         return
     other.merging.load_state_dict(one.merging.state_dict())
-    text, videos = [SHORT, LONG], [tiny.clip(0), tiny.clip(1)]
+    text, videos = [SHORT, LONG], [tiny.video(0), tiny.video(1)]
     torch.testing.assert_close(last_logits(one, text, videos), last_logits(other, text, videos), rtol=0, atol=1e-6)
     for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
         written = tiny.new_tokens(one, text, videos, **options)
@@ -160,7 +160,7 @@ def test_feeds_give_the_same_or_are_refused(name: str, record_property: Callable
 @pytest.mark.parametrize(("name", "feed"), FEEDS)
 def test_gradients_reach_the_tower_and_the_clip_positions(name: str, feed: Any) -> None:
     compressed = compressed_by(name, "tempme", feed)
-    inputs = compressed.prepare([SHORT, LONG], [tiny.clip(0), tiny.clip(1)], labels=["two dog runs", "red"])
+    inputs = compressed.prepare([SHORT, LONG], [tiny.video(0), tiny.video(1)], labels=["two dog runs", "red"])
     loss = compressed(**inputs).loss
     loss.backward()
     first = next(p for key, p in compressed.host.tower.named_parameters() if "layers.0." in key or "blocks.0." in key)
@@ -173,13 +173,13 @@ def test_gradients_reach_the_tower_and_the_clip_positions(name: str, feed: Any) 
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_model_beside_it_stays_what_it_was(name: str) -> None:
     model, processor = tiny.build(name)
-    native = tiny.native_inputs(processor, [tiny.ASK], [tiny.clip(0)])
+    native = tiny.native_inputs(processor, [tiny.ASK], [tiny.video(0)])
     with torch.no_grad():
         before = model(**native).logits
         state = {key: value.clone() for key, value in model.state_dict().items()}
         modules = {key: (type(m), m.forward.__func__, id(m)) for key, m in model.named_modules()}
         compressed = compress(model, processor, "tome", tiny.FRAMES, r=3)
-        compressed.answer([SHORT, LONG], [tiny.clip(0), tiny.clip(1)], max_new_tokens=2, num_beams=2)
+        compressed.answer([SHORT, LONG], [tiny.video(0), tiny.video(1)], max_new_tokens=2, num_beams=2)
         assert torch.equal(model(**native).logits, before)
     assert {key: (type(m), m.forward.__func__, id(m)) for key, m in model.named_modules()} == modules
     assert model.state_dict().keys() == state.keys()
@@ -194,7 +194,7 @@ def test_a_tower_that_peft_trains_as_a_copy_is_the_one_that_runs(name: str) -> N
     options = {"clip_position_std": 0.1, **tiny.schedule("tempme", 3)}
     before = compress(model, processor, num_frames=tiny.FRAMES, **options)
     before.host.set_grad_checkpointing(True)
-    text, videos = [SHORT, LONG], [tiny.clip(0), tiny.clip(1)]
+    text, videos = [SHORT, LONG], [tiny.video(0), tiny.video(1)]
     expected = last_logits(before, text, videos)
     tower = "vision_model" if name == "InstructBlipVideo" else "video_tower" if name == "VideoLlava" else "vision_tower"
     lora = LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|v_proj)", modules_to_save=[tower])
@@ -228,15 +228,15 @@ def test_a_tower_that_peft_trains_as_a_copy_is_the_one_that_runs(name: str) -> N
 def test_offloaded_weights_are_fetched(name: str, method: str) -> None:
     model, processor = tiny.build(name)
     options = {**tiny.schedule(method, 3), "num_frames": tiny.FRAMES}
-    expected = tiny.new_tokens(compress(model, processor, method, **options), tiny.ASK, [tiny.clip(0)])
+    expected = tiny.new_tokens(compress(model, processor, method, **options), tiny.ASK, [tiny.video(0)])
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(weight.is_meta for weight in model.parameters())
     offloaded = compress(model, processor, method, **options)
     if name == "PerceptionLM":  # nor does the host itself run
         with pytest.raises(ValueError, match=r"cls_token, pos_embed are offloaded.* keep the tower on a device"):
-            offloaded.prepare(tiny.ASK, [tiny.clip(0)])
+            offloaded.prepare(tiny.ASK, [tiny.video(0)])
         return
-    assert torch.equal(tiny.new_tokens(offloaded, tiny.ASK, [tiny.clip(0)]), expected)
+    assert torch.equal(tiny.new_tokens(offloaded, tiny.ASK, [tiny.video(0)]), expected)
     assert not any(weight.is_meta for weight in offloaded.merging.parameters())
 
 
@@ -249,5 +249,5 @@ def test_folders_come_back(name: str, tmp_path: Any) -> None:
     saved, loaded = (dict(made.merging.named_parameters()) for made in (compressed, again))
     assert saved.keys() == loaded.keys() and saved
     assert all(weight.any() and torch.equal(weight, saved[part]) for part, weight in loaded.items())
-    text, videos = [SHORT, LONG], [tiny.clip(0), tiny.clip(1)]
+    text, videos = [SHORT, LONG], [tiny.video(0), tiny.video(1)]
     torch.testing.assert_close(last_logits(again, text, videos), last_logits(compressed, text, videos))

@@ -75,8 +75,8 @@ def picture(number: int, height: int = 32, width: int = 32) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def clip(name: str, number: int) -> np.ndarray:
-    return tiny.clip(number, kit(name).FRAMES)
+def frames_of(name: str, number: int) -> np.ndarray:
+    return tiny.video(number, kit(name).FRAMES)
 
 
 def pictures(name: str) -> list[list[Image.Image]]:
@@ -136,7 +136,7 @@ def test_beside_videos_that_stay_whole_it_is_the_host_itself(
     name: str, feed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = [prompt(name, "why I is V red"), prompt(name, "what is V doing and I in this I")]
-    videos, images = [clip(name, 0), clip(name, 1)], pictures(name)
+    videos, images = [frames_of(name, 0), frames_of(name, 1)], pictures(name)
     native = native_inputs(name, text, images, videos, monkeypatch)
     compressed = compressed_by(name, "none", feed)
     check_equals_the_host(compressed, native, text, videos, images=images)
@@ -177,7 +177,7 @@ def test_a_batch_equals_single_calls(name: str, feed: Any) -> None:
     compressed = compressed_by(name, "tempme", feed)
     words = ["why I", "what is V doing and I in this I", "how many", "is V red"]
     text, (one, two) = [prompt(name, each) for each in words], pictures(name)
-    videos, images = [[], [clip(name, 0)], [], [clip(name, 1)]], [one, two, [], []]
+    videos, images = [[], [frames_of(name, 0)], [], [frames_of(name, 1)]], [one, two, [], []]
     batch = last_logits(compressed, text, videos, images)
     rows = list(zip(text, videos, images, strict=True))
     for row, (each, own_videos, own_images) in enumerate(rows):
@@ -192,13 +192,17 @@ def test_a_batch_equals_single_calls(name: str, feed: Any) -> None:
 @tiny.hosts([name for name in MIXING if len(ways(name)) == 2])
 def test_feeds_give_the_same(name: str) -> None:
     one, other = (compressed_by(name, "tempme", feed) for feed in ways(name))
-    asked = [prompt(name, "why I"), prompt(name, "is V red I and I")], [[], [clip(name, 0)]], pictures(name)
+    asked = [prompt(name, "why I"), prompt(name, "is V red I and I")], [[], [frames_of(name, 0)]], pictures(name)
     torch.testing.assert_close(last_logits(one, *asked), last_logits(other, *asked), rtol=0, atol=1e-6)
 
 
 def test_smolvlm_takes_images_or_videos_in_a_prompt() -> None:
     compressed = compressed_by("SmolVLM", "tempme")
-    text, image, video = [prompt("SmolVLM", "why I"), prompt("SmolVLM", "is V red")], picture(0), clip("SmolVLM", 0)
+    text, image, video = (
+        [prompt("SmolVLM", "why I"), prompt("SmolVLM", "is V red")],
+        picture(0),
+        frames_of("SmolVLM", 0),
+    )
     batch = last_logits(compressed, text, [[], [video]], [[image], []])
     torch.testing.assert_close(batch[:1], last_logits(compressed, text[0], [], [image]), rtol=0, atol=1e-4)
     torch.testing.assert_close(batch[1:], last_logits(compressed, text[1], [video], []), rtol=0, atol=1e-4)
@@ -215,7 +219,7 @@ def test_smolvlm_takes_images_or_videos_in_a_prompt() -> None:
 def test_a_second_turn_on_the_cache_of_the_first(name: str) -> None:
     compressed, options = compressed_by(name, "tempme"), {"max_new_tokens": 5, "do_sample": False}
     words, text = compressed.tokenizer, prompt(name, "why V and I ")
-    asked = {"videos": [clip(name, 0)], "images": [picture(0)], "fps": 1.0}
+    asked = {"videos": [frames_of(name, 0)], "images": [picture(0)], "fps": 1.0}
     inputs = compressed.prepare(text, **asked)
     first = compressed.generate(**inputs, **options, return_dict_in_generate=True)
     more = torch.tensor([words(" how many", add_special_tokens=False)["input_ids"]])
@@ -237,7 +241,10 @@ def test_inputs_that_others_make_anew(name: str) -> None:
     """Trainer and the hooks of a device_map copy them field by field, chunked prefill feeds them in parts. The hosts
     want tensors, lists, features for deeper layers, and images among frames."""
     compressed, options = compressed_by(name, "tempme"), {"max_new_tokens": 4, "do_sample": False}
-    text, more = prompt(name, "why I red V is I"), {"videos": [clip(name, 0)], "images": pictures(name)[1], "fps": 1.0}
+    text, more = (
+        prompt(name, "why I red V is I"),
+        {"videos": [frames_of(name, 0)], "images": pictures(name)[1], "fps": 1.0},
+    )
     expected = compressed(**compressed.prepare(text, **more)).logits
     copied = send_to_device(dict(compressed.prepare(text, **more)), torch.device("cpu"))
     assert torch.equal(compressed(**copied).logits, expected)
@@ -251,7 +258,7 @@ def test_places_of_images_have_no_label(name: str) -> None:
     compressed = compressed_by(name, "tempme", "embeddings" if name != "Qwen3-VL" else None)
     processor = shared(name)[1]
     text = [prompt(name, "why I is V red"), prompt(name, "what I is")]
-    asked = {"videos": [[clip(name, 0)], []], "images": [[picture(0)], [picture(1)]]}
+    asked = {"videos": [[frames_of(name, 0)], []], "images": [[picture(0)], [picture(1)]]}
     bare = compressed_by(name, "tempme")
     if bare.feed == "encoder_outputs":
         inputs = bare.prepare(text, labels=True, **asked)
@@ -347,9 +354,9 @@ def test_each_placeholder_wants_one_image(name: str) -> None:
 def test_a_host_that_reads_no_images_says_so() -> None:
     compressed = compress(*tiny.build("InstructBlipVideo"), "none", tiny.FRAMES)
     assert compressed.image_placeholder is None
-    assert compressed.prepare(f"<image> {tiny.ASK}", [tiny.clip(0)])  # a word as any other, as to the host itself
+    assert compressed.prepare(f"<image> {tiny.ASK}", [tiny.video(0)])  # a word as any other, as to the host itself
     with pytest.raises(ValueError, match=r"takes videos alone: its InstructBlipVideoProcessor reads no images"):
-        compressed.prepare(tiny.ASK, [tiny.clip(0)], images=[picture(0)])
+        compressed.prepare(tiny.ASK, [tiny.video(0)], images=[picture(0)])
 
 
 @pytest.mark.parametrize("name", ["PerceptionLM", "PerceptionLM, rotary"])

@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A host model, itself compressed, and three videos."""
     root = tmp_path_factory.mktemp("lmms")
     for number in range(3):
-        write_video(root / f"{number}.mp4", tiny.clip(number, frames=8 + 4 * number))
+        write_video(root / f"{number}.mp4", tiny.video(number, frames=8 + 4 * number))
     model, processor = tiny.build("VideoLlava")
     model.save_pretrained(root / "host")
     processor.save_pretrained(root / "host")
@@ -227,7 +227,7 @@ def test_frames_know_their_times(tempme: Any, folder: Path, monkeypatch: pytest.
 
 
 def test_images_stand_where_they_come_among_the_videos(tempme: Any, lm: Any, folder: Path) -> None:
-    image, video = Image.fromarray(tiny.clip(9)[0]), str(folder / "0.mp4")
+    image, video = Image.fromarray(tiny.video(9)[0]), str(folder / "0.mp4")
     lm.task_dict["i"] = {"test": [{"videos": [image]}, {"videos": [image, video]}, {"videos": [video]}]}
 
     def asking(context: str, document: int) -> Any:

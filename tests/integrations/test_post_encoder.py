@@ -92,7 +92,7 @@ def test_without_merging_it_is_the_host_itself(
 ) -> None:
     model, _ = shared(name)
     compressed = compressed_by(name, "none", feed)
-    text, videos = [prompt(name), prompt(name, "why * ?")], [tiny.clip(0, tiny.FRAMES), tiny.clip(1, tiny.FRAMES)]
+    text, videos = [prompt(name), prompt(name, "why * ?")], [tiny.video(0, tiny.FRAMES), tiny.video(1, tiny.FRAMES)]
     native = native_inputs(name, text, videos, fps)
     inputs = compressed.prepare(text, videos, fps=fps)
     if feed == "encoder_outputs":
@@ -121,7 +121,7 @@ def test_times_are_those_of_the_hosts_own_processor(name: str) -> None:
     compressed = compressed_by(name, "none")
     assert compressed.host.uses_time
     for total, fps in ((tiny.FRAMES, 8 / 15), (20, 2.0), (37, 0.4), (3, 0.1)):
-        video = tiny.clip(0, total)
+        video = tiny.video(0, total)
         chosen = sample(video, tiny.FRAMES)
         native = native_inputs(name, [prompt(name)], [chosen.frames], fps, chosen.indices, total)
         expected = model(**native).logits
@@ -139,7 +139,7 @@ def test_times_are_those_of_the_hosts_own_processor(name: str) -> None:
 @tiny.hosts([name for name in HOSTS if name in (*NEEDS, "SmolVLM")])
 def test_every_video_has_times_of_its_own(name: str) -> None:
     compressed = compressed_by(name, "tempme")
-    text, videos = [prompt(name, "why * and *"), prompt(name)], [[tiny.clip(0), tiny.clip(1)], [tiny.clip(2)]]
+    text, videos = [prompt(name, "why * and *"), prompt(name)], [[tiny.video(0), tiny.video(1)], [tiny.video(2)]]
     together = [compressed.prepare(text, videos, fps=fps) for fps in ([0.2, 0.5, 1.1], [[0.2, 0.5], [1.1]])]
     seconds = [[np.arange(4) / fps for fps in row] for row in ([0.2, 0.5], [1.1])]
     together += [compressed.prepare(text, videos, times=times) for times in (seconds, [*seconds[0], *seconds[1]])]
@@ -157,13 +157,13 @@ def test_untold_times_are_said_where_they_matter(name: str) -> None:
     compressed = compressed_by(name, "tempme")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        compressed.prepare(prompt(name), [tiny.clip(0)])
+        compressed.prepare(prompt(name), [tiny.video(0)])
     expected = [r"nobody said so of 1 of 1 videos: 24 frames a second"] if compressed.host.uses_time else []
     said = [one for one in said if "frames a second" in str(one.message)]
     assert len(said) == len(expected) and all(expected[0] in str(one.message) for one in said)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        compressed.prepare(prompt(name), [tiny.clip(0)], fps=24)
+        compressed.prepare(prompt(name), [tiny.video(0)], fps=24)
         compressed.prepare("why", [])
 
 
@@ -173,7 +173,7 @@ def test_untold_times_are_said_where_they_matter(name: str) -> None:
 def test_a_second_turn_on_the_cache_of_the_first(name: str, method: str) -> None:
     """The model's own `generate` goes on from there as from scratch, whatever was prepared in between."""
     compressed, options = compressed_by(name, method), {"max_new_tokens": 5, "do_sample": False}
-    model, words, video = compressed.model, compressed.tokenizer, tiny.clip(0)
+    model, words, video = compressed.model, compressed.tokenizer, tiny.video(0)
     feed_ids = compressed.feed == "encoder_outputs"
     plain = new_tokens(compressed, prompt(name), [video], fps=1.0, max_new_tokens=5)
     inputs = compressed.prepare(prompt(name), [video], fps=1.0)
@@ -197,7 +197,7 @@ def test_a_second_turn_on_the_cache_of_the_first(name: str, method: str) -> None
 def test_inputs_that_others_make_anew(name: str, feed: Any) -> None:
     """Trainer and the hooks of a device_map copy the inputs field by field, chunked prefill feeds them in parts."""
     compressed, options = compressed_by(name, "tempme", feed), {"max_new_tokens": 4, "do_sample": False}
-    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.clip(0), tiny.clip(1)]
+    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.video(0), tiny.video(1)]
     expected = compressed(**compressed.prepare(text, videos, fps=1.0)).logits
     copied = send_to_device(dict(compressed.prepare(text, videos, fps=1.0)), torch.device("cpu"))
     assert torch.equal(compressed(**copied).logits, expected)
@@ -211,21 +211,21 @@ def test_inputs_that_others_make_anew(name: str, feed: Any) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_offloaded_weights_are_fetched(name: str) -> None:
     model, processor = tiny.build(name)
-    expected = new_tokens(compress(model, processor, "tempme", tiny.FRAMES), prompt(name), [tiny.clip(0)])
+    expected = new_tokens(compress(model, processor, "tempme", tiny.FRAMES), prompt(name), [tiny.video(0)])
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(weight.is_meta for weight in model.parameters())
     if name.startswith("PerceptionLM"):  # timm's wrapper in transformers puts pixels where its weights are
         with pytest.raises(NotImplementedError, match="meta"):
-            model(**native_inputs(name, [prompt(name)], [tiny.clip(0, tiny.FRAMES)]))
+            model(**native_inputs(name, [prompt(name)], [tiny.video(0, tiny.FRAMES)]))
         return
     offloaded = compress(model, processor, "tempme", tiny.FRAMES)
-    assert torch.equal(new_tokens(offloaded, prompt(name), [tiny.clip(0)]), expected)
+    assert torch.equal(new_tokens(offloaded, prompt(name), [tiny.video(0)]), expected)
 
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_an_odd_number_of_frames(name: str) -> None:
     model, processor = shared(name)
-    video = tiny.clip(0, 5)
+    video = tiny.video(0, 5)
     native = native_inputs(name, [prompt(name)], [video])
     with torch.no_grad():
         inputs = compress(model, processor, "none", 5).prepare(prompt(name), [video])
@@ -235,12 +235,12 @@ def test_an_odd_number_of_frames(name: str) -> None:
 @pytest.mark.parametrize(("name", "method", "feed"), FED)
 def test_a_padded_batch_equals_single_calls(name: str, method: str, feed: Any) -> None:
     compressed = compressed_by(name, method, feed)
-    text, videos = [prompt(name, "why *"), prompt(name)], [[tiny.clip(0)], [tiny.clip(1)]]
+    text, videos = [prompt(name, "why *"), prompt(name)], [[tiny.video(0)], [tiny.video(1)]]
     batch = last_logits(compressed, text, videos)
     for row in range(2):
         single = last_logits(compressed, text[row], videos[row])
         torch.testing.assert_close(batch[row], single[0], rtol=0, atol=1e-4)
-    other = last_logits(compressed, text[0], [tiny.clip(7)])
+    other = last_logits(compressed, text[0], [tiny.video(7)])
     assert (other[0] - batch[0]).abs().max() > 1e-3  # the video matters
     for options in ({}, {"num_beams": 3}):
         together = new_tokens(compressed, text, videos, **options)
@@ -253,7 +253,7 @@ def test_prompts_with_several_videos_and_with_none(name: str, feed: Any) -> None
     compressed = compressed_by(name, "tempme", feed)
     text = [prompt(name, "what * and * why"), "what is this", prompt(name)]
     # Qwen keeps the shape of a video, and then videos of one batch have unlike numbers of tokens
-    videos: list[list[np.ndarray]] = [[tiny.clip(0), tiny.clip(1, side=20)], [], [tiny.clip(2)]]
+    videos: list[list[np.ndarray]] = [[tiny.video(0), tiny.video(1, side=20)], [], [tiny.video(2)]]
     batch = last_logits(compressed, text, videos)
     for row in range(3):
         single = last_logits(compressed, text[row], [videos[row]])
@@ -276,7 +276,7 @@ def test_feeds_give_the_same_or_are_refused(name: str, record_property: Callable
             compressed_by(name, "tempme", missing)
         return
     one, other = (compressed_by(name, "tempme", feed) for feed in ("encoder_outputs", "embeddings"))
-    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.clip(0), tiny.clip(1)]
+    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.video(0), tiny.video(1)]
     torch.testing.assert_close(last_logits(one, text, videos), last_logits(other, text, videos), rtol=0, atol=1e-6)
     for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
         written = new_tokens(one, text, videos, **options)
@@ -301,7 +301,7 @@ def test_counts_are_the_predicted_ones(name: str, method: str) -> None:
 @pytest.mark.parametrize(("name", "feed"), FEEDS)
 def test_gradients_reach_the_tower(name: str, feed: Any) -> None:
     compressed = compressed_by(name, "tempme", feed)
-    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.clip(0), tiny.clip(1)]
+    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.video(0), tiny.video(1)]
     loss = compressed(**compressed.prepare(text, videos, labels=["two dogs run", "red"])).loss
     loss.backward()
     tower = compressed.host.tower  # type: ignore[attr-defined]
@@ -315,7 +315,7 @@ def test_gradients_reach_the_tower(name: str, feed: Any) -> None:
 def test_half_precision_and_train_mode(name: str) -> None:
     model, processor = tiny.build(name)
     compressed = compress(model.to(torch.bfloat16).train(), processor, "tempme", tiny.FRAMES)
-    output = compressed(**compressed.prepare(prompt(name), [tiny.clip(0)], labels=True))
+    output = compressed(**compressed.prepare(prompt(name), [tiny.video(0)], labels=True))
     output.loss.backward()
     assert output.logits.dtype == torch.bfloat16 and torch.isfinite(output.loss)
 
@@ -323,12 +323,12 @@ def test_half_precision_and_train_mode(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_model_beside_it_stays_what_it_was(name: str) -> None:
     model, processor = tiny.build(name)
-    native = native_inputs(name, [prompt(name)], [tiny.clip(0, tiny.FRAMES)])
+    native = native_inputs(name, [prompt(name)], [tiny.video(0, tiny.FRAMES)])
     with torch.no_grad():
         state = {key: value.clone() for key, value in model.state_dict().items()}
         modules = {key: (type(m), m.forward.__func__, id(m)) for key, m in model.named_modules()}
         compressed = compress(model, processor, "tempme", tiny.FRAMES)
-        inputs = [prompt(name), prompt(name, "why *")], [tiny.clip(0), tiny.clip(1)]
+        inputs = [prompt(name), prompt(name, "why *")], [tiny.video(0), tiny.video(1)]
         fresh = new_tokens(compressed, *inputs)
         before = model(**native).logits
         written = model.generate(**native, max_new_tokens=4, do_sample=False)
@@ -346,7 +346,7 @@ def test_folders_come_back(name: str, tmp_path: Any) -> None:
     compressed.save_pretrained(tmp_path)
     again = load_compressed(tmp_path)
     assert again.host.config() == compressed.host.config() and again.host.num_frames == tiny.FRAMES
-    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.clip(0), tiny.clip(1)]
+    text, videos = [prompt(name, "why *"), prompt(name)], [tiny.video(0), tiny.video(1)]
     torch.testing.assert_close(last_logits(again, text, videos), last_logits(compressed, text, videos))
 
 
@@ -392,7 +392,7 @@ def test_clips_are_named_by_the_mean_of_their_times() -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_prompts_tell_the_clips(name: str) -> None:
     compressed = compressed_by(name, "tempme")
-    ids = row_of(compressed, prompt(name, "*"), tiny.clip(0, tiny.FRAMES), fps=0.1)
+    ids = row_of(compressed, prompt(name, "*"), tiny.video(0, tiny.FRAMES), fps=0.1)
     text = "".join(compressed.tokenizer.convert_ids_to_tokens([i for i in ids if i != compressed.host.token_id]))
     expected = {
         "Qwen2.5-VL": "<|vision_start|><|vision_end|>",
@@ -409,7 +409,7 @@ def test_prompts_tell_the_clips(name: str) -> None:
 def test_kept_tokens_have_the_positions_that_the_host_gives_them(name: str) -> None:
     model, processor = shared(name)
     compressed = compress(model, processor, "tempme", tiny.FRAMES, merge_frames=(2,), cross_percent=50, intra_percent=0)
-    still = tiny.clip(0, 1).repeat(tiny.FRAMES, axis=0)
+    still = tiny.video(0, 1).repeat(tiny.FRAMES, axis=0)
     inputs = compressed.prepare([prompt(name), "why"], [[still], []], fps=1.0)
     places = torch.tensor(row_of(compressed, prompt(name), still, fps=1.0)) == compressed.host.token_id
     positions = inputs["position_ids"][:, 0, places]
@@ -482,4 +482,4 @@ def test_frames_count_as_temporal_patches(name: str) -> None:
 def test_videos_side_by_side_are_refused(name: str) -> None:
     compressed = compressed_by(name, "tempme")
     with pytest.raises(ValueError, match="side by side"):
-        compressed.prepare("<|video_pad|><|video_pad|>", [tiny.clip(0), tiny.clip(1)])
+        compressed.prepare("<|video_pad|><|video_pad|>", [tiny.video(0), tiny.video(1)])

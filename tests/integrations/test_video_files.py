@@ -19,7 +19,7 @@ from tempme_vl.integrations import Compressed, SampledVideo, compress
 from tempme_vl.integrations.videos import read_sampled, sample
 
 F = tiny.FRAMES
-OTHER = tiny.clip(7, frames=9)
+OTHER = tiny.video(7, frames=9)
 
 
 @cache
@@ -32,7 +32,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Of 12 and of 21 frames."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(2):
-        write_video(folder / f"{number}.mp4", tiny.clip(number, frames=12 + 9 * number))
+        write_video(folder / f"{number}.mp4", tiny.video(number, frames=12 + 9 * number))
     return [folder / f"{number}.mp4" for number in range(2)]
 
 

@@ -232,7 +232,7 @@ def build(name: str) -> tuple[Any, Any]:
     return MODELS[name]()
 
 
-def clip(number: int, frames: int = FRAMES, side: int = SIDE) -> np.ndarray:
+def video(number: int, frames: int = FRAMES, side: int = SIDE) -> np.ndarray:
     """(frames, side, side, 3) uint8, another video for every number."""
     return np.random.default_rng(number).integers(0, 256, (frames, side, side, 3), dtype=np.uint8)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import transformers
-from integrations.tiny import _finish, clip, hosts
+from integrations.tiny import _finish, hosts, video
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["FRAMES", "MODELS", "NEEDS", "NEW", "PLACED", "TOKEN", "build", "clip", "hosts", "placeholder"]
+__all__ = ["FRAMES", "MODELS", "NEEDS", "NEW", "PLACED", "TOKEN", "build", "hosts", "placeholder", "video"]
 
 FRAMES = 8
 # what the transformers at hand can do: take encoder outputs (5.18 on), and generate from positions of three axes

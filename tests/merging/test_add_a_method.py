@@ -176,18 +176,18 @@ def test_it_works_behind_a_tower_with_what_it_learns(tmp_path: Path) -> None:
     model, processor = tiny_post.build("InternVL")
     compressed = compress(model, processor, "scaled", tiny_post.FRAMES, r=2, steps=2)
     assert list(compressed.merging) == ["0", "1"] and sum(p.numel() for p in compressed.merging.parameters()) > 0
-    clip = tiny_post.clip(0)
+    frames = tiny_post.video(0)
     ask = f"{tiny_post.placeholder('InternVL')} why"
     with torch.no_grad():
-        first = compressed(**compressed.prepare(ask, [clip])).logits
+        first = compressed(**compressed.prepare(ask, [frames])).logits
         for weight in compressed.merging.parameters():
             weight.mul_(3)
-        other = compressed(**compressed.prepare(ask, [clip])).logits
+        other = compressed(**compressed.prepare(ask, [frames])).logits
         assert (first - other).abs().max() > 1e-3
         compressed.save_pretrained(tmp_path)
         again = load_compressed(tmp_path)
-        torch.testing.assert_close(again(**again.prepare(ask, [clip])).logits, other)
-    loss = compressed(**compressed.prepare(ask, [clip], labels=True)).loss
+        torch.testing.assert_close(again(**again.prepare(ask, [frames])).logits, other)
+    loss = compressed(**compressed.prepare(ask, [frames], labels=True)).loss
     loss.backward()
     assert all(weight.grad is not None for weight in compressed.merging.parameters())
 

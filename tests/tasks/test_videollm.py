@@ -32,7 +32,7 @@ from tempme_vl.tasks.videollm import (
 QUESTIONS = ("what color is the object", "which way", "what is it")
 ANSWERS = ("red", "to the far left", "a dark red ring")
 FRAMES = 8
-FPS = (8 / 15, 0.25, 3.0)  # of clips of 15, 32 and 2.7 seconds
+FPS = (8 / 15, 0.25, 3.0)  # of videos of 15, 32 and 2.7 seconds
 TIMES = torch.arange(FRAMES) / torch.tensor(FPS).unsqueeze(1)
 SCHEDULES: dict[str, dict[str, Any]] = {
     "VideoLlava": {"r": 1, "merge_layers": (3, 4), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10},
