@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tamper
 import torch
-from data.clips import write_clip
+from data.video_files import write_video
 from huggingface_hub import metadata_load
 from integrations import tiny
 from towers import TINY, tempme_schedule, tiny_frontend
@@ -40,7 +40,7 @@ def code_of(card: str) -> str:
 )
 def test_the_code_of_a_card_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tamper.KINDS[name].make(tmp_path / name)
-    write_clip(tmp_path / "clip.mp4")
+    write_video(tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
     code = code_of((tmp_path / name / CARD_FILE).read_text())
     assert code.count("path/to/this/folder") == 1

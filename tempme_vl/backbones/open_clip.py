@@ -473,9 +473,10 @@ def load_tower(name: str, pretrained: str | None, num_frames: int) -> tuple[Back
     config = _as_trained(name, weights, with_text=False)
     visual = build_visual(config)
     _load_fitting(visual, weights.tower, weights, name)
+    saved = _saved_config(name, config, visual, weights)  # before the tower is taken apart
     backbone = backbone_of(visual)
     backbone.clip_positions = weights.clip_positions
-    return backbone, _saved_config(name, config, visual, weights)
+    return backbone, saved
 
 
 def load_export(backbone: Backbone, config: Config, export: Export) -> dict[str, Tensor]:

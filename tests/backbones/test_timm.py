@@ -191,7 +191,7 @@ def test_towers_inside_transformers() -> None:
         expected = tower(video.flatten(0, 1)).last_hidden_state
         actual = frontend.norm(frontend(video).tokens).reshape(expected.shape)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
-    assert data["family"] == "timm" and data["options"]["depth"] == LAYERS
+    assert data.family == "timm" and data.options["depth"] == LAYERS
     with pytest.raises(ValueError, match=r"image size is fixed when it is built; leave image_size out"):
         hf.backbone_of(tower, image_size=48)
 

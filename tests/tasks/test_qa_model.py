@@ -273,7 +273,7 @@ def test_saved_model_comes_back(head: str, method: str, mode: str, tmp_path: Pat
     questions.vocabulary, questions.max_words = (*VOCABULARY[:-3], "\u2028", "\x85", "é"), 17
     saved.save_pretrained(tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
-    files = ["answers.json", "config.json", "manifest.json", "model.safetensors", "vocab.txt"]
+    files = ["README.md", "answers.json", "config.json", "manifest.json", "model.safetensors", "vocab.txt"]
     assert sorted(p.name for p in folder.iterdir()) == files
     loaded = load_qa_model(folder).eval()
     assert type(loaded.head) is type(saved.head) and loaded.head.answers == saved.head.answers
