@@ -204,7 +204,7 @@ def _add(section: Any, field: Field[Any], hint: Any, text: str, default: Any) ->
 def _names(kind: Any) -> tuple[str, ...]:
     """Those that a value has to be one of."""
     if get_origin(kind) is Annotated:
-        return tuple(kind.__metadata__[0])
+        return tuple(get_args(kind)[1])
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 

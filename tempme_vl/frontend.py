@@ -300,11 +300,13 @@ class VisualFrontend(Shareable, nn.Module):
         Raises:
             ValueError: weights of another architecture, or a schedule for another one.
         """
-        from tempme_vl.backbones import open_clip as openai
+        from tempme_vl.backbones.clip_checkpoint import name_clip
+        from tempme_vl.backbones.open_clip_blocks import visual_backbone
+        from tempme_vl.backbones.openai import visual_from_openai
 
-        visual, config = openai.visual_from_openai(state, heads, quick_gelu)
-        frontend = cls(openai.visual_backbone(visual), schedule, config)
-        frontend.take_clip_positions(openai.name_clip(state).clip_positions)
+        visual, config = visual_from_openai(state, heads, quick_gelu)
+        frontend = cls(visual_backbone(visual), schedule, config)
+        frontend.take_clip_positions(name_clip(state).clip_positions)
         return frontend
 
     @classmethod

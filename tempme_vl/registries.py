@@ -99,7 +99,7 @@ TUNINGS: Registry[type[Tuning]] = Registry(
     "tempme_vl.tuning.base:Tuning",
     {
         "full": "tempme_vl.tuning.full:Full",
-        "clip4clip": "tempme_vl.tuning.clip4clip:Clip4Clip",
+        "clip4clip": "tempme_vl.tuning.clip4clip:CLIP4Clip",
         "lora": "tempme_vl.tuning.lora:Lora",
         "dora": "tempme_vl.tuning.lora:Dora",
         "prompt": "tempme_vl.tuning.prompt:Prompt",

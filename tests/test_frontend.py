@@ -16,7 +16,8 @@ from towers import TINY, every_way, random_video, small_clip, tempme_schedule, t
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, QueryValueBias, QuickGELU, TowerShape
-from tempme_vl.backbones.open_clip import load_clip, visual_backbone
+from tempme_vl.backbones.open_clip import load_clip
+from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.backbones.timm import backbone_of as timm_backbone
 from tempme_vl.frontend import masked_mean
 from tempme_vl.matching import MergeMap, bipartite_match

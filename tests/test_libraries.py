@@ -237,7 +237,7 @@ def test_a_missing_part_says_what_to_do() -> None:
 def test_a_changed_tower_of_open_clip_says_what_to_do() -> None:
     from towers import small_clip
 
-    from tempme_vl.backbones.open_clip import visual_backbone
+    from tempme_vl.backbones.open_clip_blocks import visual_backbone
 
     visual = small_clip().visual
     del visual.pool_type

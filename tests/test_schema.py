@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from tempme_vl.backbones import open_clip as clip_family
+from tempme_vl.backbones import open_clip_models as clip_models
 from tempme_vl.configs import FrontendConfig
 from tempme_vl.data.sampling import SAMPLING
 from tempme_vl.frontend import VisualFrontend, create_frontend
@@ -206,4 +207,4 @@ def test_heads_that_do_not_divide_a_clip_are_no_other_heads() -> None:
     for part, key, value in (("vision_cfg", "head_width", 48), ("text_cfg", "heads", 3)):
         wrong = {**config, part: {**config[part], key: value}}
         with pytest.raises(ConfigError, match=f"FILE: '{part}'.*divide"):
-            read(clip_family.Config, wrong, "FILE")
+            read(clip_models.Config, wrong, "FILE")

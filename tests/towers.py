@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tempme_vl import MergeSchedule, VisualFrontend
 from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerShape
-from tempme_vl.backbones.open_clip import load_clip, visual_backbone
+from tempme_vl.backbones.open_clip import load_clip
+from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.merging import METHODS
 from tempme_vl.scheduling import schedule_for
 from tempme_vl.state import AttentionContext

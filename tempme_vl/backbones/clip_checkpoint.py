@@ -37,7 +37,7 @@ _CONSTANT = re.compile(r"(.*\.)?(attn_mask|position_ids)|" + "|".join(_SIZES))
 
 
 @dataclass(frozen=True)
-class ClipWeights:
+class CLIPWeights:
     """What a file holds of a CLIP.
 
     Attributes:
@@ -198,7 +198,7 @@ LAYOUTS = (
 )
 
 
-def read_clip(path: str | Path) -> ClipWeights:
+def read_clip(path: str | Path) -> CLIPWeights:
     """The weights of a CLIP ViT from a file or folder in any layout of `LAYOUTS`, or from a folder of the package.
 
     Raises:
@@ -218,7 +218,7 @@ def read_clip(path: str | Path) -> ClipWeights:
     return replace(weights, quick_gelu=activation == "quick_gelu", heads=heads)
 
 
-def name_clip(state: State, source: str = "the state") -> ClipWeights:
+def name_clip(state: State, source: str = "the state") -> CLIPWeights:
     """Weights in any layout of `LAYOUTS` under OpenAI's names.
 
     Args:
@@ -239,7 +239,7 @@ def name_clip(state: State, source: str = "the state") -> ClipWeights:
     except (ValueError, RuntimeError, IndexError) as error:  # of torch, where shapes are no matrices
         raise ValueError(f"{source}, {layout.name}, is damaged: {error}") from error
     weights = {key: value for key, value in named.state.items() if not _CONSTANT.fullmatch(key)}
-    return ClipWeights(
+    return CLIPWeights(
         source,
         layout.name,
         part_of(weights, VISUAL),
@@ -250,7 +250,7 @@ def name_clip(state: State, source: str = "the state") -> ClipWeights:
     )
 
 
-def _of_export(export: Export) -> ClipWeights:
+def _of_export(export: Export) -> CLIPWeights:
     export.require_family("open_clip")
     text = {**part_of(export.state, "text."), **part_of(export.state, "logit_scale.")}
     text = text if export.kind == "retrieval" else {}
@@ -260,7 +260,7 @@ def _of_export(export: Export) -> ClipWeights:
     vision_cfg, text_cfg = config["vision_cfg"], export.config.get("text_cfg", {})
     heads = vision_cfg["width"] // vision_cfg.get("head_width", 64), text_cfg.get("heads")
     kept = () if export.kind in ("frontend", "retrieval") else ("frontend.",)
-    return ClipWeights(
+    return CLIPWeights(
         str(export.folder),
         f"this package's {export.kind} model",
         to_openai_names(export.tower()),

@@ -35,7 +35,7 @@ from tempme_vl.backbones.base import (
 )
 from tempme_vl.backbones.hf_blocks import (
     VERSION,
-    ClipLayer,
+    CLIPLayer,
     Dinov2Layer,
     HFLayer,
     InternVLLayer,
@@ -67,14 +67,14 @@ class _Family:
     @property
     def layers(self) -> str:
         """The encoder's only child."""
-        return "layers" if self.layer is ClipLayer else "layer"
+        return "layers" if self.layer is CLIPLayer else "layer"
 
 
 _OPENAI: dict[str, Any] = {"mean": CLIP_MEAN, "std": CLIP_STD}
 _IMAGENET: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-_CLIP = _Family(ClipLayer, "post_layernorm", **_OPENAI, resize="shortest", norm_pre="pre_layrnorm")
-_BLIP = _Family(ClipLayer, "post_layernorm", **_OPENAI, resize="squash")
-_SIGLIP = _Family(ClipLayer, "post_layernorm", mean=_HALF, std=_HALF, resize="squash", siglip=True)
+_CLIP = _Family(CLIPLayer, "post_layernorm", **_OPENAI, resize="shortest", norm_pre="pre_layrnorm")
+_BLIP = _Family(CLIPLayer, "post_layernorm", **_OPENAI, resize="squash")
+_SIGLIP = _Family(CLIPLayer, "post_layernorm", mean=_HALF, std=_HALF, resize="squash", siglip=True)
 _SIGLIP2 = replace(_SIGLIP, packed=True)
 _DINOV2 = _Family(Dinov2Layer, "layernorm", **_IMAGENET, resize="shortest")
 _INTERNVL = _Family(InternVLLayer, "layernorm", **_IMAGENET, resize="squash")
@@ -176,7 +176,7 @@ def _embed(inner: Any, family: _Family, shape: TowerShape, interpolate: bool) ->
             )
         return PackedEmbed(inner.embeddings, shape.patch_size)
     # the other families interpolate without being asked
-    options = {"interpolate_pos_encoding": True} if interpolate and family.layer is ClipLayer else {}
+    options = {"interpolate_pos_encoding": True} if interpolate and family.layer is CLIPLayer else {}
     return ImageEmbed(inner.embeddings, getattr(inner, family.norm_pre) if family.norm_pre else nn.Identity(), options)
 
 

@@ -96,7 +96,7 @@ class HFLayer(BlockAdapter):
         return x, AttentionContext(k, q, bias, self.scale)
 
 
-class ClipLayer(HFLayer):
+class CLIPLayer(HFLayer):
     """CLIP, SigLIP, SigLIP 2, InstructBLIP: nothing but norms, attention and MLP."""
 
     children_: ClassVar = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}

@@ -15,13 +15,13 @@ from tempme_vl.state import AttentionContext
 
 _PACKAGE = "open_clip_torch"
 with undocumented(_PACKAGE):
-    from open_clip.transformer import QuickGELU as OpenClipQuickGELU
+    from open_clip.transformer import QuickGELU as OpenCLIPQuickGELU
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
 _BLOCK_CHILDREN = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
 
 
-class OpenClipBlock(BlockAdapter):
+class OpenCLIPBlock(BlockAdapter):
     """open_clip's ResidualAttentionBlock, its attention converted, its other children kept.
 
     Raises:
@@ -38,7 +38,7 @@ class OpenClipBlock(BlockAdapter):
             )
         self.ln_1, self.ls_1 = block.ln_1, block.ls_1
         self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
-        if isinstance(self.mlp.gelu, OpenClipQuickGELU):
+        if isinstance(self.mlp.gelu, OpenCLIPQuickGELU):
             self.mlp.gelu = QuickGELU()
         self.attn = SelfAttention(block.attn.embed_dim, block.attn.num_heads)
         self.attn.qkv.weight, self.attn.qkv.bias = block.attn.in_proj_weight, block.attn.in_proj_bias
@@ -52,7 +52,7 @@ class OpenClipBlock(BlockAdapter):
         return self.ls_2(self.mlp(self.ln_2(x)))
 
 
-class ClipEmbed(nn.Module):
+class CLIPEmbed(nn.Module):
     """Patches, CLS token, spatial positions and ln_pre of a CLIP ViT: (R, 3, H, W) -> (R, N, D)."""
 
     def __init__(self, visual: VisionTransformer):
@@ -67,7 +67,7 @@ class ClipEmbed(nn.Module):
         return self.ln_pre(x)
 
 
-class ClipHead(nn.Module):
+class CLIPHead(nn.Module):
     """The projection of normed CLS tokens: (..., D) -> (..., E)."""
 
     def __init__(self, visual: VisionTransformer):
@@ -94,8 +94,8 @@ def visual_backbone(visual: nn.Module) -> Backbone:
     if visual.image_size[0] != visual.image_size[1]:
         raise ValueError(f"expected a tower for square images; this one takes {visual.image_size} px")
     shape = tower_shape(visual)
-    blocks: list[BlockAdapter] = [OpenClipBlock(block) for block in visual.transformer.resblocks]
-    return Backbone(ClipEmbed(visual), blocks, visual.ln_post, ClipHead(visual), shape)
+    blocks: list[BlockAdapter] = [OpenCLIPBlock(block) for block in visual.transformer.resblocks]
+    return Backbone(CLIPEmbed(visual), blocks, visual.ln_post, CLIPHead(visual), shape)
 
 
 @undocumented(_PACKAGE)
@@ -109,6 +109,6 @@ def tower_shape(visual: VisionTransformer) -> TowerShape:
         heads=first.attn.num_heads,
         embed_dim=visual.output_dim,
         mlp_ratio=first.mlp.c_fc.out_features / width,
-        quick_gelu=isinstance(first.mlp.gelu, OpenClipQuickGELU),
+        quick_gelu=isinstance(first.mlp.gelu, OpenCLIPQuickGELU),
         norm_pre=not isinstance(visual.ln_pre, nn.Identity),
     )

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.backbones.open_clip import build_visual, model_config, visual_backbone
+from tempme_vl.backbones.open_clip_blocks import visual_backbone
+from tempme_vl.backbones.open_clip_models import build_visual, model_config
 from tempme_vl.families import split_name
 from tempme_vl.frontend import VisualFrontend, create_frontend
 from tempme_vl.reports import format_columns

@@ -12,12 +12,14 @@ import open_clip
 import torch
 
 from tempme_vl.backbones import open_clip as towers
+from tempme_vl.backbones import open_clip_models as models
 from tempme_vl.backbones.clip_checkpoint import name_clip
+from tempme_vl.backbones.openai import clip_from_openai
 from tempme_vl.families.base import JSON, Family, Pair, Texts, TextSide
 from tempme_vl.hub import require_hub
 from tempme_vl.manifest import errors_in
-from tempme_vl.text.clip import ClipTextEncoder
-from tempme_vl.text.tokenizers import TOKENIZER, ClipWords, Tokenizing, Words
+from tempme_vl.text.clip import CLIPTextEncoder
+from tempme_vl.text.tokenizers import TOKENIZER, CLIPWords, Tokenizing, Words
 
 
 @dataclass
@@ -33,7 +35,7 @@ class _Tokenizer:
 
 
 @dataclass(frozen=True)
-class OpenClipWords:
+class OpenCLIPWords:
     """The tokenizer of transformers that a model of open_clip names, with what open_clip does to texts before it.
 
     Attributes:
@@ -57,8 +59,8 @@ class OpenClipWords:
 
 def pair_from_openai(state: Mapping[str, torch.Tensor], heads: int, text_heads: int | None, quick_gelu: bool) -> Pair:
     """Both towers of a CLIP ViT on its weights; see `tempme_vl.backbones.open_clip.clip_from_openai`."""
-    clip, config = towers.clip_from_openai(state, heads, text_heads, quick_gelu)
-    return _pair(towers.LoadedClip(clip, config, name_clip(state).clip_positions), ClipWords())
+    clip, config = clip_from_openai(state, heads, text_heads, quick_gelu)
+    return _pair(towers.LoadedCLIP(clip, config, name_clip(state).clip_positions), CLIPWords())
 
 
 def load_pair(name: str, pretrained: str | None, num_frames: int) -> Pair:
@@ -67,39 +69,39 @@ def load_pair(name: str, pretrained: str | None, num_frames: int) -> Pair:
     return _pair(loaded, _words(name, dict(loaded.config.text_cfg or {})))
 
 
-def _pair(loaded: towers.LoadedClip, words: Words) -> Pair:
+def _pair(loaded: towers.LoadedCLIP, words: Words) -> Pair:
     clip, export, text_cfg = loaded.clip, loaded.export, dict(loaded.config.text_cfg or {})
     tower = replace(loaded.config, text_cfg=None)  # which stands beside it
-    backbone = towers.backbone_of(clip.visual)
+    backbone = models.backbone_of(clip.visual)
     backbone.clip_positions = towers.load_export(backbone, tower, export) if export else loaded.clip_positions
-    texts = Texts(ClipTextEncoder(towers.text_of(clip)), words)
+    texts = Texts(CLIPTextEncoder(models.text_of(clip)), words)
     return Pair(backbone, tower, texts, text_cfg, clip.logit_scale.item(), export)
 
 
 def _words(name: str, text_cfg: JSON) -> Words:
     source = text_cfg.get("hf_tokenizer_name")
     if not source:
-        return ClipWords()
+        return CLIPWords()
     try:
         require_hub(source, "tokenizer.json", "tokenizer_config.json", "spiece.model")
-        return OpenClipWords(open_clip.get_tokenizer(name), text_cfg)
+        return OpenCLIPWords(open_clip.get_tokenizer(name), text_cfg)
     except (OSError, ImportError) as error:
         raise ValueError(f"open_clip finds no tokenizer {source!r} for {name!r}: {error}") from error
 
 
-def build_texts(config: towers.Config, text_config: JSON, folder: Path) -> Texts:
+def build_texts(config: models.Config, text_config: JSON, folder: Path) -> Texts:
     """The text tower of a saved model, randomly initialised, with its words."""
-    tower = ClipTextEncoder(towers.text_of(towers.build_clip({**config.model_config, "text_cfg": text_config})))
+    tower = CLIPTextEncoder(models.text_of(models.build_clip({**config.model_config, "text_cfg": text_config})))
     if not text_config.get("hf_tokenizer_name"):
-        return Texts(tower, ClipWords())
+        return Texts(tower, CLIPWords())
     with errors_in(folder / TOKENIZER, Exception):
         encode = open_clip.get_tokenizer(f"local-dir:{folder / TOKENIZER}")
-    return Texts(tower, OpenClipWords(encode, text_config))
+    return Texts(tower, OpenCLIPWords(encode, text_config))
 
 
 FAMILY = Family(
     towers.load_tower,
     towers.build_tower,
-    towers.Config,
-    texts=TextSide(load_pair, build_texts, towers.check_text_config),
+    models.Config,
+    texts=TextSide(load_pair, build_texts, models.check_text_config),
 )

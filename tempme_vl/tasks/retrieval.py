@@ -29,7 +29,7 @@ from tempme_vl.tasks.similarity.base import PairContext, SimilarityHead
 from tempme_vl.tasks.similarity.mean import MeanHead
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalConfig, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text.base import TextEncoder
-from tempme_vl.text.tokenizers import ClipWords, Words
+from tempme_vl.text.tokenizers import CLIPWords, Words
 from tempme_vl.tuning import Tuning, find_tuning
 from tempme_vl.tuning.model import TunableModel
 from tempme_vl.weights.exports import Export, find_export, load_exported_rest, part_of
@@ -96,7 +96,7 @@ class RetrievalModel(Shareable, TunableModel):
         super().__init__()
         self.frontend, self.text, self.logit_scale = frontend, text, LogitScale(logit_scale)
         self.head = head or MeanHead()
-        self.words: Words = words or ClipWords()
+        self.words: Words = words or CLIPWords()
         self.text_config = text_config
         self.input = input or Inputs("fps1", text.max_words(32))
 

@@ -2,7 +2,7 @@
 
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.bert import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt, bert_to_umt
-from tempme_vl.text.clip import ClipTextEncoder
+from tempme_vl.text.clip import CLIPTextEncoder
 from tempme_vl.text.decoder import BertDecoder, QuestionKeys, decoder_to_umt, load_umt_decoder
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "BertFusion",
     "BertShape",
     "BertTextEncoder",
-    "ClipTextEncoder",
+    "CLIPTextEncoder",
     "QuestionKeys",
     "TextEncoder",
     "VideoKeys",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempme_vl.backbones.open_clip_blocks import OpenClipBlock
+from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock
 from tempme_vl.libraries import describe, undocumented
 from tempme_vl.text.base import TextEncoder, TextState
 
@@ -35,7 +35,7 @@ class WordPlace(nn.Module):
         return words, end
 
 
-class ClipTextEmbed(nn.Module):
+class CLIPTextEmbed(nn.Module):
     """Word and position embeddings.
 
     Attributes:
@@ -53,7 +53,7 @@ class ClipTextEmbed(nn.Module):
         return x + self.positional_embedding[: x.shape[1]].to(x.dtype), end
 
 
-class ClipTextHead(nn.Module):
+class CLIPTextHead(nn.Module):
     """Final norm and projection of the word that stands for the text, or of any: (..., D) -> (..., E)."""
 
     def __init__(self, tower: Any):
@@ -65,7 +65,7 @@ class ClipTextHead(nn.Module):
         return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
 
 
-class ClipTextEncoder(TextEncoder):
+class CLIPTextEncoder(TextEncoder):
     """The text transformer of CLIP, and of open_clip's models with a text tower of their own (SigLIP, MobileCLIP).
 
     In CLIP words see only those before them, so the end token never sees the padding behind it. Where all see each
@@ -98,8 +98,8 @@ class ClipTextEncoder(TextEncoder):
         causal = source.attn_mask is not None
         super().__init__(source.context_length, fixed_length=not causal or pool == "last")
         self.causal, self.pool, self.width = causal, pool, source.ln_final.normalized_shape[0]
-        self.embed, self.head = ClipTextEmbed(source), ClipTextHead(source)
-        self.blocks = nn.ModuleList(OpenClipBlock(block) for block in source.transformer.resblocks)
+        self.embed, self.head = CLIPTextEmbed(source), CLIPTextHead(source)
+        self.blocks = nn.ModuleList(OpenCLIPBlock(block) for block in source.transformer.resblocks)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Embeds captions.
@@ -161,15 +161,15 @@ class ClipTextEncoder(TextEncoder):
         self.context_length -= places
         self.fixed_length = self.fixed_length or fixed_length
 
-    def adapters(self) -> list[OpenClipBlock]:
+    def adapters(self) -> list[OpenCLIPBlock]:
         """The blocks in order."""
-        return [cast(OpenClipBlock, block) for block in self.blocks]
+        return [cast(OpenCLIPBlock, block) for block in self.blocks]
 
     def input_side(self) -> nn.Module:
         return self.embed
 
 
-def _block(block: OpenClipBlock, state: TextState) -> TextState:
+def _block(block: OpenCLIPBlock, state: TextState) -> TextState:
     return block.mlp_step(block.attention_step(state)[0])
 
 

@@ -26,7 +26,7 @@ PAD, UNKNOWN, START, END, _ = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP
 
 
 @dataclass
-class ClipTokenizer:
+class CLIPTokenizer:
     """A caption -> ids and mask, both (max_words,) int64: start token, words, end token, then padding.
 
     Longer captions are cut so that the end token stays (TempMe, section 4: 32 words; 64 for paragraphs).
@@ -122,11 +122,11 @@ class Words(Protocol):
 
 
 @dataclass(frozen=True)
-class ClipWords:
+class CLIPWords:
     """CLIP's byte pairs, which come with open_clip."""
 
     def tokenizer(self, max_words: int) -> Tokenizing:
-        return ClipTokenizer(max_words)
+        return CLIPTokenizer(max_words)
 
     def save(self, directory: Path) -> None:
         """Nothing."""

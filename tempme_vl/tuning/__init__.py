@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tempme_vl.registries import TUNINGS
 from tempme_vl.schema import read
 from tempme_vl.tuning.base import AddedModules, Tuning
-from tempme_vl.tuning.clip4clip import Clip4Clip
+from tempme_vl.tuning.clip4clip import CLIP4Clip
 from tempme_vl.tuning.full import Full
 from tempme_vl.tuning.lora import Dora, Lora
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TUNINGS",
     "AddedModules",
-    "Clip4Clip",
+    "CLIP4Clip",
     "Dora",
     "Full",
     "Lora",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Clip4Clip(Tuning):
+class CLIP4Clip(Tuning):
     """Freezes the input side of both of CLIP's towers: token, position and class embeddings, conv1 and ln_pre.
 
     That is what the authors' code does with its published setting, freeze_layer_num 0.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.attention import attend
 from tempme_vl.backbones.base import BlockAdapter, BlockPlace, QuickGELU, S
-from tempme_vl.backbones.open_clip_blocks import OpenClipBlock
+from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock
 from tempme_vl.frontend import FramePlace
 from tempme_vl.state import AttentionContext, TokenState, at_least_float32
 from tempme_vl.tuning.base import AddedModules
@@ -67,7 +67,7 @@ class Dgl(AddedModules):
         ValueError: a model whose towers are not both CLIP's, or whose text tower is the deeper one.
         """
         text, blocks, shape = model.clip_text(), model.visual_blocks(), model.frontend.shape
-        if not all(isinstance(block, OpenClipBlock) for block in blocks) or len(text.blocks) > len(blocks):
+        if not all(isinstance(block, OpenCLIPBlock) for block in blocks) or len(text.blocks) > len(blocks):
             raise ValueError(
                 "dgl reads queries, keys and values of CLIP's own visual tower, whose blocks have prompts for those of "
                 f"the text; got {type(blocks[0]).__name__} x {len(blocks)} with {len(text.blocks)} of the text: choose "
@@ -148,10 +148,10 @@ class GlobalAndLocal(BlockPlace):
         self.made, self.layer, self.start = (prompts,), layer, (start,)  # `VideoFeature` owns them
 
     def attention_step(self, block: BlockAdapter, state: S) -> tuple[S, AttentionContext]:
-        done, attention = self._attend(cast(OpenClipBlock, block), cast(TokenState, state))
+        done, attention = self._attend(cast(OpenCLIPBlock, block), cast(TokenState, state))
         return cast(S, done), attention
 
-    def _attend(self, block: OpenClipBlock, state: TokenState) -> tuple[TokenState, AttentionContext]:
+    def _attend(self, block: OpenCLIPBlock, state: TokenState) -> tuple[TokenState, AttentionContext]:
         rows, n, _ = state.x.shape
         videos, clips = rows // state.num_clips, state.num_clips
         video = state.video_tokens

@@ -13,14 +13,14 @@ from tempme_vl.tuning.base import Tuning
 if TYPE_CHECKING:
     from tempme_vl.backbones.base import BlockAdapter
     from tempme_vl.frontend import VisualFrontend
-    from tempme_vl.text.clip import ClipTextEncoder
+    from tempme_vl.text.clip import CLIPTextEncoder
 
 
 class TunableModel(nn.Module):
     """A model that a `Tuning` can be applied to.
 
     A tuning may put modules into these places: `BlockAdapter.tuned` of every block of both towers,
-    `ClipTextEmbed.tuned` where words are embedded, `VisualFrontend.tuned` where frames become a video.
+    `CLIPTextEmbed.tuned` where words are embedded, `VisualFrontend.tuned` where frames become a video.
 
     Attributes:
         tuning: the one that is.
@@ -94,16 +94,16 @@ class TunableModel(nn.Module):
         """The blocks of the visual tower in order."""
         return [cast("BlockAdapter", block.block) for block in self.frontend.blocks]
 
-    def clip_text(self) -> ClipTextEncoder:
+    def clip_text(self) -> CLIPTextEncoder:
         """The text tower, whose blocks and words have places for modules.
 
         Raises:
             ValueError: it is none of open_clip's.
         """
-        from tempme_vl.text.clip import ClipTextEncoder
+        from tempme_vl.text.clip import CLIPTextEncoder
 
         text = getattr(self, "text", None)
-        if not isinstance(text, ClipTextEncoder):
+        if not isinstance(text, CLIPTextEncoder):
             tower = "" if text is None else f" with {type(text).__name__}"
             raise ValueError(
                 "expected a model with a text tower of open_clip, whose blocks have places for a tuning's modules; "

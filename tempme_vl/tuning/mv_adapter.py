@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import BlockAdapter, BlockPlace, BlockState, QuickGELU, S
-from tempme_vl.backbones.open_clip_blocks import OpenClipBlock
+from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock
 from tempme_vl.state import TokenState
 from tempme_vl.tuning.base import AddedModules
 from tempme_vl.tuning.block import Block
@@ -83,7 +83,7 @@ class MvAdapter(AddedModules):
             makes the CLS tokens of several frames one.
         """
         text, blocks, schedule = model.clip_text(), model.visual_blocks(), model.frontend.schedule
-        if not all(isinstance(block, OpenClipBlock) for block in blocks):
+        if not all(isinstance(block, OpenCLIPBlock) for block in blocks):
             raise ValueError(
                 f"mv_adapter stands in CLIP's own blocks; got {type(blocks[0]).__name__}: choose adapter or lora"
             )
@@ -92,7 +92,7 @@ class MvAdapter(AddedModules):
                 f"mv_adapter reads every frame's CLS token, and {schedule.method!r} makes those of several frames one: "
                 "choose adapter, or another method"
             )
-        visual = cast(list[OpenClipBlock], blocks), model.frontend.shape.width, schedule.frames
+        visual = cast(list[OpenCLIPBlock], blocks), model.frontend.shape.width, schedule.frames
         vectors = [Vector(self.factor) for _ in ((0, 0) if self.shared is None else self.shared)]
         for tower, width, frames in (visual, (text.adapters(), text.width, None)):
             count = len(tower)
@@ -207,7 +207,7 @@ class Beside(BlockPlace):
         self.block, self.activation = Block(width, heads), QuickGELU()
 
     def mlp_step(self, block: BlockAdapter, state: S) -> S:
-        own, x = cast(OpenClipBlock, block), state.x
+        own, x = cast(OpenCLIPBlock, block), state.x
         normed = own.ln_2(x)
         given = own.ls_2(own.mlp(normed))
         read = {"seq": given, "par": x, "ln_par": normed}[self.reads]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from torch import nn
 
 from tempme_vl.backbones.base import BlockAdapter, BlockPlace, S
-from tempme_vl.backbones.open_clip_blocks import OpenClipBlock
+from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock
 from tempme_vl.state import AttentionContext, TokenState
 from tempme_vl.tuning.lora import Lora
 
@@ -50,7 +50,7 @@ class TestaClip(Lora):
             frames in one clip.
         """
         tower = model.visual_blocks()
-        if not all(isinstance(block, OpenClipBlock) for block in tower):
+        if not all(isinstance(block, OpenCLIPBlock) for block in tower):
             raise ValueError(
                 f"testa_clip copies attention of CLIP's own blocks; got {type(tower[0]).__name__}: choose lora"
             )
@@ -60,7 +60,7 @@ class TestaClip(Lora):
         for number in numbers:
             if not 0 <= number <= last:
                 raise ValueError(f"testa_clip: expected numbers of blocks from 0 to {last}; got {number}")
-            tower[number].tuned = OverTime(cast(OpenClipBlock, tower[number]))
+            tower[number].tuned = OverTime(cast(OpenCLIPBlock, tower[number]))
         if all(clips[number] == 1 for number in numbers):
             raise ValueError(
                 f"testa_clip: method {model.frontend.schedule.method!r} leaves one clip in all of the blocks "
@@ -78,7 +78,7 @@ class TestaClip(Lora):
 class OverTime(BlockPlace):
     """Attention of each patch to those of its number in other clips, in front of the block's own."""
 
-    def __init__(self, block: OpenClipBlock):
+    def __init__(self, block: OpenCLIPBlock):
         super().__init__()
         self.norm: nn.Module = deepcopy(block.ln_1)
         self.attn = deepcopy(block.attn)

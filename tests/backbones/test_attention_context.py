@@ -16,7 +16,8 @@ from tempme_vl import create_frontend
 from tempme_vl.backbones import hf, umt
 from tempme_vl.backbones import timm as timm_family
 from tempme_vl.backbones.base import Backbone
-from tempme_vl.backbones.open_clip import load_clip, visual_backbone
+from tempme_vl.backbones.open_clip import load_clip
+from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.state import AttentionContext
 
 WIDTH, HEADS, TOKENS = 32, 4, 17

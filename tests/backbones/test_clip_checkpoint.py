@@ -21,7 +21,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from tempme_vl import create_frontend
 from tempme_vl.backbones.clip_checkpoint import name_clip, read_clip
-from tempme_vl.backbones.open_clip import TINY_CONFIGS, load_clip
+from tempme_vl.backbones.open_clip import load_clip
+from tempme_vl.backbones.open_clip_models import TINY_CONFIGS
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
 
 # what `towers.small_clip` builds, by name

@@ -13,17 +13,13 @@ from towers import random_video, small_clip, tempme_schedule, tiny_frontend
 
 from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
 from tempme_vl.backbones.base import Preprocessing, QuickGELU, SelfAttention, square_side
-from tempme_vl.backbones.open_clip import (
-    Config,
-    clip_from_openai,
-    load_clip,
-    model_config,
-    visual_from_openai,
-)
-from tempme_vl.backbones.open_clip_blocks import OpenClipBlock, visual_backbone
+from tempme_vl.backbones.open_clip import load_clip
+from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock, visual_backbone
+from tempme_vl.backbones.open_clip_models import Config, model_config
+from tempme_vl.backbones.openai import clip_from_openai, visual_from_openai
 from tempme_vl.families import split_name
 from tempme_vl.tasks.retrieval import RetrievalModel
-from tempme_vl.text import ClipTextEncoder
+from tempme_vl.text import CLIPTextEncoder
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("ViT-B-16", "ViT-B-32", "ViT-B-16-quickgelu")]
 
@@ -44,7 +40,7 @@ def test_real_towers_equal_open_clip_and_export_back(original: open_clip.CLIP) -
     backbone = visual_backbone(deepcopy(original.visual))
     schedule = MergeSchedule.identity(12, 2, backbone.shape.tokens)
     frontend = VisualFrontend(backbone, schedule)
-    text = ClipTextEncoder(deepcopy(original))
+    text = CLIPTextEncoder(deepcopy(original))
     video = random_video(2, 224, videos=1)
     ids = torch.zeros(2, 77, dtype=torch.int64)
     ids[0, :4], ids[1, :3] = torch.tensor([49406, 7, 320, 49407]), torch.tensor([49406, 525, 49407])
@@ -160,7 +156,7 @@ def test_unknown_modules_are_refused() -> None:
     block = small_clip().visual.transformer.resblocks[0]
     block.adapter = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"got ResidualAttentionBlock with \['adapter', .*open_clip_torch \d"):
-        OpenClipBlock(block)
+        OpenCLIPBlock(block)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tempme_vl.data.retrieval import EvalCaptions, EvalVideos, TrainPairs, capti
 from tempme_vl.data.splits import RetrievalSplit, Video
 from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.tasks.losses import contrastive_loss
-from tempme_vl.text.tokenizers import ClipTokenizer
+from tempme_vl.text.tokenizers import CLIPTokenizer
 from tempme_vl.training.sampler import StepSampler
 
 CAPTIONS = (("a dog runs", "a dog"), ("a cat sleeps",), ("A dog",), ("a broken one",))
@@ -44,7 +44,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 
 def test_every_caption_is_a_pair_with_its_video(split: RetrievalSplit, reader: VideoReader) -> None:
-    pairs = TrainPairs(split, reader, ClipTokenizer(6))
+    pairs = TrainPairs(split, reader, CLIPTokenizer(6))
     items = [pairs[0, index] for index in range(len(pairs))]
     assert [item["name"] for item in items] == ["a#0", "a#1", "b#0", "c#0", "d#0"]
     assert [item["video_id"] for item in items] == [0, 0, 1, 2, 3]
@@ -61,10 +61,10 @@ def test_every_caption_is_a_pair_with_its_video(split: RetrievalSplit, reader: V
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(split: RetrievalSplit, reader: VideoReader) -> None:
-    first, second = (TrainPairs(split, reader, ClipTokenizer(6), seed=3) for _ in range(2))
+    first, second = (TrainPairs(split, reader, CLIPTokenizer(6), seed=3) for _ in range(2))
     _ = [second[1, index] for index in range(3)]  # what was read before does not matter
     assert same(first[0, 2], second[0, 2])
-    other_seed = TrainPairs(split, reader, ClipTokenizer(6), seed=4)
+    other_seed = TrainPairs(split, reader, CLIPTokenizer(6), seed=4)
     assert different([first[epoch, 2]["video"] for epoch in range(4)]) == 4
     assert different([part[0, 2]["video"] for part in (first, other_seed)]) == 2
     assert different([first[0, index]["video"] for index in (0, 1)]) == 2, "two captions of one video"
@@ -75,7 +75,7 @@ def test_neighbouring_seeds_share_no_epoch(tmp_path: Path) -> None:
     long = Video("long", write_video(tmp_path / "long.mp4", num_frames=120))
     split = RetrievalSplit("test/train", (long,), (("a", "b"),))
     reader = VideoReader(6, VideoTransform(Preprocess(image_size=16)), "segment", timeout=None, on_broken="raise")
-    parts = [TrainPairs(split, reader, ClipTokenizer(6), seed) for seed in range(2)]
+    parts = [TrainPairs(split, reader, CLIPTokenizer(6), seed) for seed in range(2)]
     videos = [part[epoch, index]["video"] for part in parts for epoch in range(2) for index in range(2)]
     assert different(videos) == 8
 
@@ -83,7 +83,7 @@ def test_neighbouring_seeds_share_no_epoch(tmp_path: Path) -> None:
 def test_loader_processes_give_the_same_batches(split: RetrievalSplit, reader: VideoReader) -> None:
     def batches(workers: int) -> list[dict[str, Any]]:
         sampler = StepSampler(5, 2, 2, seed=0)
-        pairs = TrainPairs(split, reader, ClipTokenizer(6))
+        pairs = TrainPairs(split, reader, CLIPTokenizer(6))
         return list(DataLoader(pairs, batch_sampler=sampler, num_workers=workers))
 
     alone, parallel = batches(0), batches(2)
@@ -92,7 +92,7 @@ def test_loader_processes_give_the_same_batches(split: RetrievalSplit, reader: V
 
 
 def test_a_video_that_could_not_be_read_leaves_the_loss(split: RetrievalSplit, reader: VideoReader) -> None:
-    pairs = TrainPairs(split, reader, ClipTokenizer(6))
+    pairs = TrainPairs(split, reader, CLIPTokenizer(6))
     (batch,) = DataLoader(pairs, batch_size=5, sampler=[(0, index) for index in range(5)])
     assert batch["valid"].tolist() == [1, 1, 1, 1, 0]
     video, text = (torch.nn.functional.normalize(torch.randn(5, 8), dim=-1) for _ in range(2))
@@ -110,12 +110,12 @@ def test_a_video_that_could_not_be_read_leaves_the_loss(split: RetrievalSplit, r
 
 def test_evaluation_keeps_order_and_place(split: RetrievalSplit, reader: VideoReader) -> None:
     plain = replace(reader, transform=VideoTransform(Preprocess(image_size=16)))
-    videos, captions = EvalVideos(split.videos, plain), EvalCaptions(split, ClipTokenizer(6))
+    videos, captions = EvalVideos(split.videos, plain), EvalCaptions(split, CLIPTokenizer(6))
     assert [videos[index]["valid"] for index in range(len(videos))] == [1, 1, 1, 0]
     assert torch.equal(videos[1]["times"], plain(split.videos[1]).times)
     assert len(captions) == 5
     assert captions.video_of_caption == [0, 0, 1, 2, 3]
-    ids, mask = ClipTokenizer(6)("a cat sleeps")
+    ids, mask = CLIPTokenizer(6)("a cat sleeps")
     assert same(captions[2], {"text_ids": ids, "text_mask": mask})
 
 

@@ -23,7 +23,7 @@ from tempme_vl.evaluation.metrics import dual_softmax, multi_caption_metrics, re
 from tempme_vl.evaluation.options import RetrievalOptions
 from tempme_vl.evaluation.retrieval import Embeddings, embed, retrieval_report
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
-from tempme_vl.text.tokenizers import ClipTokenizer, word_vocabulary
+from tempme_vl.text.tokenizers import CLIPTokenizer, word_vocabulary
 
 COMMAND = Path(__file__).parents[2] / "eval" / "retrieval.py"
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_embeddings_and_report_are_those_of_the_functions(run, checkpoint, data)
     split, model = command.split_of(options), RetrievalModel.from_pretrained(checkpoint).eval()
     preprocess = model.frontend.preprocessing
     reader = command.VideoReader(4, command.VideoTransform(preprocess), "uniform", timeout=None, on_broken="raise")
-    captions = EvalCaptions(split, ClipTokenizer(32))
+    captions = EvalCaptions(split, CLIPTokenizer(32))
     expected = embed(model, EvalVideos(split.videos, reader), captions, captions.video_of_caption, CPU, workers=0)
     torch.testing.assert_close(embeddings.video, expected.video)
     torch.testing.assert_close(embeddings.text, expected.text)

@@ -173,11 +173,11 @@ def test_no_text_side_and_no_words_are_said(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyConfig(clip_family.towers.Config):
+class ToyConfig(clip_family.models.Config):
     family: Any = "toy"
 
 
-def toy_config(config: clip_family.towers.Config, name: str) -> ToyConfig:
+def toy_config(config: clip_family.models.Config, name: str) -> ToyConfig:
     return ToyConfig(**{**vars(config), "family": "toy", "name": name})
 
 

@@ -14,7 +14,7 @@ from towers import random_video, small_clip
 
 from tempme_vl import MergeSchedule, VisualFrontend, kernels
 from tempme_vl.backbones.base import QuickGELU
-from tempme_vl.backbones.open_clip import visual_backbone
+from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.kernels import merging
 from tempme_vl.kernels.activation import quick_gelu
 from tempme_vl.matching import MergeMap, bipartite_match

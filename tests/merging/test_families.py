@@ -13,7 +13,7 @@ from towers import every_way, random_video, small_clip, way
 from tempme_vl import VisualFrontend, create_frontend
 from tempme_vl.backbones import hf
 from tempme_vl.backbones.base import Backbone
-from tempme_vl.backbones.open_clip import visual_backbone
+from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.backbones.timm import backbone_of
 from tempme_vl.merging import METHODS
 

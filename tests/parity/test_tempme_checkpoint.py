@@ -16,7 +16,7 @@ import torch
 from cases import Case, find
 from torch import Tensor
 
-from tempme_vl.backbones.open_clip import TINY_CONFIGS
+from tempme_vl.backbones.open_clip_models import TINY_CONFIGS
 from tempme_vl.merging import MergeSchedule, make_schedule
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
 from tempme_vl.tuning import Lora

@@ -14,7 +14,7 @@ from towers import TINY, random_video
 
 from tempme_vl.tasks.losses import LogitScale, contrastive_loss
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
-from tempme_vl.tuning import Clip4Clip, Lora
+from tempme_vl.tuning import CLIP4Clip, Lora
 
 OPTIONS = {"r": 2, "merge_layers": (2, 4), "merge_frames": (2, 3), "cross_percent": 40, "intra_percent": 20}
 
@@ -124,7 +124,7 @@ def trainable(model: torch.nn.Module) -> int:
 
 def test_clip4clip_freezes_the_input_side(b32: RetrievalModel) -> None:
     """The numbers of CLIP4Clip's full fine-tuning of B/32; clip positions come on top."""
-    Clip4Clip().apply(b32)
+    CLIP4Clip().apply(b32)
     new = sum(p.numel() for name, p in b32.named_parameters() if b32.is_new_parameter(name))
     assert new == (12 + 6 + 3) * 768
     assert trainable(b32) - new == 123_540_993

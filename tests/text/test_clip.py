@@ -9,7 +9,7 @@ import pytest
 import torch
 from towers import small_clip
 
-from tempme_vl.text import ClipTextEncoder
+from tempme_vl.text import CLIPTextEncoder
 
 LENGTHS = (3, 7, 12)
 
@@ -27,13 +27,13 @@ def captions() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_equals_open_clip(quick_gelu: bool) -> None:
     clip = small_clip(quick_gelu)
-    text, (ids, mask) = ClipTextEncoder(deepcopy(clip)), captions()
+    text, (ids, mask) = CLIPTextEncoder(deepcopy(clip)), captions()
     torch.testing.assert_close(text(ids, mask), clip.encode_text(ids), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_padding_never_changes_a_feature(dtype: torch.dtype) -> None:
-    text, (ids, mask) = ClipTextEncoder(small_clip()), captions()
+    text, (ids, mask) = CLIPTextEncoder(small_clip()), captions()
     expected = text(ids, mask.to(dtype))
     filled = torch.where(mask.bool(), ids, torch.randint(0, 100, ids.shape))
     assert not torch.equal(filled, ids)
@@ -45,7 +45,7 @@ def test_padding_never_changes_a_feature(dtype: torch.dtype) -> None:
 
 
 def test_padding_gets_no_gradient() -> None:
-    text, (ids, mask) = ClipTextEncoder(small_clip()), captions()
+    text, (ids, mask) = CLIPTextEncoder(small_clip()), captions()
     text(ids[:1], mask[:1]).sum().backward()
     rows = text.embed.token_embedding.weight.grad.abs().sum(1)
     assert set(rows.nonzero().flatten().tolist()) == set(ids[0, : LENGTHS[0]].tolist())
@@ -53,7 +53,7 @@ def test_padding_gets_no_gradient() -> None:
 
 
 def test_words_see_only_what_came_before() -> None:
-    text, (ids, _) = ClipTextEncoder(small_clip()), captions()
+    text, (ids, _) = CLIPTextEncoder(small_clip()), captions()
     mask = torch.ones(1, 12, dtype=torch.int64)
     hidden = []
     text.blocks[-1].ln_2.register_forward_hook(lambda _, __, out: hidden.append(out))
@@ -66,7 +66,7 @@ def test_words_see_only_what_came_before() -> None:
 
 
 def test_checkpointing_is_exact() -> None:
-    plain, (ids, mask) = ClipTextEncoder(small_clip()), captions()
+    plain, (ids, mask) = CLIPTextEncoder(small_clip()), captions()
     checkpointed = deepcopy(plain)
     checkpointed.grad_checkpointing = True
     expected, actual = plain(ids, mask), checkpointed(ids, mask)
@@ -78,7 +78,7 @@ def test_checkpointing_is_exact() -> None:
 
 
 def test_precisions() -> None:
-    text, (ids, mask) = ClipTextEncoder(small_clip()), captions()
+    text, (ids, mask) = CLIPTextEncoder(small_clip()), captions()
     expected = text(ids, mask)
     with torch.autocast("cpu", torch.bfloat16):
         half = text(ids, mask)
@@ -91,7 +91,7 @@ def test_precisions() -> None:
 
 
 def test_too_long_or_of_two_shapes() -> None:
-    text = ClipTextEncoder(small_clip())
+    text = CLIPTextEncoder(small_clip())
     with pytest.raises(ValueError, match=r"\(B, L\) with L <= 12; got \(1, 13\) and \(1, 13\)"):
         text(torch.ones(1, 13, dtype=torch.int64), torch.ones(1, 13))
     with pytest.raises(ValueError, match=r"got \(2, 12\) and \(2, 11\)"):
@@ -103,4 +103,4 @@ def test_other_pooling_is_refused(change: dict) -> None:
     vision = {"image_size": 8, "layers": 1, "width": 8, "head_width": 8, "patch_size": 8}
     text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1, **change}
     with pytest.raises(ValueError, match=r"expected a text tower pooled at the end token .*, with a projection; this"):
-        ClipTextEncoder(open_clip.CLIP(8, vision, text))
+        CLIPTextEncoder(open_clip.CLIP(8, vision, text))

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tempme_vl.backbones import open_clip as clip_family
+from tempme_vl.backbones.open_clip_blocks import visual_backbone
+from tempme_vl.backbones.open_clip_models import build_clip
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, VideoQAModel
 from tempme_vl.tasks.qa.question import QuestionEncoder
 from tempme_vl.tasks.retrieval import RetrievalModel
-from tempme_vl.text import BertDecoder, BertShape, ClipTextEncoder
+from tempme_vl.text import BertDecoder, BertShape, CLIPTextEncoder
 from tempme_vl.training import distributed
 from tempme_vl.training.engine import TrainConfig, Trainer
 from tempme_vl.training.optim import parameter_groups
@@ -37,14 +38,14 @@ def small_model(task: str = "retrieval") -> RetrievalModel | VideoQAModel:
     """TempMe with two joins on 17 tokens a frame, its clip positions away from zero; retrieval, whole or by LoRA, or a
     head of QA."""
     torch.manual_seed(0)
-    clip = clip_family.build_clip(SMALL_CLIP)
+    clip = build_clip(SMALL_CLIP)
     options = {"r": 1, "merge_layers": (1, 2), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
     frontend = VisualFrontend(
-        clip_family.visual_backbone(clip.visual), make_schedule("tempme", 3, FRAMES, 17, **options), {"family": "x"}
+        visual_backbone(clip.visual), make_schedule("tempme", 3, FRAMES, 17, **options), {"family": "x"}
     )
     frontend.init_clip_positions(0.5)
     if task in ("retrieval", "lora"):
-        model = RetrievalModel(frontend, ClipTextEncoder(clip), {"text_cfg": SMALL_CLIP["text_cfg"]})
+        model = RetrievalModel(frontend, CLIPTextEncoder(clip), {"text_cfg": SMALL_CLIP["text_cfg"]})
         if task == "lora":
             model.tune(Lora(rank=2))
         return model

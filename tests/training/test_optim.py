@@ -10,12 +10,12 @@ import torch
 from training.models import small_model
 
 from tempme_vl.training.optim import parameter_groups, warmup_cosine
-from tempme_vl.tuning import Clip4Clip
+from tempme_vl.tuning import CLIP4Clip
 
 
 def test_each_trainable_parameter_is_in_its_one_group() -> None:
     model = small_model()
-    model.tune(Clip4Clip())
+    model.tune(CLIP4Clip())
     groups = parameter_groups(model, lr=1e-7, lr_new=1e-4, weight_decay=0.2, is_new=model.is_new_parameter)
     found = {id(parameter): group for group in groups for parameter in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in groups)

@@ -12,10 +12,11 @@ from training.processes import run
 from tuning.models import Pairs, make, outputs, train, trained
 
 from tempme_vl import VisualFrontend, create_frontend
-from tempme_vl.backbones.open_clip import build_clip, model_config, visual_backbone
+from tempme_vl.backbones.open_clip_blocks import visual_backbone
+from tempme_vl.backbones.open_clip_models import build_clip, model_config
 from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.retrieval import RetrievalModel, load_retrieval_model
-from tempme_vl.text.clip import ClipTextEncoder
+from tempme_vl.text.clip import CLIPTextEncoder
 from tempme_vl.training import distributed
 from tempme_vl.training.engine import Trainer
 from tempme_vl.tuning import TUNINGS, Lora, Tuning, find_tuning
@@ -208,6 +209,6 @@ def trainable(name: str, options: dict[str, Any], tower: str, tokens: int, metho
     with torch.device("meta"):
         clip = build_clip(model_config(tower))
         frontend = VisualFrontend(visual_backbone(clip.visual), make_schedule(method, 12, 12, tokens))
-        model = RetrievalModel(frontend, ClipTextEncoder(clip), {})
+        model = RetrievalModel(frontend, CLIPTextEncoder(clip), {})
         model.tune(find_tuning(name, options))
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
