@@ -37,7 +37,11 @@ OTHER_WAYS: dict[str, list[dict[str, Any]]] = {
 
 def every_way(layers: int = 6, frames: int = 6, shape: TowerShape = TINY_SHAPE) -> list[MergeSchedule]:
     """Schedules of all methods for a tower: of their settings or the usual budget, and of `OTHER_WAYS`."""
-    names = [name for name, method in METHODS.items() if method.joint or not shape.joint]
+    names = [
+        name
+        for name, method in METHODS.items()
+        if (method.joint or not shape.joint) and (shape.num_prefix or "cls_rows" not in method.reads)
+    ]
     return [
         schedule_for(name, layers, shape, frames, **options)
         for name in names

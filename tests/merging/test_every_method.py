@@ -167,7 +167,7 @@ def test_behind_a_tower(method: str) -> None:
         assert "reads attention" in str(error) if reads else str(error) == METHODS[method].behind
         return
     x = torch.randn(FRAMES, 30, 8, generator=torch.Generator().manual_seed(0))
-    schedule = make_plan(method, FRAMES, 30, behind.options())
+    schedule = make_plan(method, FRAMES, (5, 6), behind.options())
     clips = merge(FrameFeatures(x, (5, 6), (x,)), schedule)
     assert clips.x.shape[0] * clips.x.shape[1] == schedule.output_tokens
     assert (clips.source.diff(dim=1) > 0).all() and clips.source.max() < FRAMES * 30
