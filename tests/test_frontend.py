@@ -27,7 +27,7 @@ from tempme_vl.state import AttentionContext
 SCHEDULES = [
     tempme_schedule(),
     MergeSchedule.tempme(6, 6, 17, 2, (2, 3, 5), (1, 3, 2), 100, 100),
-    *(schedule for schedule in every_way() if schedule.method != "tempme"),
+    *(schedule for schedule in every_way(others=False) if schedule.method != "tempme"),
 ]
 FIELDS = ("tokens", "pooled", "size", "frames", "source")
 

@@ -35,7 +35,9 @@ OTHER_WAYS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def every_way(layers: int = 6, frames: int = 6, shape: TowerShape = TINY_SHAPE) -> list[MergeSchedule]:
+def every_way(
+    layers: int = 6, frames: int = 6, shape: TowerShape = TINY_SHAPE, others: bool = True
+) -> list[MergeSchedule]:
     """Schedules of all methods for a tower: of their settings or the usual budget, and of `OTHER_WAYS`."""
     names = [
         name
@@ -45,7 +47,7 @@ def every_way(layers: int = 6, frames: int = 6, shape: TowerShape = TINY_SHAPE) 
     return [
         schedule_for(name, layers, shape, frames, **options)
         for name in names
-        for options in [{}, *OTHER_WAYS.get(name, [])]
+        for options in [{}, *(OTHER_WAYS.get(name, []) if others else [])]
     ]
 
 

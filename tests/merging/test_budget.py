@@ -76,7 +76,7 @@ def test_methods_that_drop_keep_a_budget_and_a_number_of_tokens(method: str, nam
 
 @pytest.mark.parametrize("method", ["reduction_only", "centerclip", "testa", "random", "uniform", "pool"])
 def test_other_methods_keep_a_budget(method: str) -> None:
-    for name, budget in itertools.product(("B/32", "B/16", "UMT L/16"), (0.35, 0.5, 0.8)):
+    for name, budget in itertools.product(("B/32", "UMT L/16"), (0.35, 0.8)):
         schedule = schedule_of(TOWERS[name], method, 12, budget=budget)
         assert budget - 0.04 < share(schedule, TOWERS[name]) <= budget, (name, budget)
         few = schedule_of(TOWERS[name], method, 12, tokens=12 * 40).output_tokens
