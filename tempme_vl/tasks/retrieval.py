@@ -363,7 +363,8 @@ def _assemble(frontend: VisualFrontend, pair: Pair, head: SimilarityHead | None 
     if pair.export is None:
         return model
     if pair.export.kind == RetrievalConfig.kind:
-        load_exported_rest(model, pair.export, anew=("head.",))
+        of_heads = model.head.learns or any(name.startswith("head.") for name in pair.export.state)
+        load_exported_rest(model, pair.export, anew=("head.",) if of_heads else ())  # the head: see `_load_head`
     else:
         raise ValueError(f"{pair.export.folder} holds a {pair.export.kind} model, without a text tower for retrieval")
     return model

@@ -6,7 +6,7 @@ Letters: V videos, T texts, M tokens of a video, L words of a text, E embedding 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -102,10 +102,6 @@ class SimilarityHead(Head, nn.Module):
     def learns(self) -> bool:
         """Whether it has weights of its own: they see all pairs of a batch at once, so that it has no chunks."""
         return next(self.parameters(), None) is not None
-
-    def saved(self) -> dict[str, Any]:
-        """JSON data from which it is created again."""
-        return {"head": self.name, "head_options": asdict(self.told)}
 
 
 def token_embeddings(frontend: VisualFrontend, output: FrontendOutput, of: Seen = "tokens") -> Tensor:
