@@ -154,7 +154,7 @@ LIBRARIES: dict[str, Library] = {
         "3.3.0",
         (
             Use(
-                "backbones/open_clip.py",
+                "backbones/open_clip_models.py",
                 (
                     "open_clip.transformer.VisionTransformer",
                     "preprocess_cfg",
