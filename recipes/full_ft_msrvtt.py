@@ -11,7 +11,7 @@ The same on two nodes (hostfile: one line "worker-1 slots=8" a node; the data un
     deepspeed --hostfile hosts --num_nodes 2 --num_gpus 8 recipes/full_ft_msrvtt.py --data-root /data/msrvtt ...
 
 UMT B/16 with its frames apart (UMT4Clip) and TempMe, from a public UMT checkpoint (not yet measured; paper: 209.2):
-    deepspeed --num_gpus 8 recipes/full_ft_msrvtt.py --data-root /data/msrvtt --model umt:b16 --mode clip \
+    deepspeed --num_gpus 8 recipes/full_ft_msrvtt.py --data-root /data/msrvtt --model umt:b16 --mode per_frame \
         --pretrained b16_25m.pth --lr 1e-5 --warmup 0.1 --deepspeed-config recipes/ds/zero2.json
 
 TempMe's own weights, or CLIP4Clip's, evaluated as they are; and a second stage on another data set:

@@ -326,7 +326,7 @@ class VisualFrontend(Shareable, nn.Module):
             state: with or without the "vision_encoder." prefix; "vision_proj" is used where there is one, else the
                 pooled embedding is as wide as the tower.
             heads: attention heads (width // 64 in UMT's models).
-            mode: "joint" (all frames attend together) or "clip" (frames apart); the schedule becomes one of that mode.
+            mode: "joint" (all frames attend together) or "per_frame" (apart); the schedule becomes one of that mode.
             positions, pretrained_frames: see `tempme_vl.backbones.umt.UMTConfig`.
 
         Raises:
@@ -472,7 +472,7 @@ def create_frontend(
             tower trained from scratch needs about 0.5.
         budget, tokens: what a video may cost at most, as a share of the GFLOPs without merging, or in tokens that leave
             the encoder; options of the method that are not given are chosen for it (`schedule_for`).
-        options: those of the method (`make_schedule`) and of the family: for UMT, mode="clip" (frames apart, the
+        options: those of the method (`make_schedule`) and of the family: for UMT, mode="per_frame" (frames apart, the
             default) or "joint" and positions="image" or "joint" (`tempme_vl.backbones.umt.UMTConfig`); for hf and
             timm, layer and image_size (`load_tower` in `tempme_vl.backbones.hf` and `.timm`).
 

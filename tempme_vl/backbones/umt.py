@@ -36,9 +36,23 @@ from tempme_vl.weights.exports import find_export, load_exported_tower, tower_pa
 
 _log = logging.getLogger(__name__)
 
-Mode = Literal["joint", "clip"]
+Mode = Literal["joint", "per_frame"]
+Stored = Literal["joint", "clip"]  # as files name a mode, and UMT itself; a clip is something else here
 Positions = Literal["image", "joint"]
 Frames = Annotated[int, Range(1, 10_000)]
+
+
+def stored_mode(mode: str) -> Stored:
+    """A mode, "joint" or "per_frame", as a configuration has it. The latter's older name "clip" is accepted, and noted.
+
+    Raises:
+        ValueError: another one.
+    """
+    if mode == "clip":
+        _log.info("mode='clip' is the older name of mode='per_frame'")
+    elif mode not in get_args(Mode):
+        raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(get_args(Mode))}")
+    return "joint" if mode == "joint" else "clip"
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class UMTConfig:
     Attributes:
         embed_dim: E, width of the projected embedding; None leaves the pooled tokens as they are.
         num_frames: F; the position table of the joint mode needs it.
-        mode: "joint" or "clip" (frames apart).
+        mode: "joint" or "clip" (frames apart); see `stored_mode`.
         positions: for frames apart: "image", UMT's own table for single frames, or "joint", each frame's part of the
             table for all frames.
         pretrained_frames: frames that the joint table is made for before it is stretched linearly in time to
@@ -65,7 +79,7 @@ class UMTConfig:
     heads: Size
     embed_dim: Size | None
     num_frames: Frames
-    mode: Mode = "joint"
+    mode: Stored = "joint"
     positions: Positions = "image"
     pretrained_frames: Frames | None = None
     mlp_ratio: Annotated[float, Range(0.01, 100)] = 4.0
@@ -75,7 +89,7 @@ class UMTConfig:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("mode", self.mode, get_args(Mode)),
+            ("mode", self.mode, get_args(Stored)),
             ("positions", self.positions, get_args(Positions)),
         ):
             if value not in known:
@@ -117,7 +131,7 @@ def model_config(name: str, num_frames: int, mode: Mode, positions: Positions = 
     if name not in _MODELS:
         raise ValueError(f"UMT has no model {name!r}; expected one of {', '.join(_MODELS)}")
     shape = {"image_size": 224, "patch_size": 16, **_MODELS[name]}
-    return UMTConfig(num_frames=num_frames, mode=mode, positions=positions, **shape)
+    return UMTConfig(num_frames=num_frames, mode=stored_mode(mode), positions=positions, **shape)
 
 
 def sinusoid_table(positions: int, width: int) -> Tensor:
@@ -307,7 +321,7 @@ def config_of(
         heads=heads,
         embed_dim=None if head is None else head.shape[0],
         num_frames=num_frames,
-        mode=mode,
+        mode=stored_mode(mode),
         positions=positions,
         pretrained_frames=pretrained_frames,
         mlp_ratio=4.0 if hidden is None else hidden.shape[0] / width,
@@ -360,7 +374,7 @@ def saved_config(config: UMTConfig) -> Config:
 
 
 def load_tower(
-    name: str, pretrained: str | None, num_frames: int, mode: Mode = "clip", positions: Positions = "image"
+    name: str, pretrained: str | None, num_frames: int, mode: Mode = "per_frame", positions: Positions = "image"
 ) -> tuple[Backbone, Config]:
     """A tower by name, with its configuration.
 

@@ -29,8 +29,8 @@ from tempme_vl.tasks.retrieval import create_retrieval_model
 # how UMT's rows are measured: the method and the options of its tower
 UMT_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("none", {"mode": "joint"}),
-    "clip": ("none", {"mode": "clip"}),
-    "clip+tempme": ("tempme", {"mode": "clip"}),
+    "per_frame": ("none", {"mode": "per_frame"}),
+    "per_frame+tempme": ("tempme", {"mode": "per_frame"}),
 }
 _WORDS = tuple(map(str, range(30522)))  # as many as BERT's vocabulary has
 

@@ -11,7 +11,7 @@ from tempme_vl.data.datasets import ASKED, CAPTIONED
 from tempme_vl.data.options import EMBEDDED, DataOptions
 from tempme_vl.tuning import TUNINGS
 
-ROWS = Literal["open_clip", "none", "tome", "tempme", "joint", "clip", "clip+tempme"]
+ROWS = Literal["open_clip", "none", "tome", "tempme", "joint", "per_frame", "per_frame+tempme"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class EfficiencyOptions:
     """Measure one full-fine-tuning step (forward, backward, AdamW) of the retrieval model, not the tower's forward."""
     rows: tuple[ROWS, ...] = ()
     """The rows to measure, the first being the reference; default: all that the model has (open_clip's tower does not
-    train alone; UMT has joint, clip and clip+tempme)."""
+    train alone; UMT has joint, per_frame and per_frame+tempme)."""
     model: str = "open_clip:ViT-B-32-quickgelu"
     """open_clip:NAME, open_clip:tiny, or umt:b16, umt:l16, umt:tiny."""
     frames: int = 12

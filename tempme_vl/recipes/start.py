@@ -37,6 +37,9 @@ LATER: dict[str, Any] = {
     **{name: getattr(LLMOptions, name) for name in ("template", "lora_alpha", "lora_dropout", "dtype")},
 }
 
+# Values that got other names, as checkpoints have recorded them before.
+OLDER: dict[str, dict[Any, Any]] = {"mode": {"per_frame": "clip"}}
+
 # Fields of splits and questions as checkpoints have them in the hash of their annotations.
 RECORDED = {"videos": "clips", "video": "clip"}
 
@@ -91,6 +94,7 @@ def facts(options: RecipeOptions, model: Any, **splits: Any) -> dict[str, Any]:
     names = [field.name for field in fields(options) if field.name not in MAY_CHANGE | engine]
     chosen = {name: getattr(options, name) for name in names}
     chosen = {name: value for name, value in chosen.items() if name not in LATER or value != LATER[name]}
+    chosen |= {name: OLDER[name].get(chosen[name], chosen[name]) for name in OLDER if name in chosen}
     contents = {role: "none" if split is None else content(split) for role, split in splits.items()}
     return {**chosen, "model_config": model, "annotations": contents}
 

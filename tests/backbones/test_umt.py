@@ -51,7 +51,7 @@ few_schedules = pytest.mark.parametrize("name", FEW)
 def build(schedule: MergeSchedule, **changes: Any) -> VisualFrontend:
     """The tiny tower, none of its biases zero."""
     torch.manual_seed(0)
-    config = replace(model_config("tiny", schedule.frames, "joint" if schedule.joint else "clip"), **changes)
+    config = replace(model_config("tiny", schedule.frames, "joint" if schedule.joint else "per_frame"), **changes)
     frontend = VisualFrontend(umt.build(config), schedule, umt.saved_config(config))
     with torch.no_grad():
         for parameter in frontend.parameters():
@@ -186,7 +186,9 @@ def test_joint_frames_cannot_be_joined(options: dict) -> None:
         VisualFrontend.from_umt_state_dict(state, 4, 32, "joint", SCHEDULES["tempme"])
 
 
-@pytest.mark.parametrize(("mode", "name"), [("joint", "tome"), ("clip", "joint tome"), ("clip", "joint none")])
+@pytest.mark.parametrize(
+    ("mode", "name"), [("joint", "tome"), ("per_frame", "joint tome"), ("per_frame", "joint none")]
+)
 def test_schedule_of_the_other_mode(mode: str, name: str) -> None:
     there, given = ("joint", "apart") if mode == "joint" else ("apart", "joint")
     with pytest.raises(ValueError, match=rf"16 tokens a frame \(0 CLS\), frames {there}.*\(0 CLS\), {given}$"):
@@ -407,7 +409,7 @@ def test_names_go_back_bit_for_bit(name: str) -> None:
 @every_schedule
 def test_front_end_on_public_names(name: str, options: dict) -> None:
     frontend, schedule, video = tiny(name, **options), SCHEDULES[name], random_video(F)
-    mode = "joint" if schedule.joint else "clip"
+    mode = "joint" if schedule.joint else "per_frame"
     loaded = VisualFrontend.from_umt_state_dict(public(frontend), 4, 32, mode, schedule, **options)
     loaded.load_state_dict({k: v for k, v in frontend.state_dict().items() if "clip_position" in k}, strict=False)
     assert (loaded.shape, loaded.schedule) == (frontend.shape, schedule)
@@ -436,7 +438,7 @@ def write(state: dict[str, Tensor], path: Path) -> str:
 def test_pretrained_file(name: str, suffix: str, tmp_path: Path) -> None:
     frontend, schedule, video = tiny(name), SCHEDULES[name], random_video(F)
     file = write(public(frontend), tmp_path / f"umt{suffix}")
-    mode = "joint" if schedule.joint else "clip"
+    mode = "joint" if schedule.joint else "per_frame"
     options = {"mode": mode, "method": "tome", "num_frames": F, "r": schedule.plan[0].after}
     assert_equal(create_frontend(TINY, pretrained=file, **options)(video), frontend(video))
 
@@ -465,7 +467,7 @@ def test_saved_front_end_comes_back(name: str, positions: str, tmp_path: Path) -
 
 
 def test_front_end_without_a_head_comes_back(tmp_path: Path) -> None:
-    saved = VisualFrontend.from_umt_state_dict(stage1(tiny("none")), 4, 32, "clip", SCHEDULES["none"])
+    saved = VisualFrontend.from_umt_state_dict(stage1(tiny("none")), 4, 32, "per_frame", SCHEDULES["none"])
     saved.save_pretrained(tmp_path)
     assert_equal(VisualFrontend.from_pretrained(tmp_path)(random_video(F)), saved(random_video(F)))
 
@@ -493,13 +495,13 @@ def test_weights_that_do_not_fit(drop: str, add: dict[str, tuple[int, ...]], mes
     state = {key: value for key, value in public(tiny("none")).items() if key != drop}
     state |= {key: torch.zeros(shape) for key, shape in add.items()}
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        VisualFrontend.from_umt_state_dict(state, 4, 32, "clip", SCHEDULES["none"])
+        VisualFrontend.from_umt_state_dict(state, 4, 32, "per_frame", SCHEDULES["none"])
 
 
 def test_other_families_and_sizes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = {"visual.conv1.weight": torch.zeros(4, 3, 8, 8), "visual.transformer.resblocks.0.ln_1.weight": torch.ones(4)}
     with pytest.raises(ValueError, match=r"expected a UMT checkpoint.*OpenAI CLIP or open_clip"):
-        VisualFrontend.from_umt_state_dict(clip, 4, 32, "clip", SCHEDULES["none"])
+        VisualFrontend.from_umt_state_dict(clip, 4, 32, "per_frame", SCHEDULES["none"])
     with pytest.raises(ValueError, match=r"expected a UMT checkpoint.*OpenAI CLIP or open_clip"):
         create_frontend(TINY, pretrained=write(clip, tmp_path / "clip.safetensors"), method="none")
     narrow = umt.build(replace(config(), width=32, embed_dim=16))
@@ -520,7 +522,7 @@ def test_other_families_and_sizes_are_refused(tmp_path: Path, monkeypatch: pytes
     ("name", "options", "message"),
     [
         ("umt:b32", {}, r"UMT has no model 'b32'; expected one of tiny, b16, l16"),
-        (TINY, {"mode": "apart"}, r"unknown mode 'apart'; expected one of joint, clip"),
+        (TINY, {"mode": "apart"}, r"unknown mode 'apart'; expected one of joint, per_frame"),
         (TINY, {"positions": "learnt"}, r"unknown positions 'learnt'; expected one of image, joint"),
         (TINY, {"method": "none", "pretrained_frames": 4}, r"'none' does not know the options pretrained_frames"),
         ("open_clip:tiny", {"method": "none", "mode": "joint"}, r"'none' does not know the options mode"),
@@ -565,3 +567,10 @@ def test_named_models() -> None:
     )
     assert create_frontend(TINY, method="none").schedule == MergeSchedule.identity(6, 12, 16, 0), "frames apart"
     assert create_frontend(TINY, method="none", mode="joint", num_frames=2).schedule.joint
+
+
+def test_the_older_name_of_a_mode_is_accepted_and_noted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tempme_vl"):
+        older = create_frontend(TINY, method="none", mode="clip", num_frames=2)
+        assert "mode='clip' is the older name of mode='per_frame'" in caplog.text
+    assert older.schedule == create_frontend(TINY, method="none", mode="per_frame", num_frames=2).schedule

@@ -33,7 +33,7 @@ SCHEDULES = {
 TEMPME = {"r": 2, "merge_layers": (1, 2), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 20}
 TOWERS = {
     "open_clip": ("open_clip:tiny", {}),
-    "umt": ("umt:tiny", {"mode": "clip"}),
+    "umt": ("umt:tiny", {"mode": "per_frame"}),
     "timm": ("timm:vit_tiny_patch16_224", TEMPME),
 }
 every_schedule = pytest.mark.parametrize("method", SCHEDULES)

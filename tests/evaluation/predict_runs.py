@@ -54,7 +54,7 @@ def create(kind: str, train: QASplit) -> Saveable:
     if kind == "retrieval":
         return create_retrieval_model("open_clip:tiny", None, **TEMPME)
     if kind == "umt_retrieval":
-        return create_retrieval_model("umt:tiny", None, vocabulary=words, mode="clip", **TEMPME)
+        return create_retrieval_model("umt:tiny", None, vocabulary=words, mode="per_frame", **TEMPME)
     head = "classifier" if kind in ("classifier", "choice") else "decoder"
     answers = answer_vocabulary(train) if kind in ("classifier", "decoder") else ()
     return create_qa_model("open_clip:tiny", words, head, answers, **TEMPME)

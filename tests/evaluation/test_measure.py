@@ -85,7 +85,7 @@ def test_training_rows_share_weights_and_each_trains_all_of_its_own(monkeypatch,
 def test_the_command_measures_and_writes_json(tmp_path, monkeypatch, capsys):
     """One run for all: the table, the tiny tower's time, and its memory from a process of its own."""
     file = tmp_path / "out" / "report.json"
-    command = f"{COMMAND} --measure --model umt:tiny --frames 8 --repeats 2 --threads 1 --rows clip+tempme --r 1"
+    command = f"{COMMAND} --measure --model umt:tiny --frames 8 --repeats 2 --threads 1 --rows per_frame+tempme --r 1"
     command += f" --merge-layers 2 3 4 --merge-frames 2 2 2 --cross-percent 30 --intra-percent 10 --json {file}"
     monkeypatch.setattr(sys, "argv", command.split())
     runpy.run_path(str(COMMAND), run_name="__main__")
@@ -94,7 +94,7 @@ def test_the_command_measures_and_writes_json(tmp_path, monkeypatch, capsys):
     row = next(row for row in report["costs"] if (row["backbone"], row["method"]) == ("B/32", "tempme"))
     assert row["output_tokens"] == 97 and abs(row["deviation_percent"]) < 0.2
     (row,) = report["measured"]["rows"]
-    assert (row["name"], row["ratio"]) == ("clip+tempme", 1.0)
+    assert (row["name"], row["ratio"]) == ("per_frame+tempme", 1.0)
     assert 0 < row["memory"]["before"] < row["memory"]["peak"]
     assert report["measured"]["setting"]["threads"] == 1
     for word in ("this machine", f"torch {torch.__version__}", "threads 1", "dtype float32", "device", "GMAC a pair"):
@@ -107,4 +107,4 @@ def test_rows_of_another_family_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(COMMAND), run_name="__main__")
     assert end.value.code == 2
-    assert "expected some of joint, clip, clip+tempme" in capsys.readouterr().err
+    assert "expected some of joint, clip, per_frame+tempme" in capsys.readouterr().err

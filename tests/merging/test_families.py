@@ -41,7 +41,7 @@ def tower(name: str) -> Backbone:
     if family == "open_clip":
         return visual_backbone(small_clip().visual)
     if family == "umt":
-        mode = "joint" if kind == "joint" else "clip"
+        mode = "joint" if kind == "joint" else "per_frame"
         frontend = create_frontend("umt:tiny", method="none", num_frames=FRAMES, mode=mode)
         blocks = [block.block for block in frontend.blocks]
         return Backbone(frontend.embed, blocks, frontend.norm, frontend.head, frontend.shape)

@@ -99,7 +99,7 @@ class Products(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("mode", ["clip", "joint", None])
+@pytest.mark.parametrize("mode", ["per_frame", "joint", None])
 @pytest.mark.parametrize(
     ("method", "given"),
     [(method, {}) for method in ("tome", "tempme", "evit", "diffrate", "sta")]

@@ -66,7 +66,7 @@ def test_pretraining_file_loads_whole(case: UmtCase) -> None:
     states = []
     for seed, state in enumerate((file.tensors, {key: file.tensors[names[0]] for key, names in sources.items()})):
         torch.manual_seed(seed)
-        states.append(model_of(case, state, "clip").state_dict())
+        states.append(model_of(case, state, "per_frame").state_dict())
     loaded, expected = states
     assert loaded.keys() == expected.keys()
     for name, weight in loaded.items():

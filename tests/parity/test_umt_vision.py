@@ -28,8 +28,8 @@ def identity(case: UmtCase) -> MergeSchedule:
     ("name", "mode", "options"),
     [
         ("joint", "joint", {}),
-        ("image", "clip", {}),
-        ("frames_jointpos", "clip", {"positions": "joint"}),
+        ("image", "per_frame", {}),
+        ("frames_jointpos", "per_frame", {"positions": "joint"}),
         ("joint_interp", "joint", {"pretrained_frames": "ckptT"}),
     ],
 )
@@ -55,7 +55,7 @@ def test_position_tables_and_first_block(case: UmtCase) -> None:
     stretched = f"interp_{c['ckptT']}to{c['T']}"
     for name, mode, options in (
         ("joint", "joint", {}),
-        ("image", "clip", {}),
+        ("image", "per_frame", {}),
         (stretched, "joint", {"pretrained_frames": c["ckptT"]}),
     ):
         table = frontend(case, mode, **options).embed.positions
@@ -82,7 +82,7 @@ def test_tempme(case: UmtCase) -> None:
         prefix=0,
     )
     assert [[i, *count] for i, count in enumerate(schedule.token_counts)] == case.entry["trace_layer_clips_tokens"]
-    model = frontend(case, "clip", schedule)
+    model = frontend(case, "per_frame", schedule)
     for position, number in zip(model.clip_positions.values(), sorted(case.group("in.clip_pos_")), strict=True):
         position.copy_(t[f"in.clip_pos_{number}"])
     output = model(t["in.video"])
@@ -99,7 +99,7 @@ def test_joint_with_one_frame_is_frames_apart(case: UmtCase) -> None:
     c = case.config
     schedule = MergeSchedule.identity(c["d"], 1, (c["img"] // c["p"]) ** 2, prefix=0)
     video = case.tensors["in.video"][:, :1]
-    joint, apart = (frontend(case, mode, schedule)(video) for mode in ("joint", "clip"))
+    joint, apart = (frontend(case, mode, schedule)(video) for mode in ("joint", "per_frame"))
     assert torch.equal(joint.tokens, apart.tokens) and torch.equal(joint.pooled, apart.pooled)
 
 
@@ -109,5 +109,5 @@ def test_tempme_that_merges_nothing_is_umt4clip(case: UmtCase) -> None:
     """ImgMe of 0 pairs and no joins: the steps are there and change nothing."""
     c = case.config
     schedule = MergeSchedule.tempme(c["d"], c["T"], (c["img"] // c["p"]) ** 2, 0, (), (), 0, 0, prefix=0)
-    merged, plain = (frontend(case, "clip", s)(case.tensors["in.video"]) for s in (schedule, None))
+    merged, plain = (frontend(case, "per_frame", s)(case.tensors["in.video"]) for s in (schedule, None))
     assert torch.equal(merged.tokens, plain.tokens) and torch.equal(merged.pooled, plain.pooled)

@@ -29,7 +29,7 @@ from tempme_vl.training.engine import Trainer
 
 NUM_TEST = 8
 COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM)}
-UMT = {"model": "umt:tiny", "mode": "clip", "deepspeed_config": RECIPES / "ds" / "zero2.json"}
+UMT = {"model": "umt:tiny", "mode": "per_frame", "deepspeed_config": RECIPES / "ds" / "zero2.json"}
 
 
 @dataclass(frozen=True)

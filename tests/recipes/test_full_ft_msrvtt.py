@@ -51,7 +51,7 @@ def test_defaults_follow_the_data_set_and_the_model() -> None:
     assert (small.dataset, small.pretrained, small.tuning, small.holdout) == ("msrvtt", "none", "full", 500)
     umt = parse(["--data-root", "x", "--model", "umt:b16", "--pretrained", "b16_25m.pth"])
     assert (umt.lr, umt.epochs, umt.batch_size, umt.weight_decay, umt.beta2) == (2e-5, 10, 256, 0.02, 0.999)
-    assert (umt.mode, umt.augment, umt.sampling, umt.tuning) == ("clip", "crop_flip", "segment", "full")
+    assert (umt.mode, umt.augment, umt.sampling, umt.tuning) == ("per_frame", "crop_flip", "segment", "full")
     for dataset in set(CAPTIONED) - {"motion"}:
         options = parse(["--dataset", dataset, "--data-root", "x", "--annotations", "a", "--video-root", "v"])
         assert (options.dataset, options.output) == (dataset, Path(f"runs/{dataset}-tempme"))

@@ -85,3 +85,10 @@ def test_annotations_have_the_hash_that_checkpoints_recorded_before_their_fields
     captions = RetrievalSplit("d/train", videos, (("one", "two"), ("three",)), 12, 8)
     assert content(captions) == "8e446da61bfca9c3"
     assert content(QASplit("q/train", asked, "note")) == "a2c22df20d490761"
+
+
+def test_a_mode_has_the_name_that_checkpoints_recorded_before() -> None:
+    parse = COMMANDS["train retrieval"].parse
+    recorded = [facts(parse(["--model", "umt:tiny", *given]), {})["mode"] for given in ([], ["--mode", "clip"])]
+    assert recorded == ["clip", "clip"]
+    assert facts(parse(["--model", "umt:tiny", "--mode", "joint"]), {})["mode"] == "joint"

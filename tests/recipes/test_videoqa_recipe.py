@@ -57,7 +57,7 @@ def test_defaults_follow_the_data_set_and_the_model() -> None:
     assert vit.num_frames == 12
     umt = parse(["--data-root", "x", "--model", "umt:b16", "--pretrained", "b16_25m.pth"])
     assert (umt.lr, umt.epochs, umt.batch_size, umt.weight_decay, umt.beta2) == (2e-5, 8, 256, 0.02, 0.999)
-    assert (umt.mode, umt.augment, umt.sampling, umt.head) == ("clip", "crop_flip", "segment", "decoder")
+    assert (umt.mode, umt.augment, umt.sampling, umt.head) == ("per_frame", "crop_flip", "segment", "decoder")
     assert (umt.output, umt.pretrained) == (Path("runs/msrvtt_qa-decoder-tempme"), "b16_25m.pth")
     assert parse(["--data-root", "x", "--model", "umt:b16", "--head", "classifier"]).output.name == (
         "msrvtt_qa-classifier-tempme"
@@ -136,7 +136,7 @@ def test_a_model_knows_the_words_of_the_training_split_and_its_answers() -> None
     assert (decoder.rule, decoder.candidates, decoder.answer_words) == ("umt", 2, 4)
     assert built(answers, head="decoder").head.rule == "likelihood"
     assert built((), head="decoder").head.rule == "generate"
-    assert built(answers, model="umt:tiny", mode="clip").frontend.config.family == "umt"
+    assert built(answers, model="umt:tiny", mode="per_frame").frontend.config.family == "umt"
 
 
 def test_words_from_a_folder(tmp_path: Path) -> None:

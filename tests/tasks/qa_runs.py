@@ -29,7 +29,7 @@ SHAPE = BertShape.named("tiny", width=48, vocab_size=len(VOCABULARY))  # of anot
 HEADS = ("decoder", "classifier", "choice")  # a choice: a classifier without a list of answers
 
 
-def tiny_tower(method: str = "tempme", mode: str = "clip", drop_path: float = 0.0) -> VisualFrontend:
+def tiny_tower(method: str = "tempme", mode: str = "per_frame", drop_path: float = 0.0) -> VisualFrontend:
     """ "umt:tiny", its clip positions random."""
     config = replace(umt.model_config("tiny", FRAMES, mode), drop_path=drop_path)
     schedule = make_schedule(method, config.layers, FRAMES, config.patches, 0, mode == "joint", **METHODS[method])
@@ -50,7 +50,7 @@ def classifier_head(answers: tuple[str, ...] = ANSWERS, **options: Any) -> Class
 def tiny_qa(
     head: str = "decoder",
     method: str = "tempme",
-    mode: str = "clip",
+    mode: str = "per_frame",
     drop_path: float = 0.0,
     seed: int = 0,
     **options: Any,

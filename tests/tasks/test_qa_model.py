@@ -42,7 +42,7 @@ ALL_HEADS = pytest.mark.parametrize("head", HEADS)
 # ---- features
 
 
-@pytest.mark.parametrize(("method", "mode"), [("tempme", "clip"), ("tome", "joint"), ("none", "clip")])
+@pytest.mark.parametrize(("method", "mode"), [("tempme", "per_frame"), ("tome", "joint"), ("none", "per_frame")])
 def test_tokens_are_normed_and_hold_every_token_of_the_video(method: str, mode: str) -> None:
     model = tiny_qa("decoder", method, mode).eval()
     video = model(CLIPS)
@@ -264,7 +264,7 @@ def test_what_no_pretrained_model_had_is_new() -> None:
 
 
 @ALL_HEADS
-@pytest.mark.parametrize(("method", "mode"), [("tempme", "clip"), ("tome", "joint")])
+@pytest.mark.parametrize(("method", "mode"), [("tempme", "per_frame"), ("tome", "joint")])
 def test_saved_model_comes_back(head: str, method: str, mode: str, tmp_path: Path) -> None:
     saved, batch = tiny_qa(head, method, mode).eval(), make_batch(head)
     saved.input = VideoInput("segment")

@@ -54,7 +54,7 @@ def create(file: Path, **changes: Any) -> VideoQAModel:
 
 
 def direct(state: dict[str, Tensor]) -> VideoQAModel:
-    return umt_qa_from_state_dict(state, 4, 4, 32, "clip", MergeSchedule.identity(6, 6, 16, 0), VOCABULARY)
+    return umt_qa_from_state_dict(state, 4, 4, 32, "per_frame", MergeSchedule.identity(6, 6, 16, 0), VOCABULARY)
 
 
 def other_weights(method: str = "none", layers: int = 1) -> VideoQAModel:

@@ -60,7 +60,7 @@ def test_either_side_alone() -> None:
 
 
 @pytest.mark.parametrize("method", ["tempme", "tome", "none"])
-@pytest.mark.parametrize("mode", ["clip", "joint"])
+@pytest.mark.parametrize("mode", ["per_frame", "joint"])
 def test_features(mode: str, method: str) -> None:
     if (mode, method) == ("joint", "tempme"):
         with pytest.raises(ValueError, match="a joint encoder's are one clip already"):
@@ -232,7 +232,7 @@ def test_contrast_of_two_ranks_is_that_of_the_whole_batch() -> None:
 # ---- folders
 
 
-@pytest.mark.parametrize("mode", ["clip", "joint"])
+@pytest.mark.parametrize("mode", ["per_frame", "joint"])
 def test_saved_model_comes_back(mode: str, tmp_path: Path) -> None:
     saved, batch = tiny("tome", mode=mode).eval(), make_batch()
     nn.init.constant_(saved.temperature.temperature, 0.2)
@@ -320,7 +320,7 @@ def test_public_file_loads_every_part(form: str, suffix: str, tmp_path: Path, ca
         created = create_umt_retrieval_model("umt:tiny", VOCABULARY, str(file), "none", num_frames=6)
     assert f"of the {form} form, converted to retrieval" in caplog.text and "0 missing" in caplog.text
     schedule = MergeSchedule.identity(6, 6, 16, 0)
-    direct = UMTRetrievalModel.from_umt_state_dict(state, 4, 4, 32, "clip", schedule, VOCABULARY)
+    direct = UMTRetrievalModel.from_umt_state_dict(state, 4, 4, 32, "per_frame", schedule, VOCABULARY)
     for model in (created, direct):
         assert model.vocabulary == VOCABULARY and model.temperature().item() == pytest.approx(0.03)
         assert model.text.shape == model.fusion.shape
@@ -342,7 +342,7 @@ def test_vision_file_leaves_the_text_side_at_random(tmp_path: Path, caplog: pyte
     visual = {key for key in theirs if key.startswith("frontend.") and ".head." not in key and "position" not in key}
     assert same == visual
     with pytest.raises(ValueError, match=r"expected embeddings.*, encoder.layer.N"):
-        UMTRetrievalModel.from_umt_state_dict(stage1, 4, 4, 32, "clip", MergeSchedule.identity(6, 6, 16, 0))
+        UMTRetrievalModel.from_umt_state_dict(stage1, 4, 4, 32, "per_frame", MergeSchedule.identity(6, 6, 16, 0))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_weights_that_do_not_fit(drop: str, add: dict[str, tuple[int, ...]], mes
     state: dict[str, Any] = {key: value for key, value in public(other_weights()).items() if key != drop}
     state |= {key: torch.zeros(shape) for key, shape in add.items()}
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        UMTRetrievalModel.from_umt_state_dict(state, 4, 4, 32, "clip", MergeSchedule.identity(6, 6, 16, 0))
+        UMTRetrievalModel.from_umt_state_dict(state, 4, 4, 32, "per_frame", MergeSchedule.identity(6, 6, 16, 0))
 
 
 def test_names_and_vocabularies_that_do_not_fit(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ OPTIONS |= {"cross_percent": 40, "intra_percent": 20}
 FRAMES = 6
 
 
-def tiny(method: str = "tempme", mode: str = "clip", drop_path: float = 0.0, seed: int = 0) -> UMTRetrievalModel:
+def tiny(method: str = "tempme", mode: str = "per_frame", drop_path: float = 0.0, seed: int = 0) -> UMTRetrievalModel:
     """ "umt:tiny" with dropped paths as wanted, its clip positions random."""
     torch.manual_seed(seed)
     config = replace(umt.model_config("tiny", FRAMES, mode), drop_path=drop_path)

@@ -55,8 +55,8 @@ class TowerOptions:
     pretrained: str = "openai"
     """open_clip's tag ("openai"); a file of OpenAI, open_clip, transformers, CLIP4Clip, TempMe or (any form) UMT; the
     OUTPUT/best of another run; or "none" for random weights."""
-    mode: Literal["clip", "joint"] = "clip"
-    """UMT's frames: apart (UMT4Clip, which TempMe needs), or attending together as in UMT itself."""
+    mode: Literal["per_frame", "joint", "clip"] = "per_frame"
+    """UMT's frames: apart (UMT4Clip, which TempMe needs; clip is its older name), or attending together as in UMT."""
 
 
 @dataclass(frozen=True)
