@@ -179,7 +179,10 @@ def test_a_token_of_size_two_is_seen_as_two_tokens() -> None:
 
 @pytest.mark.parametrize("options", [{}, {**TEMPME, **PERCENT}])
 def test_joint_frames_cannot_be_joined(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"'tempme' joins frames step by step, but a joint encoder's are one clip"):
+    with pytest.raises(
+        ValueError,
+        match=r"'tempme' keeps frames apart or joins frames step by step, but a joint encoder's are one clip",
+    ):
         create_frontend(TINY, mode="joint", num_frames=F, **options)
     state = public(tiny("none"))
     with pytest.raises(ValueError, match=r"one clip from the start.*no layers that join clips"):
