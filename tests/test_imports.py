@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -243,3 +244,9 @@ def test_the_picture_of_the_floors_is_of_this_table() -> None:
 
     assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": set()}) == [["c", "d"], ["b"], ["a"]]
     assert PICTURE.read_text() == picture(MAY_IMPORT), "draw it anew: make floors"
+
+
+def test_the_page_of_the_public_names_has_them_all() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    shown = set(re.findall(r"`(\w+)[`(.]", page.partition("|---|---|")[2].partition("\n\n")[0]))
+    assert set(tempme_vl.__all__) <= shown, set(tempme_vl.__all__) - shown
