@@ -35,6 +35,10 @@ OTHER_WAYS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+# of few patches they cannot leave as few as the usual budget asks
+FIRST_WAY: dict[str, dict[str, Any]] = {"sta": {"budget": 0.8}, "diffrate": {"budget": 0.8}}
+
+
 def every_way(
     layers: int = 6, frames: int = 6, shape: TowerShape = TINY_SHAPE, others: bool = True
 ) -> list[MergeSchedule]:
@@ -47,7 +51,7 @@ def every_way(
     return [
         schedule_for(name, layers, shape, frames, **options)
         for name in names
-        for options in [{}, *(OTHER_WAYS.get(name, []) if others else [])]
+        for options in [FIRST_WAY.get(name, {}), *(OTHER_WAYS.get(name, []) if others else [])]
     ]
 
 

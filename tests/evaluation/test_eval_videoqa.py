@@ -148,7 +148,7 @@ def test_models_and_answers_that_do_not_fit(data: Path, tmp_path: Path) -> None:
     assert exit_codes(start(score, given, log=log)) == [1]
     assert "has its own answers; only a retrieval model needs them given" in log.read_text()
     assert exit_codes(start(score, options_of(checkpoint=tmp_path / "none", **options), log=log)) == [1]
-    assert "expected config.json and model.safetensors in" in log.read_text()
+    assert "there is no such folder, and no model can have this name" in log.read_text()
 
 
 @pytest.mark.parametrize(
