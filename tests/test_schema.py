@@ -41,7 +41,7 @@ class Outer:
             raise ValueError(f"expected an ordered pair; got {self.pair}")
 
 
-GOOD: dict[str, Any] = {"layers": 12, "mode": "per_frame", "inner": {"rate": 1}}
+GOOD: dict[str, Any] = {"layers": 12, "mode": "clip", "inner": {"rate": 1}}
 
 
 def test_what_is_right_is_taken() -> None:
