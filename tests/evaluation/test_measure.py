@@ -107,4 +107,4 @@ def test_rows_of_another_family_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(COMMAND), run_name="__main__")
     assert end.value.code == 2
-    assert "expected some of joint, clip, per_frame+tempme" in capsys.readouterr().err
+    assert "expected some of joint, per_frame, per_frame+tempme" in capsys.readouterr().err
