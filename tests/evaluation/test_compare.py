@@ -110,27 +110,27 @@ def test_a_folder_holds_runs_that_were_trained_alike(tmp_path: Path) -> None:
         check_alike(CompareOptions(output=tmp_path))
 
 
-@pytest.mark.slow  # four runs through the launcher
+@pytest.mark.slow  # two runs through the launcher
 def test_a_grid_is_trained_once_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "motion"
     render_motion(root, num_train=24, num_test=8)
     train = ["model=open_clip:tiny", "epochs=1", "batch-size=8", "max-steps=2", "frame-cache=memory", "holdout=4"]
-    given = ["--methods", "none", "tome:r=1", "--seeds", "0", "1", "--output", str(tmp_path / "out"), "--repeats", "2"]
+    given = ["--methods", "none", "tome:r=1", "--seeds", "0", "--output", str(tmp_path / "out"), "--repeats", "2"]
     options = COMPARE.parse(
         [*given, "--dataset", "msrvtt", "--data-root", str(root), "--train", *train, "--parallel", "2"]
     )
     main(options)
     shown = capsys.readouterr().out
-    assert "0 runs are there, 4 to train" in shown and "| tome:r=1 | " in shown
+    assert "0 runs are there, 2 to train" in shown and "| tome:r=1 | " in shown
     made = {path.name for path in options.output.iterdir()}
-    assert made >= {"comparison.md", "comparison.svg", "comparison.json", "none-seed0", "tome_r-1-seed1"}
+    assert made >= {"comparison.md", "comparison.svg", "comparison.json", "none-seed0", "tome_r-1-seed0"}
     report = json.loads((options.output / "comparison.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["none", "tome:r=1"] and len(report["runs"]["none"]) == 2
+    assert [row["name"] for row in report["rows"]] == ["none", "tome:r=1"] and len(report["runs"]["none"]) == 1
     for row in report["rows"]:  # what each query found is what the runs' own tests reported
         of_runs = [run["t2v"]["rsum"] for run in report["runs"][row["name"]]]
-        assert row["t2v"]["mean"] == pytest.approx(sum(of_runs) / 2, abs=1e-9)
+        assert row["t2v"]["mean"] == pytest.approx(sum(of_runs), abs=1e-9)
     main(options)
-    assert "4 runs are there, 0 to train" in capsys.readouterr().out
+    assert "2 runs are there, 0 to train" in capsys.readouterr().out
     bad = replace(options, methods=("none", "tome:r=-1"))
     with pytest.raises(ValueError, match=r"tome_r--1-seed0 failed: .*error: .*r counts the pairs"):
         main(bad)

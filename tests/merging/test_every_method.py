@@ -5,23 +5,19 @@ A new method is tested by its line in `METHODS`: its options come from the recor
 
 from __future__ import annotations
 
-from copy import deepcopy
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 import transformers
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from towers import TINY, random_video, small_clip
+from towers import TINY, random_video
 
 from tempme_vl import FrontendOutput, VisualFrontend, create_frontend
-from tempme_vl.backbones import hf, open_clip
+from tempme_vl.backbones import hf
 from tempme_vl.backbones import timm as timm_family
 from tempme_vl.frontend import merge_in
 from tempme_vl.integrations.post_encoder import FrameFeatures, make_plan, merge
-from tempme_vl.merging import METHODS, Encoder
+from tempme_vl.merging import METHODS
 from tempme_vl.state import TokenState
 
 FRAMES = 4
@@ -102,59 +98,6 @@ def test_counts_and_sizes(tower: str, method: str) -> None:
         both, second = double(video.double()), double(video[1:].double())
         torch.testing.assert_close(both.tokens[1:], second.tokens, rtol=0, atol=1e-10)
         torch.testing.assert_close(both.pooled[1:], second.pooled, rtol=0, atol=1e-10)
-
-
-@each_method
-def test_checkpointing_is_exact_and_every_weight_learns(method: str) -> None:
-    plain = front("open_clip", method)
-    checkpointed = deepcopy(plain)
-    checkpointed.set_grad_checkpointing()
-    outputs = [frontend(video_of(frontend), trace_source=True) for frontend in (plain, checkpointed)]
-    assert torch.equal(outputs[0].tokens, outputs[1].tokens)
-    for output in outputs:
-        (output.pooled.square().sum() + output.tokens.square().mean()).backward()
-    for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        assert one.grad is not None and torch.equal(one.grad, other.grad), name
-
-
-@each_method
-def test_bfloat16(method: str) -> None:
-    frontend = front("open_clip", method)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = frontend(video_of(frontend), trace_source=True)
-    assert_accounted_for(frontend, output)
-    assert output.size.dtype == torch.float32 and output.pooled.isfinite().all()
-    (output.pooled.square().sum() + output.tokens.float().mean()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in frontend.parameters())
-    halved = frontend.bfloat16()(video_of(frontend), trace_source=True)
-    assert_accounted_for(frontend, halved)
-    assert halved.tokens.dtype == torch.bfloat16 and halved.size.dtype == torch.float32
-
-
-@each_method
-def test_saved_and_loaded(method: str, tmp_path: Path) -> None:
-    frontend = front("open_clip", method).eval()
-    frontend.save_pretrained(tmp_path)
-    again = VisualFrontend.from_pretrained(tmp_path).eval()
-    assert again.schedule == frontend.schedule
-    assert torch.equal(again(video_of(frontend)).tokens, frontend(video_of(frontend)).tokens)
-
-
-@pytest.mark.slow
-@each_method
-def test_compiles_into_one_graph(method: str) -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    limit = {"budget": 0.85} if METHODS[method].knobs(Encoder(2, FRAMES, 17), "budget") else {}
-    frontend = merge_in(open_clip.visual_backbone(small_clip(layers=2).visual), {}, method, FRAMES, 0.1, **limit)
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(frontend, backend=counter, fullgraph=True)
-    for shift in (0, 1):
-        video = video_of(frontend) + shift
-        actual, expected = compiled(video, trace_source=True), frontend(video, trace_source=True)
-        torch.testing.assert_close(actual.tokens, expected.tokens, rtol=0, atol=1e-6)
-        assert torch.equal(actual.source, expected.source)
-    assert counter.frame_count == 1
 
 
 @each_method

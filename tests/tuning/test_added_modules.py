@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 STARTS_PRETRAINED = ("dora", "adapter", "mv_adapter")
 each = pytest.mark.parametrize("name", OPTIONS)
-merging = pytest.mark.parametrize("method", ["tempme", "tome", "none"])
+merging = pytest.mark.parametrize("method", ["tempme", "none"])
 
 
 def tuning(name: str) -> Tuning:
@@ -42,7 +42,7 @@ def tuning(name: str) -> Tuning:
 
 def made(name: str, method: str = "tempme") -> RetrievalModel:
     """The tuned model, whose added modules no longer are as at the start."""
-    model = make("CLIP", tuning(name), method, **({"r": 2} if method == "tome" else {}))
+    model = make("CLIP", tuning(name), method)
     assert isinstance(model, RetrievalModel)
     with torch.no_grad():
         for key, weight in model.named_parameters():
@@ -58,8 +58,8 @@ def test_every_tuning_of_the_package_is_here() -> None:
 @each
 @merging
 def test_it_trains_alone_and_is_saved(name: str, method: str, tmp_path: Path) -> None:
-    plain = make("CLIP", "full", method, **({"r": 2} if method == "tome" else {}))
-    start = make("CLIP", tuning(name), method, **({"r": 2} if method == "tome" else {}))
+    plain = make("CLIP", "full", method)
+    start = make("CLIP", tuning(name), method)
     difference = (outputs(start, "CLIP") - outputs(plain, "CLIP")).abs().max()
     assert difference < 1e-6 if name in STARTS_PRETRAINED else difference > 1e-4
 
