@@ -94,7 +94,6 @@ class AttentionContext:
             others = (queries * scale) @ at_least_float32(self.other_keys).transpose(-1, -2)
             return torch.cat([logits, others], -1).softmax(-1)[..., : keys.shape[2]]
 
-    @torch.no_grad()
     def column_sums(self, diagonal: bool = True, chunk: int = 128) -> Tensor:
         """(R, heads, N) float: how much attention each token gets from all queries together, without gradient.
 
@@ -105,14 +104,15 @@ class AttentionContext:
         Raises:
             ValueError: see `rows`.
         """
-        tokens = self.keys.shape[2]
-        total = torch.zeros_like(self.keys[..., 0], dtype=torch.promote_types(self.keys.dtype, torch.float32))
-        for first in range(0, tokens, chunk):
-            rows = self.rows(first, min(first + chunk, tokens))
-            total += rows.sum(2)
-            if not diagonal:
-                last = first + rows.shape[2]
-                total[:, :, first:last] -= rows.diagonal(first, -2, -1)
+        with torch.no_grad():
+            tokens = self.keys.shape[2]
+            total = torch.zeros_like(self.keys[..., 0], dtype=torch.promote_types(self.keys.dtype, torch.float32))
+            for first in range(0, tokens, chunk):
+                rows = self.rows(first, min(first + chunk, tokens))
+                total += rows.sum(2)
+                if not diagonal:
+                    last = first + rows.shape[2]
+                    total[:, :, first:last] -= rows.diagonal(first, -2, -1)
         return total
 
 

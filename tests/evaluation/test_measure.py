@@ -90,7 +90,7 @@ def test_the_command_measures_and_writes_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command.split())
     runpy.run_path(str(COMMAND), run_name="__main__")
     report, shown = json.loads(file.read_text()), capsys.readouterr().out
-    assert len(report["costs"]) == 20 and len(report["fusion"]) == 4
+    assert len(report["costs"]) == 30 and len(report["fusion"]) == 4
     row = next(row for row in report["costs"] if (row["backbone"], row["method"]) == ("B/32", "tempme"))
     assert row["output_tokens"] == 97 and abs(row["deviation_percent"]) < 0.2
     (row,) = report["measured"]["rows"]
