@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempme_vl.backbones import umt
 from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerConfig
 from tempme_vl.card import PLACE, Card
 from tempme_vl.configs import FrontendConfig, ModelConfig, facts, tower_name
@@ -23,14 +21,16 @@ from tempme_vl.families import FAMILIES, find_family, split_name
 from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
+from tempme_vl.pooling import FramePlace
 from tempme_vl.pretrained import CONFIG_FILE, build, load_any, refuse_added_modules, save_model
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import ConfigError, read
-from tempme_vl.state import AttentionContext, FrontendOutput, TokenState, at_least_float32
+from tempme_vl.state import AttentionContext, FrontendOutput, TokenState
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from tempme_vl.backbones.umt import Mode, Positions
     from tempme_vl.data.transforms import Preprocess
     from tempme_vl.hub import HubOptions
 
@@ -51,25 +51,6 @@ class MergedBlock(nn.Module):
         state, attention = self.block.attention_step(state)
         state = self.after_attention(state, attention)
         return self.after_mlp(self.block.mlp_step(state), attention)
-
-
-class FramePlace(nn.Module):
-    """The place where frames become a video, and a tuning may do otherwise. As it is here: the mean of the real frames'
-    normalised embeddings."""
-
-    def forward(
-        self, frames: Tensor, frame_mask: Tensor | None, video: Tensor | None, clip_of: Tensor | None = None
-    ) -> Tensor:
-        """Args:
-            frames: (B, F, E), or (B, C, E) where an embedding stands for several frames; not normalised.
-            frame_mask: (B, F), nonzero for real frames.
-            video: (B, G, E), `TokenState.video_tokens` normed and projected, where there are such.
-            clip_of: (B, F), see `TokenState`.
-
-        Returns:
-            (B, E).
-        """
-        return masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask, clip_of)
 
 
 class VisualFrontend(Shareable, nn.Module):
@@ -300,13 +281,11 @@ class VisualFrontend(Shareable, nn.Module):
         Raises:
             ValueError: weights of another architecture, or a schedule for another one.
         """
-        from tempme_vl.backbones.clip_checkpoint import name_clip
-        from tempme_vl.backbones.open_clip_blocks import visual_backbone
-        from tempme_vl.backbones.openai import visual_from_openai
+        from tempme_vl.families.open_clip import tower_from_openai
 
-        visual, config = visual_from_openai(state, heads, quick_gelu)
-        frontend = cls(visual_backbone(visual), schedule, config)
-        frontend.take_clip_positions(name_clip(state).clip_positions)
+        backbone, config = tower_from_openai(state, heads, quick_gelu)
+        frontend = cls(backbone, schedule, config)
+        frontend.take_clip_positions(backbone.clip_positions)
         return frontend
 
     @classmethod
@@ -315,9 +294,9 @@ class VisualFrontend(Shareable, nn.Module):
         state: Mapping[str, Tensor],
         heads: int,
         image_size: int,
-        mode: umt.Mode,
+        mode: Mode,
         schedule: MergeSchedule,
-        positions: umt.Positions = "image",
+        positions: Positions = "image",
         pretrained_frames: int | None = None,
     ) -> VisualFrontend:
         """A front end on UMT-named vision weights, in any form of UMT's public files.
@@ -332,11 +311,11 @@ class VisualFrontend(Shareable, nn.Module):
         Raises:
             ValueError: weights of another family, missing or unknown keys, or a schedule for another tower.
         """
-        weights, _ = umt.tower_state(state)
-        config = umt.config_of(weights, heads, image_size, schedule.frames, mode, positions, pretrained_frames)
-        backbone = umt.build(config)
-        umt.load(backbone, weights, "the state")
-        return cls(backbone, replace(schedule, joint=mode == "joint"), umt.saved_config(config))
+        from tempme_vl.families.umt import tower_from_umt
+
+        given = heads, image_size, schedule.frames, mode, positions, pretrained_frames
+        backbone, config = tower_from_umt(state, *given)
+        return cls(backbone, replace(schedule, joint=backbone.shape.joint), config)
 
     def openai_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tower's weights under open_clip's names, bit for bit; merging parameters are left out.
@@ -426,26 +405,6 @@ class VisualFrontend(Shareable, nn.Module):
             config = FrontendConfig.from_dict(settings["frontend"], place)
             state = {k.removeprefix("frontend."): v for k, v in state.items() if k.startswith("frontend.")}
         return build(lambda: cls.from_config(config, place), state, directory)
-
-
-def masked_mean(frames: Tensor, frame_mask: Tensor | None, clip_of: Tensor | None = None) -> Tensor:
-    """Mean over the real frames, zero where there is none: (B, C, E), (B, F) -> (B, E).
-
-    Where C < F an embedding stands for F / C neighbouring frames, or for those that `clip_of` says, and counts if one
-    of them is real.
-
-    Args:
-        clip_of: (B, F), see `TokenState`.
-    """
-    if frame_mask is None:
-        return frames.mean(dim=1)
-    if clip_of is None:
-        real = frame_mask.bool().unflatten(1, (frames.shape[1], -1)).any(dim=2)
-    else:
-        held = frame_mask.bool() & (clip_of >= 0)
-        real = frames.new_zeros(frames.shape[:2]).scatter_add(1, clip_of.clamp(min=0), held.to(frames.dtype)) > 0
-    weight = real.to(frames.dtype).unsqueeze(-1)
-    return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def create_frontend(

@@ -19,9 +19,9 @@ from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, QueryValueBia
 from tempme_vl.backbones.open_clip import load_clip
 from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.backbones.timm import backbone_of as timm_backbone
-from tempme_vl.frontend import masked_mean
 from tempme_vl.matching import MergeMap, bipartite_match
 from tempme_vl.merging import centerclip, tempme, testa, tome
+from tempme_vl.pooling import masked_mean
 from tempme_vl.state import AttentionContext
 
 SCHEDULES = [

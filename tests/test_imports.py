@@ -22,6 +22,7 @@ CORE = {
     "backbones",
     "families",
     "frontend",
+    "pooling",
     "scheduling",
     "text",
     "card",
@@ -67,16 +68,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merging": {"state", "matching", "schema", "registries"},
     "backbones": {"state", "kernels", "pretrained", "weights", "fit", "schema", "messages", "libraries", "hub"},
     "scheduling": {"merging", "backbones"},
+    "pooling": {"state"},
     "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries", "hub"},
     "families": {"backbones", "text", "registries", "pretrained", "weights", "manifest", "schema", "libraries", "hub"},
     "configs": {"backbones", "families", "merging", "messages", "pretrained", "scheduling", "schema"},
     "frontend": {
         *("state", "merging", "backbones", "families", "scheduling", "pretrained", "schema", "messages", "data"),
-        *("card", "configs", "hub"),
+        *("card", "configs", "hub", "pooling"),
     },
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains
-    "tuning": {"schema", "registries", "state", "backbones", "text", "frontend"},
+    "tuning": {"schema", "registries", "state", "backbones", "text", "pooling"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE | {"data"},
@@ -92,8 +94,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"messages", "registries"},
     "training": {"processes", "together", "manifest", "schema", "libraries"},
 }
-# above a part, and named there for a type checker alone: what its mappings hold
-TYPES: dict[str, set[str]] = {"registries": {"data", "families", "integrations", "merging", "tasks", "tuning"}}
+# above a part, and named there for a type checker alone: what its mappings hold, and what it is applied to
+TYPES: dict[str, set[str]] = {
+    "registries": {"data", "families", "integrations", "merging", "tasks", "tuning"},
+    "tuning": {"frontend"},
+}
 SCRIPTS = ("recipes", "eval")
 EXTRAS = {"lmms_eval"}  # of pyproject.toml, and perhaps not installed
 HEAVY = {"deepspeed", "peft", "timm", "decord"}  # and not always needed

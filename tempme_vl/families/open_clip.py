@@ -13,8 +13,9 @@ import torch
 
 from tempme_vl.backbones import open_clip as towers
 from tempme_vl.backbones import open_clip_models as models
+from tempme_vl.backbones.base import Backbone
 from tempme_vl.backbones.clip_checkpoint import name_clip
-from tempme_vl.backbones.openai import clip_from_openai
+from tempme_vl.backbones.openai import clip_from_openai, visual_from_openai
 from tempme_vl.families.base import JSON, Family, Pair, Texts, TextSide
 from tempme_vl.hub import require_hub
 from tempme_vl.manifest import errors_in
@@ -55,6 +56,16 @@ class OpenCLIPWords:
         self.encode.save_pretrained(str(folder))
         config = {"model_cfg": {"text_cfg": self.text_cfg}}
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def tower_from_openai(
+    state: Mapping[str, torch.Tensor], heads: int, quick_gelu: bool
+) -> tuple[Backbone, models.Config]:
+    """The visual tower of a state dict, with the clip positions in it; see `VisualFrontend.from_openai_state_dict`."""
+    visual, config = visual_from_openai(state, heads, quick_gelu)
+    backbone = models.backbone_of(visual)
+    backbone.clip_positions = name_clip(state).clip_positions
+    return backbone, config
 
 
 def pair_from_openai(state: Mapping[str, torch.Tensor], heads: int, text_heads: int | None, quick_gelu: bool) -> Pair:

@@ -10,7 +10,7 @@ Shapes: R rows of N points, K clusters.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 # of the lengths that cosines and unit vectors are divided by
 _EPS = 1e-6
@@ -18,7 +18,7 @@ _EPS = 1e-6
 _NOISE = 1e-13
 
 
-@torch.library.custom_op("tempme_vl::kmedoids", mutates_args=())
+@library.custom_op("tempme_vl::kmedoids", mutates_args=())
 def kmedoids(
     x: Tensor, clusters: int, distance: str, norm: float, unit: bool, threshold: float, iterations: int
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def kmedoids(
     return _assign(apart, medoids), medoids
 
 
-@torch.library.custom_op("tempme_vl::spectral", mutates_args=())
+@library.custom_op("tempme_vl::spectral", mutates_args=())
 def spectral(
     x: Tensor,
     clusters: int,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tempme_vl.backbones.attention import attend
 from tempme_vl.backbones.base import BlockAdapter, BlockPlace, QuickGELU, S
 from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock
-from tempme_vl.frontend import FramePlace
+from tempme_vl.pooling import FramePlace
 from tempme_vl.state import AttentionContext, TokenState, at_least_float32
 from tempme_vl.tuning.base import AddedModules
 from tempme_vl.tuning.block import Block

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.frontend import FramePlace
+from tempme_vl.pooling import FramePlace
 from tempme_vl.state import at_least_float32
 from tempme_vl.text.clip import WordPlace
 from tempme_vl.tuning.base import AddedModules

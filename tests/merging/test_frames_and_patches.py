@@ -7,10 +7,10 @@ import torch
 from towers import TINY, coded_frontend, random_video
 
 from tempme_vl import create_frontend, make_schedule
-from tempme_vl.frontend import masked_mean
 from tempme_vl.integrations.post_encoder import FrameFeatures, make_plan, merge
 from tempme_vl.merging import MergeSchedule
 from tempme_vl.merging.testa import match_frames, match_least
+from tempme_vl.pooling import masked_mean
 from tempme_vl.state import TokenState
 
 

@@ -1,0 +1,47 @@
+"""How the embeddings of frames become that of a video."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tempme_vl.state import at_least_float32
+
+
+class FramePlace(nn.Module):
+    """The place where frames become a video, and a tuning may do otherwise. As it is here: the mean of the real frames'
+    normalised embeddings."""
+
+    def forward(
+        self, frames: Tensor, frame_mask: Tensor | None, video: Tensor | None, clip_of: Tensor | None = None
+    ) -> Tensor:
+        """Args:
+            frames: (B, F, E), or (B, C, E) where an embedding stands for several frames; not normalised.
+            frame_mask: (B, F), nonzero for real frames.
+            video: (B, G, E), `TokenState.video_tokens` normed and projected, where there are such.
+            clip_of: (B, F), see `TokenState`.
+
+        Returns:
+            (B, E).
+        """
+        return masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask, clip_of)
+
+
+def masked_mean(frames: Tensor, frame_mask: Tensor | None, clip_of: Tensor | None = None) -> Tensor:
+    """Mean over the real frames, zero where there is none: (B, C, E), (B, F) -> (B, E).
+
+    Where C < F an embedding stands for F / C neighbouring frames, or for those that `clip_of` says, and counts if one
+    of them is real.
+
+    Args:
+        clip_of: (B, F), see `TokenState`.
+    """
+    if frame_mask is None:
+        return frames.mean(dim=1)
+    if clip_of is None:
+        real = frame_mask.bool().unflatten(1, (frames.shape[1], -1)).any(dim=2)
+    else:
+        held = frame_mask.bool() & (clip_of >= 0)
+        real = frames.new_zeros(frames.shape[:2]).scatter_add(1, clip_of.clamp(min=0), held.to(frames.dtype)) > 0
+    weight = real.to(frames.dtype).unsqueeze(-1)
+    return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
