@@ -114,6 +114,8 @@ def train_one(options: CompareOptions, row: Row, seed: int, gpus: Sequence[int])
     if done.returncode or not (place / REPORT).is_file():
         lines = (place / OUTPUT).read_text().splitlines()
         cause = next((line for line in reversed(lines) if "error: " in line), f"exit code {done.returncode}")
+        if not done.returncode:
+            cause = "it ended before all of its steps, so it has no report: leave max-steps out of --train"
         return f"{place.name} failed: {cause} (all that it said: {place / OUTPUT})"
     report = json.loads((place / REPORT).read_text())
     show(f"{place.name}: R-Sum {report['t2v']['rsum']:.1f} text to video, {report['train_seconds']:.0f} s")

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from tempme_vl.merging.base import LayerMerge, TokenMerger, is_of_merging, learnt_modules, share_learnt
-from tempme_vl.merging.budget import Limit, fit
+from tempme_vl.merging.budget import Limit, fit_knobs
 from tempme_vl.merging.method import Behind, Method
 from tempme_vl.merging.schedule import Encoder, LayerPlan, MergeSchedule
 from tempme_vl.registries import METHODS
@@ -94,7 +94,7 @@ def _solve(method: str, encoder: Encoder, limit: Limit, known: dict[str, Any], g
 
     candidates: list[dict[str, Any]] = [{}] if has_setting(method, encoder, given) else []  # the paper's own
     for knobs in record.knobs(encoder, limit.kind):
-        candidates.append(fit(make, [knob for knob in knobs if knob.name not in given], limit))
+        candidates.append(fit_knobs(make, [knob for knob in knobs if knob.name not in given], limit))
     if not candidates:
         return {}
     reached = [limit.measure(make(**values)) for values in candidates]

@@ -45,7 +45,7 @@ class Knob:
     option: Callable[[int], Any] = int
 
 
-def fit(make: Callable[..., MergeSchedule], knobs: Sequence[Knob], limit: Limit) -> dict[str, Any]:
+def fit_knobs(make: Callable[..., MergeSchedule], knobs: Sequence[Knob], limit: Limit) -> dict[str, Any]:
     """Options whose schedule is the nearest below a limit: all knobs high, then each as low as still fits, in turn.
 
     Every knob but the last leaves a gap of less than one step of its own, which the next one narrows. Where not even

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -108,6 +110,27 @@ def test_a_folder_holds_runs_that_were_trained_alike(tmp_path: Path) -> None:
     check_alike(options)
     with pytest.raises(ValueError, match=r"have --train \['epochs=1'\]: give the same, or another --output"):
         check_alike(CompareOptions(output=tmp_path))
+
+
+def test_a_run_that_fails_or_stops_early_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code, said, expected in (
+        (2, "error: no such data", "none-seed0 failed: error: no such data .*output.txt"),
+        (-9, "step 3", "none-seed0 failed: exit code -9 "),
+        (
+            0,
+            "stopped after 4 of 615 steps",
+            "it ended before all of its steps, so it has no report: leave max-steps out",
+        ),
+    ):
+
+        def ended(command: list[str], stdout: TextIO, code: int = code, said: str = said, **_: object) -> object:
+            stdout.write(f"{said}\n")
+            return subprocess.CompletedProcess(command, code)
+
+        monkeypatch.setattr(subprocess, "run", ended)
+        options = CompareOptions(methods=("none",), seeds=(0,), output=tmp_path / str(code))
+        with pytest.raises(ValueError, match=expected):
+            main(options)
 
 
 @pytest.mark.slow  # two runs through the launcher
