@@ -62,6 +62,7 @@ DATASETS: Registry[DataSet] = Registry(
     "tempme_vl.data.dataset:DataSet",
     {
         "motion": "tempme_vl.data.motion:DATASET",
+        "detail": "tempme_vl.data.detail:DATASET",
         "msrvtt": "tempme_vl.data.msrvtt:DATASET",
         "msvd": "tempme_vl.data.msvd:DATASET",
         "activitynet": "tempme_vl.data.activitynet:DATASET",

@@ -7,47 +7,24 @@ MSRVTT and MSRVTT-QA, rendered from a seed on first use.
 
 from __future__ import annotations
 
-import csv
-import fcntl
 import itertools
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
 from tempme_vl.data import msrvtt, msrvtt_qa
 from tempme_vl.data.dataset import DataSet, Place, SplitNames, Texts
-from tempme_vl.data.files import check_regular, load_json
 from tempme_vl.data.options import MOTION_ROOT
+from tempme_vl.data.rendered import COLORS, HOLD, NUM_PICTURES, SIZE, Entry, Rendering, meanings, render
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.videoqa import QASplit
 
 VERSION = 3  # raise it with every change to what is rendered or written
-SIZE = 64
-FPS = 8
-NUM_FRAMES = 16
-# Each picture is shown for two frames. Rules that draw 8 of the 16 frames round downwards (0, 2, ... 12, 15 or
-# 0, 2, ... 14): of 16 different pictures they would take other places for leftward than for rightward motion, and
-# single frames would give the direction away. Of pairs they take each picture once, whichever way it goes.
-HOLD = 2
-NUM_PICTURES = NUM_FRAMES // HOLD
 
-COLORS = {
-    "red": (225, 30, 30),
-    "green": (20, 165, 40),
-    "blue": (35, 65, 230),
-    "yellow": (245, 215, 20),
-    "magenta": (215, 40, 205),
-    "cyan": (30, 205, 215),
-}
 BACKGROUNDS = {"black": (4, 4, 4), "navy": (4, 8, 95), "brown": (84, 46, 6)}  # all dark: docs/LOG.md
 SHAPES = ("square", "ring", "triangle", "cross")  # a filled circle is hard to tell from a square at 32 pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -61,8 +38,6 @@ ORDER_CAPTIONS = (
     "on a {background} background a {first} is followed by a {second}",
     "a {background} scene in which a {second} comes after a {first}",
 )
-
-_LOCK = ".motion.lock"
 
 
 @dataclass(frozen=True)
@@ -84,6 +59,7 @@ class MoveVideo:
     direction: str
     extent: float
     background: str
+    category: ClassVar[int] = 0
 
     def pictures(self) -> list[Thing]:
         dx, dy = DIRECTIONS[self.direction]
@@ -98,6 +74,22 @@ class MoveVideo:
         words = {"color": self.thing.color, "shape": self.thing.shape, "direction": self.direction}
         return [template.format(**words) for template in MOVE_CAPTIONS]
 
+    def frames(self) -> np.ndarray:
+        return render_frames(self)
+
+    def questions(self, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """The first of them needs time."""
+        appearance = [
+            ("what color is the object", self.thing.color),
+            ("what shape is the object", self.thing.shape),
+            ("what color is the background", self.background),
+        ]
+        left_out = rng.integers(len(appearance))
+        return [
+            ("which way does the object move", self.direction),
+            *(pair for i, pair in enumerate(appearance) if i != left_out),
+        ]
+
 
 @dataclass(frozen=True)
 class OrderVideo:
@@ -106,6 +98,7 @@ class OrderVideo:
     first: Thing
     second: Thing
     background: str
+    category: ClassVar[int] = 1
 
     def pictures(self) -> list[Thing]:
         half = NUM_PICTURES // 2
@@ -119,9 +112,20 @@ class OrderVideo:
         }
         return [template.format(**words) for template in ORDER_CAPTIONS]
 
+    def frames(self) -> np.ndarray:
+        return render_frames(self)
+
+    def questions(self, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Both need time."""
+        things = {"first": self.first, "last": self.second}
+        by_color, by_shape = rng.choice(list(things), size=2).tolist()
+        return [
+            (f"which color appears {by_color}", things[by_color].color),
+            (f"which shape appears {by_shape}", things[by_shape].shape),
+        ]
+
 
 MotionVideo = MoveVideo | OrderVideo
-Entry = tuple[str, MotionVideo]  # MSRVTT's name of the split ("train", "validate", "test") and the video
 
 
 def render_frames(video: MotionVideo) -> np.ndarray:
@@ -163,30 +167,6 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> n
     raise AssertionError(shape)
 
 
-def write_video(path: Path, frames: np.ndarray) -> None:
-    """Write uint8 (T, H, W, 3) RGB frames as H.264, every frame coded alone and with one fixed quantiser.
-
-    So a frame's pixels do not depend on its neighbours: compression tells nothing about the direction of time.
-    The file appears under its name only when it is whole.
-    """
-    import av  # reading annotations needs no decoder
-
-    partial = path.with_suffix(".partial")
-    with av.open(str(partial), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.time_base = Fraction(1, FPS)
-        stream.codec_context.thread_count = 1  # the bytes must not depend on the number of cores
-        stream.options = {"preset": "veryfast", "qp": "18", "g": "1"}
-        for index, image in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts = index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    os.replace(partial, path)
-
-
 def render_motion(
     root: str | Path,
     *,
@@ -197,10 +177,9 @@ def render_motion(
     num_order_val: int = 300,
     num_order_test: int = 300,
 ) -> Path:
-    """Render the data set under `root`, unless it is there already, and return `root`.
+    """Render the data set under `root`, unless it is there already, and return `root`; see `rendered.render`.
 
-    Takes some 20 s and 87 MB at the default size. Several processes may call it at once: one renders, the others
-    wait. `motion.json` is written last, so a folder without it is unfinished and is rendered afresh.
+    Takes some 20 s and 87 MB at the default size.
 
     Args:
         root: a new or empty folder, or one that an earlier call made.
@@ -212,37 +191,9 @@ def render_motion(
     Raises:
         ValueError: on impossible numbers, a folder of other parameters, or a folder that is not of this kind.
     """
-    parameters = {
-        "seed": seed,
-        "num_train": num_train,
-        "num_test": num_test,
-        "num_order_train": num_order_train,
-        "num_order_val": num_order_val,
-        "num_order_test": num_order_test,
-    }
-    if num_train < 1 or min(parameters.values()) < 0:
-        raise ValueError(f"motion needs a training video at least and no negative number; got {parameters}")
-    root = Path(root)
-    description = {
-        "name": "motion",
-        "version": VERSION,
-        "parameters": parameters,
-        "frames": NUM_FRAMES,
-        "fps": FPS,
-        "size": SIZE,
-    }
-    if _is_finished(root, description):
-        return root
-    entries = _draw_videos(**parameters)
-    with _lock(root):
-        if not _is_finished(root, description):  # another process may have finished while this one waited
-            shutil.rmtree(root / "videos", ignore_errors=True)
-            (root / "videos").mkdir()
-            _write_videos(root / "videos", entries)
-            _write_annotations(root, entries, np.random.default_rng([seed, 1]))
-            _write_retrieval_lists(root, entries, num_train, num_test)
-            _write_text(root / "motion.json", json.dumps(description, indent=1))
-    return root
+    orders = {"num_order_train": num_order_train, "num_order_val": num_order_val, "num_order_test": num_order_test}
+    rendering = Rendering("motion", VERSION, seed, num_train, num_test, tuple(orders.items()))
+    return render(root, rendering, partial(_draw_videos, seed, num_train, num_test, *orders.values()))
 
 
 def _draw_videos(
@@ -251,14 +202,10 @@ def _draw_videos(
     """All videos in the order of their numbers: retrieval training, retrieval test, then the order videos."""
     rng = np.random.default_rng([seed, 0])
     combinations = list(itertools.product(COLORS, SHAPES, DIRECTIONS))
-    if num_test > len(combinations):
-        raise ValueError(f"only {len(combinations)} test captions differ: num_test={num_test} is too many")
-    first_val = num_train - num_train // 20
-    train = [combinations[i] for i in rng.integers(len(combinations), size=num_train)]
-    test = [combinations[i] for i in rng.permutation(len(combinations))[:num_test]]
+    train, val, test = meanings(rng, combinations, num_train, num_test)
     return [
-        *(("train", _random_move(rng, *words)) for words in train[:first_val]),
-        *(("validate", _random_move(rng, *words)) for words in train[first_val:]),
+        *(("train", _random_move(rng, *words)) for words in train),
+        *(("validate", _random_move(rng, *words)) for words in val),
         *(("test", _random_move(rng, *words)) for words in test),
         *(("train", _random_order(rng)) for _ in range(num_order_train)),
         *(("validate", _random_order(rng)) for _ in range(num_order_val)),
@@ -289,27 +236,6 @@ def _random_background(rng: np.random.Generator) -> str:
     return str(rng.choice(list(BACKGROUNDS)))
 
 
-def _questions(video: MotionVideo, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Question and answer pairs; the first of a move video and both of an order video need time."""
-    if isinstance(video, MoveVideo):
-        appearance = [
-            ("what color is the object", video.thing.color),
-            ("what shape is the object", video.thing.shape),
-            ("what color is the background", video.background),
-        ]
-        left_out = rng.integers(len(appearance))
-        return [
-            ("which way does the object move", video.direction),
-            *(pair for i, pair in enumerate(appearance) if i != left_out),
-        ]
-    things = {"first": video.first, "last": video.second}
-    by_color, by_shape = rng.choice(list(things), size=2).tolist()
-    return [
-        (f"which color appears {by_color}", things[by_color].color),
-        (f"which shape appears {by_shape}", things[by_shape].shape),
-    ]
-
-
 def question_kind(question: str) -> str:
     """What a question of the embedded data set asks for: direction and order need time, the others a single frame."""
     return _KINDS[question]
@@ -324,88 +250,6 @@ _KINDS = {
 }
 
 
-def _write_videos(folder: Path, entries: list[Entry]) -> None:
-    def write(number: int) -> None:
-        _, video = entries[number]
-        write_video(folder / f"video{number}.mp4", render_frames(video))
-
-    # Threads and not processes: much of the time is inside the encoder, which releases the interpreter lock, and
-    # a caller needs no `if __name__ == "__main__"`.
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for _ in pool.map(write, range(len(entries))):
-            pass  # asking for the results raises what went wrong
-
-
-def _write_annotations(root: Path, entries: list[Entry], rng: np.random.Generator) -> None:
-    videos: list[dict[str, Any]] = []
-    sentences: list[dict[str, Any]] = []
-    questions: dict[str, list[dict[str, Any]]] = {"train": [], "validate": [], "test": []}
-    question_ids = itertools.count()
-    for number, (split, video) in enumerate(entries):
-        category = int(isinstance(video, OrderVideo))
-        videos.append({"video_id": f"video{number}", "id": number, "category": category, "split": split})
-        for caption in video.captions()[: 1 if split == "test" else None]:
-            sentences.append({"video_id": f"video{number}", "caption": caption, "sen_id": len(sentences)})
-        for question, answer in _questions(video, rng):
-            pair = {"answer": answer, "category_id": category, "id": next(question_ids)}
-            questions[split].append({**pair, "question": question, "video_id": number})
-    _write_text(root / "MSRVTT_data.json", json.dumps({"videos": videos, "sentences": sentences}))
-    for split, name in (("train", "train_qa"), ("validate", "val_qa"), ("test", "test_qa")):
-        _write_text(root / f"{name}.json", json.dumps(questions[split]))
-
-
-def _write_retrieval_lists(root: Path, entries: list[Entry], num_train: int, num_test: int) -> None:
-    train = [[f"video{number}"] for number in range(num_train)]
-    _write_csv(root / "MSRVTT_train.9k.csv", ["video_id"], train)
-    _write_csv(root / "MSRVTT_train.7k.csv", ["video_id"], train[: max(1, num_train * 7010 // 9000)])
-    test = [
-        [f"ret{i}", f"msr{number}", f"video{number}", entries[number][1].captions()[0]]
-        for i, number in enumerate(range(num_train, num_train + num_test))
-    ]
-    _write_csv(root / "MSRVTT_JSFUSION_test.csv", ["key", "vid_key", "video_id", "sentence"], test)
-
-
-def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _is_finished(root: Path, description: dict[str, Any]) -> bool:
-    path = root / "motion.json"
-    if not path.exists():
-        return False
-    found = load_json(path)
-    if found != description:
-        raise ValueError(
-            f"{root} holds the motion data set of other parameters: expected {description}, found {found}. "
-            "Choose another folder or delete this one"
-        )
-    return True
-
-
-@contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it when the process dies."""
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"{root}: expected a folder")
-    root.mkdir(parents=True, exist_ok=True)
-    lock = root / _LOCK
-    if os.path.lexists(lock):
-        check_regular(lock)
-    # The lock file comes before all others and stays, so it tells a folder of ours from, say, the real MSRVTT.
-    if any(root.iterdir()) and not lock.exists():
-        raise ValueError(f"{root} is not empty and was not made by render_motion: choose an empty folder")
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _captions(place: Place, split: str) -> RetrievalSplit:
     return msrvtt.read_split(replace(place, data_root=render_motion(place.root)), split)
 
@@ -415,7 +259,7 @@ def _asked(place: Place, split: str) -> QASplit:
 
 
 DATASET = DataSet(
-    title="rendered by this package",
+    title="rendered by this package: time decides",
     files="written with the videos",
     captions=Texts(_captions, msrvtt.SPLITS, SplitNames("train_9k", None, "test_1k", holdout=96)),
     questions=Texts(_asked),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from tempme_vl.reports import provenance, show, write_json, write_whole
 from tempme_vl.tasks.retrieval import load_retrieval_model
 
 # options of merging that the recipe has itself; others are a method's own
-OF_RECIPE = ("r", "merge_layers", "merge_frames", "cross_percent", "intra_percent", "budget", "tokens")
+OF_RECIPE = ("num_frames", "r", "merge_layers", "merge_frames", "cross_percent", "intra_percent", "budget", "tokens")
 ALIKE = ("dataset", "data_root", "video_root", "annotations", "train", "ranks")  # of all runs of a folder
 ALIKE_FILE, REPORT, SCORES, OUTPUT = "alike.json", "report.json", "scores.json", "output.txt"
 
@@ -74,7 +75,7 @@ def check_alike(options: CompareOptions) -> None:
 
 
 def train(options: CompareOptions, rows: Sequence[Row]) -> None:
-    """Trains what has no report yet, some runs at a time, each with GPUs of its own where there are any.
+    """Trains what has no report yet, some runs at a time, each with cores of its own, and GPUs where there are any.
 
     Raises:
         ValueError: runs failed; the others were trained.
@@ -82,15 +83,18 @@ def train(options: CompareOptions, rows: Sequence[Row]) -> None:
     wanted = [(row, seed) for seed in options.seeds for row in rows]
     missing = [run for run in wanted if not (folder(options, *run) / REPORT).is_file()]
     show(f"{len(wanted) - len(missing)} runs are there, {len(missing)} to train")
-    free: Queue[tuple[int, ...]] = Queue()
-    gpus = torch.cuda.device_count()
+    free: Queue[tuple[tuple[int, ...], tuple[int, ...]]] = Queue()
+    gpus, cores = torch.cuda.device_count(), sorted(os.sched_getaffinity(0))
     for place in range(options.parallel):
-        free.put(tuple((place * options.ranks + i) % gpus for i in range(options.ranks)) if gpus else ())
+        own = tuple((place * options.ranks + i) % gpus for i in range(options.ranks)) if gpus else ()
+        free.put((own, tuple(cores[place :: options.parallel]) or (cores[place % len(cores)],)))
 
     def one(run: tuple[Row, int]) -> str | None:
         own = free.get()
+        # of this thread, and of the processes that it starts: runs that share cores wait for each other's threads
+        os.sched_setaffinity(0, own[1])
         try:
-            return train_one(options, *run, own)
+            return train_one(options, *run, own[0])
         finally:
             free.put(own)
 

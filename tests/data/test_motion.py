@@ -14,8 +14,9 @@ import av
 import numpy as np
 import pytest
 
-from tempme_vl.data import motion
-from tempme_vl.data.motion import COLORS, DIRECTIONS, SHAPES, MoveVideo, OrderVideo, Thing, render_frames
+from tempme_vl.data import motion, rendered
+from tempme_vl.data.motion import DIRECTIONS, SHAPES, MoveVideo, OrderVideo, Thing, render_frames
+from tempme_vl.data.rendered import COLORS, write_video
 
 SMALL = {"num_train": 40, "num_test": 12, "num_order_train": 10, "num_order_val": 4, "num_order_test": 4}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -52,12 +53,12 @@ def reversible_videos():
 @pytest.mark.parametrize(("video", "opposite"), reversible_videos())
 def test_reversed_video_holds_the_same_frames(video, opposite, tmp_path):
     frames, reverse = render_frames(video), render_frames(opposite)
-    assert frames.shape == (motion.NUM_FRAMES, motion.SIZE, motion.SIZE, 3) and frames.dtype == np.uint8
+    assert frames.shape == (rendered.NUM_FRAMES, rendered.SIZE, rendered.SIZE, 3) and frames.dtype == np.uint8
     assert np.array_equal(frames[::-1], reverse)
     assert not np.array_equal(frames, reverse)
 
-    motion.write_video(tmp_path / "video.mp4", frames)
-    motion.write_video(tmp_path / "reverse.mp4", reverse)
+    write_video(tmp_path / "video.mp4", frames)
+    write_video(tmp_path / "reverse.mp4", reverse)
     decoded, decoded_reverse = decode(tmp_path / "video.mp4"), decode(tmp_path / "reverse.mp4")
     assert np.array_equal(decoded[::-1], decoded_reverse), "compression gives the direction of time away"
     assert np.abs(decoded.astype(int) - frames).mean() < 4, "compression changes the picture too much"
@@ -85,7 +86,7 @@ def test_object_moves_the_way_it_is_called():
         frames = render_frames(MoveVideo(ODD, direction, extent=12.0, background="black")).astype(float).sum(-1)
         weights = frames - frames.min()
         total = weights.sum((1, 2))
-        pixel = np.arange(motion.SIZE)
+        pixel = np.arange(rendered.SIZE)
         x = (weights.sum(1) * pixel).sum(1) / total
         y = (weights.sum(2) * pixel).sum(1) / total
         assert (x[-1] - x[0], y[-1] - y[0]) == pytest.approx((24 * dx, 24 * dy), abs=0.2)
@@ -143,11 +144,11 @@ def test_layout_is_that_of_msrvtt(root):
     assert [captions[row["video_id"]] for row in test] == [[row["sentence"]] for row in test]
 
     frames = decode(root / "videos" / f"{train9k[0]}.mp4")
-    assert frames.shape == (motion.NUM_FRAMES, motion.SIZE, motion.SIZE, 3)
+    assert frames.shape == (rendered.NUM_FRAMES, rendered.SIZE, rendered.SIZE, 3)
     with av.open(str(root / "videos" / "video0.mp4")) as container:
         stream = container.streams.video[0]
-        assert (stream.codec.name, stream.average_rate) == ("h264", motion.FPS)
-        assert stream.frames == motion.NUM_FRAMES
+        assert (stream.codec.name, stream.average_rate) == ("h264", rendered.FPS)
+        assert stream.frames == rendered.NUM_FRAMES
 
 
 def test_captions_of_one_video_say_what_it_was_rendered_from():
@@ -226,7 +227,7 @@ def test_every_question_has_a_kind_that_says_whether_it_needs_time(root):
     # a video played backwards keeps the answers that need no time, and changes the others
     video = MoveVideo(ODD, "left", 12.3, "navy")
     reverse = dataclasses.replace(video, direction="right")
-    for forth, back in zip(*(motion._questions(c, np.random.default_rng(1)) for c in (video, reverse)), strict=True):
+    for forth, back in zip(*(c.questions(np.random.default_rng(1)) for c in (video, reverse)), strict=True):
         assert forth[0] == back[0]
         assert (forth[1] != back[1]) == (motion.question_kind(forth[0]) == "direction")
 
@@ -255,7 +256,7 @@ def test_other_parameters_are_refused(root):
 
 def test_somebody_elses_folder_is_refused(tmp_path):
     (tmp_path / "MSRVTT_data.json").write_text("precious")
-    with pytest.raises(ValueError, match="not made by render_motion"):
+    with pytest.raises(ValueError, match="holds no motion data set rendered earlier"):
         motion.render_motion(tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["MSRVTT_data.json"]
 
@@ -294,7 +295,7 @@ def test_killed_rendering_is_made_complete(root, tmp_path):
     assert annotations(tmp_path) == annotations(root)
     names = {path.name for path in (tmp_path / "videos").iterdir()}
     assert names == {path.name for path in (root / "videos").iterdir()}
-    assert all(len(decode(tmp_path / "videos" / name)) == motion.NUM_FRAMES for name in names)
+    assert all(len(decode(tmp_path / "videos" / name)) == rendered.NUM_FRAMES for name in names)
 
 
 def test_processes_may_render_at_the_same_time(root, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
+import threading
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -49,12 +51,13 @@ def test_the_grid_is_every_method_with_every_tuning_and_no_row_twice() -> None:
 
 def test_a_run_is_trained_with_its_row_and_what_all_have_alike() -> None:
     options = CompareOptions(output=Path("out"), train=("epochs=1", "merge-layers=1 2"))
-    given = arguments(options, Row.parse("tome+full:r=4,budget=0.5,odd=x"), 3)
+    given = arguments(options, Row.parse("tome+full:r=4,budget=0.5,odd=x,num_frames=6"), 3)
     pairs = dict(itertools.pairwise(given))
     assert (pairs["--method"], pairs["--tuning"], pairs["--seed"], pairs["--r"]) == ("tome", "full", "3", "4")
     assert (pairs["--epochs"], pairs["--budget"], pairs["--method-options"]) == ("1", "0.5", "odd=x")
+    assert pairs["--num-frames"] == "6"
     assert given[given.index("--merge-layers") + 1 :][:2] == ["1", "2"]
-    assert pairs["--output"] == "out/tome+full_r-4_budget-0.5_odd-x-seed3"
+    assert pairs["--output"] == "out/tome+full_r-4_budget-0.5_odd-x_num_frames-6-seed3"
 
 
 def test_intervals_are_students() -> None:
@@ -131,6 +134,22 @@ def test_a_run_that_fails_or_stops_early_is_said(tmp_path: Path, monkeypatch: py
         options = CompareOptions(methods=("none",), seeds=(0,), output=tmp_path / str(code))
         with pytest.raises(ValueError, match=expected):
             main(options)
+
+
+def test_runs_at_a_time_have_cores_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs with a thread a core each, on the same cores, took sixteen times as long as one."""
+    both, seen, before = threading.Barrier(2, timeout=20), [], os.sched_getaffinity(0)
+
+    def started(command: list[str], **_: object) -> object:
+        seen.append(os.sched_getaffinity(0))
+        both.wait()
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", started)
+    with pytest.raises(ValueError, match="tome-seed0 failed"):
+        main(CompareOptions(methods=("none", "tome"), seeds=(0,), output=tmp_path, parallel=2))
+    assert os.sched_getaffinity(0) == before == seen[0] | seen[1]
+    assert not seen[0] & seen[1] or len(before) == 1
 
 
 @pytest.mark.slow  # two runs through the launcher

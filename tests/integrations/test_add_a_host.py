@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from training.processes import exit_codes, start
 
 import tempme_vl
-from tempme_vl.data.motion import render_motion, write_video
+from tempme_vl.data.motion import render_motion
+from tempme_vl.data.rendered import write_video
 from tempme_vl.integrations import HOSTS, Compressed, compress, load_compressed
 from tempme_vl.integrations.tiny import tiny_host, tiny_names
 from tempme_vl.integrations.videos import sample

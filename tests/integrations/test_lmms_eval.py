@@ -19,7 +19,7 @@ from integrations import tiny, tiny_post
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tempme_vl.data.motion import write_video
+from tempme_vl.data.rendered import write_video
 from tempme_vl.data.video import read_frames
 from tempme_vl.integrations import Compressed, compress
 from tempme_vl.lmms_eval.arguments import cut, generation_options, video_of

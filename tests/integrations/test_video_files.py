@@ -13,7 +13,7 @@ import torch
 from integrations import tiny, tiny_post
 
 from tempme_vl import read_video
-from tempme_vl.data.motion import write_video
+from tempme_vl.data.rendered import write_video
 from tempme_vl.data.video import VideoError
 from tempme_vl.integrations import Compressed, SampledVideo, compress
 from tempme_vl.integrations.videos import read_sampled, sample
