@@ -219,11 +219,29 @@ def write(options: CompareOptions, table: Sequence[Compared], runs: Mapping[str,
     report["runs"] = {name: [{"seed": run.seed, **run.report} for run in own] for name, own in runs.items()}
     write_json(options.output / "comparison.json", report)
     page = options.page or options.output / "comparison.md"
-    picture = page.with_suffix(".svg")
+    picture = page.with_name(f"{page.stem}_{options.dataset}.svg")
     write_whole(picture, plot(table).encode())
     made = ", ".join([report["date"][:10], *(f"{name} {version}" for name, version in report["versions"].items())])
-    parts = ["# Methods side by side", shown, f"![R-Sum against cost]({picture.name})", f"{made}."]
-    write_whole(page, ("\n\n".join(parts) + "\n").encode())
+    section = f"{shown}\n\n![R-Sum against cost]({picture.name})\n\n{made}."
+    before = page.read_text() if page.is_file() else "# Methods side by side\n"
+    write_whole(page, with_section(before, options.dataset, section).encode())
+
+
+def with_section(page: str, name: str, text: str) -> str:
+    """A page whose section of a name is another, or new, and whose other text stays.
+
+    Raises:
+        ValueError: the section begins without an end.
+    """
+    first, last = f"<!-- {name}: tempme-vl compare writes this -->", f"<!-- end of {name} -->"
+    section = f"{first}\n\n{text}\n\n{last}"
+    before, begins, rest = page.partition(first)
+    if not begins:
+        return f"{page.rstrip()}\n\n{section}\n"
+    _, ends, after = rest.partition(last)
+    if not ends:
+        raise ValueError(f"expected the line {last!r} behind {first!r} in the page; write it, or remove both")
+    return before + section + after
 
 
 def _about(setting: Mapping[str, Any]) -> str:

@@ -140,7 +140,7 @@ class CompareOptions(DataOptions):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights, order and augmentation; the same for every row."""
     output: Path = Path("runs/compare")
-    """The runs' folders, comparison.json, comparison.md and comparison.svg."""
+    """The runs' folders, comparison.json, comparison.md and its plot."""
     dataset: Annotated[str, CAPTIONED] = EMBEDDED
     """As `train retrieval` has it."""
     train: tuple[str, ...] = ()
@@ -154,7 +154,8 @@ class CompareOptions(DataOptions):
     repeats: int = 15
     """Turns that count, where the encoders are timed one after the other; one more before them warms up."""
     page: Path | None = None
-    """Also write the table and what it is of to this Markdown file, the plot beside it."""
+    """Also write the table and what it is of to this Markdown file, the plot beside it. Of a file that is there the
+    data set's own section is replaced, and other text stays."""
 
 
 EVAL_RETRIEVAL = Command(

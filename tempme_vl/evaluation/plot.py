@@ -9,7 +9,7 @@ from html import escape
 
 WIDE, HIGH, LEFT, BELOW, ABOVE, RIGHT = 360, 320, 58, 46, 16, 14  # pixels of a panel's plot, and around it
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#8f5aa8", "#c07a00", "#00838f", "#6d4c41", "#5c6b73")
-LETTER = 11
+LETTER, RADIUS = 11, 7
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def draw(upwards: str, panels: Sequence[Panel]) -> str:
     y_ticks = ticks(min(values), max(values))
     whole = len(panels) * (LEFT + WIDE + RIGHT)
     names = list(dict.fromkeys(p.name for panel in panels for p in panel.points))
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
-    legend = _legend(names, colors, whole)
+    marks = {name: _mark(number, name) for number, name in enumerate(names, 1)}
+    legend = _legend(marks, whole)
     height = ABOVE + HIGH + BELOW + 20 * (1 + max((row for row, _ in legend), default=0)) + 8
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {height}" font-family="sans-serif"'
@@ -61,14 +61,28 @@ def draw(upwards: str, panels: Sequence[Panel]) -> str:
     ]
     for number, panel in enumerate(panels):
         left = number * (LEFT + WIDE + RIGHT) + LEFT
-        lines += _panel(panel, left, y_ticks, colors)
+        lines += _panel(panel, left, y_ticks, marks)
     middle = ABOVE + HIGH / 2
     lines.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(upwards)}</text>')
     lines += [f'<g transform="translate(0 {ABOVE + HIGH + BELOW + 20 * row})">{text}</g>' for row, text in legend]
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _panel(panel: Panel, left: int, y_ticks: Sequence[float], colors: dict[str, str]) -> list[str]:
+@dataclass(frozen=True)
+class Mark:
+    """What a name has in all panels and in the legend: a number, since there are more names than colors."""
+
+    color: str
+    drawn: str  # around (0, 0)
+
+
+def _mark(number: int, name: str) -> Mark:
+    color = COLORS[(number - 1) % len(COLORS)]
+    circle = f'<circle r="{RADIUS}" fill="{color}"><title>{escape(name)}</title></circle>'
+    return Mark(color, f'{circle}<text y="3" font-size="9" fill="white" text-anchor="middle">{number}</text>')
+
+
+def _panel(panel: Panel, left: int, y_ticks: Sequence[float], marks: dict[str, Mark]) -> list[str]:
     x_ticks = ticks(min(p.x for p in panel.points), max(p.x for p in panel.points))
 
     def x(value: float) -> float:
@@ -87,22 +101,22 @@ def _panel(panel: Panel, left: int, y_ticks: Sequence[float], colors: dict[str, 
         lines.append(f'<text x="{x(value):.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
     lines.append(f'<text x="{left + WIDE / 2}" y="{bottom + 34}" text-anchor="middle">{escape(panel.across)}</text>')
     for p in panel.points:
-        color = colors[p.name]
+        mark = marks[p.name]
         if p.low is not None and p.high is not None:
-            lines.append(f'<path d="M{x(p.x):.1f} {y(p.low):.1f}V{y(p.high):.1f}" stroke="{color}" opacity="0.6"/>')
-        circle = f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="4.5" fill="{color}">'
-        lines.append(f"{circle}<title>{escape(p.name)}</title></circle>")
+            ends = f"M{x(p.x):.1f} {y(p.low):.1f}V{y(p.high):.1f}"
+            lines.append(f'<path d="{ends}" stroke="{mark.color}" opacity="0.6"/>')
+        lines.append(f'<g transform="translate({x(p.x):.1f} {y(p.y):.1f})">{mark.drawn}</g>')
     return lines
 
 
-def _legend(names: Sequence[str], colors: dict[str, str], width: int) -> list[tuple[int, str]]:
+def _legend(marks: dict[str, Mark], width: int) -> list[tuple[int, str]]:
     """(line, SVG) of each name, from left to right."""
     placed, row, x = [], 0, LEFT
-    for name in names:
+    for name, mark in marks.items():
         wide = 26 + round(0.62 * LETTER * len(name))
         if x + wide > width and x > LEFT:
             row, x = row + 1, LEFT
-        mark = f'<circle cx="{x}" cy="8" r="4.5" fill="{colors[name]}"/>'
-        placed.append((row, f'{mark}<text x="{x + 9}" y="12">{escape(name)}</text>'))
+        at = f'<g transform="translate({x} 8)">{mark.drawn}</g>'
+        placed.append((row, f'{at}<text x="{x + RADIUS + 4}" y="12">{escape(name)}</text>'))
         x += wide
     return placed

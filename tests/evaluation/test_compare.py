@@ -17,7 +17,7 @@ import pytest
 
 from tempme_vl.data.motion import render_motion
 from tempme_vl.evaluation.compare import Interval, Row, Run, compared, markdown, over_seeds, paired_difference, plot
-from tempme_vl.evaluation.compare_command import arguments, check_alike, grid, main
+from tempme_vl.evaluation.compare_command import arguments, check_alike, grid, main, with_section
 from tempme_vl.evaluation.options import COMPARE, CompareOptions
 from tempme_vl.evaluation.plot import ticks
 
@@ -101,6 +101,16 @@ def test_the_table_and_the_plot_have_every_row() -> None:
     assert {"none", "tome:r=1", "GFLOPs a video", "tokens of a video"} <= set(shown)
 
 
+def test_a_page_keeps_what_others_wrote() -> None:
+    page = with_section("# Title\n\nWords.\n", "motion", "one")
+    both = with_section(page, "detail", "two") + "\nMore words.\n"
+    anew = with_section(both, "motion", "three")
+    assert anew == both.replace("one", "three") and anew.startswith("# Title\n\nWords.\n")
+    assert anew.index("three") < anew.index("two") < anew.index("More words")
+    with pytest.raises(ValueError, match="expected the line '<!-- end of detail -->' behind"):
+        with_section(both.replace("<!-- end of detail -->", ""), "detail", "four")
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (299.0, 301.5), (3.0, 3.0), (0.0, 0.0), (12.3, 9876.0)])
 def test_ticks_are_few_and_around_all_values(low: float, high: float) -> None:
     found = ticks(low, high)
@@ -165,7 +175,7 @@ def test_a_grid_is_trained_once_and_compared(tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().out
     assert "0 runs are there, 2 to train" in shown and "| tome:r=1 | " in shown
     made = {path.name for path in options.output.iterdir()}
-    assert made >= {"comparison.md", "comparison.svg", "comparison.json", "none-seed0", "tome_r-1-seed0"}
+    assert made >= {"comparison.md", "comparison_msrvtt.svg", "comparison.json", "none-seed0", "tome_r-1-seed0"}
     report = json.loads((options.output / "comparison.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["none", "tome:r=1"] and len(report["runs"]["none"]) == 1
     for row in report["rows"]:  # what each query found is what the runs' own tests reported
