@@ -5,6 +5,7 @@
 # make lint       ruff and mypy alone
 # make oldest     the whole test suite with the lowest versions that pyproject.toml allows, and its column of docs/versions.md
 # make newest     the same with the newest of everything, whatever constraints.txt says
+# make comparison  the tables and plots of docs/comparison.md: 60 models, three hours on 2 cores; goes on where it stopped
 # make floors     draw docs/floors.svg anew, of the table of imports
 # make versions   the same with the locked versions, and all that builds on transformers in five versions of it
 # make lock       write constraints.txt anew; UPGRADE=--upgrade for the newest versions, else what fits stays
@@ -24,7 +25,7 @@ UPGRADE ?=
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
 
-.PHONY: demo test test-all test-cuda lint floors oldest newest versions lock
+.PHONY: demo test test-all test-cuda lint comparison floors oldest newest versions lock
 
 demo: $(READY)
 	$(RUN) $(BIN)/python recipes/motion_demo.py
@@ -42,6 +43,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+TWO_AT_A_TIME := --seeds 0 1 2 --parallel 2 --page docs/comparison.md
+OF_TIME := none none:num_frames=4 temporal_only tempme reduction_only tome:tokens=32 evit:tokens=32 diffrate:tokens=32 \
+	sta:tokens=32 testa:budget=0.6 centerclip:tokens=32 random:tokens=32 uniform:tokens=32 pool:budget=0.6
+OF_SPACE := none tempme tome:tokens=32 evit:tokens=32 random:tokens=32 uniform:tokens=32 pool:tokens=40
+
+comparison: $(READY)
+	$(RUN) $(BIN)/python eval/compare.py --dataset motion --methods $(OF_TIME) --output runs/compare/motion --train epochs=3 $(TWO_AT_A_TIME)
+	$(RUN) $(BIN)/python eval/compare.py --dataset detail --methods $(OF_SPACE) --output runs/compare/detail --train epochs=2 $(TWO_AT_A_TIME)
 
 floors: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/floors.py
