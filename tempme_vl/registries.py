@@ -102,7 +102,7 @@ TUNINGS: Registry[type[Tuning]] = Registry(
         "full": "tempme_vl.tuning.full:Full",
         "clip4clip": "tempme_vl.tuning.clip4clip:CLIP4Clip",
         "lora": "tempme_vl.tuning.lora:Lora",
-        "dora": "tempme_vl.tuning.lora:Dora",
+        "dora": "tempme_vl.tuning.dora:Dora",
         "prompt": "tempme_vl.tuning.prompt:Prompt",
         "adapter": "tempme_vl.tuning.adapter:Adapter",
         "plevu": "tempme_vl.tuning.plevu:Plevu",

@@ -13,7 +13,7 @@ from tempme_vl.schema import read
 from tempme_vl.tuning.base import AddedModules, Tuning
 from tempme_vl.tuning.clip4clip import CLIP4Clip
 from tempme_vl.tuning.full import Full
-from tempme_vl.tuning.lora import Dora, Lora
+from tempme_vl.tuning.lora import Lora
 
 if TYPE_CHECKING:
     from tempme_vl.tuning.model import TunableModel
@@ -22,7 +22,6 @@ __all__ = [
     "TUNINGS",
     "AddedModules",
     "CLIP4Clip",
-    "Dora",
     "Full",
     "Lora",
     "TunableModel",

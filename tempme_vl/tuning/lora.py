@@ -58,19 +58,23 @@ class Lora(Tuning):
         """Raises:
         ValueError: no layer of the model has one of the names.
         """
-        from peft import inject_adapter_in_model
-
         targets, parts = self.targets or model.lora_targets, model.lora_parts
         layers = [f"{part}.{name}" for part in parts for name, _ in model.get_submodule(part).named_modules()]
         layers = [name for name in layers if name.rpartition(".")[2] in targets]
         if not layers:
             raise ValueError(f"LoRA: no layer of {type(model).__name__} is called {' or '.join(targets)}")
         kept = [p for name, p in model.named_parameters() if p.requires_grad and model.trains_beside(name)]
-        inject_adapter_in_model(self._config(layers), model, _ADAPTER)
+        self.inject(model, layers)
         for name, weight in model.named_parameters():
             weight.requires_grad_(self.is_new(name))
         for weight in kept:
             weight.requires_grad_(True)
+
+    def inject(self, model: TunableModel, layers: Sequence[str]) -> None:
+        """Puts what trains beside the weights of these layers."""
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(self._config(layers), model, _ADAPTER)
 
     def wrap(self, model: Any, layers: str = "all-linear", task: str | None = None) -> Any:
         """A model of transformers in peft's wrapper, which is how language models with LoRA are saved and shared.
@@ -100,7 +104,7 @@ class Lora(Tuning):
         return _ADDED in name and _WRAPPED not in name
 
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """W + alpha / rank * B A (DoRA: rescaled), in float32; LoRA of a part that peft wraps is left as it is."""
+        """W + alpha / rank * B A, in float32; LoRA of a part that peft wraps is left as it is."""
         merged = {}
         for name, value in state.items():
             if self.is_new(name):
@@ -112,18 +116,5 @@ class Lora(Tuning):
                 merged[f"{layer}.{last}"] = value
             else:
                 a, b = (state[f"{layer}.lora_{side}.{_ADAPTER}.weight"].float() for side in "AB")
-                weight = value.float() + self.scale * (b @ a)
-                if self.magnitudes:
-                    magnitude = state[f"{layer}.lora_magnitude_vector.{_ADAPTER}.weight"].float()
-                    weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
-                merged[f"{layer}.weight"] = weight.to(value.dtype)
+                merged[f"{layer}.weight"] = (value.float() + self.scale * (b @ a)).to(value.dtype)
         return merged
-
-
-@dataclass(frozen=True)
-class Dora(Lora):
-    """DoRA (ICML 2024) by peft, on the same layers: LoRA gives the direction of each row of a weight, and a learnt
-    magnitude its length: y = x (m W' / |W'|)^T + b, W' = W + alpha / rank * B A, |.| by row; m starts as |W|."""
-
-    name: ClassVar[str] = "dora"
-    magnitudes: ClassVar[bool] = True
