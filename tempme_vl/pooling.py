@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +26,20 @@ class FramePlace(nn.Module):
             (B, E).
         """
         return masked_mean(F.normalize(at_least_float32(frames), dim=-1), frame_mask, clip_of)
+
+
+def mean_by_clip(values: Tensor, clips: int, clip_of: Tensor | None = None) -> Tensor:
+    """What a value of each frame is for embeddings that stand for several: their mean. (F, E) -> (C, E), or with
+    `clip_of` (B, C, E).
+
+    Args:
+        clips: C; where it is F, the values stay.
+        clip_of: (B, F), see `TokenState`.
+    """
+    if clip_of is None:
+        return values.unflatten(0, (clips, -1)).mean(dim=1)
+    held = (clip_of.unsqueeze(1) == torch.arange(clips, device=clip_of.device).unsqueeze(-1)).to(values.dtype)
+    return held @ values / held.sum(dim=2, keepdim=True)  # a clip that is left holds a frame
 
 
 def masked_mean(frames: Tensor, frame_mask: Tensor | None, clip_of: Tensor | None = None) -> Tensor:

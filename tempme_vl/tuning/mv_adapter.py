@@ -80,16 +80,16 @@ class MvAdapter(AddedModules):
     def extend(self, model: TunableModel) -> None:
         """Raises:
         ValueError: a model whose towers are not both CLIP's, numbers of blocks that it does not have, or merging that
-            makes the CLS tokens of several frames one.
+            leaves fewer CLS tokens than frames.
         """
         text, blocks, schedule = model.clip_text(), model.visual_blocks(), model.frontend.schedule
         if not all(isinstance(block, OpenCLIPBlock) for block in blocks):
             raise ValueError(
                 f"mv_adapter stands in CLIP's own blocks; got {type(blocks[0]).__name__}: choose adapter or lora"
             )
-        if any(plan.pool_prefix for plan in schedule.plan):
+        if any(plan.pool_prefix or plan.fewer_clips for plan in schedule.plan):
             raise ValueError(
-                f"mv_adapter reads every frame's CLS token, and {schedule.method!r} makes those of several frames one: "
+                f"mv_adapter reads every frame's CLS token, and {schedule.method!r} leaves one for several frames: "
                 "choose adapter, or another method"
             )
         visual = cast(list[OpenCLIPBlock], blocks), model.frontend.shape.width, schedule.frames

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.pooling import FramePlace
+from tempme_vl.pooling import FramePlace, mean_by_clip
 from tempme_vl.state import at_least_float32
 from tempme_vl.text.clip import WordPlace
 from tempme_vl.tuning.base import AddedModules
@@ -100,7 +100,8 @@ class LearntWords(WordPlace):
 
 
 class FrameTransformer(FramePlace):
-    """The mean of frames that have attended to each other: (B, F, E) -> (B, E)."""
+    """The mean of frames that have attended to each other: (B, F, E) -> (B, E). Where merging has left an embedding of
+    several frames, its position is the mean of theirs."""
 
     def __init__(self, frames: int, width: int, layers: int, heads: int):
         super().__init__()
@@ -110,7 +111,7 @@ class FrameTransformer(FramePlace):
     def forward(
         self, frames: Tensor, frame_mask: Tensor | None, video: Tensor | None, clip_of: Tensor | None = None
     ) -> Tensor:
-        x = frames + self.positions().to(frames.dtype)
+        x = frames + mean_by_clip(self.positions(), frames.shape[1], clip_of).to(frames.dtype)
         for block in self.blocks:
             x = block(x)
         return at_least_float32(x).mean(dim=1)

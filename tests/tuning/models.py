@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from towers import TINY, random_video
 
 from tempme_vl.tasks.qa.create import create_qa_model
-from tempme_vl.tasks.retrieval import create_retrieval_model
+from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
 from tempme_vl.tuning import TunableModel, Tuning, find_tuning
 
 MERGING = {"r": 1, "merge_layers": (2, 3), "merge_frames": (2, 2), "cross_percent": 30, "intra_percent": 10}
@@ -30,6 +30,17 @@ def make(kind: str, tuning: str | Tuning = "full", method: str = "tempme", **opt
     return create_retrieval_model(
         name, None, method, 4, tuning, clip_position_std=0.5, vocabulary=vocabulary, **options
     )
+
+
+def made(tuning: str | Tuning, method: str = "tempme") -> RetrievalModel:
+    """A tuned model of CLIP whose added modules no longer are as at the start, where some of them do nothing."""
+    model = make("CLIP", tuning, method)
+    assert isinstance(model, RetrievalModel)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.requires_grad and model.tuning.is_new(key) and not weight.any():
+                weight.normal_(std=0.1)
+    return model
 
 
 def batch(kind: str) -> dict[str, Tensor]:
