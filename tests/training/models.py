@@ -105,12 +105,14 @@ class Asked(Dataset):
 def train_config(output: Path, stage: str = "zero0", **changes: Any) -> TrainConfig:
     """The configuration that the recipes' file of this name gives.
 
-    "partitioned" is zero3 with every parameter in parts: without it, parameters as small as these stay whole.
+    "partitioned" is zero3 with every parameter in parts, and whole only while its module runs: without it, parameters
+    as small as these stay whole.
     """
     file = RECIPES / "ds" / f"{stage}.json"
     if stage == "partitioned":
         settings = json.loads((RECIPES / "ds" / "zero3.json").read_text())
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        bounds = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+        settings["zero_optimization"] |= {f"stage3_{bound}": 0 for bound in bounds}
         output.mkdir(parents=True, exist_ok=True)
         file = output / f"rank{distributed.rank()}.json"
         file.write_text(json.dumps(settings))
