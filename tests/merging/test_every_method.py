@@ -5,12 +5,16 @@ A new method is tested by its line in `METHODS`: its options come from the recor
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import timm
 import torch
 import transformers
 from torch import Tensor
-from towers import TINY, random_video
+from towers import FIRST_WAY, TINY, random_video
 
 from tempme_vl import FrontendOutput, VisualFrontend, create_frontend
 from tempme_vl.backbones import hf
@@ -21,25 +25,27 @@ from tempme_vl.merging import METHODS
 from tempme_vl.state import TokenState
 
 FRAMES = 4
-CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-CLIP |= {"image_size": 32, "patch_size": 8, "projection_dim": 16}
+SIGLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIGLIP |= {"image_size": 32, "patch_size": 8}
 
 
-def of_timm(method: str) -> VisualFrontend:
+def of_timm(method: str, **options: Any) -> VisualFrontend:
+    """With registers."""
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 8}
-    return merge_in(*timm_family.backbone_of(timm.create_model("vit_tiny_patch16_224", **shape)), method, FRAMES, 0.0)
+    tower = timm.create_model("vit_tiny_patch16_224", **shape, reg_tokens=4)
+    return merge_in(*timm_family.backbone_of(tower), method, FRAMES, 0.0, **options)
 
 
-def of_transformers(method: str) -> VisualFrontend:
-    config = transformers.CLIPVisionConfig(**CLIP)
-    tower = transformers.CLIPVisionModelWithProjection._from_config(config, attn_implementation="sdpa")
-    return merge_in(*hf.backbone_of(tower), method, FRAMES, 0.0)
+def of_transformers(method: str, **options: Any) -> VisualFrontend:
+    """Without a CLS token, pooled by attention."""
+    tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP))
+    return merge_in(*hf.backbone_of(tower), method, FRAMES, 0.0, **options)
 
 
-TOWERS = {
-    "open_clip": lambda method: create_frontend(TINY, method=method, num_frames=FRAMES),
-    "umt": lambda method: create_frontend("umt:tiny", method=method, num_frames=FRAMES),
-    "umt joint": lambda method: create_frontend("umt:tiny", method=method, num_frames=FRAMES, mode="joint"),
+TOWERS: dict[str, Callable[..., VisualFrontend]] = {
+    "open_clip": partial(create_frontend, TINY, None, num_frames=FRAMES),
+    "umt": partial(create_frontend, "umt:tiny", None, num_frames=FRAMES),
+    "umt joint": partial(create_frontend, "umt:tiny", None, num_frames=FRAMES, mode="joint"),
     "timm": of_timm,
     "hf": of_transformers,
 }
@@ -49,14 +55,13 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 def front(tower: str, method: str) -> VisualFrontend:
     """A front end whose weights all matter; skips what is refused for a reason that the record gives."""
-    record = METHODS[method]
+    record, shape = METHODS[method], TOWERS[tower](method="none").shape
     torch.manual_seed(0)
-    joint, prefix = tower == "umt joint", not tower.startswith("umt")
-    if (joint and not record.joint) or ("cls_rows" in record.reads and not prefix):
+    if (shape.joint and not record.joint) or ("cls_rows" in record.reads and not shape.num_prefix):
         with pytest.raises(ValueError, match=REASONS):
-            TOWERS[tower](method)
+            TOWERS[tower](method=method)
         pytest.skip("refused, as its record says")
-    frontend = TOWERS[tower](method)
+    frontend = TOWERS[tower](method=method, **FIRST_WAY.get(method, {}))
     with torch.no_grad():
         for parameter in frontend.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -94,10 +99,13 @@ def test_counts_and_sizes(tower: str, method: str) -> None:
         assert_accounted_for(frontend, output)
         plain = frontend(video)
         assert plain.source is None and torch.equal(plain.tokens, output.tokens)
-        double = frontend.double()
-        both, second = double(video.double()), double(video[1:].double())
-        torch.testing.assert_close(both.tokens[1:], second.tokens, rtol=0, atol=1e-10)
-        torch.testing.assert_close(both.pooled[1:], second.pooled, rtol=0, atol=1e-10)
+    double, mask = frontend.double(), torch.tensor([[1, 1, 1, 0], [1] * FRAMES])
+    both, second = double(video.double(), mask), double(video[1:].double())
+    torch.testing.assert_close(both.tokens[1:], second.tokens, rtol=0, atol=1e-10)
+    torch.testing.assert_close(both.pooled[1:], second.pooled, rtol=0, atol=1e-10)
+    both.pooled.sum().backward()
+    gradients = [weight.grad for weight in double.blocks.parameters() if weight.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
 @each_method

@@ -6,8 +6,6 @@ tokens it holds, and size times token counts them.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from towers import coded_frontend, every_way, random_video, way
@@ -24,9 +22,10 @@ JOINS = [  # frames, merge layers, frames joined
     (12, (1, 2, 3), (2, 2, 3)),
 ]
 PAIRS = [(0, 0, 0), (2, 30, 10), (1, 0, 50), (3, 60, 0), (50, 100, 100)]  # r, cross and intra percent
-TEMPME = [
-    MergeSchedule.tempme(4, frames, tokens, r, layers, joins, cross, intra)
-    for (frames, layers, joins), (r, cross, intra), tokens in itertools.product(JOINS, PAIRS, (5, 10, 17))
+TEMPME = [  # each join with each pair, and both with each number of tokens
+    MergeSchedule.tempme(4, frames, (5, 10, 17)[(join + pair) % 3], r, layers, joins, cross, intra)
+    for join, (frames, layers, joins) in enumerate(JOINS)
+    for pair, (r, cross, intra) in enumerate(PAIRS)
 ]
 CODED = TowerShape(image_size=8, patch_size=2, width=114, heads=2, embed_dim=114)  # as `coded_frontend` makes it
 OTHERS = [
