@@ -245,7 +245,8 @@ def rerank_embeddings(
     similarity = e.text @ torch.where(e.valid[:, None], e.video, torch.zeros_like(e.video)).T
     options: dict[str, Any] = {"device": device, "top_k": top_k}
     if isinstance(stage, SimilarityHead):
-        text, video = {**e.fine_text, "text": e.text}, {**e.fine_video, "video": e.video}
+        text: dict[str, Tensor] = {**e.fine_text, "text": e.text}
+        video: dict[str, Tensor | Rows] = {**e.fine_video, "video": e.video}
         reranked = rerank_by_head(stage, text, video, similarity, e.valid, **options)
     else:
         tokens, states, mask = e.fine_video["tokens"], e.fine_text["states"], e.fine_text["text_mask"]
