@@ -21,7 +21,7 @@ from tempme_vl.families import FAMILIES, find_family, split_name
 from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
-from tempme_vl.pooling import FramePlace
+from tempme_vl.pooling import FramePlace, real_frames
 from tempme_vl.pretrained import CONFIG_FILE, build, load_any, refuse_added_modules, save_model
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import ConfigError, read
@@ -125,7 +125,8 @@ class VisualFrontend(Shareable, nn.Module):
             source = source.unflatten(0, (-1, state.num_clips))
             source = torch.where(source < 0, source, source + clip * state.x.shape[1])
             source = source.flatten(1, 2) if state.clip_of is None else source.amax(1)
-        return FrontendOutput(tokens, pooled, size, frames, source)
+        real = None if frame_mask is None else real_frames(frame_mask, frames.shape[1], state.clip_of)
+        return FrontendOutput(tokens, pooled, size, frames, source, real)
 
     def _embed_frames(self, state: TokenState) -> Tensor:
         """Projected embeddings, one a frame: (B, F, E), or (B, C, E) where clips hold several frames.

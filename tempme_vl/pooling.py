@@ -53,10 +53,17 @@ def masked_mean(frames: Tensor, frame_mask: Tensor | None, clip_of: Tensor | Non
     """
     if frame_mask is None:
         return frames.mean(dim=1)
-    if clip_of is None:
-        real = frame_mask.bool().unflatten(1, (frames.shape[1], -1)).any(dim=2)
-    else:
-        held = frame_mask.bool() & (clip_of >= 0)
-        real = frames.new_zeros(frames.shape[:2]).scatter_add(1, clip_of.clamp(min=0), held.to(frames.dtype)) > 0
-    weight = real.to(frames.dtype).unsqueeze(-1)
+    weight = real_frames(frame_mask, frames.shape[1], clip_of).to(frames.dtype).unsqueeze(-1)
     return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def real_frames(frame_mask: Tensor, count: int, clip_of: Tensor | None = None) -> Tensor:
+    """(B, F) -> (B, C) bool: which of C embeddings stand for a real frame.
+
+    Args:
+        count: C; others as in `masked_mean`.
+    """
+    if clip_of is None:
+        return frame_mask.bool().unflatten(1, (count, -1)).any(dim=2)
+    held = frame_mask.bool() & (clip_of >= 0)
+    return clip_of.new_zeros(len(clip_of), count).scatter_add(1, clip_of.clamp(min=0), held.long()) > 0

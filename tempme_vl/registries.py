@@ -124,6 +124,10 @@ SIMILARITY_HEADS = {
     "mean": "tempme_vl.tasks.similarity.mean:MeanHead",
     "maxsim": "tempme_vl.tasks.similarity.max_sim:MaxSimHead",
     "xpool": "tempme_vl.tasks.similarity.xpool:XPoolHead",
+    "seqlstm": "tempme_vl.tasks.similarity.seq_lstm:SeqLSTMHead",
+    "seqtransf": "tempme_vl.tasks.similarity.seq_transf:SeqTransfHead",
+    "tighttransf": "tempme_vl.tasks.similarity.tight_transf:TightTransfHead",
+    "eercf": "tempme_vl.tasks.similarity.eercf:EERCFHead",
 }
 HEADS: Registry[type[Head]] = Registry(
     "head", "tempme_vl.heads", "tempme_vl.tasks.heads:Head", {**QA_HEADS, **SIMILARITY_HEADS}

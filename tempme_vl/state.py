@@ -419,6 +419,7 @@ class FrontendOutput:
             a tower without CLS tokens whose clips hold several frames.
         source: (B, F*N0) int64 when traced: the output token (0..M-1) that holds each input token, frames
             in order and N0 input tokens a frame (CLS first); -1 for one that was dropped. Else None.
+        frames_mask: (B, F), or (B, C), bool: which of `frames` stand for a real frame; None where all do.
     """
 
     tokens: Tensor
@@ -426,6 +427,7 @@ class FrontendOutput:
     size: Tensor
     frames: Tensor
     source: Tensor | None = None
+    frames_mask: Tensor | None = None
 
     def __repr__(self) -> str:
         given = {field.name: getattr(self, field.name) for field in fields(self)}

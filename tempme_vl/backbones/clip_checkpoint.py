@@ -47,6 +47,7 @@ class CLIPWeights:
         text: everything else of the model: text tower, logit scale; empty for a visual tower alone.
         clip_positions: TempMe's, by layer: (clips before the join, D).
         unused: names of the file that are no part of a CLIP.
+        beside: what lies beside CLIP in the file of a model that is made of one, such as a head's weights.
         quick_gelu: which activation the weights were trained with; None where the file does not tell.
         preprocess: how pixels became input; None where the file does not tell.
         heads: attention heads of the visual tower and of the text tower, as far as the file tells; no shape does.
@@ -61,6 +62,7 @@ class CLIPWeights:
     quick_gelu: bool | None = None
     preprocess: Preprocessing | None = None
     heads: tuple[int | None, int | None] = (None, None)
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     def describe(self, with_text: bool = True) -> str:
         """What was recognised and what stays unused, in one line.
@@ -247,6 +249,7 @@ def name_clip(state: State, source: str = "the state") -> CLIPWeights:
         named.clip_positions,
         (*named.foreign, *(key for key in weights if not key.startswith((VISUAL, *_TEXT)))),
         layout.quick_gelu,
+        beside={key: state[key] for key in named.foreign},
     )
 
 

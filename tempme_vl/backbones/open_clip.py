@@ -50,12 +50,14 @@ class LoadedCLIP(NamedTuple):
     Attributes:
         clip_positions: by layer.
         export: a folder of this package whose weights a mixed model still needs (`load_export`, `load_exported_rest`).
+        beside: what lay beside CLIP in the file (`CLIPWeights`).
     """
 
     clip: CLIPModel
     config: Config
     clip_positions: dict[str, Tensor]
     export: Export | None = None
+    beside: Mapping[str, Tensor] = {}
 
 
 def load_clip(name: str, pretrained: str | None = None) -> LoadedCLIP:
@@ -80,7 +82,8 @@ def load_clip(name: str, pretrained: str | None = None) -> LoadedCLIP:
     config = _as_trained(name, weights, with_text=True)
     clip = build_clip(config)
     _load_fitting(clip, by_model_names(weights), weights, name)
-    return LoadedCLIP(clip, _saved_config(name, config, clip.visual, weights), weights.clip_positions)
+    saved = _saved_config(name, config, clip.visual, weights)
+    return LoadedCLIP(clip, saved, weights.clip_positions, beside=weights.beside)
 
 
 def _load_mixed(name: str, path: str) -> LoadedCLIP:

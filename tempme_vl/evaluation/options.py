@@ -44,8 +44,9 @@ class RetrievalOptions(DataOptions, LoadingOptions):
     """Which frames. Default: as in training."""
     dual_softmax: bool = False
     """Reweight scores by a softmax over all queries of the split; named in the report."""
-    rerank: int = 128
-    """UMT: candidates of each query that the fusion layers rank anew, both ways; 0 leaves it out."""
+    rerank: int | None = None
+    """Candidates of each query that a second stage ranks anew, both ways: UMT's fusion layers, or the head eercf. 0
+    leaves it out. Default: UMT 128, eercf 50."""
     save_embeddings: Path | None = None
     """Write the L2-normalised embeddings of videos and captions to this .safetensors file."""
     json: Path | None = None

@@ -1,11 +1,13 @@
-"""Re-ranking: a matcher that reads a video and a caption together scores the best candidates of a dual encoder.
+"""Re-ranking in a second stage: what reads a video and a caption together scores the best candidates of embeddings.
+
+Two users: UMT's fusion layers (`Matcher`), and heads that let a text weigh a video's tokens (EERCF).
 
 Letters: V videos, Q captions, M tokens of a video, Dv their width, L caption tokens, D their width, P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -16,11 +18,18 @@ from tqdm import tqdm
 from tempme_vl.evaluation.encode import Rows, gather_on_cpu
 from tempme_vl.evaluation.metrics import captions_of_videos, max_pool_captions, retrieval_metrics
 from tempme_vl.evaluation.retrieval import Embeddings
+from tempme_vl.tasks.retrieval import AnyRetrievalModel
+from tempme_vl.tasks.similarity.base import SimilarityHead
+from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.training import distributed
 
 REST = -100.0
 """The score of pairs that are not re-ranked (UMT), below every match logit that a trained matcher gives."""
+ABOVE = 100.0
+"""Added to the scores of candidates (EERCF) where the rest keep those of the first stage."""
 
+Scorer = Callable[[int, Tensor], Tensor]
+"""The second stage's scores (P,) of one video, by its number, with captions, by theirs (P,)."""
 K = TypeVar("K", bound="Keys")
 
 
@@ -46,13 +55,14 @@ class Reranked:
     """Scores of both directions on the CPU.
 
     Attributes:
-        t2v: (Q, V) float32, the match logit where the video is among the caption's candidates, else -100; -inf for
-            videos that could not be read.
-        v2t: (V, Q) float32, the match logit where the caption is among the video's candidates, else -100; -100
+        t2v: (Q, V) float32, the second stage's score where the video is among the caption's candidates, else -100; -inf
+            for videos that could not be read.
+        v2t: (V, Q) float32, the second stage's score where the caption is among the video's candidates, else -100; -100
             throughout for a video that could not be read.
         valid: (V,) bool, False for videos that could not be read.
         top_k: candidates a query, all if there are fewer.
-        pairs: how many pairs the matcher scored, on all ranks together.
+        pairs: how many pairs the second stage scored, on all ranks together.
+        keeps_rest: in both, candidates have 100 more than their score, and all others what the first stage gave them.
     """
 
     t2v: Tensor
@@ -60,9 +70,9 @@ class Reranked:
     valid: Tensor
     top_k: int
     pairs: int
+    keeps_rest: bool = False
 
 
-@torch.no_grad()
 def rerank(
     matcher: Matcher[Any],
     tokens: Tensor | Rows,
@@ -96,26 +106,96 @@ def rerank(
     Raises:
         ValueError: shapes that do not fit together, numbers below 1, NaN similarities of readable videos.
     """
-    num_captions, num_videos = len(states), len(tokens)
-    valid = torch.ones(num_videos, dtype=torch.bool) if valid is None else valid.cpu()
+    valid = torch.ones(len(tokens), dtype=torch.bool) if valid is None else valid.cpu()
     shapes = (tuple(similarity.shape), tuple(mask.shape), tuple(valid.shape))
-    if shapes != ((num_captions, num_videos), tuple(states.shape[:2]), (num_videos,)):
+    if shapes != ((len(states), len(tokens)), tuple(states.shape[:2]), (len(tokens),)):
         raise ValueError(
             f"expected similarity (Q, V), mask (Q, L) and valid (V,) for states {tuple(states.shape)} and tokens "
             f"{tuple(tokens.shape)}; got {shapes}"
         )
     if min(top_k, pairs_per_batch) < 1:
         raise ValueError(f"top_k and pairs_per_batch must be at least 1; got {top_k} and {pairs_per_batch}")
+
+    def score(video: int, texts: Tensor) -> Tensor:
+        own = tokens[video : video + 1].to(device)
+        cached = matcher.keys_values(own) if cache_keys else None
+        logits = []
+        for some in texts.split(pairs_per_batch):
+            pairs = len(some)
+            keys = matcher.keys_values(own.expand(pairs, -1, -1)) if cached is None else cached.expand(pairs)
+            logits.append(matcher.match_logits(states[some].to(device), mask[some].to(device), keys))
+        return torch.cat(logits)
+
+    shares = _shares(tokens, valid, distributed.world_size())
+    return two_stages(score, similarity, valid, shares, device=device, top_k=top_k, progress=progress)
+
+
+def rerank_by_head(
+    head: SimilarityHead,
+    text: Mapping[str, Tensor],
+    video: Mapping[str, Tensor | Rows],
+    similarity: Tensor,
+    valid: Tensor,
+    *,
+    device: torch.device,
+    top_k: int,
+    pairs_per_batch: int = 1024,
+    progress: bool = True,
+) -> Reranked:
+    """Scores the `top_k` candidates of each query, both ways, by a head's `fine`; all others keep their similarity.
+
+    Args:
+        text, video: the parts of both stages, of videos perhaps this rank's rows alone (`embed`).
+        others: as in `rerank`.
+    """
+
+    def score(number: int, texts: Tensor) -> Tensor:
+        own = {name: rows[number : number + 1].to(device) for name, rows in video.items()}
+        some = ({name: part[few].to(device) for name, part in text.items()} for few in texts.split(pairs_per_batch))
+        return torch.cat([head.fine(few, own)[:, 0] for few in some])
+
+    rows = next((part for part in video.values() if isinstance(part, Rows)), video["video"])
+    shares = _shares(rows, valid, distributed.world_size())
+    return two_stages(score, similarity, valid, shares, device=device, top_k=top_k, keeps_rest=True, progress=progress)
+
+
+@torch.no_grad()
+def two_stages(
+    score: Scorer,
+    similarity: Tensor,
+    valid: Tensor,
+    shares: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    top_k: int,
+    keeps_rest: bool = False,
+    progress: bool = True,
+) -> Reranked:
+    """Ranks anew the `top_k` most similar videos of each caption, and captions of each video.
+
+    A pair that is a candidate in both directions is scored once, by the rank whose share its video is in.
+
+    Args:
+        score: the second stage, on `device`.
+        similarity: (Q, V) of the first stage. Among equal ones the lower number is the candidate.
+        valid: (V,) bool, False for videos that could not be read: they are nobody's candidates.
+        shares: of every rank, the numbers of its videos, those that could be read alone.
+        keeps_rest: what is no candidate keeps its place behind all candidates (EERCF); else all of it is equal (UMT).
+        progress: shows a bar, on the first rank.
+
+    Raises:
+        ValueError: NaN similarities of readable videos.
+    """
     similarity = similarity.cpu().masked_fill(~valid, -torch.inf)
     if similarity.isnan().any():
         raise ValueError("similarity holds NaN: find the embeddings that are not finite; NaN has no rank")
+    num_captions, num_videos = similarity.shape
     of_captions = _best(similarity, top_k) & valid  # (Q, V)
     of_videos = _best(similarity.T, top_k) & valid[:, None]  # (V, Q)
     wanted = of_videos | of_captions.T
 
     rank, world = distributed.rank(), distributed.world_size()
-    shares = _shares(tokens, valid, world)
-    share = shares[rank]
+    share = list(shares[rank])
     # a pair that no rank scores stays NaN, which the metrics refuse, rather than a score that looks real
     scores = torch.full((max(map(len, shares)), num_captions), torch.nan, device=device)
     bar = tqdm(
@@ -123,35 +203,54 @@ def rerank(
     )
     # video by video: a batch that mixes videos would copy the keys and values of each pair (43 MB for UMT-B)
     for row, video in enumerate(share):
-        own = tokens[video : video + 1].to(device)
-        cached = matcher.keys_values(own) if cache_keys else None
-        for texts in wanted[video].nonzero().flatten().split(pairs_per_batch):
-            pairs = len(texts)
-            keys = matcher.keys_values(own.expand(pairs, -1, -1)) if cached is None else cached.expand(pairs)
-            logits = matcher.match_logits(states[texts].to(device), mask[texts].to(device), keys)
-            scores[row, texts.to(device)] = logits.float()
-            bar.update(pairs)
+        texts = wanted[video].nonzero().flatten()
+        if len(texts):
+            scores[row, texts.to(device)] = score(video, texts).to(device, torch.float32)
+        bar.update(len(texts))
     bar.close()
 
     matched = torch.full((num_videos, num_captions), torch.nan)
     gathered = gather_on_cpu(scores.cpu(), device).unflatten(0, (world, len(scores)))
     for videos, rows in zip(shares, gathered, strict=True):
-        matched[videos] = rows[: len(videos)]
+        matched[list(videos)] = rows[: len(videos)]
+    others: Tensor | float = similarity.float() if keeps_rest else REST
+    matched = matched + ABOVE if keeps_rest else matched
+    v2t = matched.where(of_videos, others.T if isinstance(others, Tensor) else others)
     return Reranked(
-        t2v=matched.T.where(of_captions, REST).masked_fill(~valid, -torch.inf),
-        v2t=matched.where(of_videos, REST),
+        t2v=matched.T.where(of_captions, others).masked_fill(~valid, -torch.inf),
+        v2t=v2t.masked_fill(~valid[:, None], REST),
         valid=valid,
         top_k=top_k,
         pairs=int(wanted.sum()),
+        keeps_rest=keeps_rest,
     )
 
 
-def rerank_embeddings(matcher: Matcher[Any], e: Embeddings, device: torch.device, top_k: int) -> dict[str, Any]:
-    """`rerank` and its report for embeddings that were kept with their tokens (`embed(..., keep_tokens=True)`)."""
-    assert e.tokens is not None and e.states is not None and e.text_mask is not None
+def second_stage(model: AnyRetrievalModel) -> UMTRetrievalModel | SimilarityHead | None:
+    """What re-ranks: UMT's fusion layers, or a head that has two stages; else nothing."""
+    if isinstance(model, UMTRetrievalModel):
+        return model
+    return model.head if model.head.candidates else None
+
+
+def rerank_embeddings(
+    stage: UMTRetrievalModel | SimilarityHead, e: Embeddings, device: torch.device, top_k: int
+) -> dict[str, Any]:
+    """The second stage, and its report.
+
+    Args:
+        e: kept with what it compares, `embed(..., second=stage)`.
+    """
     assert e.video is not None and e.text is not None
     similarity = e.text @ torch.where(e.valid[:, None], e.video, torch.zeros_like(e.video)).T
-    reranked = rerank(matcher, e.tokens, e.states, e.text_mask, similarity, e.valid, device=device, top_k=top_k)
+    options: dict[str, Any] = {"device": device, "top_k": top_k}
+    if isinstance(stage, SimilarityHead):
+        text: dict[str, Tensor] = {**e.fine_text, "text": e.text}
+        video: dict[str, Tensor | Rows] = {**e.fine_video, "video": e.video}
+        reranked = rerank_by_head(stage, text, video, similarity, e.valid, **options)
+    else:
+        tokens, states, mask = e.fine_video["tokens"], e.fine_text["states"], e.fine_text["text_mask"]
+        reranked = rerank(stage, tokens, states, mask, similarity, e.valid, **options)
     return reranked_report(reranked, e.video_of_caption)
 
 
@@ -182,7 +281,9 @@ def reranked_report(reranked: Reranked, video_of_caption: Tensor | Sequence[int]
         video_of_caption: (Q,), the number of each caption's video.
 
     Returns:
-        that report, with "rerank_top_k" and "rerank_pairs" (pairs that the matcher scored) beside it.
+        that report, with "rerank_top_k" and "rerank_pairs" (pairs that the second stage scored) beside it; where the
+        rest keeps its places also "v2t_transposed", from video to text as EERCF's authors report it: by the transposed
+        scores of text to video, whose candidates were chosen for the texts.
     """
     owners = torch.as_tensor(video_of_caption).cpu()
     num_captions, num_videos = reranked.t2v.shape
@@ -197,6 +298,10 @@ def reranked_report(reranked: Reranked, video_of_caption: Tensor | Sequence[int]
         "rerank_pairs": reranked.pairs,
         "t2v": retrieval_metrics(reranked.t2v, owners, lost[owners]),
     }
+    if reranked.keeps_rest:
+        report["v2t_transposed"] = retrieval_metrics(
+            reranked.t2v.T.where(reranked.valid[:, None], REST), captions, lost
+        )
     any_caption = retrieval_metrics(reranked.v2t, captions, lost)
     if num_captions == num_videos:  # the two definitions are one
         return {**report, "v2t": any_caption}

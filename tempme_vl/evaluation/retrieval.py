@@ -6,8 +6,8 @@ Letters: V videos, Q captions, E embedding width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,21 @@ from tempme_vl.tasks.similarity.base import SimilarityHead, in_blocks
 from tempme_vl.training import distributed
 
 DUAL_SOFTMAX_SCALE = 100.0
-DIRECTIONS = ("t2v", "v2t", "v2t_any_caption", "v2t_max_pooled")
+DIRECTIONS = ("t2v", "v2t", "v2t_any_caption", "v2t_max_pooled", "v2t_transposed")
+
+
+class SecondStage(Protocol):
+    """What ranks candidates anew; see `tempme_vl.evaluation.rerank`.
+
+    Attributes:
+        fine_video_parts, fine_text_parts: names of what it compares, among what a model gives or a batch holds.
+    """
+
+    @property
+    def fine_video_parts(self) -> tuple[str, ...]: ...
+
+    @property
+    def fine_text_parts(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -37,12 +51,12 @@ class Embeddings:
     Attributes:
         video: (V, E) float32, L2-normalised (UMT: the mean over frames of normalised embeddings); None where `scores`
             are given.
-        text: (Q, E) float32, L2-normalised; None alike.
+        text: (Q, E) float32, L2-normalised (EERCF: times a matrix); None alike.
         video_of_caption: (Q,) int64.
         valid: (V,) bool, False for videos that could not be read; they stay in every denominator and are never
             found: their queries are lost (`rank_statistics`), and as candidates they come last.
-        tokens, states, text_mask: (V, M, D), (Q, L, D_text) and (Q, L), what re-ranking compares; kept if asked for.
-            Of the tokens a rank has those of the videos that it encoded.
+        fine_video, fine_text: what re-ranking compares, a row a video or a text; kept if asked for. Of videos a rank
+            has the rows of those that it encoded.
         scores: (Q, V), of a head that compares more than an embedding of each side.
     """
 
@@ -50,9 +64,8 @@ class Embeddings:
     text: Tensor | None
     video_of_caption: Tensor
     valid: Tensor
-    tokens: Tensor | Rows | None = None
-    states: Tensor | None = None
-    text_mask: Tensor | None = None
+    fine_video: Mapping[str, Rows] = field(default_factory=dict)
+    fine_text: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
 
     def of_texts(self, first: int, count: int) -> Tensor:
@@ -78,7 +91,7 @@ def embed(
     device: torch.device,
     batch_size: int = 32,
     workers: int = 2,
-    keep_tokens: bool = False,
+    second: SecondStage | None = None,
     head: SimilarityHead | None = None,
 ) -> Embeddings:
     """Encodes videos and captions, each rank its share; every rank gets the whole result on the CPU, but for tokens.
@@ -87,27 +100,24 @@ def embed(
         encode: a retrieval model or DeepSpeed engine in eval mode; maps a batch to "video" or "text" (B, E).
         videos: items with video, frame_mask, valid; captions: items with text_ids, text_mask.
         workers: loader processes a rank; 0 loads in this one.
-        keep_tokens: keep what `tempme_vl.evaluation.rerank` needs.
+        second: keep what this compares.
         head: of a model that has one.
     """
     if head is not None and not head.products:
         return _compare(encode, videos, captions, video_of_caption, device, batch_size, workers, head)
-    of_videos = ("video", "valid", *(("tokens",) if keep_tokens else ()))
-    of_captions = ("text", *(("states", "text_mask") if keep_tokens else ()))
+    fine_video, fine_text = ((), ()) if second is None else (second.fine_video_parts, second.fine_text_parts)
     total = len(videos)  # type: ignore[arg-type]
     shards = even_shards(total)
-    video = encode_own(encode, videos, device, of_videos, shards, batch_size, workers)
-    tokens = video.pop("tokens", None)
-    video = {name: gather_on_cpu(rows, device)[:total] for name, rows in video.items()}
-    caption = encode_all(encode, captions, device, of_captions, batch_size, workers, "captions")
+    own = encode_own(encode, videos, device, ("video", "valid", *fine_video), shards, batch_size, workers)
+    video = {name: gather_on_cpu(own[name], device)[:total] for name in ("video", "valid")}
+    caption = encode_all(encode, captions, device, ("text", *fine_text), batch_size, workers, "captions")
     return Embeddings(
         video["video"],
         caption["text"],
         torch.tensor(video_of_caption),
         video["valid"].bool(),
-        None if tokens is None else _rows(tokens, total),
-        caption.get("states"),
-        caption.get("text_mask"),
+        {name: _rows(own[name], total) for name in fine_video},
+        {name: caption[name] for name in fine_text},
     )
 
 

@@ -18,11 +18,10 @@ from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.evaluation.options import RetrievalOptions
 from tempme_vl.evaluation.reading import all_broken, check_reading, decode_timeout, own_log, unreadable
-from tempme_vl.evaluation.rerank import rerank_embeddings
+from tempme_vl.evaluation.rerank import rerank_embeddings, second_stage
 from tempme_vl.evaluation.retrieval import Embeddings, embed, format_retrieval, retrieval_report
 from tempme_vl.reports import finish, write_whole
 from tempme_vl.tasks.retrieval import RetrievalModel, load_retrieval_model
-from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.training import distributed
 
 
@@ -60,7 +59,7 @@ def evaluate(
         raise ValueError(
             f"--save-embeddings writes one embedding a video; the head {head.name!r} compares more than that"
         )
-    matcher = model if isinstance(model, UMTRetrievalModel) and options.rerank else None
+    stage = second_stage(model) if options.rerank != 0 else None
     sampling = options.sampling or model.input.sampling
     with own_log() as log:
         reader = VideoReader(
@@ -80,11 +79,11 @@ def evaluate(
             device,
             options.batch_size,
             options.workers,
-            keep_tokens=matcher is not None,
+            second=stage,
             head=head,
         )
         broken = all_broken(log)
-    report = {
+    report: dict[str, Any] = {
         "checkpoint": str(options.checkpoint),
         "split": split.name,
         "note": split.note,
@@ -92,9 +91,10 @@ def evaluate(
         "sampling": sampling,
         "ranks": distributed.world_size(),
         **retrieval_report(embeddings, options.dual_softmax),
-        **({"reranked": rerank_embeddings(matcher, embeddings, device, options.rerank)} if matcher else {}),
         "broken_videos": broken,
     }
+    if stage is not None:
+        report["reranked"] = rerank_embeddings(stage, embeddings, device, options.rerank or stage.candidates)
     return embeddings, report
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,6 +12,8 @@ from tempme_vl.backbones.base import Backbone, TowerConfig
 from tempme_vl.weights.exports import Export
 
 if TYPE_CHECKING:  # they import open_clip
+    from torch import Tensor
+
     from tempme_vl.text.base import TextEncoder
     from tempme_vl.text.tokenizers import Words
 
@@ -34,6 +36,7 @@ class Pair:
         texts, text_config: the text tower, and the settings of its library that `TextSide.build` makes it of again.
         log_scale: the logarithm of the factor of similarities that the model was trained with.
         export: a folder of this package whose text side is still to be loaded.
+        beside: what lay beside both towers in a file of weights, such as a head's.
     """
 
     backbone: Backbone
@@ -42,6 +45,7 @@ class Pair:
     text_config: JSON
     log_scale: float = math.log(1 / 0.07)
     export: Export | None = None
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

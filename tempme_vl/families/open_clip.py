@@ -86,7 +86,7 @@ def _pair(loaded: towers.LoadedCLIP, words: Words) -> Pair:
     backbone = models.backbone_of(clip.visual)
     backbone.clip_positions = towers.load_export(backbone, tower, export) if export else loaded.clip_positions
     texts = Texts(CLIPTextEncoder(models.text_of(clip)), words)
-    return Pair(backbone, tower, texts, text_cfg, clip.logit_scale.item(), export)
+    return Pair(backbone, tower, texts, text_cfg, clip.logit_scale.item(), export, loaded.beside)
 
 
 def _words(name: str, text_cfg: JSON) -> Words:

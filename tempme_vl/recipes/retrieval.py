@@ -12,7 +12,7 @@ from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.retrieval import EvalCaptions, EvalVideos, TrainPairs
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.transforms import VideoTransform
-from tempme_vl.evaluation.rerank import rerank_embeddings
+from tempme_vl.evaluation.rerank import rerank_embeddings, second_stage
 from tempme_vl.evaluation.retrieval import DIRECTIONS, embed, format_retrieval, retrieval_report, selection_score
 from tempme_vl.families import find_family
 from tempme_vl.recipes.build import optimizer, tower, video_reader, words_of
@@ -27,7 +27,6 @@ from tempme_vl.tasks.retrieval import (
     create_retrieval_model,
     load_retrieval_model,
 )
-from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.training.engine import Trainer
 
 
@@ -74,7 +73,8 @@ def main(options: Options) -> None:
         **about_run(options, trainer, trained, val),
         **cost(model.frontend),
     }
-    rows = {options.method: report, f"re-ranked {options.rerank}": report.get("reranked", {})}
+    again = report.get("reranked", {})
+    rows = {options.method: report, f"re-ranked {again.get('rerank_top_k')}": again}
     heading = f"{test.name}: {test.note}" if test.note else test.name
     write_report(options, report, f"{heading}\n{format_retrieval(rows)}")
     ranks = {"R@1": "r1", "R@5": "r5", "R@10": "r10", "R-Sum": "rsum"}
@@ -108,13 +108,18 @@ def evaluate(
     tokenizer: Any,
     device: torch.device,
     workers: int,
-    rerank: int = 0,
+    rerank: int | None = 0,
 ) -> dict[str, Any]:
-    """Metrics of a split, all ranks together; `encoder` is a model or, without re-ranking, its DeepSpeed engine."""
+    """Metrics of a split, all ranks together; `encoder` is a model or, without re-ranking, its DeepSpeed engine.
+
+    Args:
+        rerank: candidates of a query for a model with a second stage; None for as many as that says, 0 for none.
+    """
     encoder.eval()
-    captions, rerank = EvalCaptions(split, tokenizer), rerank if isinstance(encoder, UMTRetrievalModel) else 0
+    captions = EvalCaptions(split, tokenizer)
     videos, owners = EvalVideos(split.videos, reader), captions.video_of_caption
     model = getattr(encoder, "module", encoder)
+    stage = second_stage(model) if rerank != 0 else None
     embeddings = embed(
         encoder,
         videos,
@@ -122,8 +127,10 @@ def evaluate(
         owners,
         device,
         workers=workers,
-        keep_tokens=rerank > 0,
+        second=stage,
         head=model.head if isinstance(model, RetrievalModel) else None,
     )
     report = {"split": split.name, "note": split.note, **retrieval_report(embeddings)}
-    return {**report, "reranked": rerank_embeddings(encoder, embeddings, device, rerank)} if rerank else report
+    if stage is not None:
+        report["reranked"] = rerank_embeddings(stage, embeddings, device, rerank or stage.candidates)
+    return report

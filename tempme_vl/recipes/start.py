@@ -38,7 +38,7 @@ LATER: dict[str, Any] = {
 }
 
 # Values that got other names, as checkpoints have recorded them before.
-OLDER: dict[str, dict[Any, Any]] = {"mode": {"per_frame": "clip"}}
+OLDER: dict[str, dict[Any, Any]] = {"mode": {"per_frame": "clip"}, "rerank": {None: 128}}
 
 # Fields of splits and questions as checkpoints have them in the hash of their annotations.
 RECORDED = {"videos": "clips", "video": "clip"}

@@ -108,7 +108,7 @@ class RetrievalModel(Shareable, TunableModel):
 
         Returns:
             what the head makes of video and/or text, with the head "mean" (B, E), L2-normalised; scale: exp(logit
-            scale), a scalar; of a head with weights, given both sides and valid, logits (G, G) of all ranks.
+            scale), a scalar; of a head with weights, given both sides and valid, the loss of all ranks' pairs.
         """
         features = {"scale": self.logit_scale()}
         if "video" in batch:
@@ -116,8 +116,7 @@ class RetrievalModel(Shareable, TunableModel):
         if "text_ids" in batch:
             features |= self.head.encode_text(self.text, batch["text_ids"], batch["text_mask"])
         if self.head.learns and "valid" in batch and "video" in batch and "text_ids" in batch:
-            # here, and not in `loss`, since DeepSpeed hooks this call
-            features["logits"] = self._logits(features, batch, gather_rows(batch["valid"].long()).bool())
+            features["loss"] = self._loss(features, batch)  # here, and not in `loss`: DeepSpeed hooks this call
         return features
 
     def encode_video(self, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
@@ -139,16 +138,15 @@ class RetrievalModel(Shareable, TunableModel):
             batch: video_id, text_id (B,) int64 and valid (B,), see `contrastive_loss_of`; it may hold parts that the
                 head compares, too.
         """
-        video_id, text_id, valid = gather_ids(batch)
-        logits = features["logits"] if "logits" in features else self._logits(features, batch, valid)
-        return self.head.loss(logits, video_id, text_id, valid, self.tuning.loss_weights)
+        return features["loss"] if "loss" in features else self._loss(features, batch)
 
-    def _logits(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor], valid: Tensor) -> Tensor:
-        """(G, G), texts by videos, of all ranks."""
-        there = {**batch, **features}
-        video = {name: readable(gather_rows(there[name]), valid) for name in self.head.video_parts}
-        text = {name: gather_rows(there[name]) for name in self.head.text_parts}
-        return self.head.logits(text, video, features["scale"])
+    def _loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        there, head, ids = {**batch, **features}, self.head, gather_ids(batch)
+        *_, valid = ids
+        videos, texts = (*head.video_parts, *head.fine_video_parts), (*head.text_parts, *head.fine_text_parts)
+        video = {name: readable(gather_rows(there[name]), valid) for name in videos}
+        text = {name: gather_rows(there[name]) for name in texts}
+        return head.pair_loss(text, video, features["scale"], *ids, self.tuning.loss_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in the backward pass."""
@@ -282,7 +280,7 @@ def create_retrieval_model(
         name: "family:model" of a model with a text tower: open_clip's CLIP, SigLIP and others, "umt:b16", or "hf:" and
             a CLIP, SigLIP or SigLIP 2 of transformers.
         tuning: what of it trains, one of `tempme_vl.TUNINGS` or an instance with options, `Lora(rank=16)`.
-        head: what compares videos and texts, one of `tempme_vl.HEADS`: "mean", "maxsim", "xpool", or another package's.
+        head: what compares videos and texts, one of `tempme_vl.HEADS`, such as "mean", "xpool", "seqtransf", "eercf".
         vocabulary: words of UMT's text side (`create_umt_retrieval_model`); other models have their own.
         options: the head's own, and those of `tempme_vl.create_frontend`, as all others.
 
@@ -312,8 +310,11 @@ def create_retrieval_model(
         pair = side.load(model, pretrained, num_frames, **tower_options)
         frontend = merge_in(pair.backbone, pair.config, method, num_frames, clip_position_std, **options)
         made = _assemble(frontend, pair, kind.create(PairContext(frontend, pair.texts.tower), told))
-        if made.head.learns and pretrained is not None and (export := find_export(pretrained)):
-            _load_head(made.head, export)
+        if made.head.learns and pretrained is not None:
+            if export := find_export(pretrained):
+                _load_head(made.head, export)
+            elif pair.beside:
+                _load_public_head(made.head, pair.beside, pretrained)
     made.tune(way)
     return made
 
@@ -343,6 +344,20 @@ def _load_head(head: SimilarityHead, export: Export) -> None:
         load_strictly(head, part_of(export.state, "head."), f"the head of {export.folder}")
     else:
         _log.warning("%s: its head is %s, so %s starts anew", export.folder, theirs, head.name)
+
+
+def _load_public_head(head: SimilarityHead, beside: Mapping[str, Tensor], source: str) -> None:
+    """Starts a head from what lies beside CLIP in a file of its authors, where that has all of it.
+
+    Raises:
+        ValueError: weights that do not fit.
+    """
+    theirs = head.from_public(beside)
+    if theirs.keys() >= head.state_dict().keys():
+        load_strictly(head, theirs, f"the head in {source}")
+        _log.info("%s: %d weights of the head %s", source, len(theirs), head.name)
+    else:
+        _log.warning("%s holds no whole head %s, which starts anew", source, head.name)
 
 
 def _text_side(family: str) -> TextSide:

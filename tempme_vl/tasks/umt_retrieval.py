@@ -68,8 +68,14 @@ class UMTRetrievalModel(Shareable, TunableModel):
         text, fusion: BERT's lower and upper layers.
         vocabulary: the words that text ids stand for, in order.
         input: how videos and captions were sampled and cut in training.
+
+    Attributes:
+        candidates, fine_video_parts, fine_text_parts: of re-ranking, as a `SimilarityHead` with two stages has them.
     """
 
+    candidates: ClassVar[int] = 128
+    fine_video_parts: ClassVar[tuple[str, ...]] = ("tokens",)
+    fine_text_parts: ClassVar[tuple[str, ...]] = ("states", "text_mask")
     lora_parts = ("frontend", "text", "fusion")
 
     def __init__(

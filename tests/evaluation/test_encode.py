@@ -81,33 +81,39 @@ def both(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return model(batch)
 
 
-def embedded(videos: int, keep_tokens: bool) -> Embeddings:
+class Second:
+    fine_video_parts, fine_text_parts = ("tokens",), ("states", "text_mask")
+
+
+def embedded(videos: int, second: Second | None = None) -> Embeddings:
     owners = [min(i, videos - 1) for i in range(9)]
-    return embed(both, Videos(videos), Captions(), owners, CPU, 2, workers=0, keep_tokens=keep_tokens)
+    return embed(both, Videos(videos), Captions(), owners, CPU, 2, workers=0, second=second)
 
 
 def embedded_by_rank(videos: int, gathered_bytes: int) -> tuple[Embeddings, list[int]]:
     dist.init_process_group("gloo")
     encode_module.GATHERED_BYTES = gathered_bytes
-    made = embedded(videos, keep_tokens=True)
+    made = embedded(videos, Second())
     dist.destroy_process_group()
-    assert isinstance(made.tokens, Rows)
-    return made, [made.tokens.first, len(made.tokens.own)]
+    tokens = made.fine_video["tokens"]
+    return made, [tokens.first, len(tokens.own)]
 
 
 @pytest.mark.parametrize(("videos", "places"), [(7, [[0, 4], [4, 3]]), (1, [[0, 1], [1, 0]])])
 def test_two_ranks_hold_what_one_does_and_tokens_once(videos: int, places: list[list[int]]) -> None:
-    alone = embedded(videos, keep_tokens=True)
+    alone = embedded(videos, Second())
     ranks = run(embedded_by_rank, videos, 24, world=2)
     assert [place for _, place in ranks] == places
     for made, _ in ranks:
-        for name in ("video", "text", "video_of_caption", "valid", "states", "text_mask"):
+        for name in ("video", "text", "video_of_caption", "valid"):
             assert torch.equal(getattr(made, name), getattr(alone, name)), name
-        assert made.tokens is not None and alone.tokens is not None and made.tokens.shape == alone.tokens.shape
-        own = slice(made.tokens.first, made.tokens.first + len(made.tokens.own))
-        assert torch.equal(made.tokens.own, alone.tokens[own])
+        for name in ("states", "text_mask"):
+            assert torch.equal(made.fine_text[name], alone.fine_text[name]), name
+        tokens, whole = made.fine_video["tokens"], alone.fine_video["tokens"]
+        assert tokens.shape == whole.shape
+        assert torch.equal(tokens.own, whole[tokens.first : tokens.first + len(tokens.own)])
 
 
 def test_tokens_are_kept_only_for_re_ranking() -> None:
-    made = embedded(7, keep_tokens=False)
-    assert made.tokens is None and made.states is None and made.text_mask is None
+    made = embedded(7)
+    assert not made.fine_video and not made.fine_text

@@ -115,14 +115,15 @@ def test_umt_is_re_ranked(data, tmp_path, one_broken):
         decode_timeout=None,
     )
     embeddings, report = command.evaluate(options, command.split_of(options), CPU)
-    assert embeddings.tokens.shape == (NUM_TEST, 4 * 16, 64) and embeddings.states.shape[0] == NUM_TEST
+    assert embeddings.fine_video["tokens"].shape == (NUM_TEST, 4 * 16, 64)
+    assert len(embeddings.fine_text["states"]) == NUM_TEST
     again = report["reranked"]
     assert again["rerank_top_k"] == 3 and 3 * (NUM_TEST - 1) <= again["rerank_pairs"] <= NUM_TEST * (NUM_TEST - 1)
     assert report["unreadable_videos"] == again["unreadable_videos"] == 1
     assert max(again[way]["r5"] for way in ("t2v", "v2t")) <= 100 * (NUM_TEST - 1) / NUM_TEST
     assert "re-ranked t2v" in command.format_evaluation(report)
     plain, report = command.evaluate(replace(options, rerank=0), split, CPU)
-    assert plain.tokens is None and "reranked" not in report
+    assert not plain.fine_video and "reranked" not in report
 
 
 def test_motion_is_rendered_where_asked(checkpoint, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from training.processes import exit_codes, start
 from tempme_vl import HEADS, VideoQA, VideoRetrieval, create_retrieval_model
 from tempme_vl.cli import COMMANDS
 from tempme_vl.recipes.options.videoqa import VIDEOQA
+from tempme_vl.registries import SIMILARITY_HEADS
 from tempme_vl.tasks.heads import HeadNames, find_head
 from tempme_vl.tasks.qa import create_qa_model, load_qa_model
 from tempme_vl.tasks.qa.base import QAHead
@@ -136,7 +137,7 @@ def test_names_of_heads(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the head 'sack' calls itself 'bag'"):
         find_head("sack", "qa")
     HEADS.unregister("sack")
-    assert list(HeadNames("retrieval")) == ["mean", "maxsim", "xpool", "nearest"]
+    assert list(HeadNames("retrieval")) == [*SIMILARITY_HEADS, "nearest"]
     with pytest.raises(ValueError, match="'mean' is for another task, and is no head for question answering"):
         find_head("mean", "qa")
     with pytest.raises(ValueError, match="'nothing' is no head for question answering; expected one of class"):
@@ -173,7 +174,7 @@ def test_a_similarity_head_is_saved_loaded_and_compares(data: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["nearest", "xpool", "maxsim"])
+@pytest.mark.parametrize("head", ["nearest", *list(SIMILARITY_HEADS)[1:]])
 def test_the_retrieval_recipe_trains_resumes_and_evaluates_it(head: str, data: Path, tmp_path: Path) -> None:
     case, run, log = CASES["retrieval"], tmp_path / "run", tmp_path / "log"
     training = [*case.arguments(data, run, resume="auto", epochs=1), "--head", head]

@@ -14,6 +14,9 @@ from torch.utils.data import Dataset
 from towers import TINY, random_video
 from training.processes import run
 
+from tempme_vl.backbones.open_clip_models import TINY_CONFIGS
+from tempme_vl.evaluation.metrics import retrieval_metrics
+from tempme_vl.evaluation.rerank import REST, rerank_by_head, rerank_embeddings, reranked_report, second_stage
 from tempme_vl.evaluation.retrieval import embed, retrieval_report
 from tempme_vl.tasks.losses import contrastive_loss_of, sigmoid_loss
 from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model, load_retrieval_model
@@ -27,8 +30,17 @@ HEADS: dict[str, dict[str, Any]] = {
     "frames": {"head": "xpool", "of": "frames", "heads": 2, "dropout": 0.0},
     "words": {"head": "maxsim"},
     "sigmoid": {"head": "maxsim", "loss": "sigmoid", "mean": False},
+    "lstm": {"head": "seqlstm"},
+    "temporal": {"head": "seqtransf"},
+    "temporal tokens": {"head": "seqtransf", "of": "tokens", "layers": 1},
+    "tight": {"head": "tighttransf", "layers": 2},
+    "tight tokens": {"head": "tighttransf", "of": "tokens", "layers": 1},
+    "two stages": {"head": "eercf", "layers": 1, "strong_patch": 0.2, "pearson_patch": 1.0},
 }
-each = pytest.mark.parametrize("kind", HEADS)
+LIKE_OTHERS = ("temporal tokens", "tight")  # but for an option
+each = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in LIKE_OTHERS else kind for kind in HEADS]
+)
 IDS = [[49406, 320, 525, 49407, 0], [49406, 786, 49407, 0, 0], [49406, 2, 3, 4, 49407], [49406, 9, 49407, 0, 0]]
 
 
@@ -60,20 +72,24 @@ def batch_of(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 def test_the_loss_reads_what_evaluation_ranks_by_and_all_of_the_head_learns(kind: str) -> None:
     model, batch = tiny(kind).eval(), batch_of()
     features, valid = model(batch), batch["valid"].bool()
-    assert ("logits" in features) == model.head.learns == (kind != "words")
+    assert ("loss" in features) == model.head.learns == (kind != "words")
     found = {**batch, **features}
-    logits = features["scale"] * model.head.similarity(found, found)
+    scale = 1.0 if "tight" in kind else features["scale"]
+    logits = scale * model.head.similarity(found, found)
+    loss = model.loss(features, batch)
     if kind == "sigmoid":
-        loss = sigmoid_loss(logits + model.head.bias, valid=valid)
-    else:
-        loss = contrastive_loss_of(logits, valid=valid)
-    torch.testing.assert_close(model.loss(features, batch), loss)
+        torch.testing.assert_close(loss, sigmoid_loss(logits + model.head.bias, valid=valid))
+    elif kind != "two stages":  # whose loss has more parts: tests/parity/test_heads.py
+        torch.testing.assert_close(loss, contrastive_loss_of(logits, valid=valid))
     model.loss(features, batch).backward()
     new = {name for name, _ in model.named_parameters() if model.is_new_parameter(name)}
     of_head = {name for name, _ in model.named_parameters() if name.startswith("head.")}
     assert of_head <= new and all(".clip_position." in name for name in new - of_head)
+    none = {"lstm": ["frame_position_embeddings"], "tight": ["log_scale"], "tight tokens": ["log_scale"]}
     for name, weight in model.named_parameters():
-        if not name.endswith("k_proj.bias"):  # which softmax hides
+        if any(part in name for part in none.get(kind, [])):
+            assert weight.grad is None, name
+        elif not name.endswith("k_proj.bias"):  # which softmax hides
             assert weight.grad is not None and weight.grad.abs().max() > 0, name
     # padding of a text has no part in it
     longer = {**batch, "text_ids": F.pad(batch["text_ids"], (0, 2), value=7)}
@@ -116,9 +132,10 @@ def evaluated(kind: str) -> tuple[Tensor, dict[str, Any]]:
     model, batch = tiny(kind).eval(), batch_of()
     videos = Rows(video=batch["video"][:3], frame_mask=batch["frame_mask"][:3], valid=torch.tensor([1, 1, 0]))
     captions = Rows(text_ids=batch["text_ids"], text_mask=batch["text_mask"])
-    found = embed(model, videos, captions, [0, 0, 1, 2], torch.device("cpu"), 2, 0, head=model.head)
-    assert found.scores is not None
-    return found.scores, retrieval_report(found)
+    stage, cpu = second_stage(model), torch.device("cpu")
+    found = embed(model, videos, captions, [0, 0, 1, 2], cpu, 2, 0, stage, model.head)
+    again = {} if stage is None else {"reranked": rerank_embeddings(stage, found, cpu, 1)}
+    return found.of_texts(0, 4), {**retrieval_report(found), **again}
 
 
 def gradient(kind: str) -> dict[str, Tensor]:
@@ -165,6 +182,31 @@ def test_scores_of_an_evaluation_are_those_of_all_pairs_at_once() -> None:
     assert {"t2v", "v2t_any_caption", "v2t_max_pooled"} < report.keys()
 
 
+@torch.no_grad()
+def test_a_second_stage_ranks_candidates_of_its_own_in_both_directions() -> None:
+    model, batch = tiny("two stages").eval(), batch_of()
+    head, f, valid = model.head, {**batch, **model(batch)}, batch["valid"].bool()
+    first, fine = head.similarity(f, f), head.fine(f, f)
+    text = {name: f[name] for name in (*head.text_parts, *head.fine_text_parts)}
+    video = {name: f[name] for name in (*head.video_parts, *head.fine_video_parts)}
+    options: dict[str, Any] = {"device": torch.device("cpu"), "top_k": 1, "pairs_per_batch": 3, "progress": False}
+    found = rerank_by_head(head, text, video, first, valid, **options)
+    assert head.candidates == 50 and found.keeps_rest
+    read = first.masked_fill(~valid, -torch.inf)
+    own_video, own_text = read.argmax(1), read.argmax(0)
+    rows = torch.arange(4)
+    t2v, v2t = read.clone(), first.T.clone()
+    t2v[rows, own_video] = 100 + fine[rows, own_video]
+    v2t[rows, own_text] = 100 + fine[own_text, rows]
+    torch.testing.assert_close(found.t2v, t2v)
+    torch.testing.assert_close(found.v2t[valid], v2t[valid])
+    assert (found.v2t[~valid] == REST).all()
+    assert not torch.equal(found.v2t[valid] > 50, found.t2v.T[valid] > 50), "candidates of videos are those of texts"
+    report = reranked_report(found, range(4))
+    theirs = retrieval_metrics(found.t2v.T, torch.arange(4), ~valid)
+    assert report["v2t_transposed"] == theirs and report["rerank_top_k"] == 1
+
+
 class Engine:
     """As `cached_update` uses one of DeepSpeed, which averages over the chunks."""
 
@@ -189,12 +231,20 @@ def test_words_and_tokens_in_chunks_give_the_gradient_of_the_whole_batch() -> No
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("head", ["seqlstm", "seqtransf", "tighttransf", "eercf"])
+def test_heads_that_start_as_the_text_tower_need_its_width(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TINY_CONFIGS, "narrow", {**TINY_CONFIGS["tiny"], "embed_dim": 32})
+    with pytest.raises(ValueError, match=r"as wide as the embedding.*: 32; got CLIPTextEncoder of 64: choose another"):
+        create_retrieval_model("open_clip:narrow", None, "none", 4, head=head)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"head": "decoder"}, "'decoder' is for another task, and is no head for retrieval; expected one of mean"),
         ({"head": "xpool", "heads": 7}, "expected a number of heads that divides the width"),
         ({"head": "xpool", "dropout": 2}, "head 'xpool', 'dropout': expected a number from 0 to 1"),
+        ({"head": "seqtransf", "layers": 0}, "head 'seqtransf', 'layers': expected a whole number from 1"),
         ({"head": "maxsim", "of": "pixels"}, "head 'maxsim', 'of': expected one of 'tokens', 'frames'"),
         ({"name": "umt:tiny", "head": "xpool", "vocabulary": ("[PAD]",)}, "leave the head 'mean'"),
     ],

@@ -16,7 +16,9 @@ from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.backbones.open_clip_models import build_clip, model_config
 from tempme_vl.merging import METHODS, make_schedule
 from tempme_vl.pooling import mean_by_clip
+from tempme_vl.tasks.heads import find_head
 from tempme_vl.tasks.retrieval import RetrievalModel, load_retrieval_model
+from tempme_vl.tasks.similarity import PairContext
 from tempme_vl.text.clip import CLIPTextEncoder
 from tempme_vl.tuning import TUNINGS, Lora, Tuning, find_tuning
 
@@ -224,10 +226,26 @@ def test_what_trains_is_counted_as_in_the_papers(name: str, options: dict[str, A
             assert trainable(name, options, tower, tokens, "tempme") == count + 21 * 768  # clip positions
 
 
-def trainable(name: str, options: dict[str, Any], tower: str, tokens: int, method: str) -> int:
+@pytest.mark.parametrize(
+    ("tuning", "head", "count"),
+    [
+        ("clip4clip", "seqlstm", 125_681_665),
+        ("clip4clip", "seqtransf", 136_189_953),
+        ("clip4clip", "tighttransf", 136_454_146),
+        ("clip4clip", "eercf", 136_452_241),
+        ("full", "xpool", 152_593_665),
+    ],
+)
+def test_what_trains_with_a_head_is_counted_as_in_the_papers(tuning: str, head: str, count: int) -> None:
+    assert trainable(tuning, {}, "ViT-B-32-quickgelu", 50, "none", head) == count
+
+
+def trainable(name: str, options: dict[str, Any], tower: str, tokens: int, method: str, head: str = "mean") -> int:
+    kind: Any = find_head(head, "retrieval")
     with torch.device("meta"):
         clip = build_clip(model_config(tower))
         frontend = VisualFrontend(visual_backbone(clip.visual), make_schedule(method, 12, 12, tokens))
-        model = RetrievalModel(frontend, CLIPTextEncoder(clip), {})
+        text = CLIPTextEncoder(clip)
+        model = RetrievalModel(frontend, text, {}, head=kind.create(PairContext(frontend, text), kind.options()))
         model.tune(find_tuning(name, options))
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

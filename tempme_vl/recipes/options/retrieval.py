@@ -43,12 +43,15 @@ class Options(VisualOptions):
     """The older name of --tuning: none is full."""
     head: Annotated[str, HeadNames("retrieval")] = "mean"
     """What compares videos and texts. mean: the mean of the frames with the text, as TempMe; maxsim: each word with the
-    token nearest to it; xpool: each text pools the tokens by its own attention; and those of installed packages."""
+    token nearest to it; xpool: each text pools the tokens by its own attention; seqlstm, seqtransf, tighttransf:
+    CLIP4Clip's over frames; eercf: one embedding each, then frames and tokens as the text weighs them; and those of
+    installed packages."""
     head_options: tuple[str, ...] = ()
-    """NAME=VALUE of the head's own: of both others of=frames instead of tokens; of maxsim mean=false, loss=sigmoid; of
-    xpool heads, dropout."""
-    rerank: int = 128
-    """UMT: candidates of each query that the fusion layers rank anew in the test, both ways; 0 leaves it out."""
+    """NAME=VALUE of the head's own: of=frames or of=tokens; of maxsim mean=false, loss=sigmoid; of xpool heads,
+    dropout; of seqtransf, tighttransf and eercf layers; of eercf the weights of its loss."""
+    rerank: int | None = None
+    """Candidates of each query that a second stage ranks anew in the test, both ways: UMT's fusion layers, or the head
+    eercf. 0 leaves it out. Default: UMT 128, eercf 50."""
 
     def of_head(self) -> dict[str, Any]:
         """What the head is told."""

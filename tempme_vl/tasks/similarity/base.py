@@ -42,6 +42,10 @@ class SimilarityHead(Head, nn.Module):
             and `encode_text` give, or what a batch holds itself, such as "frame_mask" and "text_mask". An evaluation
             keeps these alone.
         products: similarity is the product of "text" (T, E) and "video" (V, E), which is all that is compared.
+        candidates: of each query, which a second stage ranks anew by `fine` where nothing else is asked for; 0 for a
+            head without one.
+        fine_video_parts, fine_text_parts: what the second stage compares, and the loss reads beside the first one's.
+        public: how names begin that lie beside CLIP's in the authors' files, and how here.
         told: its options.
     """
 
@@ -49,6 +53,10 @@ class SimilarityHead(Head, nn.Module):
     video_parts: ClassVar[tuple[str, ...]] = ("video",)
     text_parts: ClassVar[tuple[str, ...]] = ("text",)
     products: ClassVar[bool] = False
+    candidates: ClassVar[int] = 0
+    fine_video_parts: ClassVar[tuple[str, ...]] = ()
+    fine_text_parts: ClassVar[tuple[str, ...]] = ()
+    public: ClassVar[tuple[tuple[str, str], ...]] = ()
     told: Any
 
     def __init__(self, told: Any = None):
@@ -76,7 +84,11 @@ class SimilarityHead(Head, nn.Module):
         raise NotImplementedError
 
     def similarity(self, text: Parts, video: Parts) -> Tensor:
-        """(T, V), by which evaluation ranks."""
+        """(T, V), by which evaluation ranks; of a head with two stages the first one's."""
+        raise NotImplementedError
+
+    def fine(self, text: Parts, video: Parts) -> Tensor:
+        """(T, V) of both stages' parts, by which the second ranks the candidates of the first."""
         raise NotImplementedError
 
     def logits(self, text: Parts, video: Parts, scale: Tensor) -> Tensor:
@@ -97,6 +109,32 @@ class SimilarityHead(Head, nn.Module):
     ) -> Tensor:
         """The loss of all ranks' pairs, T = V; arguments as in `contrastive_loss_of`."""
         return contrastive_loss_of(logits_TV, video_ids, text_ids, valid, weights)
+
+    def pair_loss(
+        self,
+        text: Parts,
+        video: Parts,
+        scale: Tensor,
+        video_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        valid: Tensor | None = None,
+        weights: tuple[float, float] = (0.5, 0.5),
+    ) -> Tensor:
+        """The loss of all parts, the fine ones among them, of all ranks' pairs: by default that of their logits."""
+        return self.loss(self.logits(text, video, scale), video_ids, text_ids, valid, weights)
+
+    @classmethod
+    def from_public(cls, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A head's weights among those that lie beside CLIP's in a file of its authors, under the names that they have
+        here; empty where there are none."""
+        named: dict[str, Tensor] = {}
+        for name, value in given.items():
+            for theirs, ours in cls.public:
+                if name.startswith(theirs):
+                    own = ours + name.removeprefix(theirs)
+                    own = own.replace(".attn.in_proj_", ".attn.qkv.").replace(".attn.out_proj.", ".attn.proj.")
+                    named[own] = value.float()
+        return named
 
     @property
     def learns(self) -> bool:
