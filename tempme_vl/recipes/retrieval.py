@@ -56,7 +56,7 @@ def main(options: Options) -> None:
         f"validation {'none' if val is None else f'{val.name}: {len(val.videos)} videos'}; "
         f"test {test.name}: {len(test.videos)} videos"
     )
-    announce(options, in_words(options, model.frontend), data)
+    announce(options, in_words(options, model), data)
 
     def validate() -> tuple[float, dict[str, Any]]:
         assert val is not None
@@ -72,7 +72,7 @@ def main(options: Options) -> None:
         "model": options.model,
         "head": options.head,
         **about_run(options, trainer, trained, val),
-        **cost(model.frontend),
+        **cost(model),
     }
     rows = {options.method: report, f"re-ranked {options.rerank}": report.get("reranked", {})}
     heading = f"{test.name}: {test.note}" if test.note else test.name
