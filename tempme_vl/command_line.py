@@ -110,11 +110,17 @@ class Command(Generic[T]):
         return "\n".join(["examples:", *lines]) if lines else ""
 
 
-def first_look(arguments: Sequence[str], names: Sequence[str]) -> argparse.Namespace:
-    """The options that decide about the defaults of others, as texts or None, before all are read."""
+def first_look(arguments: Sequence[str], names: Sequence[str], several: Sequence[str] = ()) -> argparse.Namespace:
+    """The options that decide about the defaults of others, as texts or None, before all are read.
+
+    Args:
+        several: those that take several values, as lists.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}")
+    for name in several:
+        parser.add_argument(f"--{name}", nargs="*", default=[])
     return parser.parse_known_args(_hyphens(arguments))[0]
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
-from functools import partial
-from typing import Any
 
 import pytest
 import timm
 import torch
+from counting import Counter
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from towers import TINY, every_way, random_video, small_clip, tempme_schedule, tiny_frontend, way
 
 from tempme_vl import FrontendOutput, MergeSchedule, VisualFrontend, create_frontend
-from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, QueryValueBias, QuickGELU, TowerShape
+from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape
 from tempme_vl.backbones.open_clip import load_clip
 from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.backbones.timm import backbone_of as timm_backbone
-from tempme_vl.matching import MergeMap, bipartite_match
-from tempme_vl.merging import centerclip, tempme, testa, tome
 from tempme_vl.pooling import masked_mean
 from tempme_vl.state import AttentionContext
 
@@ -246,57 +243,6 @@ def test_masked_mean_passes_no_gradient_to_padding() -> None:
     assert frames.grad[0, :2].ne(0).all() and not frames.grad[0, 2].any() and not frames.grad[1].any()
 
 
-class _Counter:
-    """The paper's counting (`MergeSchedule.gflops`), summed over what really runs in the modules of a front end."""
-
-    def __init__(self, frontend: VisualFrontend, monkeypatch: pytest.MonkeyPatch):
-        self.total = 0
-        in_head = {id(m) for m in frontend.head.modules() if frontend.shape.pool != "attention"}
-        for module in frontend.modules():
-            if id(module) not in in_head:
-                module.register_forward_hook(self.count)
-        for merging in (tempme, tome, testa):
-            monkeypatch.setattr(merging, "bipartite_match", self.match)
-        monkeypatch.setattr(testa, "match_frames", self.match_frames)
-        for name in ("kmedoids", "spectral"):
-            monkeypatch.setattr(centerclip, name, partial(self.cluster, getattr(centerclip, name)))
-        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", self.attend)
-
-    def count(self, module: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            self.total += output.numel() * module.weight[0].numel() + (output.numel() if module.bias is not None else 0)
-        elif isinstance(module, QueryValueBias):
-            self.total += output.numel()
-        elif isinstance(module, nn.LayerNorm):
-            self.total += 2 * output.numel()
-        elif "GELU" in type(module).__name__:
-            self.total += output.numel() * (2 if isinstance(module, QuickGELU) else 1)
-
-    def match(self, metric: Tensor, r: int, prefix: int, *order: str) -> MergeMap:
-        even = len(range(prefix + prefix % 2, metric.shape[1], 2))
-        odd = metric.shape[1] - prefix - even
-        self.total += metric.shape[0] * even * odd * metric.shape[2] if r else 0
-        return bipartite_match(metric, r, prefix, *order)
-
-    def match_frames(self, metric: Tensor, r: int) -> MergeMap:
-        videos, patches, frames, width = metric.shape
-        self.total += videos * patches * len(range(0, frames, 2)) * len(range(1, frames, 2)) * width
-        return _MATCH_FRAMES(metric, r)
-
-    def cluster(self, algorithm: Any, x: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-        self.total += x.shape[0] * x.shape[1] ** 2 * x.shape[2]  # the distances of all points
-        return algorithm(x, *options)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
-        rows, heads, queries, head_width = q.shape
-        self.total += rows * heads * queries * k.shape[2] * (2 * head_width + 1)
-        return _ATTENTION(q, k, v, *args, **kwargs)
-
-
-_MATCH_FRAMES = testa.match_frames
-_ATTENTION = nn.functional.scaled_dot_product_attention
-
-
 def counted_frontends() -> dict[str, VisualFrontend]:
     torch.manual_seed(0)
     quick = small_clip(quick_gelu=True, mlp_ratio=3.0, head_width=8).visual
@@ -318,7 +264,7 @@ def test_gflops_are_those_of_the_modules_that_run(monkeypatch: pytest.MonkeyPatc
     """Every term by itself: the paper's numbers alone would let an error in a small one pass."""
     for name, frontend in counted_frontends().items():
         with monkeypatch.context() as patch, torch.no_grad():
-            counter = _Counter(frontend, patch)
+            counter = Counter(frontend, patch)
             frontend(random_video(6, videos=1))
         last = frontend.schedule.layer_counts[-1]
         embedded = last.clips * last.prefix if frontend.shape.pooling == "cls" else 6

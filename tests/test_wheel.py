@@ -127,8 +127,8 @@ def test_the_command_trains_and_counts_outside_the_repository(installed: Path) -
 
     assert "train retrieval" in run("--help") and "--deepspeed-config PATH" in run("train", "videoqa", "--help")
     run("efficiency", "--json", "costs.json")
-    rows = json.loads((folder / "costs.json").read_text())["costs"]
-    assert 97 in [row["output_tokens"] for row in rows if (row["backbone"], row["method"]) == ("B/32", "tempme")]
+    rows = json.loads((folder / "costs.json").read_text())["rows"]
+    assert 97 in [row["tokens"] for row in rows if (row["backbone"], row["method"]) == ("B/32", "tempme")]
     said = run("train", "retrieval", "--max-steps", "2", "--output", "run", "--deepspeed-config", "zero2")
     assert "stopped after 2 of" in said
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

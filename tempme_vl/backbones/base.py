@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tempme_vl import kernels
 from tempme_vl.backbones.attention import attend
+from tempme_vl.costs import BlockCost
 from tempme_vl.schema import Range, Size
 from tempme_vl.state import AttentionContext
 
@@ -59,6 +60,11 @@ class TowerShape:
     def pooling(self) -> Pool:
         """`pool`, or what it is by default."""
         return self.pool or ("cls" if self.num_prefix else "mean")
+
+    @property
+    def block(self) -> BlockCost:
+        """What its blocks cost."""
+        return BlockCost(self.width, self.heads, self.mlp_ratio, self.quick_gelu)
 
 
 @dataclass(frozen=True)

@@ -1,157 +1,188 @@
-"""What merging saves, computed: costs and tokens of schedules beside the paper's, and the cost of UMT's fusion.
+"""What merging and tuning cost, computed: GFLOPs, tokens and weights beside the papers', and the cost of UMT's fusion.
 
-No model is needed; `tempme_vl.evaluation.measure` takes times and memory.
+No model is run; `tempme_vl.evaluation.measure` takes times and memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
-from tempme_vl.backbones.base import TowerShape
-from tempme_vl.merging import METHODS, Encoder, has_setting, make_schedule
+import torch
+
+from tempme_vl.backbones.open_clip_blocks import visual_backbone
+from tempme_vl.backbones.open_clip_models import build_clip, model_config
+from tempme_vl.evaluation.papers import BACKBONES, LAYERS, RAP, Setting, Status, settings
+from tempme_vl.frontend import VisualFrontend
+from tempme_vl.merging import MergeSchedule, make_schedule, merge_layers
 from tempme_vl.reports import format_columns
 from tempme_vl.scheduling import tower_gflops
+from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
 from tempme_vl.text import BertShape
+from tempme_vl.text.clip import CLIPTextEncoder
+from tempme_vl.tuning import Tuning
 
-LAYERS = 12
-BACKBONES = {
-    "B/32": TowerShape(image_size=224, patch_size=32, width=768, heads=12, embed_dim=512, quick_gelu=True),
-    "B/16": TowerShape(image_size=224, patch_size=16, width=768, heads=12, embed_dim=512, quick_gelu=True),
-    "UMT B/16": TowerShape(
-        image_size=224, patch_size=16, width=768, heads=12, embed_dim=512, norm_pre=False, num_prefix=0, joint=True
-    ),
-    "UMT4Clip B/16": TowerShape(
-        image_size=224, patch_size=16, width=768, heads=12, embed_dim=512, norm_pre=False, num_prefix=0
-    ),
-}
-# labels that are no methods: the method, and its options
-LABELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tempme as in CLIP": (
-        "tempme",
-        {"r": 10, "merge_layers": (8, 9, 10), "merge_frames": (2, 2, 3), "cross_percent": 40, "intra_percent": 20},
-    ),
-}
-_LONG = ("none", "tome", "tempme", "temporal_only")  # in the paper at 64 frames
-# GFLOPs; TempMe (ICLR 2025), tables of MSRVTT retrieval, ablation, long videos and UMT
-PAPER_GFLOPS = {
-    ("B/32", 12, "none"): 53.0,
-    ("B/32", 12, "tome"): 40.2,
-    ("B/32", 12, "tempme"): 34.8,
-    ("B/32", 12, "temporal_only"): 54.3,
-    ("B/32", 12, "reduction_only"): 34.7,
-    ("B/32", 12, "evit"): 37.2,
-    ("B/32", 12, "diffrate"): 36.8,
-    ("B/16", 12, "diffrate"): 138.5,
-    ("B/32", 12, "sta"): 35.7,
-    ("B/16", 12, "none"): 211.3,
-    ("B/16", 12, "tome"): 144.4,
-    ("B/16", 12, "tempme"): 121.4,
-    ("B/32", 64, "none"): 276.7,
-    ("B/32", 64, "tome"): 208.5,
-    ("B/32", 64, "tempme"): 180.3,
-    ("UMT B/16", 12, "none"): 304.3,
-    ("UMT4Clip B/16", 12, "none"): 210.1,
-    ("UMT4Clip B/16", 12, "tempme"): 111.5,
-}
-PAPER_TOKENS = {("B/32", 12, "tempme"): 97, ("B/16", 12, "tempme"): 127}
-# settings that were found in no text or code, by the mark that `NOTES` explains
-UNVERIFIED = {
-    **{("B/32", 12, method): "f" for method in ("reduction_only", "diffrate", "sta", "testa")},
-    **{(backbone, 64, method): "*" for backbone in ("B/32", "B/16") for method in ("tempme", "temporal_only")},
-    **{("UMT4Clip B/16", 12, method): "+" for method in ("tempme", "tempme as in CLIP")},
-}
-NOTES = """\
-GFLOPs are multiply-accumulates in 1e9, counted as the paper counts them (MergeSchedule.gflops).
-f the paper gives GFLOPs without the setting, which is a fit or one reading (docs/methods.md).
-* the paper's setting for 64 frames is unverified: clips joined 4-4-4 is a plausible guess.
-The paper's 64-frame column is 2-4% lower by every way of counting; counting the patch embedding of only 12 frames
-would explain it (unverified).
-+ the paper gives UMT4Clip's GFLOPs without the schedule: r 11, layers 7 8 9, 40/10 percent is a fit, not the paper's
-setting; beside it the setting of CLIP B/16 (r 10, layers 8 9 10, 40/20 percent).
-UMT B/16 sees all frames jointly, UMT4Clip each frame alone."""
+_CLIP = {"B/32": "ViT-B-32-quickgelu", "B/16": "ViT-B-16-quickgelu"}
+_UMT = {"UMT B/16": "joint", "UMT4Clip B/16": "per_frame"}
+_WORDS = tuple(map(str, range(30522)))  # as many as BERT's vocabulary has
+_HERE = "as run here"
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """Cost of the visual tower for one video, computed; `paper_*` where the paper gives a number.
+    """What a method and a tuning cost for one video in the visual tower, computed; `paper_*` as the paper has it.
 
-    `gflops` in 1e9 multiply-accumulates; `verified` is False where the paper's setting was guessed.
+    Attributes:
+        method, tuning: names in `METHODS` and `TUNINGS`; `variant` tells rows of the same two apart.
+        input_tokens: of the frames.
+        tokens: of a video that leave the encoder, and the learnt ones beside them as papers count those.
+        gflops: in 1e9 multiply-accumulates, as `tempme_vl.costs` counts; of a tuning, its authors' code ("as run here":
+            this package's, where that computes less). None for a row that nobody can compute.
+        trainable_params: of the retrieval model, both towers; None where no code says what trains.
+        paper_params: in 1e6.
+        status, note: see `Figure`.
     """
 
+    method: str
+    tuning: str
+    variant: str
     backbone: str
     frames: int
-    method: str
     input_tokens: int
-    output_tokens: int
-    gflops: float
+    tokens: int | None
+    gflops: float | None
+    trainable_params: int | None
     paper_gflops: float | None
     paper_tokens: int | None
-    verified: bool
+    paper_params: float | None
+    status: Status
+    note: str
 
     @property
     def deviation(self) -> float | None:
         """Percent by which `gflops` exceeds the paper's."""
-        return None if self.paper_gflops is None else 100 * (self.gflops / self.paper_gflops - 1)
-
-
-def settings() -> Iterator[tuple[str, int, str]]:
-    """(backbone, frames, method or label) of every row: of CLIP all methods that have a setting for it."""
-    for backbone in ("B/32", "B/16"):
-        shape = BACKBONES[backbone]
-        encoder = Encoder(LAYERS, 12, shape.tokens, shape.num_prefix)
-        yield from ((backbone, 12, method) for method in METHODS if has_setting(method, encoder, ()))
-        yield from ((backbone, 64, method) for method in _LONG)
-    yield "UMT B/16", 12, "none"
-    yield from (("UMT4Clip B/16", 12, method) for method in ("none", "tempme", "tempme as in CLIP"))
+        if self.gflops is None or self.paper_gflops is None:
+            return None
+        return 100 * (self.gflops / self.paper_gflops - 1)
 
 
 def cost_table() -> list[CostRow]:
-    """Rows of all `settings`, without running a model."""
-    return [cost_row(*setting) for setting in settings()]
+    """All rows of `settings`, each that this package runs at less cost a second time, and RAP's."""
+    rows = []
+    for setting in settings():
+        rows.append(cost_row(setting))
+        here = replace(setting, here=True)
+        if _gflops(here) != _gflops(setting):
+            rows.append(cost_row(here))
+    rap = Setting("B/16", figure=RAP)
+    return [*rows, replace(cost_row(rap), tuning="rap", tokens=None, gflops=None, trainable_params=None)]
 
 
-def cost_row(backbone: str, frames: int, label: str, **options: Any) -> CostRow:
+def cost_row(setting: Setting) -> CostRow:
     """One row of `cost_table`.
 
-    Args:
-        backbone: a name in `BACKBONES`.
-        frames: that the method has a setting for, if it gets no options.
-        label: a name in `tempme_vl.METHODS` or `LABELS`.
-        options: of the method, in place of its own.
+    Raises:
+        ValueError: a method without a setting for the encoder, or options that it does not have.
     """
-    method, usual = LABELS.get(label, (label, {}))
-    shape, options, key = BACKBONES[backbone], {**usual, **options}, (backbone, frames, label)
-    schedule = make_schedule(method, LAYERS, frames, shape.tokens, shape.num_prefix, shape.joint, **options)
+    tuning, figure, schedule = setting.tuning, setting.figure, _schedule(setting)
+    learnt = 0 if setting.here else tuning.learnt_tokens(setting.frames)
     return CostRow(
-        *key,
-        input_tokens=frames * shape.tokens,
-        output_tokens=schedule.output_tokens,
-        gflops=tower_gflops(schedule, shape),
-        paper_gflops=PAPER_GFLOPS.get(key),
-        paper_tokens=PAPER_TOKENS.get(key),
-        verified=key not in UNVERIFIED,
+        setting.method,
+        tuning.name,
+        ", ".join(filter(None, (setting.variant, _HERE if setting.here else ""))),
+        setting.backbone,
+        setting.frames,
+        input_tokens=schedule.frames * schedule.tokens,
+        tokens=schedule.output_tokens + learnt,
+        gflops=_gflops(setting),
+        trainable_params=trainable(setting.backbone, setting.tuning, schedule),
+        paper_gflops=None if setting.here else figure.gflops,
+        paper_tokens=None if setting.here else figure.tokens,
+        paper_params=figure.params,
+        status="certain" if setting.here else figure.status,
+        note="" if setting.here else figure.note,
     )
 
 
+def _schedule(setting: Setting) -> MergeSchedule:
+    shape = BACKBONES[setting.backbone]
+    return make_schedule(
+        setting.method, LAYERS, setting.frames, shape.tokens, shape.num_prefix, shape.joint, **setting.options
+    )
+
+
+def _gflops(setting: Setting) -> float:
+    schedule, shape = _schedule(setting), BACKBONES[setting.backbone]
+    return tower_gflops(schedule, shape) + setting.tuning.cost(schedule, shape, not setting.here) / 1e9
+
+
+def trainable(backbone: str, tuning: Tuning, schedule: MergeSchedule) -> int | None:
+    """Weights that train, of both towers and the logit scale: what the tuning's own code leaves to train of a model,
+    counted without any memory for it, and what the method has learnt.
+
+    Returns:
+        None for a tuning that is its cost alone.
+    """
+    with torch.device("meta"):
+        steps = merge_layers(schedule, BACKBONES[backbone].width)
+    modules = [step for layer in steps for step in (layer.before_attention, layer.after_attention, layer.after_mlp)]
+    learnt = sum(weight.numel() for step in modules for weight in step.parameters())
+    tuned = _tuned(backbone, tuning, schedule.frames)
+    return None if tuned is None else tuned + learnt
+
+
+@cache
+def _tuned(backbone: str, tuning: Tuning, frames: int) -> int | None:
+    """Of a model without merging."""
+    if not tuning.runs:
+        return None
+    with torch.device("meta"):
+        if backbone in _UMT:
+            model: Any = create_retrieval_model(
+                "umt:b16", None, "none", frames, tuning, vocabulary=_WORDS, mode=_UMT[backbone]
+            )
+        else:
+            clip, shape = build_clip(model_config(_CLIP[backbone])), BACKBONES[backbone]
+            schedule = make_schedule("none", LAYERS, frames, shape.tokens, shape.num_prefix)
+            model = RetrievalModel(VisualFrontend(visual_backbone(clip.visual), schedule), CLIPTextEncoder(clip), {})
+            model.tune(tuning)
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+NOTES = """\
+GFLOPs of the visual tower for one video are multiply-accumulates in 1e9, counted as TempMe's tables count them
+(tempme_vl.costs), LoRA merged. Of a tuning, those of its authors' code; "as run here" is this package's, where that
+computes less: prompts that a block drops again are keys and values of its attention and skip its MLP, and keys and
+values are shared. Tokens are those of a video that leave the encoder, learnt ones that all frames share once.
+certain: the setting is the paper's or its code's, and the cost agrees; fitted: the setting was chosen so that the cost
+agrees; unverified: neither."""
+
+
 def format_costs(rows: Sequence[CostRow]) -> str:
-    """A plain-text table with a mark at unverified settings, and its notes."""
+    """A plain-text table with numbered notes."""
+    notes = list(dict.fromkeys(row.note for row in rows if row.note))
     lines = [
         {
             "backbone": row.backbone,
             "frames": str(row.frames),
-            "method": f"{row.method} {UNVERIFIED.get((row.backbone, row.frames, row.method), '')}".rstrip(),
-            "tokens in": str(row.input_tokens),
-            "out": str(row.output_tokens),
-            "paper out": _shown(row.paper_tokens, "d"),
-            "GFLOPs": f"{row.gflops:.2f}",
-            "paper": _shown(row.paper_gflops, ".1f"),
-            "deviation %": _shown(row.deviation, "+.2f"),
+            "method": row.method,
+            "tuning": f"{row.tuning} ({row.variant})" if row.variant else row.tuning,
+            "tokens": _shown(row.tokens, "d"),
+            "paper's": _shown(row.paper_tokens, "d"),
+            "GFLOPs": _shown(row.gflops, ".2f"),
+            "the paper's": _shown(row.paper_gflops, ".1f"),
+            "off by %": _shown(row.deviation, "+.2f"),
+            "trainable": _shown(row.trainable_params, ",d"),
+            "paper's, M": _shown(row.paper_params, ".2f"),
+            "status": row.status,
+            "note": str(1 + notes.index(row.note)) if row.note else "",
         }
         for row in rows
     ]
-    return f"{format_columns(lines)}\n\n{NOTES}"
+    numbered = [f"{number} {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join([format_columns(lines), "", NOTES, *numbered])
 
 
 def fusion_macs(tokens: int, words: int = 32, shape: BertShape | None = None, cached: bool = False) -> int:
@@ -181,6 +212,7 @@ class FusionRow:
 
     backbone: str
     method: str
+    variant: str
     tokens: int
     macs: int
     cached_macs: int
@@ -191,18 +223,19 @@ class FusionRow:
         return 100 * (1 - self.cached_macs / self.macs)
 
 
-def fusion_table() -> list[FusionRow]:
+def fusion_table(rows: Sequence[CostRow]) -> list[FusionRow]:
     """The pairs' cost for the tokens of UMT's rows of `cost_table`, 32 words a caption."""
     return [
         FusionRow(
             row.backbone,
             row.method,
-            row.output_tokens,
-            fusion_macs(row.output_tokens),
-            fusion_macs(row.output_tokens, cached=True),
+            row.variant,
+            row.tokens,
+            fusion_macs(row.tokens),
+            fusion_macs(row.tokens, cached=True),
         )
-        for row in cost_table()
-        if row.backbone.startswith("UMT")
+        for row in rows
+        if row.backbone.startswith("UMT") and row.tokens is not None
     ]
 
 
@@ -211,7 +244,7 @@ def format_fusion(rows: Sequence[FusionRow]) -> str:
     lines = [
         {
             "backbone": row.backbone,
-            "method": row.method,
+            "method": f"{row.method} ({row.variant})" if row.variant else row.method,
             "tokens": str(row.tokens),
             "GMAC a pair": f"{row.macs / 1e9:.2f}",
             "keys cached": f"{row.cached_macs / 1e9:.2f}",

@@ -26,38 +26,41 @@ from tempme_vl.reports import provenance, show, write_json
 
 
 def main(options: EfficiencyOptions) -> None:
-    at_least(1, frames=options.frames, batch=options.batch, repeats=options.repeats, threads=options.threads)
+    at_least(1, frames=options.frames, repeats=options.repeats, threads=options.threads)
+    for batch in options.batch:
+        at_least(1, batch=batch)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    costs, fusion = cost_table(), fusion_table()
+    costs = cost_table()
+    fusion = fusion_table(costs)
     show(f"{format_costs(costs)}\n\n{format_fusion(fusion)}")
     report: dict[str, Any] = {
-        "costs": [{**asdict(row), "deviation_percent": row.deviation} for row in costs],
+        "rows": [{**asdict(row), "deviation_percent": row.deviation} for row in costs],
         "fusion": [{**asdict(row), "saved_percent": row.saved} for row in fusion],
     }
     if options.measure:
-        report["measured"] = measure(options)
+        report["measured"] = [measure(options, batch) for batch in options.batch]
     if options.json is not None:
         write_json(options.json, {**report, **provenance()})
 
 
-def measure(options: EfficiencyOptions) -> dict[str, Any]:
+def measure(options: EfficiencyOptions, batch: int) -> dict[str, Any]:
     """Measures, prints the table and says what it holds for; returns the same as JSON data."""
-    work = workload(options)
-    names = options.rows or work.rows
+    work = workload(options, batch)
+    names = work.settled if "all" in options.rows else options.rows or work.usual
     if unknown := set(names) - set(work.rows):
         raise ValueError(
             f"--rows {' '.join(sorted(unknown))}: not of {'training ' if options.train else ''}{options.model}; "
             f"expected some of {', '.join(work.rows)}"
         )
     # memory first: on a GPU this process would take its share
-    memory = {name: peak_in_fresh_process(work, name) for name in names}
+    memory = {name: peak_in_fresh_process(work, name) for name in names if options.memory}
     times = paired_times(build_steps(work, names), options.repeats, work.device)
-    rows = measured_rows(times, memory)
+    rows = measured_rows(times, {name: work.gflops(name) for name in names}, memory)
     setting = {
         "model": options.model,
         "frames": options.frames,
-        "batch": options.batch,
+        "batch": batch,
         "what": what(work),
         "schedule": ", ".join(f"{key} {value}" for key, value in work.options["tempme"].items()) or "default",
         "dtype": f"{options.dtype} autocast" if options.train and options.dtype != "float32" else options.dtype,
@@ -67,9 +70,10 @@ def measure(options: EfficiencyOptions) -> dict[str, Any]:
         "turns": options.repeats,
     }
     memory_kind = "max_memory_allocated" if work.device.type == "cuda" else "resident set size"
+    of_memory = f"; peak memory ({memory_kind}) of each row in a process of its own" if options.memory else ""
     show(
         f"\nMeasured on this machine, and true of it alone: {', '.join(f'{k} {v}' for k, v in setting.items())}\n"
-        f"Medians of times and of paired ratios; peak memory ({memory_kind}) of each row in a process of its own.\n"
+        f"Medians of times and of paired ratios, beside the GFLOPs of one video in the visual tower{of_memory}.\n"
         f"{format_measured(rows)}"
     )
     return {"setting": setting, "rows": [asdict(row) for row in rows]}
@@ -82,14 +86,14 @@ def what(work: Workload) -> str:
     return f"full fine-tuning step, {trained}"
 
 
-def workload(options: EfficiencyOptions) -> Workload:
+def workload(options: EfficiencyOptions, batch: int) -> Workload:
     names = ("r", "merge_layers", "merge_frames", "cross_percent", "intra_percent")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return Workload(
         options.model,
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         options.frames,
-        options.batch,
+        batch,
         options.train,
         getattr(torch, options.dtype),
         {"tempme": given, "tome": {name: given[name] for name in given if name == "r"}},

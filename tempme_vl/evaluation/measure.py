@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tempme_vl.backbones.base import TowerShape
 from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.backbones.open_clip_models import build_visual, model_config
 from tempme_vl.families import split_name
 from tempme_vl.frontend import VisualFrontend, create_frontend
+from tempme_vl.merging import METHODS, Encoder, has_setting
 from tempme_vl.reports import format_columns
-from tempme_vl.scheduling import schedule_for
+from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.tasks.retrieval import create_retrieval_model
 
 # how UMT's rows are measured: the method and the options of its tower
@@ -58,10 +60,42 @@ class Workload:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """The names that `build_steps` knows; all are compared with the first."""
+        """The names that `build_steps` knows: of UMT's frames, or of open_clip's tower and merging methods."""
         if self.family == "umt":
             return tuple(UMT_ROWS)
-        return ("none", "tome", "tempme") if self.train else ("open_clip", "none", "tome", "tempme")
+        return tuple(METHODS) if self.train else ("open_clip", *METHODS)
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        """Those that are measured where nobody says which."""
+        return tuple(row for row in self.rows if row in ("open_clip", "none", "tome", "tempme", *UMT_ROWS))
+
+    @property
+    def settled(self) -> tuple[str, ...]:
+        """Those whose paper, or whose options, say how much to merge."""
+        if self.family == "umt":
+            return self.rows
+        shape, layers = self._clip
+        encoder = Encoder(layers, self.frames, shape.tokens, shape.num_prefix)
+        return tuple(
+            row for row in self.rows if row == "open_clip" or has_setting(row, encoder, self.options.get(row, ()))
+        )
+
+    def gflops(self, row: str) -> float:
+        """Cost of one video in the visual tower (`MergeSchedule.gflops`)."""
+        method, options = self.arguments(row)
+        with torch.device("meta"):
+            if self.family == "umt":
+                return create_frontend(self.model, None, method, self.frames, **options).gflops()
+        shape, layers = self._clip
+        return tower_gflops(schedule_for(method, layers, shape, self.frames, **options), shape)
+
+    @property
+    def _clip(self) -> tuple[TowerShape, int]:
+        """Shape and number of blocks of the visual tower."""
+        with torch.device("meta"):
+            backbone = visual_backbone(build_visual(model_config(split_name(self.model)[1])))
+        return backbone.shape, len(backbone.blocks)
 
     @property
     def family(self) -> str:
@@ -70,7 +104,7 @@ class Workload:
 
     def arguments(self, row: str) -> tuple[str, dict[str, Any]]:
         """A row's merging method, and the options of its tower and schedule."""
-        method, options = UMT_ROWS.get(row, (row, {}))
+        method, options = UMT_ROWS.get(row, ("none" if row == "open_clip" else row, {}))
         return method, {**options, **self.options.get(method, {})}
 
 
@@ -216,15 +250,19 @@ def _reset_peak(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """Medians of one row: seconds a step, and its time over that of the same turn's reference row."""
+    """Medians of one row: seconds a step, and its time over that of the same turn's reference row, beside what is
+    computed: GFLOPs of one video in the visual tower. `memory` is None where it was not measured."""
 
     name: str
     seconds: float
     ratio: float
-    memory: Peak
+    gflops: float
+    memory: Peak | None = None
 
 
-def measured_rows(times: Mapping[str, Sequence[float]], memory: Mapping[str, Peak]) -> list[MeasuredRow]:
+def measured_rows(
+    times: Mapping[str, Sequence[float]], gflops: Mapping[str, float], memory: Mapping[str, Peak]
+) -> list[MeasuredRow]:
     """Medians; the first row is the reference of the paired ratios."""
     reference = next(iter(times.values()))
     return [
@@ -232,7 +270,8 @@ def measured_rows(times: Mapping[str, Sequence[float]], memory: Mapping[str, Pea
             name,
             statistics.median(row),
             statistics.median(own / base for own, base in zip(row, reference, strict=True)),
-            memory[name],
+            gflops[name],
+            memory.get(name),
         )
         for name, row in times.items()
     ]
@@ -240,18 +279,20 @@ def measured_rows(times: Mapping[str, Sequence[float]], memory: Mapping[str, Pea
 
 def format_measured(rows: Sequence[MeasuredRow]) -> str:
     """A plain-text table; ratios are relative to the first row."""
-    return format_columns(
-        [
-            {
-                "row": row.name,
-                "ms a step": f"{1e3 * row.seconds:.1f}",
-                f"time / {rows[0].name}": f"{row.ratio:.3f}",
-                "peak MiB": f"{row.memory.peak / 2**20:.0f}",
-                "of it before the model": f"{row.memory.before / 2**20:.0f}",
-            }
-            for row in rows
-        ]
-    )
+    first, lines = rows[0], []
+    for row in rows:
+        line = {
+            "row": row.name,
+            "GFLOPs": f"{row.gflops:.4g}",
+            f"GFLOPs / {first.name}": f"{row.gflops / first.gflops:.3f}",
+            "ms a step": f"{1e3 * row.seconds:.1f}",
+            f"time / {first.name}": f"{row.ratio:.3f}",
+        }
+        if row.memory is not None:
+            line["peak MiB"] = f"{row.memory.peak / 2**20:.0f}"
+            line["of it before the model"] = f"{row.memory.before / 2**20:.0f}"
+        lines.append(line)
+    return format_columns(lines)
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,9 +10,16 @@ from typing import Annotated, Literal
 from tempme_vl.command_line import Command, Example
 from tempme_vl.data.datasets import ASKED, CAPTIONED
 from tempme_vl.data.options import EMBEDDED, DataOptions
+from tempme_vl.registries import METHODS
 from tempme_vl.tuning import TUNINGS
 
-ROWS = Literal["open_clip", "none", "tome", "tempme", "joint", "per_frame", "per_frame+tempme"]
+
+@dataclass(frozen=True)
+class MeasuredNames:
+    """What can be measured side by side: open_clip's own tower, methods, UMT's frames, and all that a model has."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("all", "open_clip", *METHODS, "joint", "per_frame", "per_frame+tempme"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +105,20 @@ class EfficiencyOptions:
     """Time the rows in turn, on a GPU if there is one, with random weights and input."""
     train: bool = False
     """Measure one full-fine-tuning step (forward, backward, AdamW) of the retrieval model, not the tower's forward."""
-    rows: tuple[ROWS, ...] = ()
-    """The rows to measure, the first being the reference; default: all that the model has (open_clip's tower does not
-    train alone; UMT has joint, per_frame and per_frame+tempme)."""
+    rows: tuple[Annotated[str, MeasuredNames()], ...] = ()
+    """The rows to measure, the first being the reference: merging methods (without a published setting for the model at
+    0.6 of the GFLOPs) and open_clip's own tower, which does not train alone; UMT has joint, per_frame and
+    per_frame+tempme. all: those with a published setting. Default: open_clip, none, tome and tempme, or UMT's three."""
     model: str = "open_clip:ViT-B-32-quickgelu"
     """open_clip:NAME, open_clip:tiny, or umt:b16, umt:l16, umt:tiny."""
     frames: int = 12
     """Of a video."""
-    batch: int = 1
-    """Videos."""
+    batch: tuple[int, ...] = (1,)
+    """Videos at a time; several numbers are measured one after the other."""
     repeats: int = 15
     """Turns that count; one more before them warms up."""
+    memory: bool = True
+    """Also the peak memory, of each row in a process of its own."""
     threads: int | None = None
     """CPU threads; default: torch's choice."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -191,6 +202,10 @@ EFFICIENCY = Command(
     (
         Example("computed, beside the paper's numbers"),
         Example("the tower's forward pass on this machine", "--measure --model open_clip:ViT-B-16-quickgelu"),
+        Example(
+            "all methods with a published setting, one video and eight at a time",
+            "--measure --rows all --model open_clip:ViT-B-16-quickgelu --batch 1 8 --repeats 3 --no-memory --threads 2",
+        ),
         Example("a step of full fine-tuning", "--measure --train --batch 2 --repeats 5"),
     ),
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
+from tempme_vl.costs import BlockCost, attention, linear, norm
 from tempme_vl.registries import METHODS
 from tempme_vl.schema import LEFT_OUT, Count, Range, Size, read, write
 
@@ -220,6 +221,12 @@ class MergeSchedule:
         return clips * tokens
 
     @property
+    def pooled_prefixes(self) -> int:
+        """Prefixes of frames that are left at the end, each of which an embedding is made of where CLS tokens are."""
+        last = self.layer_counts[-1]
+        return last.clips * (last.prefix - last.inserted) // self.prefix if self.prefix else 0
+
+    @property
     def frame_multiple(self) -> int:
         """Frames must be a multiple of this: the product of all joins."""
         return math.prod(plan.join or 1 for plan in self.plan)
@@ -236,12 +243,10 @@ class MergeSchedule:
         norm_pre: bool = True,
         pool: str | None = None,
     ) -> float:
-        """Cost of the visual tower for one video in the paper's counting, in 1e9.
+        """Cost of the visual tower for one video in the paper's counting (`tempme_vl.costs`), in 1e9.
 
-        Multiply-accumulates of convolution, linear layers, attention and matching (as the method's record counts them)
-        count 1; softmax 1 an element, LayerNorm 2, GELU 1 (QuickGELU 2), a bias addition 1. The final norm counts for
-        the tokens that pooling reads, the projection once a frame, there or not. This convention gives all 12-frame
-        rows of the paper's tables within 0.2%.
+        What matching multiplies, the method's record says. The final norm counts for the tokens that pooling reads, the
+        projection once a frame, there or not.
 
         Args:
             patch_size: pixels; default: from the image size and the number of patch tokens.
@@ -250,28 +255,22 @@ class MergeSchedule:
                 The last two read all tokens but the prefix. Attention pooling counts as a block with one query, for
                 every frame, or for every clip that is left where tokens were merged.
         """
-        matching = METHODS[self.method].matching
+        matching, block = METHODS[self.method].matching, BlockCost(width, heads, mlp_ratio, quick_gelu)
         patches = self.tokens - self.prefix
         patch_size = patch_size or round(image_size / math.sqrt(patches))
-        mlp_width = int(width * mlp_ratio)
-        mlp = 2 * width + 2 * width * mlp_width + mlp_width + width  # of one token, with its norm and biases
-        mlp += mlp_width * (2 if quick_gelu else 1)
-        total = self.frames * patches * width * 3 * patch_size**2
-        total += self.frames * (self.tokens * 2 * width if norm_pre else patches * width)
+        total = linear(self.frames * patches, 3 * patch_size**2, width, bias=not norm_pre)
+        total += norm(self.frames * self.tokens, width) if norm_pre else 0
         for plan, n in zip(self.plan, self.layer_counts, strict=True):
-            attention = n.attention * (2 * width + 4 * width**2 + 4 * width)  # norm, qkv and proj, biases
-            attention += n.attention**2 * (2 * width + heads)  # scores and values, softmax
-            total += n.clips * (attention + n.mlp * mlp) + matching(plan, n, width, width // heads)
+            total += n.clips * (block.attention(n.attention) + block.mlp(n.mlp))
+            total += matching(plan, n, width, width // heads)
         pool = pool or ("cls" if self.prefix else "mean")
-        last = self.layer_counts[-1]
-        cls = last.clips * (last.prefix - last.inserted) // self.prefix if self.prefix else 0
+        last, cls = self.layer_counts[-1], self.pooled_prefixes
         pooled = cls if pool == "cls" else last.clips * (last.out - last.prefix)
-        total += pooled * 2 * width + (cls if pool == "cls" else self.frames) * width * embed_dim
+        total += norm(pooled, width) + linear(cls if pool == "cls" else self.frames, width, embed_dim, bias=False)
         if pool == "attention":
             queries = self.frames if pooled == self.frames * patches else last.clips
-            total += pooled * (2 * width**2 + 2 * width)  # keys and values
-            total += pooled * (2 * width + heads)  # scores and values, softmax
-            total += queries * (2 * width**2 + 2 * width + mlp)  # query, proj
+            total += linear(pooled, width, 2 * width) + attention(pooled, 1, width, heads)  # keys and values
+            total += linear(queries, width, 2 * width) + block.mlp(queries)  # query, proj
         return total / 1e9
 
     def to_dict(self) -> dict[str, Any]:

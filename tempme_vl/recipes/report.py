@@ -12,7 +12,6 @@ from tempme_vl.data.reader import broken_videos
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.videoqa import accuracy_by, format_accuracy
-from tempme_vl.frontend import VisualFrontend
 from tempme_vl.manifest import write_manifest
 from tempme_vl.recipes.loop import Trained
 from tempme_vl.recipes.names import BROKEN_VIDEOS
@@ -20,19 +19,20 @@ from tempme_vl.recipes.options.shared import RecipeOptions
 from tempme_vl.reports import finish, write_json
 from tempme_vl.training import distributed
 from tempme_vl.training.engine import Trainer
+from tempme_vl.tuning import TunableModel
 
 Split: TypeAlias = QASplit | RetrievalSplit
 
 NO_VALIDATION = "no validation split: last epoch"
 
 
-def cost(frontend: VisualFrontend) -> dict[str, Any]:
+def cost(model: TunableModel) -> dict[str, Any]:
     """Tokens and GFLOPs of a video, for a report."""
-    schedule = frontend.schedule
+    schedule = model.frontend.schedule
     return {
         "output_tokens": schedule.output_tokens,
         "input_tokens": schedule.frames * schedule.tokens,
-        "gflops": frontend.gflops(),
+        "gflops": model.gflops(),
     }
 
 

@@ -55,7 +55,7 @@ def main(options: Options) -> None:
         f"validation {'none' if val is None else f'{val.name}: {len(val.videos)} videos'}; "
         f"test {test.name}: {len(test.videos)} videos"
     )
-    announce(options, in_words(options, model.frontend), data)
+    announce(options, in_words(options, model), data)
 
     def validate() -> tuple[float, dict[str, Any]]:
         assert val is not None
@@ -71,7 +71,7 @@ def main(options: Options) -> None:
         "model": options.model,
         "head": options.head,
         **about_run(options, trainer, trained, val),
-        **cost(model.frontend),
+        **cost(model),
     }
     again = report.get("reranked", {})
     rows = {options.method: report, f"re-ranked {again.get('rerank_top_k')}": again}

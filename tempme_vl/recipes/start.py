@@ -12,13 +12,13 @@ import torch
 
 from tempme_vl.command import at_least
 from tempme_vl.data.broken import MissingVideosError, check_videos
-from tempme_vl.frontend import VisualFrontend
 from tempme_vl.recipes.names import MISSING_VIDEOS
 from tempme_vl.recipes.options.shared import RecipeOptions, VisualOptions
 from tempme_vl.reports import provenance, write_json, write_whole
 from tempme_vl.tasks.qa.options import LLMOptions
 from tempme_vl.training import distributed
 from tempme_vl.training.config import TrainConfig
+from tempme_vl.tuning import TunableModel
 
 # Options that may be others when a run is continued: where things lie, how they are read and stored, what is shown. The
 # content of the annotations and of the DeepSpeed file counts instead of their paths, and what a precision stands for.
@@ -110,13 +110,13 @@ def content(split: Any) -> str:
     return hashlib.blake2b(json.dumps(split, default=plain).encode(), digest_size=8).hexdigest()
 
 
-def in_words(options: VisualOptions, frontend: VisualFrontend) -> str:
+def in_words(options: VisualOptions, model: TunableModel) -> str:
     """What becomes of a video's tokens, and its cost."""
-    schedule = frontend.schedule
+    schedule = model.frontend.schedule
     clips, tokens = schedule.token_counts[-1]
     return (
         f"{options.model}, {options.method}: {schedule.frames} x {schedule.tokens} tokens -> {clips} x {tokens}, "
-        f"{frontend.gflops():.3g} GFLOPs a video"
+        f"{model.gflops():.3g} GFLOPs a video"
     )
 
 

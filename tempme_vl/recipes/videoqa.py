@@ -46,7 +46,7 @@ def main(options: Options) -> None:
         options,
         facts(options, model.frontend.full_config().to_dict(), train=train, val=val, test=test),
     )
-    announce(options, in_words(options, model.frontend), describe(train, val, test, answers))
+    announce(options, in_words(options, model), describe(train, val, test, answers))
 
     def validate() -> tuple[float, dict[str, Any]]:
         assert val is not None
@@ -62,7 +62,7 @@ def main(options: Options) -> None:
         "head": options.head,
         "model": options.model,
         **about_run(options, trainer, trained, val),
-        **cost(model.frontend),
+        **cost(model),
     }
     write_answers(options, report, predictions, test)
     write_results(options, model, test.name, {"accuracy": report["accuracy"]})

@@ -21,7 +21,7 @@ def retrieval_card(frontend: VisualFrontend, input: Inputs, tuning: Tuning) -> C
         'scores = retrieval.similarity(["a red circle moves left"], ["clip.mp4"])\n'
     )
     title = f"Text-video retrieval: {tower_name(frontend.config)}, {frontend.schedule.method}"
-    facts = {**frontend.facts(), **input.facts(), **tuning_facts(tuning)}
+    facts = {**frontend.facts(), **input.facts(), **tuning_facts(tuning, frontend)}
     return Card(title, "feature-extraction", facts, code, ("text-video-retrieval", frontend.schedule.method))
 
 
@@ -35,13 +35,15 @@ def qa_card(frontend: VisualFrontend, head: str, answers: Sequence[str], input: 
     )
     title = f"Video question answering: {tower_name(frontend.config)}, {frontend.schedule.method}, {head}"
     known = {"head": head, **({"answers": str(len(answers))} if answers else {})}
-    facts = {**frontend.facts(), **known, **input.facts(), **tuning_facts(tuning)}
+    facts = {**frontend.facts(), **known, **input.facts(), **tuning_facts(tuning, frontend)}
     return Card(title, "visual-question-answering", facts, code, ("video-question-answering", frontend.schedule.method))
 
 
-def tuning_facts(tuning: Tuning) -> dict[str, str]:
+def tuning_facts(tuning: Tuning, frontend: VisualFrontend) -> dict[str, str]:
     """Rows of a card; none for a model that was loaded, which does not know how it was trained."""
     name = getattr(tuning, "name", None)
     options: Mapping[str, Any] = vars(tuning)
     known = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
-    return {} if name is None else {"tuning": f"{name} ({known})" if known else name}
+    added = tuning.cost(frontend.schedule, frontend.shape) / 1e9
+    cost = {"GFLOPs of a video with the tuning": f"{frontend.gflops() + added:.4g}"} if added else {}
+    return {} if name is None else {"tuning": f"{name} ({known})" if known else name, **cost}

@@ -35,6 +35,8 @@ class Head:
         name: in `HEADS`, and in the configuration of a saved model.
         task: what it is for.
         options: a frozen dataclass; on a command line `--head-options name=value`.
+        published: options of a retrieval run (`tempme_vl.recipes.options`) that its authors train with on MSRVTT; what
+            they do not say is not here.
         new_parameters: patterns (re.search) of the names of those parameters that no pretrained model had; they learn
             at their own rate.
     """
@@ -42,6 +44,7 @@ class Head:
     name: ClassVar[str]
     task: ClassVar[Task]
     options: ClassVar[type[Any]] = NoOptions
+    published: ClassVar[Mapping[str, Any]] = {}
     new_parameters: tuple[str, ...] = ()
 
 

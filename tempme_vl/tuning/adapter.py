@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import BlockAdapter, BlockPlace, S
+from tempme_vl.costs import linear
 from tempme_vl.tuning.base import AddedModules
 
 if TYPE_CHECKING:
+    from tempme_vl.backbones.base import TowerShape
+    from tempme_vl.merging.schedule import MergeSchedule
     from tempme_vl.tuning.model import TunableModel
 
 
@@ -45,6 +48,11 @@ class Adapter(AddedModules):
             block.tuned = Adapted(model.frontend.shape.width, self.width)
         for block in text.adapters():
             block.tuned = Adapted(text.width, self.width)
+
+    def cost(self, schedule: MergeSchedule, shape: TowerShape, published: bool = False) -> int:
+        tokens = sum(n.clips * n.mlp for n in schedule.layer_counts)
+        layers = linear(tokens, shape.width, self.width) + linear(tokens, self.width, shape.width)
+        return layers + tokens * self.width  # and GELU
 
 
 class Bottleneck(nn.Module):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:  # the command line lists the ways of tuning, and does not wait for torch
     from torch import Tensor
 
+    from tempme_vl.backbones.base import TowerShape
+    from tempme_vl.merging.schedule import MergeSchedule
     from tempme_vl.tuning.model import TunableModel
 
 _PLACE = ".tuned."  # in the names of what stands in a model's places
@@ -22,11 +24,13 @@ class Tuning:
         name: in `TUNINGS`, on command lines and in `create_retrieval_model`.
         stays: whether what it adds cannot be merged into plain weights: it is saved with the model then, and `extend`
             makes it again.
+        runs: whether it is more than its cost: a row in tables of a method without public code is not.
         loss_weights: of videos that choose among texts and of texts that choose among videos, in a contrastive loss.
     """
 
     name: ClassVar[str]
     stays: ClassVar[bool] = False
+    runs: ClassVar[bool] = True
     loss_weights: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
     def apply(self, model: TunableModel) -> None:
@@ -49,6 +53,25 @@ class Tuning:
             where it `stays`, the weights of the model after `extend`.
         """
         return dict(state)
+
+    def cost(self, schedule: MergeSchedule, shape: TowerShape, published: bool = False) -> int:
+        """What it adds to one video in the visual tower, as `tempme_vl.costs` counts, once training is done: what is
+        merged into plain weights adds nothing, and neither does what can be made before any video is there, such as
+        prompts out of other weights.
+
+        Args:
+            published: as its authors' code does it, where that computes more than this package.
+        """
+        return 0
+
+    def learnt_tokens(self, frames: int) -> int:
+        """Learnt tokens beside a video's own, as the tables of papers count them: those that all frames share once."""
+        return 0
+
+    def published(self) -> dict[str, Any]:
+        """Options of a retrieval run (`tempme_vl.recipes.options`) that its authors train with on MSRVTT; what they do
+        not say is not here."""
+        return {}
 
 
 @dataclass(frozen=True)

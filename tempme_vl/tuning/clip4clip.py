@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tempme_vl.tuning.base import Tuning
 
@@ -31,3 +31,18 @@ class CLIP4Clip(Tuning):
             )
         for part in frozen:
             part.requires_grad_(False)
+
+    def published(self) -> dict[str, Any]:
+        return {
+            "lr": 1e-7,
+            "lr_new": 1e-4,
+            "optimizer": "bertadam",
+            "schedule": "cosine_whole",
+            "decay": "no_bias",
+            "weight_decay": 0.2,
+            "beta2": 0.98,
+            "warmup": 0.1,
+            "clip_grad": 1.0,
+            "batch_size": 128,
+            "epochs": 5,
+        }

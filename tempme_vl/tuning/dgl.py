@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tempme_vl.backbones.attention import attend
 from tempme_vl.backbones.base import BlockAdapter, BlockPlace, QuickGELU, S
 from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock
+from tempme_vl.costs import attention as products
+from tempme_vl.costs import linear, norm
 from tempme_vl.pooling import FramePlace
 from tempme_vl.state import AttentionContext, TokenState, at_least_float32
 from tempme_vl.tuning.base import AddedModules
@@ -24,6 +26,8 @@ from tempme_vl.tuning.block import Block
 from tempme_vl.tuning.prompt import STD, Rows, attend_to
 
 if TYPE_CHECKING:
+    from tempme_vl.backbones.base import TowerShape
+    from tempme_vl.merging.schedule import MergeSchedule
     from tempme_vl.tuning.model import TunableModel
 
 Feature = Literal["global_prompt0", "average_global_prompt", "average_frame_cls_token", "average_both"]
@@ -64,7 +68,8 @@ class Dgl(AddedModules):
 
     def extend(self, model: TunableModel) -> None:
         """Raises:
-        ValueError: a model whose towers are not both CLIP's, or whose text tower is the deeper one.
+        ValueError: a model whose towers are not both CLIP's, or whose text tower is the deeper one; of "transformer",
+            merging that leaves fewer frames.
         """
         text, blocks, shape = model.clip_text(), model.visual_blocks(), model.frontend.shape
         if not all(isinstance(block, OpenCLIPBlock) for block in blocks) or len(text.blocks) > len(blocks):
@@ -78,6 +83,7 @@ class Dgl(AddedModules):
         if self.prompts == "linear":
             made = LinearPrompts(*sizes, self.tokens)
         else:
+            model.check_every_frame(self.name)
             frames = model.frontend.schedule.frames
             made = TransformedPrompts(*sizes, self.tokens, self.text_tokens, frames, shape.heads)
         model.frontend.tuned = VideoFeature(self.feature, made, Rows(self.tokens, shape.width))
@@ -86,6 +92,35 @@ class Dgl(AddedModules):
             block.tuned = GlobalAndLocal(made, layer, start)
         for layer, word_block in enumerate(text.adapters()):
             word_block.tuned = BehindStart(made, layer)
+
+    def cost(self, schedule: MergeSchedule, shape: TowerShape, published: bool = False) -> int:
+        """As published local prompts are queries and pass the MLP too, keys and values are computed anew wherever they
+        are attended to, and one token alone is projected in the end."""
+        block, width, g = shape.block, shape.width, self.tokens
+        total = 0
+        for n in schedule.layer_counts:
+            local = self.tokens if self.prompts == "linear" else self.tokens * schedule.frames // n.clips
+            keys = n.attention + local  # of a clip
+            queries = keys if published else n.attention
+            every = n.clips * keys + g
+            if published:
+                projected = n.clips * (linear(queries, width, 2 * width) + linear(keys + g, width, 2 * width))
+                projected += linear(g, width, 2 * width) + linear(every, width, 2 * width)
+            else:
+                projected = linear(every, width, 3 * width) + linear(n.clips * queries + g, width, width)
+            total += norm(every, width) + projected
+            total += n.clips * products(queries, keys + g, width, shape.heads) + products(g, every, width, shape.heads)
+            total += block.mlp(n.clips * (n.mlp + local * published) + g)
+            total -= n.clips * (block.attention(n.attention) + block.mlp(n.mlp))
+        embedded = 1 - schedule.pooled_prefixes if published else g  # beside those of frames
+        return total + norm(embedded, width) + linear(embedded, width, shape.embed_dim, bias=False)
+
+    def learnt_tokens(self, frames: int) -> int:
+        return self.tokens * frames + self.tokens
+
+    def published(self) -> dict[str, Any]:
+        lr = 5e-3 if self.prompts == "linear" else 2e-3
+        return {"lr_new": lr, "optimizer": "adamw", "beta2": 0.98, "weight_decay": 0.2, "schedule": "cosine"}
 
 
 class LinearPrompts(nn.Module):

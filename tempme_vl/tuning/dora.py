@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,9 @@ class Dora(Lora):
                 raise ValueError(f"dora works on linear layers; {name} is {type(layer).__name__}: choose other targets")
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, DoraLinear(layer, self.rank, self.scale, self.dropout))
+
+    def published(self) -> dict[str, Any]:
+        return {}  # nobody has trained retrieval with it
 
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """m W' / |W'|, in float32."""

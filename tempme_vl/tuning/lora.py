@@ -103,6 +103,17 @@ class Lora(Tuning):
     def is_new(self, name: str) -> bool:
         return _ADDED in name and _WRAPPED not in name
 
+    def published(self) -> dict[str, Any]:
+        return {
+            "lr_new": 6e-4,
+            "optimizer": "adamw_tempme",
+            "schedule": "cosine_from_zero",
+            "decay": "all",
+            "beta2": 0.999,
+            "weight_decay": 0.2,
+            "epochs": 5,
+        }
+
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W + alpha / rank * B A, in float32; LoRA of a part that peft wraps is left as it is."""
         merged = {}

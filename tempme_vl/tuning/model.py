@@ -73,6 +73,11 @@ class TunableModel(nn.Module):
         """
         return self.tuning.plain(self.state_dict() if state is None else state)
 
+    def gflops(self) -> float:
+        """Cost of one video in the visual tower and in what the tuning has added to it (`tempme_vl.costs`)."""
+        added = self.tuning.cost(self.frontend.schedule, self.frontend.shape)
+        return self.frontend.gflops() + added / 1e9
+
     def is_new_parameter(self, name: str) -> bool:
         """Whether a parameter was in no pretrained model and learns at its own rate."""
         return self.tuning.is_new(name)
@@ -89,6 +94,19 @@ class TunableModel(nn.Module):
     def input_side(self) -> list[nn.Module]:
         """The modules before the first block of every tower, where the model's authors freeze them."""
         return []
+
+    def check_every_frame(self, name: str) -> None:
+        """For a tuning that has something for every frame.
+
+        Raises:
+            ValueError: merging makes several frames' CLS tokens one, or leaves fewer frames.
+        """
+        schedule = self.frontend.schedule
+        if self.frontend.shape.num_prefix and schedule.pooled_prefixes != schedule.frames:
+            raise ValueError(
+                f"{name} reads every frame's CLS token, and {schedule.method!r} leaves {schedule.pooled_prefixes} of "
+                f"{schedule.frames}: choose adapter, or another method"
+            )
 
     def visual_blocks(self) -> list[BlockAdapter]:
         """The blocks of the visual tower in order."""

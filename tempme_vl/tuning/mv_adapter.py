@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.base import BlockAdapter, BlockPlace, BlockState, QuickGELU, S
 from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock
+from tempme_vl.costs import BlockCost, linear, norm
 from tempme_vl.state import TokenState
 from tempme_vl.tuning.base import AddedModules
 from tempme_vl.tuning.block import Block
 from tempme_vl.tuning.prompt import STD, Rows
 
 if TYPE_CHECKING:
+    from tempme_vl.backbones.base import TowerShape
+    from tempme_vl.merging.schedule import MergeSchedule
     from tempme_vl.tuning.model import TunableModel
 
 Reads = Literal["seq", "par", "ln_par"]
@@ -87,11 +90,7 @@ class MvAdapter(AddedModules):
             raise ValueError(
                 f"mv_adapter stands in CLIP's own blocks; got {type(blocks[0]).__name__}: choose adapter or lora"
             )
-        if any(plan.pool_prefix or plan.fewer_clips for plan in schedule.plan):
-            raise ValueError(
-                f"mv_adapter reads every frame's CLS token, and {schedule.method!r} leaves one for several frames: "
-                "choose adapter, or another method"
-            )
+        model.check_every_frame(self.name)
         visual = cast(list[OpenCLIPBlock], blocks), model.frontend.shape.width, schedule.frames
         vectors = [Vector(self.factor) for _ in ((0, 0) if self.shared is None else self.shared)]
         for tower, width, frames in (visual, (text.adapters(), text.width, None)):
@@ -116,6 +115,31 @@ class MvAdapter(AddedModules):
         super().apply(model)
         for bias in biases:
             bias.requires_grad_(True)
+
+    def cost(self, schedule: MergeSchedule, shape: TowerShape, published: bool = False) -> int:
+        width, inner, frames = shape.width, self.width, schedule.frames
+        sequence = 2 * frames + 1
+        calibration = linear(1, inner, inner) + linear(frames, 2 * inner, _CALIBRATION)
+        calibration += linear(frames, _CALIBRATION, inner, bias=False)
+        video = norm(sequence, inner) + BlockCost(inner, self.heads).whole(sequence) + 2 * sequence * inner
+        video += calibration * (2 if self.calibrate_patches else 1)
+        layers = range(len(schedule.plan))
+        total = 0
+        for n in (schedule.layer_counts[layer] for layer in _numbers(self.blocks, layers, layers)):
+            tokens = n.clips * n.mlp
+            total += linear(tokens, width, inner) + linear(tokens, inner, width) + 2 * tokens * inner  # and QuickGELU
+            total += norm(tokens, width) * self.norm_in + video
+        return total
+
+    def published(self) -> dict[str, Any]:
+        return {
+            "lr": 1e-7,  # of CLIP's biases, which decay as all else
+            "lr_new": 5e-6,
+            "optimizer": "bertadam",
+            "decay": "all",
+            "weight_decay": 0.2,
+            "epochs": 5,
+        }
 
 
 def _numbers(given: Sequence[int] | None, among: Sequence[int], usual: Sequence[int]) -> Sequence[int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tempme_vl.costs import BlockCost
 from tempme_vl.pooling import FramePlace, mean_by_clip
 from tempme_vl.state import at_least_float32
 from tempme_vl.text.clip import WordPlace
@@ -18,6 +19,8 @@ from tempme_vl.tuning.block import Block
 from tempme_vl.tuning.prompt import Rows
 
 if TYPE_CHECKING:
+    from tempme_vl.backbones.base import TowerShape
+    from tempme_vl.merging.schedule import MergeSchedule
     from tempme_vl.tuning.model import TunableModel
 
 TEMPERATURE = 0.07
@@ -55,8 +58,8 @@ class Plevu(AddedModules):
 
     def extend(self, model: TunableModel) -> None:
         """Raises:
-        ValueError: a model without a text tower of open_clip, whose frames have no embeddings of their own, or whose
-            embeddings the heads do not divide, or more learnt words than there are places.
+        ValueError: a model without a text tower of open_clip, whose frames have no embeddings of their own, are fewer
+            at the end, or whose embeddings the heads do not divide, or more learnt words than there are places.
         """
         text, shape = model.clip_text(), model.frontend.shape
         if shape.pooling != "cls":
@@ -72,6 +75,12 @@ class Plevu(AddedModules):
         model.frontend.tuned = FrameTransformer(frames, shape.embed_dim, self.layers, self.heads)
         with torch.no_grad():
             model.get_parameter("logit_scale.log_scale").fill_(math.log(1 / TEMPERATURE))
+
+    def cost(self, schedule: MergeSchedule, shape: TowerShape, published: bool = False) -> int:
+        return self.layers * BlockCost(shape.embed_dim, self.heads).whole(schedule.pooled_prefixes)
+
+    def published(self) -> dict[str, Any]:
+        return {"lr_new": 1e-3, "optimizer": "adamw", "weight_decay": 0.01}
 
 
 class LearntWords(WordPlace):

@@ -14,6 +14,8 @@ from tempme_vl.state import AttentionContext
 from tempme_vl.tuning.base import AddedModules
 
 if TYPE_CHECKING:
+    from tempme_vl.backbones.base import TowerShape
+    from tempme_vl.merging.schedule import MergeSchedule
     from tempme_vl.tuning.model import TunableModel
 
 STD = 0.02  # of prompts at the start
@@ -51,6 +53,21 @@ class Prompt(AddedModules):
             block.tuned = Prompted(Rows(self.tokens, model.frontend.shape.width))
         for block in model.clip_text().adapters():
             block.tuned = Prompted(Rows(self.tokens, width))
+
+    def cost(self, schedule: MergeSchedule, shape: TowerShape, published: bool = False) -> int:
+        return cost_of_prompts(self.tokens, schedule, shape, published)
+
+    def learnt_tokens(self, frames: int) -> int:
+        return self.tokens
+
+
+def cost_of_prompts(count: int, schedule: MergeSchedule, shape: TowerShape, published: bool) -> int:
+    """What so many prompts in every block cost; as published they pass its MLP too, and are dropped behind it."""
+    block, total = shape.block, 0
+    for n in schedule.layer_counts:
+        total += n.clips * (block.attention(n.attention + count) - block.attention(n.attention))
+        total += n.clips * block.mlp(count) if published else 0
+    return total
 
 
 class Rows(nn.Module):

@@ -18,6 +18,10 @@ from tempme_vl.state import AttentionContext, TokenState
 from tempme_vl.tuning.lora import Lora
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tempme_vl.backbones.base import TowerShape
+    from tempme_vl.merging.schedule import MergeSchedule
     from tempme_vl.tuning.model import TunableModel
 
 _USUAL = 4  # blocks with attention over time, from the one before the last
@@ -54,8 +58,7 @@ class TestaClip(Lora):
             raise ValueError(
                 f"testa_clip copies attention of CLIP's own blocks; got {type(tower[0]).__name__}: choose lora"
             )
-        last = len(tower) - 1
-        numbers = range(max(0, last - _USUAL), last) if self.blocks is None else self.blocks
+        last, numbers = len(tower) - 1, self.numbers(len(tower))
         clips = [count.clips for count in model.frontend.schedule.layer_counts]
         for number in numbers:
             if not 0 <= number <= last:
@@ -66,6 +69,19 @@ class TestaClip(Lora):
                 f"testa_clip: method {model.frontend.schedule.method!r} leaves one clip in all of the blocks "
                 f"{list(numbers)}, and attention over time needs several: choose other blocks, or lora"
             )
+
+    def numbers(self, layers: int) -> Sequence[int]:
+        """Those of the blocks with attention over time."""
+        return range(max(0, layers - 1 - _USUAL), layers - 1) if self.blocks is None else self.blocks
+
+    def cost(self, schedule: MergeSchedule, shape: TowerShape, published: bool = False) -> int:
+        """As published frames become fewer behind the attention over time, and not in front of it."""
+        total = 0
+        for number in self.numbers(len(schedule.plan)):
+            n = schedule.layer_counts[number]
+            clips = n.clips + schedule.plan[number].fewer_clips * published
+            total += (n.attention - n.prefix) * shape.block.attention(clips) if clips > 1 else 0
+        return total
 
     def apply(self, model: TunableModel) -> None:
         """Raises:

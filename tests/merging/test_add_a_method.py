@@ -22,6 +22,7 @@ from training.processes import run
 import tempme_vl
 from tempme_vl import METHODS, VisualFrontend, create_frontend
 from tempme_vl.evaluation.efficiency import cost_row
+from tempme_vl.evaluation.papers import Setting
 from tempme_vl.integrations import compress, load_compressed
 from tempme_vl.merging import is_of_merging
 from tempme_vl.recipes.build import merging
@@ -99,8 +100,8 @@ def test_recipes_and_tables_know_it(method: str) -> None:
     keywords = merging(MergeOptions(method=method, method_options=given), FRAMES)
     frontend = create_frontend("open_clip:tiny", **keywords)
     assert frontend.schedule.method == method and method in tempme_vl.METHODS
-    row = cost_row("B/32", 12, method, **OPTIONS[method])
-    assert row.output_tokens < row.input_tokens and row.gflops < cost_row("B/32", 12, "none").gflops
+    row = cost_row(Setting("B/32", 12, method, options=OPTIONS[method]))
+    assert row.tokens < row.input_tokens and row.gflops < cost_row(Setting("B/32")).gflops
 
 
 def test_what_it_learns_has_the_rate_of_new_modules() -> None:

@@ -7,6 +7,7 @@ LoRA, once with LoRA alone.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,19 @@ import pytest
 import torch
 from cases import Case, find
 from torch import Tensor
+from training.processes import exit_codes, start
 
 from tempme_vl.backbones.open_clip_models import TINY_CONFIGS
+from tempme_vl.data.motion import render_motion
 from tempme_vl.merging import MergeSchedule, make_schedule
-from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model
+from tempme_vl.recipes.options.retrieval import RETRIEVAL
+from tempme_vl.tasks.retrieval import RetrievalModel, create_retrieval_model, load_retrieval_model
 from tempme_vl.tuning import Lora
 
 CASES = [*find("tuning", "tempme_ckpt*"), *find("tuning", "lora_only*")]
 each = pytest.mark.parametrize("case", CASES, ids=str)
 HEAD = 16  # width of a head in all cases
+VOCABULARY = 49408  # of CLIP
 
 
 def weights_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -44,6 +49,22 @@ def options_of(case: Case) -> dict[str, Any]:
         return {"method": "none"}
     layers = {"merge_layers": numbers(c["merge_layer"]), "merge_frames": merge_frames}
     return {"method": "tempme", "r": c["tome_r"], **layers, "cross_percent": cross, "intra_percent": intra}
+
+
+def sizes_of(case: Case) -> dict[str, Any]:
+    """Their model as open_clip describes one."""
+    c = case.config["config"]
+    return {
+        "embed_dim": c["embed"],
+        "vision_cfg": {
+            **{"image_size": c["img"], "patch_size": c["patch"]},
+            **{"layers": c["vl"], "width": c["vw"], "head_width": HEAD},
+        },
+        "text_cfg": {
+            **{"context_length": c["ctx"], "vocab_size": c["vocab"]},
+            **{"width": c["tw"], "heads": c["tw"] // HEAD, "layers": c["tl"]},
+        },
+    }
 
 
 def schedule_of(case: Case) -> MergeSchedule:
@@ -75,14 +96,7 @@ def test_a_checkpoint_gives_the_features_of_its_authors(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     c, t, options = case.config["config"], case.tensors, options_of(case)
-    vision = {"image_size": c["img"], "layers": c["vl"], "width": c["vw"], "head_width": HEAD, "patch_size": c["patch"]}
-    words = {"context_length": c["ctx"], "vocab_size": c["vocab"]}
-    sizes = {
-        "embed_dim": c["embed"],
-        "vision_cfg": vision,
-        "text_cfg": {**words, "width": c["tw"], "heads": c["tw"] // HEAD, "layers": c["tl"]},
-    }
-    monkeypatch.setitem(TINY_CONFIGS, "golden", sizes)
+    monkeypatch.setitem(TINY_CONFIGS, "golden", sizes_of(case))
     torch.save(weights_of(t), tmp_path / "best.pth")
     model = create_retrieval_model("open_clip:golden", str(tmp_path / "best.pth"), num_frames=c["F"], **options)
     assert isinstance(model, RetrievalModel)
@@ -94,6 +108,42 @@ def test_a_checkpoint_gives_the_features_of_its_authors(
     assert isinstance(again, RetrievalModel)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
     check(plain_model(case, weights_of(t)), case)
+
+
+@pytest.mark.parametrize("case", find("tuning", "tempme_ckpt*"), ids=str)
+def test_one_command_evaluates_a_checkpoint_of_its_authors(case: Case, tmp_path: Path) -> None:
+    """On rendered videos, whose captions need all of CLIP's words: those of the reference are the first of them. What
+    the command leaves in OUTPUT/best, and has evaluated, gives the reference's features."""
+    sizes, weights, options = sizes_of(case), weights_of(case.tensors), options_of(case)
+    rows = weights["clip.token_embedding.weight"]
+    more = torch.randn(VOCABULARY - len(rows), rows.shape[1], generator=torch.Generator().manual_seed(0))
+    torch.save({**weights, "clip.token_embedding.weight": torch.cat([rows, more])}, tmp_path / "best.pth")
+    sizes["text_cfg"]["vocab_size"] = VOCABULARY
+    counts = {"num_train": 2, "num_test": 4, "num_order_train": 0, "num_order_val": 0, "num_order_test": 0}
+    root = render_motion(tmp_path / "motion", **counts)
+
+    given = {"model": "open_clip:golden", "pretrained": tmp_path / "best.pth", "epochs": 0, "output": tmp_path / "run"}
+    given |= {"dataset": "msrvtt", "data_root": root, "num_frames": case.config["config"]["F"], "holdout": 0}
+    given |= {"max_words": case.config["config"]["ctx"], "batch_size": 2, "workers": 0, **options}
+    arguments: list[str] = []
+    for name, value in given.items():
+        values = value if isinstance(value, tuple) else (value,)
+        arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
+    log = tmp_path / "log"
+    assert exit_codes(start(train_golden, sizes, arguments, log=log)) == [0], log.read_text()
+
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["videos"], report["train_steps"], report["method"]) == (4, 0, options["method"])
+    model = load_retrieval_model(tmp_path / "run" / "best")
+    assert isinstance(model, RetrievalModel)
+    with torch.no_grad():
+        check(model.eval(), case)
+
+
+def train_golden(sizes: dict[str, Any], arguments: list[str]) -> None:
+    """The retrieval recipe, where open_clip has a model of the sizes."""
+    TINY_CONFIGS["golden"] = sizes
+    RETRIEVAL.load()(RETRIEVAL.parse(arguments))
 
 
 @pytest.mark.parametrize("case", find("tuning", "tempme_ckpt*"), ids=str)

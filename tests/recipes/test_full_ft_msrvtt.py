@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,52 @@ def test_ways_of_tuning_and_their_older_name() -> None:
     assert (paper.tuned(), paper.lr_new, paper.optimizer, paper.epochs) == (Lora(), 6e-4, "adamw_tempme", 5)
     assert (paper.schedule, paper.decay, paper.beta2, paper.warmup) == ("cosine_from_zero", "all", 0.999, 0.1)
     assert paper.output == Path("runs/msrvtt-tempme-lora")
+
+
+BERTADAM = {"optimizer": "bertadam", "deepspeed_config": Path("zero0"), "precision": "fp32"}
+# what the papers train with, as far as they say
+PAPERS: list[tuple[str, dict[str, Any]]] = [
+    (
+        "clip4clip",
+        {"lr": 1e-7, "lr_new": 1e-4, "schedule": "cosine_whole", "decay": "no_bias", "epochs": 5, **BERTADAM},
+    ),
+    ("lora", {"lr_new": 6e-4, "optimizer": "adamw_tempme", "schedule": "cosine_from_zero", "decay": "all"}),
+    ("plevu", {"lr_new": 1e-3, "optimizer": "adamw", "weight_decay": 0.01}),
+    ("dgl", {"lr_new": 5e-3, "optimizer": "adamw", "beta2": 0.98, "weight_decay": 0.2}),
+    ("dgl --tuning-options tokens=4 prompts=transformer", {"lr_new": 2e-3}),
+    ("mv_adapter", {"lr": 1e-7, "lr_new": 5e-6, "weight_decay": 0.2, "epochs": 5, **BERTADAM}),
+    ("full --head xpool", {"lr": 1e-6, "lr_new": 1e-5, "weight_decay": 0.2, "batch_size": 32, "tuning": "full"}),
+]
+
+
+@pytest.mark.parametrize(("given", "paper"), PAPERS, ids=str)
+def test_a_tuning_that_is_named_trains_as_its_paper_says(given: str, paper: dict[str, Any], capsys: Any) -> None:
+    arguments = ["--data-root", "x", "--tuning", *given.split()]
+    options = parse(arguments)
+    assert {name: getattr(options, name) for name in paper} == paper
+    assert parse([*arguments, "--lr-new", "1e-9"]).lr_new == 1e-9
+    # what no paper says is as without
+    plain = parse(["--data-root", "x", "--tuning", "full"])
+    record = {**options.tuned().published(), **paper, "tuning": "", "tuning_options": "", "head": ""}
+    assert {name for name, value in vars(plain).items() if value != getattr(options, name)} <= record.keys()
+    with pytest.raises(SystemExit):
+        parse([*arguments, "--help"])
+    assert f"(default: {paper['lr_new']})" in capsys.readouterr().out
+
+
+def test_defaults_that_no_paper_changes() -> None:
+    """Without a tuning, of models with settings of their own, and where nothing is published."""
+    untouched = parse(["--data-root", "x"])
+    assert (untouched.tuning, untouched.optimizer, str(untouched.deepspeed_config)) == ("clip4clip", "adamw", "zero1")
+    for model in ("open_clip:tiny", "umt:b16"):
+        own = parse(["--data-root", "x", "--model", model, "--tuning", "full"])
+        assert parse(["--data-root", "x", "--model", model, "--tuning", "lora"]) == replace(own, tuning="lora")
+    for name in ("prompt", "adapter", "vop", "dora"):
+        assert parse(["--data-root", "x", "--tuning", name]) == replace(untouched, tuning=name)
+    peft = PEFT.parse(["--data-root", "x"])
+    assert PEFT.parse(["--data-root", "x", "--tuning", "prompt"]) == replace(peft, tuning="prompt")
+    assert PEFT.parse(["--data-root", "x", "--head", "xpool"]) == replace(peft, head="xpool")
+    assert PEFT.parse(["--data-root", "x", "--tuning", "dgl"]).lr_new == 5e-3
 
 
 def test_a_second_stage_keeps_the_words_of_the_first(tmp_path: Path) -> None:

@@ -1,17 +1,21 @@
-"""What the defaults of a recipe become: one row a recipe and model, and what the record of the data set
-changes of it.
+"""What the defaults of a recipe become: one row a recipe and model, what the papers of a chosen tuning and head train
+with, and what the record of the data set changes of it.
 
-Options that a row does not name have the defaults of the recipe's dataclass. ANY is the row of all other models.
+Options that nothing names have the defaults of the recipe's dataclass. ANY is the row of all other models; a model that
+has one of its own keeps it, whatever papers say of CLIP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from tempme_vl.command_line import first_look
-from tempme_vl.registries import DATASETS
+from tempme_vl.recipes.options.shared import named_value
+from tempme_vl.registries import DATASETS, HEADS, TUNINGS
+from tempme_vl.tuning import Lora, find_tuning
 
 ANY = "any"
 SETTING = ("r", "merge_layers", "merge_frames", "cross_percent", "intra_percent")  # what a budget chooses
@@ -49,16 +53,8 @@ _UMT: dict[str, Any] = {  # what UMT's published settings share, for 8 GPUs
     "sampling": "segment",
     "grad_checkpointing": True,
 }
-_PEFT: dict[str, Any] = {  # the paper's main table, whatever the model
-    "tuning": "lora",
-    "lr_new": 6e-4,
-    "optimizer": "adamw_tempme",
-    "schedule": "cosine_from_zero",
-    "decay": "all",
-    "beta2": 0.999,
-    "weight_decay": 0.2,
-    "epochs": 5,
-}
+_PEFT: dict[str, Any] = {"tuning": "lora", **Lora().published()}  # the paper's main table, whatever the model
+_WHOLE: dict[str, Any] = {"deepspeed_config": Path("zero0"), "precision": "fp32"}  # what BertAdam needs
 _HOST: dict[str, Any] = {  # the rates of LLaVA's projector and of its LoRA
     "num_frames": 8,
     "epochs": 1,
@@ -118,14 +114,35 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def preset(recipe: str, options: type[Any], model: str, dataset: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The defaults of a model and a data set; of merging none where the command line has a limit for it.
+    """The defaults of a model, a tuning, a head and a data set; of merging none where the command line has a limit for
+    it.
 
     Args:
         options: the recipe's dataclass.
     """
     rows, record = PRESETS[recipe], DATASETS[dataset]
-    found = {**rows.get(model, rows[ANY]), "data_root": record.root, **record.options}
+    row = rows[model] if model in rows else {**rows[ANY], **_papers(recipe, arguments)}
+    found = {**row, "data_root": record.root, **record.options}
     limits = first_look(arguments, ("budget", "tokens"))
     dropped = () if limits.budget is None and limits.tokens is None else SETTING
     known = {field.name for field in fields(options)} - {*dropped}
     return {name: value for name, value in found.items() if name in known}
+
+
+def _papers(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What the papers of the tuning and of the head that a command line names have trained retrieval with. The recipe
+    "peft" keeps to its own tuning with any head."""
+    if recipe not in ("retrieval", "peft"):
+        return {}
+    given = first_look(arguments, ("tuning", "freeze", "head"), ("tuning-options",))
+    found: dict[str, Any] = {}
+    if given.head in HEADS and recipe == "retrieval":
+        found |= HEADS[given.head].published
+    name = given.tuning or given.freeze
+    if name in TUNINGS:  # what is wrong with its options is said when all are read
+        own = dict(named_value(option) for option in given.tuning_options if "=" in option)
+        try:
+            found |= find_tuning(name, own).published()
+        except ValueError:
+            found |= find_tuning(name).published()
+    return {**found, **(_WHOLE if found.get("optimizer") == "bertadam" else {})}

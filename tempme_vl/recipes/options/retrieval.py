@@ -21,8 +21,9 @@ from tempme_vl.tasks.heads import HeadNames, read_options
 class Options(VisualOptions):
     """Fine-tune CLIP or UMT with TempMe for text-video retrieval.
 
-    The defaults shown are those of the data set and the model: --help together with --data-root, --dataset or --model
-    shows its own. The options in use are written to OUTPUT/options.json.
+    The defaults shown are those of the data set, the model, the tuning and the head: --help together with --data-root,
+    --dataset, --model, --tuning or --head shows its own. For CLIP those of a tuning or head are what its paper trained
+    with, as far as it says. The options in use are written to OUTPUT/options.json.
     """
 
     dataset: Annotated[str, CAPTIONED] = "msrvtt"

@@ -66,7 +66,8 @@ class TuningOptions:
     tuning: Annotated[str, TUNINGS] = "full"
     """full: everything. clip4clip: all but token, position and class embeddings, conv1 and ln_pre, as its authors do;
     CLIP only. lora: low-rank updates of all queries, keys and values, and TempMe's clip positions. The others, which
-    need CLIP but for dora, train small modules beside frozen weights: docs/add_a_tuning.md has a table."""
+    need CLIP but for dora, train small modules beside frozen weights: docs/add_a_tuning.md has a table. Named on the
+    command line of a retrieval recipe, it brings its paper's rates, optimizer and epochs as defaults, for CLIP."""
     tuning_options: tuple[str, ...] = ()
     """NAME=VALUE of the tuning's own; for lora rank=8 (the default), alpha (the rank) and dropout=0."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,17 @@ class XPoolHead(SimilarityHead):
 
     name = "xpool"
     options = XPoolOptions
+    published: ClassVar[Mapping[str, Any]] = {
+        "tuning": "full",
+        "lr": 1e-6,
+        "lr_new": 1e-5,
+        "optimizer": "adamw",
+        "schedule": "cosine",
+        "weight_decay": 0.2,
+        "warmup": 0.1,
+        "batch_size": 32,
+        "epochs": 5,
+    }
     new_parameters = ("",)
 
     def __init__(self, width: int, told: XPoolOptions | None = None):
