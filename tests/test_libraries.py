@@ -42,7 +42,7 @@ DOCUMENTED_MODULES = {
 SURVEYED = ("backbones/", "integrations/", "lmms_eval/", "tasks/", "text/")
 # Attributes that libraries document; fields of a configuration are, too.
 _DOCUMENTED = """
-last_hidden_state normalized_shape
+last_hidden_state normalized_shape eps reset_parameters
     activation_checkpointing_enable add_scalar apply_chat_template architectures attention_dropout
     attention_probs_dropout_prob batch_decode bos_token bos_token_id chat_template config_class convert_ids_to_tokens
     convert_tokens_to_ids decode depth dilation embed_dim eos_token_id fullatt_block_indexes generation_config

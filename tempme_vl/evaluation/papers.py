@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.merging import METHODS, Encoder, has_setting
-from tempme_vl.tuning import TUNINGS, CLIP4Clip, Dora, Full, Lora, Tuning
+from tempme_vl.tuning import TUNINGS, CLIP4Clip, Full, Lora, Tuning
 from tempme_vl.tuning.adapter import Adapter
 from tempme_vl.tuning.dgl import Dgl
+from tempme_vl.tuning.dora import Dora
 from tempme_vl.tuning.mv_adapter import MvAdapter
 from tempme_vl.tuning.plevu import Plevu
 from tempme_vl.tuning.prompt import Prompt
