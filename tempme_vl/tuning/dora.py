@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -76,7 +77,8 @@ class DoraLinear(nn.Module):
     def lengths(self) -> Tensor:
         """|W'|, (D_out,), at least float32."""
         weight, a, b = (at_least_float32(each) for each in (self.weight, self.lora_A, self.lora_B))
-        with torch.autocast(weight.device.type, enabled=False):
+        # a model on the meta device, whose weights are counted, has no autocast
+        with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
             return (weight + self.scale * (b @ a)).norm(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
