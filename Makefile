@@ -5,7 +5,7 @@
 # make lint       ruff and mypy alone
 # make oldest     the whole test suite with the lowest versions that pyproject.toml allows, and its column of docs/versions.md
 # make newest     the same with the newest of everything, whatever constraints.txt says
-# make comparison  the tables and plots of docs/comparison.md: 60 models, three hours on 2 cores; goes on where it stopped
+# make comparison  the tables and plots of docs/comparison.md: 63 models, more than two hours on 2 cores; goes on where it stopped
 # make floors     draw docs/floors.svg anew, of the table of imports
 # make versions   the same with the locked versions, and all that builds on transformers in five versions of it
 # make lock       write constraints.txt anew; UPGRADE=--upgrade for the newest versions, else what fits stays

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,18 @@ def gather_rows(rows: Tensor) -> Tensor:
 def gather_pairs(features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """What a contrast needs of all ranks: video, text (G, E), and what `gather_ids` gives."""
     return gather_rows(features["video"]), gather_rows(features["text"]), *gather_ids(batch)
+
+
+class Pairs(NamedTuple):
+    """What a contrastive loss is told of its G pairs, as `contrastive_loss_of` has it."""
+
+    video_ids: Tensor | None = None
+    text_ids: Tensor | None = None
+    valid: Tensor | None = None
+    weights: tuple[float, float] = (0.5, 0.5)
+
+
+PAIRS = Pairs()  # all real, of videos and captions that all differ
 
 
 def gather_ids(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

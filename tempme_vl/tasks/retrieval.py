@@ -24,7 +24,7 @@ from tempme_vl.schema import LEFT_OUT
 from tempme_vl.tasks.cards import retrieval_card
 from tempme_vl.tasks.heads import find_head, read_options
 from tempme_vl.tasks.inputs import Inputs
-from tempme_vl.tasks.losses import LogitScale, gather_ids, gather_rows, readable
+from tempme_vl.tasks.losses import LogitScale, Pairs, gather_ids, gather_rows, readable
 from tempme_vl.tasks.similarity.base import PairContext, SimilarityHead
 from tempme_vl.tasks.similarity.mean import MeanHead
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalConfig, UMTRetrievalModel, create_umt_retrieval_model
@@ -141,12 +141,11 @@ class RetrievalModel(Shareable, TunableModel):
         return features["loss"] if "loss" in features else self._loss(features, batch)
 
     def _loss(self, features: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        there, head, ids = {**batch, **features}, self.head, gather_ids(batch)
-        *_, valid = ids
+        there, head, pairs = {**batch, **features}, self.head, Pairs(*gather_ids(batch), self.tuning.loss_weights)
         videos, texts = (*head.video_parts, *head.fine_video_parts), (*head.text_parts, *head.fine_text_parts)
-        video = {name: readable(gather_rows(there[name]), valid) for name in videos}
+        video = {name: readable(gather_rows(there[name]), pairs.valid) for name in videos}
         text = {name: gather_rows(there[name]) for name in texts}
-        return head.pair_loss(text, video, features["scale"], *ids, self.tuning.loss_weights)
+        return head.loss(text, video, features["scale"], pairs)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in the backward pass."""

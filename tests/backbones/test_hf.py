@@ -452,7 +452,7 @@ def test_bfloat16(name: str) -> None:
 
 
 def test_compiles_into_one_graph() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     frontend, video = front(host("internvl qk-norm", num_hidden_layers=2), "tome"), random_video(F)
     compiled = torch.compile(frontend, backend="eager", fullgraph=True)
     with torch.no_grad():

@@ -133,7 +133,7 @@ def test_encodes_without_waiting_for_the_device(method: str) -> None:
 
 @every_schedule
 def test_compiles_into_one_graph_of_the_same_tokens(method: str) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     frontend, video = tiny_frontend(SCHEDULES[method]).to(CUDA), random_video(6).to(CUDA)
     expected = frontend(video)
     actual = torch.compile(frontend, fullgraph=True)(video)

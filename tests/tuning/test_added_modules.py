@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from tuning import models
 from tuning.models import fitting, make, outputs, train, trained
 
@@ -124,10 +123,9 @@ def test_half_precision_is_near(name: str) -> None:
 @merging
 @each
 def test_it_compiles_without_breaks(name: str, method: str) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, given = made(name, method), fitting(make("CLIP", tuning(name), method), "CLIP")
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     losses = []
     for forward in (model, compiled):
         torch.manual_seed(0)
@@ -136,7 +134,6 @@ def test_it_compiles_without_breaks(name: str, method: str) -> None:
     torch.testing.assert_close(losses[1], losses[0])
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-    assert counter.frame_count == 1
 
 
 def learning(model: RetrievalModel) -> list[torch.Tensor]:

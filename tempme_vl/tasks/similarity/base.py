@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.state import FrontendOutput, at_least_float32
 from tempme_vl.tasks.heads import Head, NoOptions, Task
-from tempme_vl.tasks.losses import contrastive_loss_of
+from tempme_vl.tasks.losses import PAIRS, Pairs, contrastive_loss_of
 
 if TYPE_CHECKING:  # which imports open_clip
     from tempme_vl.text.base import TextEncoder
@@ -99,29 +99,13 @@ class SimilarityHead(Head, nn.Module):
         """
         return scale * self.similarity(text, video)
 
-    def loss(
-        self,
-        logits_TV: Tensor,
-        video_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        valid: Tensor | None = None,
-        weights: tuple[float, float] = (0.5, 0.5),
-    ) -> Tensor:
-        """The loss of all ranks' pairs, T = V; arguments as in `contrastive_loss_of`."""
-        return contrastive_loss_of(logits_TV, video_ids, text_ids, valid, weights)
+    def loss(self, text: Parts, video: Parts, scale: Tensor, pairs: Pairs = PAIRS) -> Tensor:
+        """The loss of all ranks' pairs, T = V, row i of both belonging together: by default the contrast of `logits`.
 
-    def pair_loss(
-        self,
-        text: Parts,
-        video: Parts,
-        scale: Tensor,
-        video_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        valid: Tensor | None = None,
-        weights: tuple[float, float] = (0.5, 0.5),
-    ) -> Tensor:
-        """The loss of all parts, the fine ones among them, of all ranks' pairs: by default that of their logits."""
-        return self.loss(self.logits(text, video, scale), video_ids, text_ids, valid, weights)
+        Args:
+            text, video: the parts of both stages.
+        """
+        return contrastive_loss_of(self.logits(text, video, scale), *pairs)
 
     @classmethod
     def from_public(cls, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from tempme_vl.frontend import VisualFrontend
 from tempme_vl.pooling import masked_mean
 from tempme_vl.schema import Layers
 from tempme_vl.state import FrontendOutput, at_least_float32
-from tempme_vl.tasks.losses import contrastive_loss_of
+from tempme_vl.tasks.losses import PAIRS, Pairs, contrastive_loss_of
 from tempme_vl.tasks.similarity.base import PairContext, Parts, token_embeddings
 from tempme_vl.tasks.similarity.mean import MeanHead
 from tempme_vl.tasks.similarity.seq_transf import SeqTransfHead
@@ -117,19 +117,10 @@ class EERCFHead(MeanHead):
         cosines = _cosines(sentence, frames)
         return (cosines * self._times(self.frame_logit, (cosines / SHARP).softmax(-1))).sum(-1)
 
-    def pair_loss(
-        self,
-        text: Parts,
-        video: Parts,
-        scale: Tensor,
-        video_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        valid: Tensor | None = None,
-        weights: tuple[float, float] = (0.5, 0.5),
-    ) -> Tensor:
+    def loss(self, text: Parts, video: Parts, scale: Tensor, pairs: Pairs = PAIRS) -> Tensor:
         """The contrast of the weak scores, that of the strong ones, for which each video is gated by its own text
         alone, and the Pearson constraint."""
-        told, sentence, ids = self.told, text["sentence"], (video_ids, text_ids, valid, weights)
+        told, sentence, valid = self.told, text["sentence"], pairs.valid
         frames, patches = self.own(sentence, video)
         weak_TV = told.video * self.similarity(text, video)
         weak_TV = weak_TV + told.weak_frame * self.weak_frames(sentence, video["frames"])
@@ -141,8 +132,8 @@ class EERCFHead(MeanHead):
             + told.pearson_patch * pearson(sentence, patches, valid)
         )
         return (
-            told.weak_loss * contrastive_loss_of(scale * weak_TV, *ids)
-            + told.strong_loss * contrastive_loss_of(scale * strong_TV, *ids)
+            told.weak_loss * contrastive_loss_of(scale * weak_TV, *pairs)
+            + told.strong_loss * contrastive_loss_of(scale * strong_TV, *pairs)
             + told.pearson_loss * constraint
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.state import FrontendOutput, at_least_float32
-from tempme_vl.tasks.losses import sigmoid_loss
+from tempme_vl.tasks.losses import PAIRS, Pairs, sigmoid_loss
 from tempme_vl.tasks.similarity.base import Parts, Seen, SimilarityHead, token_embeddings
 from tempme_vl.text.base import TextEncoder
 
@@ -56,17 +56,10 @@ class MaxSimHead(SimilarityHead):
         logits = super().logits(text, video, scale)
         return logits if self.bias is None else logits + self.bias
 
-    def loss(
-        self,
-        logits_TV: Tensor,
-        video_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        valid: Tensor | None = None,
-        weights: tuple[float, float] = (0.5, 0.5),
-    ) -> Tensor:
+    def loss(self, text: Parts, video: Parts, scale: Tensor, pairs: Pairs = PAIRS) -> Tensor:
         if self.bias is None:
-            return super().loss(logits_TV, video_ids, text_ids, valid, weights)
-        return sigmoid_loss(logits_TV, video_ids, text_ids, valid)
+            return super().loss(text, video, scale, pairs)
+        return sigmoid_loss(self.logits(text, video, scale), pairs.video_ids, pairs.text_ids, pairs.valid)
 
 
 def max_sim(
