@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tempme_vl.merging.base import LayerMerge, TokenMerger, is_of_merging, learnt_modules, share_learnt
+from tempme_vl.merging.base import LayerMerge, TokenMerger, is_of_merging, learnt_modules, learnt_of_part, share_learnt
 from tempme_vl.merging.budget import Limit, fit_knobs
 from tempme_vl.merging.method import Behind, Method
 from tempme_vl.merging.schedule import Encoder, LayerPlan, MergeSchedule
@@ -22,9 +22,11 @@ __all__ = [
     "MergeSchedule",
     "Method",
     "TokenMerger",
+    "fit_knobs",
     "has_setting",
     "is_of_merging",
     "learnt_modules",
+    "learnt_of_part",
     "make_schedule",
     "merge_layers",
     "share_learnt",

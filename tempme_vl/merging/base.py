@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -105,6 +106,29 @@ def share_learnt(blocks: Iterable[nn.Module], modules: nn.ModuleDict) -> None:
     for key, block, path in list(_places(blocks)):
         parent, _, name = path.rpartition(".")
         setattr(block.get_submodule(parent), name, modules[key])
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A learnt module with values for each clip."""
+
+    def part(self, frames: range, of: int) -> nn.Module:
+        """The same for some frames of a video alone, whole clips, without gradient.
+
+        Args:
+            frames: their numbers; behind the last of the video the numbers start over.
+            of: F, frames of the video.
+        """
+        ...
+
+
+def learnt_of_part(modules: nn.ModuleDict, frames: range, of: int) -> nn.ModuleDict:
+    """What `learnt_modules` gave, for some frames of a video alone; see `HasParts`. What has no parts is the same for
+    all frames."""
+    parts = {
+        key: module.part(frames, of) if isinstance(module, HasParts) else module for key, module in modules.items()
+    }
+    return nn.ModuleDict(parts)
 
 
 def _places(blocks: Iterable[nn.Module]) -> Iterable[tuple[str, nn.Module, str]]:

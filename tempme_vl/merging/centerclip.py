@@ -224,6 +224,10 @@ def behind_schedule(frames: int, grid: tuple[int, int], options: BehindOptions) 
     return schedule(Encoder(len(joins), frames, prod(grid), 0), inside)
 
 
+def behind_knobs(frames: int, grid: tuple[int, int]) -> list[list[Knob]]:
+    return [[Knob("percent", 0, 99, lambda fewer: 100 - fewer)]]
+
+
 METHOD = Method(
     Options,
     schedule,
@@ -234,5 +238,6 @@ METHOD = Method(
     joint=False,
     matching=matching,
     reads=("tokens",),
-    behind=Behind(BehindOptions, behind_schedule),
+    behind=Behind(BehindOptions, behind_schedule, behind_knobs),
+    apart=True,
 )

@@ -153,4 +153,13 @@ def matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int) ->
     return count.clips * (cls_row_cost(count.attention, width, head_width) + compared)
 
 
-METHOD = Method(Options, schedule, layer_merge, published, knobs=knobs, matching=matching, reads=("tokens", "cls_rows"))
+METHOD = Method(
+    Options,
+    schedule,
+    layer_merge,
+    published,
+    knobs=knobs,
+    matching=matching,
+    reads=("tokens", "cls_rows"),
+    apart=True,
+)

@@ -36,6 +36,10 @@ class BehindOptions:
         return prod(grid) * self.percent // 100
 
 
+def behind_knobs(frames: int, grid: tuple[int, int]) -> list[list[Knob]]:
+    return [[Knob("percent", 0, 99)]]
+
+
 def knobs(encoder: Encoder, kind: LimitKind) -> list[list[Knob]]:
     return [[Knob("drop", 0, encoder.tokens - encoder.prefix - 1)]]
 

@@ -106,4 +106,13 @@ def matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int) ->
     return count.clips * (cls_row_cost(count.attention, width, head_width) + summed)
 
 
-METHOD = Method(Options, schedule, layer_merge, published, knobs=knobs, matching=matching, reads=("cls_rows",))
+METHOD = Method(
+    Options,
+    schedule,
+    layer_merge,
+    published,
+    knobs=knobs,
+    matching=matching,
+    reads=("cls_rows",),
+    apart=True,
+)

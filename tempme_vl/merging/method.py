@@ -49,10 +49,12 @@ class Behind:
     Attributes:
         options: a frozen dataclass, with the defaults for such hosts.
         schedule: (frames, rows and columns of a frame's tokens, options) -> its schedule, a step for a block.
+        knobs: (frames, rows and columns) -> what is solved for to leave so many tokens at most, as in `Method`.
     """
 
     options: type
     schedule: Callable[[int, tuple[int, int], Any], MergeSchedule]
+    knobs: Callable[[int, tuple[int, int]], Sequence[Sequence[Knob]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ class Method:
         reads: what its modules read of their context: refused where there is none of it.
         behind: how it works behind a tower, or why it does not; None for the schedule of a tower of `steps` blocks, an
             option more.
+        apart: whether what becomes of the frames of a clip of the last block follows from these frames alone, so that a
+            video can be encoded part by part. Modules with learnt values for each clip then have a `part`
+            (`tempme_vl.merging.base.learnt_of_part`).
     """
 
     options: type
@@ -85,6 +90,7 @@ class Method:
     matching: Callable[[LayerPlan, LayerCount, int, int], int] = pair_matching
     reads: tuple[Reading, ...] = ("keys",)
     behind: Behind | str | None = None
+    apart: bool = False
 
     def usual(self, encoder: Encoder) -> dict[str, Any]:
         """Options that need not be given for an encoder: its class's defaults, and what shape and paper say."""

@@ -31,4 +31,5 @@ METHOD = Method(
     layer_merge,
     reads=(),
     behind=Behind(Options, lambda frames, grid, options: schedule(Encoder(1, frames, prod(grid), 0), options)),
+    apart=True,
 )

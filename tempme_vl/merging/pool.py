@@ -149,6 +149,10 @@ def behind_schedule(frames: int, grid: Grid, options: BehindOptions) -> MergeSch
     return grid_schedule(Encoder(1, frames, prod(grid), 0), grid, coarse, options.join, 0)
 
 
+def behind_knobs(frames: int, grid: Grid) -> list[list[Knob]]:
+    return [[Knob("kernel", 1, max(grid))]]
+
+
 METHOD = Method(
     Options,
     schedule,
@@ -156,5 +160,6 @@ METHOD = Method(
     knobs=knobs,
     matching=lambda plan, count, width, head_width: 0,
     reads=("tokens",),
-    behind=Behind(BehindOptions, behind_schedule),
+    behind=Behind(BehindOptions, behind_schedule, behind_knobs),
+    apart=True,
 )

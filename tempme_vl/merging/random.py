@@ -76,5 +76,5 @@ METHOD = Method(
     knobs=dropping.knobs,
     matching=lambda plan, count, width, head_width: 0,
     reads=(),
-    behind=Behind(BehindOptions, behind_schedule),
+    behind=Behind(BehindOptions, behind_schedule, dropping.behind_knobs),
 )

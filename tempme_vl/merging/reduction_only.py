@@ -78,6 +78,11 @@ def behind_schedule(frames: int, grid: tuple[int, int], options: BehindOptions) 
     return schedule(Encoder(options.steps, frames, prod(grid), 0), inside)
 
 
+def behind_knobs(frames: int, grid: tuple[int, int]) -> list[list[Knob]]:
+    percents = [Knob("intra_percent", 0, 50), Knob("cross_percent", 0, 50)]
+    return [[Knob("steps", steps, steps), *percents] for steps in (2, 4, 8)]
+
+
 METHOD = Method(
     Options,
     schedule,
@@ -87,5 +92,6 @@ METHOD = Method(
     knobs,
     joint=False,
     reads=("tokens", "keys"),
-    behind=Behind(BehindOptions, behind_schedule),
+    behind=Behind(BehindOptions, behind_schedule, behind_knobs),
+    apart=True,
 )

@@ -174,6 +174,11 @@ def behind_schedule(frames: int, grid: tuple[int, int], options: BehindOptions) 
     return schedule(Encoder(options.steps, frames, prod(grid), 0), Options(options.keep_rate))
 
 
+def behind_knobs(frames: int, grid: tuple[int, int]) -> list[list[Knob]]:
+    rate = Knob("keep_rate", 0, 50, lambda fewer: (100 - fewer) / 100)
+    return [[Knob("steps", steps, steps), rate] for steps in (3, 6, 12)]
+
+
 METHOD = Method(
     Options,
     schedule,
@@ -182,5 +187,5 @@ METHOD = Method(
     knobs=knobs,
     matching=matching,
     reads=("tokens", "keys"),
-    behind=Behind(BehindOptions, behind_schedule),
+    behind=Behind(BehindOptions, behind_schedule, behind_knobs),
 )

@@ -158,6 +158,15 @@ class ClipPosition(nn.Module):
         clips = len(self.weight)
         return (x.unflatten(0, (-1, clips)) + self.weight.unsqueeze(1).to(x.dtype)).flatten(0, 1)
 
+    def part(self, frames: range, of: int) -> ClipPosition:
+        """Of the clips of some frames; see `tempme_vl.merging.base.HasParts`."""
+        clips, width = self.weight.shape
+        in_clip = of // clips
+        numbers = torch.arange(len(frames) // in_clip, device=self.weight.device) + frames[0] // in_clip
+        made = ClipPosition(len(numbers), width)
+        made.weight = nn.Parameter(self.weight.detach()[numbers % clips], requires_grad=False)
+        return made
+
 
 class CrossClipMerge(TokenMerger):
     """ClipMe's first step: joins clips, tells them apart by a learnt position, merges across them.
@@ -229,6 +238,20 @@ def behind_schedule(frames: int, grid: tuple[int, int], options: BehindOptions) 
     return replace(made, settings=(("alternate", True),))
 
 
+def behind_knobs(frames: int, grid: tuple[int, int]) -> list[list[Knob]]:
+    """Four frames become one clip where they divide by four, else as many as do in two steps; for the lowest limits all
+    frames do, in three steps."""
+    usual = [2, 2] if frames % 4 == 0 else list(_even_joins(frames, 2))
+    return [
+        [_always("merge_frames", joins), Knob("intra_percent", 0, 50), Knob("cross_percent", 0, 50)]
+        for joins in (usual, list(_even_joins(frames, 3)))
+    ]
+
+
+def _always(name: str, value: Any) -> Knob:
+    return Knob(name, 0, 0, lambda _: value)
+
+
 METHOD = Method(
     Options,
     schedule,
@@ -238,5 +261,6 @@ METHOD = Method(
     knobs,
     joint=False,
     reads=("tokens", "keys"),
-    behind=Behind(BehindOptions, behind_schedule),
+    behind=Behind(BehindOptions, behind_schedule, behind_knobs),
+    apart=True,
 )

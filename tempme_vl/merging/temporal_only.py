@@ -45,4 +45,5 @@ METHOD = Method(
     joint=False,
     reads=("tokens",),
     behind="it changes which tokens attend together, and behind a tower none does: choose a method that merges",
+    apart=True,
 )

@@ -331,6 +331,10 @@ def _joined_merge(schedule: MergeSchedule, layer: int) -> LayerMerge:
     )
 
 
+def behind_knobs(frames: int, grid: tuple[int, int]) -> list[list[Knob]]:
+    return [[Knob("steps", steps, steps), Knob("r_spatial", 0, prod(grid) // 2)] for steps in (2, 4, 8)]
+
+
 METHOD = Method(
     Options,
     schedule,
@@ -340,5 +344,5 @@ METHOD = Method(
     joint=False,
     matching=matching,
     reads=("tokens", "keys"),
-    behind=Behind(BehindOptions, behind_schedule),
+    behind=Behind(BehindOptions, behind_schedule, behind_knobs),
 )

@@ -117,4 +117,16 @@ def behind_schedule(frames: int, grid: tuple[int, int], options: BehindOptions) 
     return schedule(Encoder(options.steps, frames, prod(grid), 0), Options(options.r))
 
 
-METHOD = Method(Options, schedule, layer_merge, published, knobs=knobs, behind=Behind(BehindOptions, behind_schedule))
+def behind_knobs(frames: int, grid: tuple[int, int]) -> list[list[Knob]]:
+    return [[Knob("steps", steps, steps), Knob("r", 0, prod(grid) // 2)] for steps in (2, 4, 8)]
+
+
+METHOD = Method(
+    Options,
+    schedule,
+    layer_merge,
+    published,
+    knobs=knobs,
+    behind=Behind(BehindOptions, behind_schedule, behind_knobs),
+    apart=True,
+)

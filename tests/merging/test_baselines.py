@@ -11,7 +11,8 @@ from torch.nn.functional import avg_pool2d
 from towers import TINY, coded_frontend, random_video
 
 from tempme_vl import create_frontend, make_schedule
-from tempme_vl.integrations.post_encoder import FrameFeatures, make_plan, merge
+from tempme_vl.compressors import FrameFeatures
+from tempme_vl.integrations.reduction import make_plan, merge
 from tempme_vl.recipes.build import merging
 from tempme_vl.recipes.options.shared import MergeOptions, RunOptions
 from tempme_vl.state import AttentionContext, TokenState
@@ -90,11 +91,11 @@ def test_baselines_behind_a_tower() -> None:
     frames = FrameFeatures(torch.randn(3, 20, 8), (4, 5), (torch.randn(3, 20, 6),))
     pooled = merge(frames, make_plan("pool", 3, (4, 5), {}))  # windows of 2 x 2, the last column alone
     expected = avg_pool2d(frames.x.transpose(1, 2).unflatten(2, (4, 5)), 2, ceil_mode=True)
-    assert pooled.x.shape == (3, 6, 8) and pooled.deeper[0].shape == (3, 6, 6)
-    torch.testing.assert_close(pooled.x[:, [0, 3]], expected.flatten(2).transpose(1, 2)[:, [0, 3]])
+    assert pooled.x.shape == (18, 8) and pooled.deeper[0].shape == (18, 6)
+    torch.testing.assert_close(pooled.x.unflatten(0, (3, 6))[:, [0, 3]], expected.flatten(2).transpose(1, 2)[:, [0, 3]])
     for method in ("random", "uniform"):
         clips = merge(frames, make_plan(method, 3, (4, 5), {"percent": 75}))
-        assert clips.x.shape == (3, 5, 8) and torch.equal(clips.x, frames.x.flatten(0, 1)[clips.source])
+        assert clips.x.shape == (15, 8) and torch.equal(clips.x, frames.x.flatten(0, 1)[clips.source])
         assert torch.equal(clips.deeper[0], frames.deeper[0].flatten(0, 1)[clips.source])
 
 
@@ -120,7 +121,7 @@ def test_token_reduction_alone_never_leaves_a_frame() -> None:
     other = torch.cat([video[:, :5], video[:, 5:] + 1], dim=1)
     assert torch.equal(frontend(video).frames[:, :5], frontend(other).frames[:, :5])
     clips = merge(FrameFeatures(torch.randn(4, 9, 6), (3, 3)), make_plan("reduction_only", 4, (3, 3), {"steps": 1}))
-    assert clips.x.shape == (4, 6, 6)
+    assert clips.x.shape == (24, 6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import torch
 from towers import TINY, random_video
 
 from tempme_vl import create_frontend, make_schedule
-from tempme_vl.integrations.post_encoder import FrameFeatures, make_plan, merge
+from tempme_vl.compressors import FrameFeatures
+from tempme_vl.integrations.reduction import make_plan, merge
 from tempme_vl.merging.centerclip import Clustering
 
 POINTS = torch.tensor([[[0.0], [1.0], [9.0], [10.0], [12.0], [30.0]]])
@@ -59,7 +60,7 @@ def test_behind_a_tower_means_stand_where_their_medoids_stood() -> None:
     frames = FrameFeatures(torch.randn(4, 6, 8), (2, 3))
     kept = merge(frames, make_plan("centerclip", 4, (2, 3), {"percent": 50}))
     means = merge(frames, make_plan("centerclip", 4, (2, 3), {"percent": 50, "centers": "mean"}))
-    assert kept.x.shape == means.x.shape == (2, 3, 8) and torch.equal(kept.source, means.source)
+    assert kept.x.shape == means.x.shape == (6, 8) and torch.equal(kept.source, means.source)
     assert torch.equal(kept.x, frames.x.flatten(0, 1)[kept.source]) and not torch.allclose(kept.x, means.x)
 
 

@@ -19,8 +19,9 @@ from towers import FIRST_WAY, TINY, random_video
 from tempme_vl import FrontendOutput, VisualFrontend, create_frontend
 from tempme_vl.backbones import hf
 from tempme_vl.backbones import timm as timm_family
+from tempme_vl.compressors import FrameFeatures
 from tempme_vl.frontend import merge_in
-from tempme_vl.integrations.post_encoder import FrameFeatures, make_plan, merge
+from tempme_vl.integrations.reduction import make_plan, merge
 from tempme_vl.merging import METHODS
 from tempme_vl.state import TokenState
 
@@ -120,8 +121,9 @@ def test_behind_a_tower(method: str) -> None:
     x = torch.randn(FRAMES, 30, 8, generator=torch.Generator().manual_seed(0))
     schedule = make_plan(method, FRAMES, (5, 6), behind.options())
     clips = merge(FrameFeatures(x, (5, 6), (x,)), schedule)
-    assert clips.x.shape[0] * clips.x.shape[1] == schedule.output_tokens
-    assert (clips.source.diff(dim=1) > 0).all() and clips.source.max() < FRAMES * 30
+    assert len(clips.x) == sum(clip.tokens for clip in clips.clips) == schedule.output_tokens
+    sources = clips.source.split([clip.tokens for clip in clips.clips])
+    assert all((source.diff() > 0).all() for source in sources) and clips.source.max() < FRAMES * 30
     torch.testing.assert_close(clips.deeper[0], clips.x)  # the mean of what each token holds
 
 
