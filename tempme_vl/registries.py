@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tempme_vl.registry import Registry
 
 if TYPE_CHECKING:
+    from tempme_vl.compressors.base import Compressor
     from tempme_vl.data.dataset import DataSet
     from tempme_vl.families.base import Family
     from tempme_vl.integrations.base import Host
@@ -18,7 +19,17 @@ if TYPE_CHECKING:
     from tempme_vl.tasks.heads import Head
     from tempme_vl.tuning.base import Tuning
 
-__all__ = ["DATASETS", "FAMILIES", "HEADS", "HOSTS", "METHODS", "QA_HEADS", "SIMILARITY_HEADS", "TUNINGS"]
+__all__ = [
+    "COMPRESSORS",
+    "DATASETS",
+    "FAMILIES",
+    "HEADS",
+    "HOSTS",
+    "METHODS",
+    "QA_HEADS",
+    "SIMILARITY_HEADS",
+    "TUNINGS",
+]
 
 # how tokens become fewer: docs/add_a_method.md
 METHODS: Registry[Method] = Registry(
@@ -39,6 +50,28 @@ METHODS: Registry[Method] = Registry(
         "random": "tempme_vl.merging.random:METHOD",
         "uniform": "tempme_vl.merging.uniform:METHOD",
         "pool": "tempme_vl.merging.pool:METHOD",
+    },
+)
+
+# how a video's features become fewer behind a tower, where the methods above do not do it: docs/add_a_compressor.md
+COMPRESSORS: Registry[Compressor] = Registry(
+    "compressor",
+    "tempme_vl.compressors",
+    "tempme_vl.compressors.base:Compressor",
+    {
+        "fastvid": "tempme_vl.compressors.fastvid:COMPRESSOR",
+        "visionzip": "tempme_vl.compressors.visionzip:COMPRESSOR",
+        "vidcom2": "tempme_vl.compressors.vidcom2:COMPRESSOR",
+        "evs": "tempme_vl.compressors.evs:COMPRESSOR",
+        "flashvid": "tempme_vl.compressors.flashvid:COMPRESSOR",
+        "holitom": "tempme_vl.compressors.holitom:COMPRESSOR",
+        "dycoke": "tempme_vl.compressors.dycoke:COMPRESSOR",
+        "unicomp": "tempme_vl.compressors.unicomp:COMPRESSOR",
+        "dtd": "tempme_vl.compressors.dtd:COMPRESSOR",
+        "prunevid": "tempme_vl.compressors.prunevid:COMPRESSOR",
+        "sttm": "tempme_vl.compressors.sttm:COMPRESSOR",
+        "scissor": "tempme_vl.compressors.scissor:COMPRESSOR",
+        "storm": "tempme_vl.compressors.storm:COMPRESSOR",
     },
 )
 
@@ -87,7 +120,18 @@ HOSTS: Registry[type[Host]] = Registry(
         "InstructBlipVideoForConditionalGeneration": "tempme_vl.integrations.instructblip_video:InstructBlipVideoHost",
         "PerceptionLMForConditionalGeneration": "tempme_vl.integrations.perception_lm:PerceptionLMHost",
         "Qwen2_5_VLForConditionalGeneration": "tempme_vl.integrations.qwen2_5_vl:Qwen2_5_VLHost",
+        "Qwen2VLForConditionalGeneration": "tempme_vl.integrations.qwen:QwenHost",
+        "Qwen2_5OmniThinkerForConditionalGeneration": "tempme_vl.integrations.qwen2_5_omni:Qwen2_5OmniThinkerHost",
         "Qwen3VLForConditionalGeneration": "tempme_vl.integrations.qwen3_vl:Qwen3VLHost",
+        "Qwen3VLMoeForConditionalGeneration": "tempme_vl.integrations.qwen3_vl:Qwen3VLHost",
+        "Qwen3_5ForConditionalGeneration": "tempme_vl.integrations.qwen:QwenClipsHost",
+        "Qwen3_5MoeForConditionalGeneration": "tempme_vl.integrations.qwen:QwenClipsHost",
+        "Glm4vForConditionalGeneration": "tempme_vl.integrations.glm4v:Glm4vHost",
+        "Glm4vMoeForConditionalGeneration": "tempme_vl.integrations.glm4v:Glm4vHost",
+        "Glm46VForConditionalGeneration": "tempme_vl.integrations.glm4v:Glm4vHost",
+        "VideoLlama3ForConditionalGeneration": "tempme_vl.integrations.video_llama_3:VideoLlama3Host",
+        "Gemma4ForConditionalGeneration": "tempme_vl.integrations.gemma4:Gemma4Host",
+        "Molmo2ForConditionalGeneration": "tempme_vl.integrations.molmo2:Molmo2Host",
         "InternVLForConditionalGeneration": "tempme_vl.integrations.internvl:InternVLHost",
         "SmolVLMForConditionalGeneration": "tempme_vl.integrations.smolvlm:SmolVLMHost",
     },

@@ -56,6 +56,8 @@ Layers = Annotated[int, LAYERS]
 Size = Annotated[int, SIZE]
 Count = Annotated[int, COUNT]
 Share = Annotated[float, Range(0, 1)]
+Portion = Annotated[float, Range(1e-6, 1)]  # a share of which something is left
+Cosine = Annotated[float, Range(-1, 1)]
 
 
 def read_json(path: Path) -> Any:
