@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from tempme_vl.integrations import compress, load_compressed
     from tempme_vl.merging import MergeSchedule, make_schedule
     from tempme_vl.pipeline import VideoQA, VideoRetrieval, read_video
-    from tempme_vl.registries import DATASETS, FAMILIES, HEADS, HOSTS, METHODS, TUNINGS
+    from tempme_vl.registries import COMPRESSORS, DATASETS, FAMILIES, HEADS, HOSTS, METHODS, TUNINGS
     from tempme_vl.state import FrontendOutput, TokenState
     from tempme_vl.tasks.qa import create_qa_model, load_qa_model
     from tempme_vl.tasks.retrieval import create_retrieval_model, load_retrieval_model
     from tempme_vl.tasks.videollm import create_video_llm, load_video_llm
 
 __all__ = [
+    "COMPRESSORS",
     "DATASETS",
     "FAMILIES",
     "HEADS",
@@ -51,7 +52,7 @@ _HOMES = {
     "tempme_vl.integrations": ("compress", "load_compressed"),
     "tempme_vl.merging": ("MergeSchedule", "make_schedule"),
     "tempme_vl.pipeline": ("VideoQA", "VideoRetrieval", "read_video"),
-    "tempme_vl.registries": ("DATASETS", "FAMILIES", "HEADS", "HOSTS", "METHODS", "TUNINGS"),
+    "tempme_vl.registries": ("COMPRESSORS", "DATASETS", "FAMILIES", "HEADS", "HOSTS", "METHODS", "TUNINGS"),
     "tempme_vl.state": ("FrontendOutput", "TokenState"),
     "tempme_vl.tasks.qa": ("create_qa_model", "load_qa_model"),
     "tempme_vl.tasks.retrieval": ("create_retrieval_model", "load_retrieval_model"),

@@ -13,6 +13,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import json
 import shutil
 import sys
 import textwrap
@@ -270,3 +271,14 @@ def _continued(command: str) -> list[str]:
     """A command in lines that fit, as a shell reads them."""
     lines = textwrap.wrap(command, _width() - 8, break_long_words=False, break_on_hyphens=False)
     return [f"  {'  ' * (i > 0)}{line}{' ' + chr(92) * (i < len(lines) - 1)}".rstrip() for i, line in enumerate(lines)]
+
+
+def named_value(option: str) -> tuple[str, Any]:
+    """ "rank=16" as ("rank", 16)."""
+    name, equals, text = option.partition("=")
+    if not equals:
+        raise ValueError(f"expected NAME=VALUE; got {option!r}")
+    try:
+        return name, json.loads(text)
+    except ValueError:  # a word
+        return name, text

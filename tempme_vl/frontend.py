@@ -188,10 +188,10 @@ class VisualFrontend(Shareable, nn.Module):
         """Leaves the CLS tokens and registers of every clip out of a value a token, such as `FrontendOutput.tokens`.
 
         Args:
-            values: (B, M, ...), in the order of `FrontendOutput.tokens`.
+            values: (B, M, ...), in the order of `FrontendOutput.tokens`, of all clips or of some.
         """
         last = self.schedule.layer_counts[-1]
-        by_clip = rearrange(values, "b (c n) ... -> b c n ...", c=last.clips)
+        by_clip = rearrange(values, "b (c n) ... -> b c n ...", n=last.out)
         return rearrange(by_clip[:, :, last.prefix :], "b c n ... -> b (c n) ...")
 
     def _check(self, video: Tensor, frame_mask: Tensor | None) -> None:

@@ -47,7 +47,8 @@ last_hidden_state normalized_shape eps reset_parameters
     attention_probs_dropout_prob batch_decode bos_token bos_token_id chat_template config_class convert_ids_to_tokens
     convert_tokens_to_ids decode depth dilation embed_dim eos_token_id fullatt_block_indexes generation_config
     get_base_model get_global_grad_norm get_image_features get_input_embeddings get_lr get_output_embeddings
-    get_text_config get_video_features hidden_size in_channels in_features kernel_size logits max_image_size
+    get_text_config get_video_features image_mean image_std eos_token hidden_size in_channels in_features kernel_size
+    logits max_image_size
     max_position_embeddings mlp_ratio ndim normalize_str normalizer num_classes num_heads num_processes
     num_register_tokens out_channels out_features p
     pad_token_id padding padding_idx padding_side patch_embed peft_config pooler_output post_processor pre_tokenize_str
@@ -57,7 +58,10 @@ last_hidden_state normalized_shape eps reset_parameters
     info warning PeftModel match fullmatch hf_hub_id hf_hub_filename
 """
 KNOWN = set(_DOCUMENTED.split()).union(
-    *(dir(kind) for kind in (Tensor, nn.Module, nn.Parameter, np.ndarray, str, dict, list, set, Path, OSError, type))
+    *(
+        dir(kind)
+        for kind in (Tensor, nn.Module, nn.Parameter, np.ndarray, str, int, dict, list, set, Path, OSError, type)
+    )
 )
 
 

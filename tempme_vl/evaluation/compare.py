@@ -6,7 +6,6 @@ differences are paired: the same query asked of two models of the same seed.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from tempme_vl.evaluation.folder import markdown_table
+from tempme_vl.evaluation.intervals import DRAWS, Interval, bootstrap, over_seeds
 from tempme_vl.evaluation.plot import Panel, Point, draw
+from tempme_vl.evaluation.rows import RowText, file_name, read_row, row_name
 from tempme_vl.registries import METHODS
 from tempme_vl.tuning import TUNINGS
-
-DRAWS = 10_000  # of a bootstrap
-LEVEL = 95  # percent, of all intervals
-# Student's t at (1 + LEVEL %) / 2 by degrees of freedom, for the few seeds that are usual
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-NORMAL = 1.960  # beyond
 
 
 @dataclass(frozen=True)
@@ -39,26 +35,23 @@ class Row:
 
     @classmethod
     def parse(cls, text: str) -> Row:
-        names, _, options = text.partition(":")
-        method, _, tuning = names.partition("+")
-        row = cls(method, tuning or None, tuple(option for option in options.split(",") if option))
-        if method not in METHODS or (tuning and tuning not in TUNINGS) or any("=" not in o for o in row.options):
+        row = read_row(text, "+")
+        if row is None or row.method not in METHODS or (row.second and row.second not in TUNINGS):
             raise ValueError(
                 f"row {text!r}: expected METHOD, METHOD+TUNING or METHOD:NAME=VALUE,NAME=VALUE with a method of "
                 f"{', '.join(METHODS)} and a tuning of {', '.join(TUNINGS)}"
             )
-        return row
+        return cls(*row)
 
     @property
     def name(self) -> str:
         """As `parse` reads it."""
-        tuning = "" if self.tuning is None else f"+{self.tuning}"
-        return f"{self.method}{tuning}{':' if self.options else ''}{','.join(self.options)}"
+        return row_name(RowText(self.method, self.tuning, self.options), "+")
 
     @property
     def folder(self) -> str:
         """The name, for a folder."""
-        return self.name.replace(":", "_").replace("=", "-").replace(",", "_")
+        return file_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -74,29 +67,6 @@ class Run:
     seed: int
     report: Mapping[str, Any]
     scores: Mapping[str, Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and the ends of its 95 % interval; without ends where there is one value only."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    def shown(self, signed: bool = False) -> str:
-        sign = "+" if signed else ""
-        ends = "" if self.low is None or self.high is None else f" [{self.low:{sign}.1f}, {self.high:{sign}.1f}]"
-        return f"{self.mean:{sign}.1f}{ends}"
-
-
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean and Student's interval of one number a seed."""
-    mean, count = statistics.fmean(values), len(values)
-    if count == 1:
-        return Interval(mean)
-    half = STUDENT.get(count - 1, NORMAL) * statistics.stdev(values) / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half)
 
 
 def paired_difference(runs: Sequence[Run], reference: Sequence[Run], way: str, draws: int = DRAWS) -> Interval:
@@ -115,14 +85,8 @@ def paired_difference(runs: Sequence[Run], reference: Sequence[Run], way: str, d
     if len(sizes) != 1:
         raise ValueError(f"expected runs of the same queries; got {sorted(sizes)} of them")
     pairs = zip(runs, reference, strict=True)
-    differences = np.array([np.subtract(run.scores[way], base.scores[way]) for run, base in pairs])
-    rng, (num_seeds, num_queries) = np.random.default_rng(0), differences.shape
-    drawn = np.empty(draws)
-    for i in range(draws):
-        some = differences[rng.integers(num_seeds, size=num_seeds)]
-        drawn[i] = some[:, rng.integers(num_queries, size=num_queries)].mean()
-    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return Interval(float(differences.mean()), float(low), float(high))
+    differences = [np.subtract(run.scores[way], base.scores[way]) for run, base in pairs]
+    return bootstrap(differences, draws)
 
 
 @dataclass(frozen=True)
@@ -193,11 +157,8 @@ def _both(run: Run) -> list[float]:
 
 def markdown(rows: Sequence[Compared]) -> str:
     """A table."""
-    lines = [
-        "| row | R-Sum, both ways | to the first row | t2v | v2t | tokens | GFLOPs | ms a video | time | trainable |"
-        " train s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["row", "R-Sum, both ways", "to the first row", "t2v", "v2t", "tokens", "GFLOPs", "ms a video", "time"]
+    lines = []
     for row in rows:
         cells = [
             row.name,
@@ -212,8 +173,8 @@ def markdown(rows: Sequence[Compared]) -> str:
             f"{row.trainable:,}",
             f"{row.train_seconds:.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table([*heads, "trainable", "train s"], lines)
 
 
 def plot(rows: Sequence[Compared]) -> str:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tempme_vl.command import at_least
-from tempme_vl.evaluation.compare import LEVEL, Compared, Row, Run, compared, markdown, plot
+from tempme_vl.evaluation.compare import Compared, Row, Run, compared, markdown, plot
+from tempme_vl.evaluation.folder import check_alike, with_section
+from tempme_vl.evaluation.intervals import LEVEL
 from tempme_vl.evaluation.measure import device_name, paired_times
 from tempme_vl.evaluation.metrics import RECALL_AT, Ranks
 from tempme_vl.evaluation.options import CompareOptions, RetrievalOptions
@@ -32,13 +34,13 @@ from tempme_vl.tasks.retrieval import load_retrieval_model
 # options of merging that the recipe has itself; others are a method's own
 OF_RECIPE = ("num_frames", "r", "merge_layers", "merge_frames", "cross_percent", "intra_percent", "budget", "tokens")
 ALIKE = ("dataset", "data_root", "video_root", "annotations", "train", "ranks")  # of all runs of a folder
-ALIKE_FILE, REPORT, SCORES, OUTPUT = "alike.json", "report.json", "scores.json", "output.txt"
+REPORT, SCORES, OUTPUT = "report.json", "scores.json", "output.txt"
 
 
 def main(options: CompareOptions) -> None:
     at_least(1, ranks=options.ranks, parallel=options.parallel, batch=options.batch, repeats=options.repeats)
     rows = grid(options)
-    check_alike(options)
+    check_alike(options.output, {name: getattr(options, name) for name in ALIKE})
     train(options, rows)
     runs = {row.name: [read_run(options, row, seed) for seed in options.seeds] for row in rows}
     write(options, compared(runs, encoder_times(options, rows)), runs)
@@ -58,20 +60,6 @@ def grid(options: CompareOptions) -> list[Row]:
         if not things or len(set(things)) < len(things):
             raise ValueError(f"{option}: expected one or more, each once; got {few(things) or 'none'}")
     return rows
-
-
-def check_alike(options: CompareOptions) -> None:
-    """Raises:
-    ValueError: the folder holds runs that were trained with other options; names them.
-    """
-    ours = json.loads(json.dumps({name: getattr(options, name) for name in ALIKE}, default=str))
-    file = options.output / ALIKE_FILE
-    if not file.is_file():
-        return write_json(file, ours)
-    theirs = json.loads(file.read_text())
-    if differing := [name for name in ALIKE if theirs.get(name) != ours[name]]:
-        shown = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in differing)
-        raise ValueError(f"the runs in {options.output} have {shown}: give the same, or another --output")
 
 
 def train(options: CompareOptions, rows: Sequence[Row]) -> None:
@@ -225,23 +213,6 @@ def write(options: CompareOptions, table: Sequence[Compared], runs: Mapping[str,
     section = f"{shown}\n\n![R-Sum against cost]({picture.name})\n\n{made}."
     before = page.read_text() if page.is_file() else "# Methods side by side\n"
     write_whole(page, with_section(before, options.dataset, section).encode())
-
-
-def with_section(page: str, name: str, text: str) -> str:
-    """A page whose section of a name is another, or new, and whose other text stays.
-
-    Raises:
-        ValueError: the section begins without an end.
-    """
-    first, last = f"<!-- {name}: tempme-vl compare writes this -->", f"<!-- end of {name} -->"
-    section = f"{first}\n\n{text}\n\n{last}"
-    before, begins, rest = page.partition(first)
-    if not begins:
-        return f"{page.rstrip()}\n\n{section}\n"
-    _, ends, after = rest.partition(last)
-    if not ends:
-        raise ValueError(f"expected the line {last!r} behind {first!r} in the page; write it, or remove both")
-    return before + section + after
 
 
 def _about(setting: Mapping[str, Any]) -> str:

@@ -170,6 +170,59 @@ class CompareOptions(DataOptions):
     data set's own section is replaced, and other text stays."""
 
 
+@dataclass(frozen=True)
+class VideoLLMCompareOptions(DataOptions, LoadingOptions):
+    """Compare compression methods on one video-language model, without training.
+
+    Accuracy on questions against visual tokens and measured time, each method at each budget, and differences to the
+    host itself, paired by question. Always in: the host, and what is plain: fewer frames, smaller frames, tokens
+    dropped at random or evenly, and pooled. What does not work on the host is told with its cause.
+    """
+
+    host: tuple[str, ...]
+    """A host's folder or its name on the hub, or what `train videollm` exported, such as OUTPUT/best, whose own
+    compression each row's replaces. Several: the same model of several seeds, over which rows are means."""
+    methods: tuple[str, ...] = ()
+    """METHOD, METHOD@tower, METHOD@behind, or one of them with :NAME=VALUE,NAME=VALUE of the method; budget=0.3 or
+    tokens=64 among them stands in the place of --retention. Default: all methods in both places and all compressors."""
+    retention: tuple[float, ...] = (0.25, 0.2, 0.15, 0.1)
+    """Shares of the host's visual tokens that are left at most."""
+    dataset: Annotated[str, ASKED] = EMBEDDED
+    """Whose questions are asked, those of its test split."""
+    questions: int | None = None
+    """So many of them, drawn by --seed; default: all."""
+    seed: int = 0
+    """Of that choice, and of whatever a method draws."""
+    num_frames: int | None = None
+    """Of a video. Default: as the host was trained, or 8."""
+    image_size: int | None = None
+    """Side in pixels of the square frames that the host's own preprocessing gets. Default: as trained, or 224."""
+    sampling: Literal["uniform", "fps1", "segment"] | None = None
+    """Which frames. Default: as trained, or uniform."""
+    prompt: str | None = None
+    """With {question} and the host's placeholder. Default: as trained, or the host's chat format."""
+    answer_tokens: int | None = None
+    """The most that are written. Default: as trained, or 8."""
+    output: Path = Path("runs/videollm-compare")
+    """Every answer, comparison.json, comparison.md and its plot. What is there already is not asked or timed again."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """A GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights; bfloat16 on a GPU."""
+    threads: int | None = None
+    """CPU threads; default: torch's choice."""
+    new_tokens: int = 16
+    """Written where answers are timed, 2 or more."""
+    repeats: int = 10
+    """Turns that count, where the rows are timed one after the other; one more before them warms up."""
+    in_flight: tuple[int, ...] = (1, 8, 32)
+    """Requests of one batch, where requests a second are measured; none without numbers."""
+    page: Path | None = None
+    """As `compare` has it; the section has the name of the data set."""
+    lmms_tasks: tuple[str, ...] = ()
+    """Write OUTPUT/lmms_eval.sh, which runs the rows on these tasks of lmms-eval; nothing of it is run here."""
+
+
 EVAL_RETRIEVAL = Command(
     "eval retrieval",
     RetrievalOptions,
@@ -219,6 +272,24 @@ COMPARE = Command(
         Example(
             "MSRVTT, four runs at a time on 8 GPUs",
             "--dataset msrvtt --data-root /data/msrvtt --ranks 2 --parallel 4",
+        ),
+    ),
+)
+VIDEOLLM_COMPARE = Command(
+    "videollm-compare",
+    VideoLLMCompareOptions,
+    "tempme_vl.evaluation.videollm.command:main",
+    (
+        Example("all methods on what `train videollm` exported", "--host runs/motion-videollm-none/best"),
+        Example(
+            "three seeds of a host, three methods at half of the tokens",
+            "--host runs/none-0/best runs/none-1/best runs/none-2/best --methods tempme@tower tempme@behind evs "
+            "--retention 0.5",
+        ),
+        Example(
+            "a public model on the first 500 questions, and commands for lmms-eval",
+            "--host Qwen/Qwen2.5-VL-3B-Instruct --dataset msrvtt_qa --data-root /data/msrvtt --questions 500 "
+            "--lmms-tasks videomme mvbench",
         ),
     ),
 )

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tempme_vl.command import above_zero, at_least
-from tempme_vl.evaluation.options import RetrievalOptions, VideoQAOptions
+from tempme_vl.evaluation.options import RetrievalOptions, VideoLLMCompareOptions, VideoQAOptions
 from tempme_vl.registries import DATASETS
 
-Options = RetrievalOptions | VideoQAOptions
+Options = RetrievalOptions | VideoQAOptions | VideoLLMCompareOptions
 
 
 def check_reading(options: Options) -> None:

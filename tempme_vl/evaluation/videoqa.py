@@ -63,7 +63,7 @@ def accuracy(
         total[kind] += 1
         answers_of[question.video.video_id, question.question].add(question.answers)
         if (prediction := predictions.get(question.question_id)) is not None:
-            correct[kind] += _same(prediction, question.answers, normalize)
+            correct[kind] += is_right(prediction, question.answers, normalize)
     return {
         "split": split.name,
         "note": split.note,
@@ -123,7 +123,8 @@ def format_accuracy(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _same(prediction: str, answers: tuple[str, ...], normalize: bool) -> bool:
+def is_right(prediction: str, answers: tuple[str, ...], normalize: bool = False) -> bool:
+    """Whether a prediction equals one of the answers, after `normalize_answer` on both sides if wanted."""
     if not normalize:
         return prediction in answers
     return normalize_answer(prediction) in map(normalize_answer, answers)

@@ -14,11 +14,12 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from tempme_vl.hub import find_folder, split_options
-from tempme_vl.integrations.base import Costs, Feed, Host, VisualTokens
+from tempme_vl.integrations.base import Costs, Feed, Host, Keep, Request, VisualTokens, Where
 from tempme_vl.integrations.compressed import CONFIG_FILE, Compressed, read_config
 from tempme_vl.integrations.costs import more_tokens
 from tempme_vl.integrations.hosts import HOSTS, find_host
 from tempme_vl.integrations.loading import load_host, load_weights
+from tempme_vl.integrations.stream import Stream
 from tempme_vl.integrations.videos import SampledVideo
 from tempme_vl.libraries import undocumented
 from tempme_vl.manifest import check_manifest, errors_in
@@ -34,7 +35,9 @@ __all__ = [
     "Feed",
     "Host",
     "SampledVideo",
+    "Stream",
     "VisualTokens",
+    "as_requested",
     "compress",
     "find_host",
     "load_compressed",
@@ -64,9 +67,13 @@ def compress(
     model: nn.Module,
     processor: ProcessorMixin,
     method: str = "tempme",
-    num_frames: int = 8,
+    num_frames: int = 16,
+    where: Where = "auto",
+    budget: float | None = None,
+    tokens: int | None = None,
     clip_position_std: float = 0.0,
     feed: Feed | None = None,
+    frames_at_once: int | None = None,
     **options: Any,
 ) -> Compressed:
     """A model that reads few tokens of a video.
@@ -80,26 +87,56 @@ def compress(
     Args:
         model: a video-language model of transformers, one of `HOSTS`, or peft's wrapper of one.
         processor: its processor.
-        method: a name in `tempme_vl.METHODS`.
+        method: a name in `tempme_vl.METHODS`, which merge inside a tower or behind it, or in
+            `tempme_vl.compressors.COMPRESSORS`, which work behind it.
         num_frames: F, frames sampled of every video.
+        where: "tower" inside it, "behind" it; "auto" inside where the host's tower and the method allow it and the
+            options are of that way, else behind.
+        budget: the share of the host's own visual tokens to keep at most, 0 to 1: options that are not given are
+            solved for. Methods that decide by the data keep about this share, or say that they have no such option.
+        tokens: in place of budget the number of visual tokens of a video, CLS and newline tokens counted.
         clip_position_std: TempMe's clip positions start as N(0, std^2); 0 starts at the pretrained function.
         feed: see `Compressed`.
-        options: the method's own, as in `make_schedule`: r, merge_layers, ...; for hosts that merge inside their tower
-            also budget or tokens, as in `tempme_vl.create_frontend`.
+        frames_at_once: frames of a video that the tower sees at a time, without gradients, rounded to whole clips of
+            its last block: the same tokens in the memory of so many frames, however long a video is. Default: all.
+        options: the method's own, as in `make_schedule`: r, merge_layers, ...
 
     Raises:
-        ValueError: another model, a part of a processor, or options that do not fit.
+        ValueError: another model, a part of a processor, a method that does not work there, or needs all frames at
+            once, or options that do not fit.
+    """
+    request = Request(method, num_frames, where, Keep(budget, tokens), options, frames_at_once)
+    compressed = as_requested(model, processor, request, clip_position_std, feed)
+    try:
+        level = logging.WARNING if more_tokens(compressed.host.costs()) else logging.INFO
+        logger.log(level, "%s", compressed.describe())
+    except ValueError as error:  # the videos to come may be of another size
+        logger.warning("of frames of a usual size: %s", error)
+    return compressed
+
+
+def as_requested(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    request: Request,
+    clip_position_std: float = 0.0,
+    feed: Feed | None = None,
+) -> Compressed:
+    """`compress` without a word on what it costs, which is of frames of a usual size: where others come in, a limit
+    may be reached that those cannot reach, or the other way round (`Compressed.counts` tells).
+
+    Raises:
+        ValueError: as `compress`.
     """
     inner = _unwrapped(model)
     host_class = find_host(type(inner).__name__)
     _check_processor(processor)
-    host = host_class.create(inner, processor, method, num_frames, options)
+    host = host_class.create(inner, processor, request)
+    host.see_at_once(request.frames_at_once)
     for module in host.merging.modules():
         if isinstance(module, ClipPosition):
             nn.init.normal_(module.weight, std=clip_position_std)
-    compressed = Compressed(host, model, feed)
-    logger.log(logging.WARNING if more_tokens(host.costs()) else logging.INFO, "%s", compressed.describe())
-    return compressed
+    return Compressed(host, model, feed)
 
 
 @undocumented("transformers")
@@ -148,6 +185,8 @@ def load_compressed(
     if type(inner).__name__ != config["model"]:
         raise ValueError(f"{directory} compresses a {config['model']}; got a {type(inner).__name__}")
     with errors_in(file):
-        compressed = Compressed(host_class.restore(inner, processor, config), model, feed)
+        host = host_class.restore(inner, processor, config)
+        host.see_at_once(config.get("frames_at_once"))
+        compressed = Compressed(host, model, feed)
     compressed.load_merging(directory)
     return compressed

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.integrations.images import read_images
-from tempme_vl.integrations.videos import SampledVideo, without_start
+from tempme_vl.integrations.videos import FPS, SampledVideo, without_start
 
 Feed = Literal["encoder_outputs", "embeddings"]
+Where = Literal["auto", "tower", "behind"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,84 @@ class VisualTokens:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """How many tokens of a video are left at most.
+
+    Attributes:
+        budget: a share of the host's own, 0 to 1.
+        tokens: a number.
+
+    Raises:
+        ValueError: both, or one out of bounds.
+    """
+
+    budget: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.tokens is not None:
+            raise ValueError(f"give a budget or a number of tokens; got budget={self.budget}, tokens={self.tokens}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"budget is the share of the host's own visual tokens to keep, 0 to 1; got {self.budget}")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens counts the visual tokens of a video, 1 or more; got {self.tokens}")
+
+    def most(self, native: int, fixed: int = 0) -> int | None:
+        """Tokens to keep of so many; None without a limit.
+
+        Args:
+            fixed: those of them that always stay (CLS, newline), which count and cannot be left out.
+        """
+        if self.budget is not None:
+            return min(max(1, int(self.budget * native + 1e-9) - fixed), native - fixed)
+        return None if self.tokens is None else min(max(1, self.tokens - fixed), native - fixed)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `compress` was asked for.
+
+    Attributes:
+        method: a name in `METHODS` or `COMPRESSORS`.
+        num_frames: F, frames sampled of every video.
+        where: inside the tower, behind it, or "auto".
+        keep: the limit on a video's tokens.
+        options: the method's own.
+        frames_at_once: that the tower sees at a time; None for all.
+
+    Raises:
+        ValueError: another place, or no frame.
+    """
+
+    method: str
+    num_frames: int
+    where: Where = "auto"
+    keep: Keep = Keep()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    frames_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.where not in get_args(Where):
+            raise ValueError(f"where is one of {', '.join(map(repr, get_args(Where)))}; got {self.where!r}")
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames counts the frames of every video, 1 or more; got {self.num_frames}")
+        if self.frames_at_once is not None and self.frames_at_once < 1:
+            raise ValueError(
+                f"frames_at_once counts frames that the tower sees at a time, 1 or more; got {self.frames_at_once}"
+            )
+
+
+@dataclass(frozen=True)
 class Costs:
     """One video: visual tokens that the language model reads, and GFLOPs of the tower; a multiply-add is 1.
 
     Attributes:
+        tokens: None where the method decides by the data.
         frame: height and width in pixels of the frames that all of it is counted for.
     """
 
     native_tokens: int
-    tokens: int
+    tokens: int | None
     native_tower: float
     tower: float
     frame: tuple[int, int]
@@ -73,11 +143,13 @@ class Host(ABC):
         image_placeholder: what stands for an image in a prompt, such as "<image>"; None where the host knows none.
         image_token_id: id of the token that each visual token of an image takes the place of.
         merging: modules that merging adds to the model (TempMe's clip positions), which are not among the model's own.
+        frames_at_once: frames that the tower sees at a time, set by `see_at_once`; None for all.
     """
 
     modality: ClassVar[Literal["video", "image"]] = "video"  # the key of mm_encoder_outputs
     feeds: ClassVar[tuple[Feed, ...]] = ("encoder_outputs", "embeddings")  # ways into the model that work
     uses_time: ClassVar[bool] = False  # whether the language model is told when frames were shown
+    assumed_fps: float = FPS  # frames a second where nobody told
     pixel_name: ClassVar[str] = "pixel_values_videos"  # what the host's preprocessing calls a video's pixels
     # modules and parameters between tower and language model, by their names; they train when the host is fine-tuned
     projector: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
@@ -86,6 +158,7 @@ class Host(ABC):
     def __init__(self, model: Any, processor: Any, method: str, num_frames: int):
         self.model, self.processor, self.method, self.num_frames = model, processor, method, num_frames
         self.merging = nn.ModuleDict()
+        self.frames_at_once: int | None = None
         self.placeholder = str(getattr(processor, "video_token", "<video>"))  # models of images alone name none
         self.token_id: int = getattr(model.config, f"{self.modality}_token_id")
         image = getattr(processor, "image_token", None)
@@ -96,8 +169,8 @@ class Host(ABC):
 
     @classmethod
     @abstractmethod
-    def create(cls, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]) -> Host:
-        """The host with a schedule of the method for this model.
+    def create(cls, model: Any, processor: Any, request: Request) -> Host:
+        """The host with the method, inside the tower or behind it.
 
         Raises:
             ValueError: a model or options that the method does not fit.
@@ -129,6 +202,62 @@ class Host(ABC):
             frame: height and width in pixels of the frames that come in, where the host keeps their size; default:
                 usual ones.
         """
+
+    # ---- videos part by part (`tempme_vl.integrations.parts`)
+
+    def see_at_once(self, frames: int | None) -> None:
+        """Has the tower see so many frames of a video at a time, or as many as the method allows.
+
+        Raises:
+            ValueError: a method, or a host, that needs all of them.
+        """
+        if frames is not None:
+            self.check_cut()
+        self.frames_at_once = frames
+
+    def check_cut(self) -> None:
+        """Raises:
+        ValueError: videos cannot be encoded part by part.
+        """
+        raise ValueError(
+            f"{type(self).__name__} encodes videos whole: expected frames_at_once=None, or a Host with check_cut, cut, "
+            "encode_part and join_parts"
+        )
+
+    def check_stream(self) -> None:
+        """Raises:
+        ValueError: tokens of a part are not known before the video ends.
+        """
+        self.check_cut()
+
+    def cut(self, frame: tuple[int, int]) -> int:
+        """Frames that can only be encoded together; parts begin at multiples of it.
+
+        Args:
+            frame: height and width in pixels.
+        """
+        raise NotImplementedError
+
+    def held(self, frames: int, cut: int) -> int:
+        """How often the last of so many frames of a stream is repeated, so that what is encoded together is there."""
+        return -frames % cut
+
+    def encode_part(self, part: SampledVideo, first: int) -> Any:
+        """What frames of a video become, for `join_parts`.
+
+        Args:
+            first: the number of the first of them, which `cut` divides.
+        """
+        raise NotImplementedError
+
+    def join_parts(self, parts: Sequence[Any], video: SampledVideo) -> VisualTokens:
+        """The tokens of a video.
+
+        Args:
+            parts: what `encode_part` gave of parts that follow each other.
+            video: of these frames; they may be gone, but for their size: (0, H, W, 3).
+        """
+        raise NotImplementedError
 
     # ---- what a host may say differently
 
@@ -172,9 +301,15 @@ class Host(ABC):
         """Recomputes in the backward pass what runs outside the model's own forward."""
         del enable  # most towers run as they are
 
-    def preprocess(self, videos: Sequence[np.ndarray | Tensor]) -> BatchFeature:
-        """What the host's own preprocessing makes of the frames of videos, all of which it keeps."""
-        return self.processor.video_processor(videos=list(videos), do_sample_frames=False, return_tensors="pt")
+    def preprocess(self, videos: Sequence[np.ndarray | Tensor], **options: Any) -> BatchFeature:
+        """What the host's own preprocessing makes of the frames of videos, all of which it keeps.
+
+        Args:
+            options: of it.
+        """
+        return self.processor.video_processor(
+            videos=list(videos), do_sample_frames=False, return_tensors="pt", **options
+        )
 
     def pixels(self, videos: Sequence[SampledVideo]) -> Tensor:
         """(V, F, 3, H, W), by the host's own preprocessing, where the tower is and as precise."""
@@ -233,7 +368,8 @@ class Host(ABC):
             output = inner.get_image_features(**given)
         rows = list(pooled(output))
         features = torch.cat(rows).reshape(-1, rows[0].shape[-1])
-        counts = [text.count(self.image_placeholder) for text in written]
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        counts = [text.count(token) for text in written]
         if sum(counts) != len(features):
             raise ValueError(
                 f"{type(self.processor).__name__} writes {sum(counts)} tokens for {len(images)} images of which "
@@ -273,6 +409,10 @@ class Host(ABC):
         """
         return {}
 
+    def facts(self) -> dict[str, str]:
+        """What else two runs must have in common to agree, by name."""
+        return {}
+
     def remember(self, inputs: Mapping[str, Any]) -> None:
         """Tells the model what it remembers of its own inputs for a second turn on the first one's cache.
 
@@ -280,6 +420,20 @@ class Host(ABC):
             inputs: what `Compressed.prepare` gave, before they are run.
         """
         del inputs  # most models remember nothing
+
+
+def listed(tokens: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
+    """What stands in mm_encoder_outputs of models that join features by torch.cat: a list, one for each visual."""
+    return BaseModelOutputWithPooling(pooler_output=[t.features for t in tokens])  # type: ignore[arg-type]
+
+
+def running(module: nn.Module) -> nn.Module:
+    """The module that runs in the place of one: where peft trains a copy of it, the copy, unless adapters are off."""
+    while hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        wrapper: Any = module
+        off = wrapper.disable_adapters or not wrapper.active_adapters
+        module = wrapper.original_module if off else wrapper.modules_to_save[wrapper.active_adapters[0]]
+    return module
 
 
 def input_device(module: nn.Module) -> torch.device:

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -22,7 +22,8 @@ from tempme_vl.integrations.base import Feed, Host, VisualTokens, input_device
 from tempme_vl.integrations.costs import cost_table
 from tempme_vl.integrations.images import ImageInput, as_image
 from tempme_vl.integrations.places import Visuals, by_modality, check_places, with_images
-from tempme_vl.integrations.videos import FPS, FpsInput, SampledVideo, TimesInput, VideoInput, pair_up, tell_times
+from tempme_vl.integrations.stream import Stream
+from tempme_vl.integrations.videos import FpsInput, SampledVideo, TimesInput, VideoInput, pair_up, tell_times
 from tempme_vl.libraries import undocumented
 from tempme_vl.manifest import FolderError, write_manifest
 from tempme_vl.messages import shown
@@ -33,8 +34,29 @@ CONFIG_FILE, WEIGHTS_FILE = "tempme.json", "tempme.safetensors"
 IGNORED = -100  # the label of what counts in no loss, as transformers has it
 
 
+class Counts(NamedTuple):
+    """Visual tokens of one video: in the host's own way, and in ours; None where the method decides by the data."""
+
+    native: int
+    ours: int | None
+
+    def __str__(self) -> str:
+        ours = "a number that the method decides by the data" if self.ours is None else self.ours
+        return f"{ours} of {self.native} visual tokens"
+
+
+class Read(NamedTuple):
+    """Tokens of a prompt that the language model reads: of its videos, and all of them."""
+
+    visual: int
+    prompt: int
+
+
 class Compressed(Shareable):
     """Makes inputs for a model out of prompts and videos. No module: what the model trains stays in the model.
+
+    Attributes:
+        read: tokens of each prompt that `prepare` made last, answers not counted.
 
     Args:
         host: see `tempme_vl.integrations.base.Host`.
@@ -56,6 +78,7 @@ class Compressed(Shareable):
             )
         self.feed: Feed = feed or possible[0]
         self.tokenizer = host.processor.tokenizer
+        self.read: tuple[Read, ...] = ()
 
     @property
     def merging(self) -> nn.ModuleDict:
@@ -74,18 +97,44 @@ class Compressed(Shareable):
 
     def __repr__(self) -> str:
         costs = self.host.costs()
-        frames = f"{self.host.num_frames} frames, {costs.tokens} of the host's {costs.native_tokens} tokens"
+        ours = "by the data" if costs.tokens is None else costs.tokens
+        frames = f"{self.host.num_frames} frames, {ours} of the host's {costs.native_tokens} tokens"
         return f"Compressed({type(self.host.model).__name__}, {self.host.method}: {frames}, by {self.feed})"
+
+    def counts(self, frame: tuple[int, int] | None = None) -> Counts:
+        """Visual tokens of a video: the host's own, and ours. Computed, without running the model.
+
+        Args:
+            frame: height and width in pixels of the frames that come in, where the host keeps their size; default:
+                usual ones.
+
+        Returns:
+            (native, ours); ours is None where the method decides by the data, and then its text says so.
+        """
+        costs = self.host.costs(frame)
+        return Counts(costs.native_tokens, costs.tokens)
 
     def describe(self) -> str:
         """Tokens and costs of one video: the host's own and ours."""
         return cost_table(self.host)
 
     @undocumented("transformers")
+    def stream(self, fps: float | None = None) -> Stream:
+        """A video that is encoded while its frames come in, for `prepare` in the place of a video.
+
+        Args:
+            fps: frames a second, for hosts that are told times, if `Stream.add` is not told times.
+
+        Raises:
+            ValueError: a host or method that knows no token of a video before its end.
+        """
+        return Stream(self.host, fps)
+
+    @undocumented("transformers")
     def prepare(
         self,
         text: str | Sequence[str],
-        videos: str | Path | Sequence[VideoInput | Sequence[VideoInput]] = (),
+        videos: str | Path | Sequence[VideoInput | Stream | Sequence[VideoInput | Stream]] = (),
         labels: bool | Sequence[str] = False,
         fps: FpsInput = None,
         times: TimesInput = None,
@@ -103,7 +152,7 @@ class Compressed(Shareable):
                 `num_frames` frames are read, from the first to the last, as lmms-eval's models read them; or what
                 `tempme_vl.read_video` gave, where other frames are wanted; or uint8 frames (T, H, W, 3) or
                 (T, 3, H, W), of which `num_frames` are taken evenly; T may be less. Or `SampledVideo`s, whose frames
-                were chosen already and know their times.
+                were chosen already and know their times. Or what `stream` gave, with what was added so far.
             labels: True for labels on all words of the prompts; or for each prompt its answer, which is put behind it
                 with an end token and alone has labels. Else prompts are padded on the left, for generation.
             fps: frames a second of the frames given, for hosts that are told times (`Host.uses_time`): a number for
@@ -126,11 +175,13 @@ class Compressed(Shareable):
         """
         prompts, groups = pair_up(text, videos, self.host.placeholder)
         pictures = self._pair_images(prompts, images, groups)
-        tokens = self._encode(prompts, tell_times(groups, self.host.num_frames, fps, times))
+        tokens = self._encode(prompts, groups, fps, times)
         shown = [self.host.encode_images(group) if group else [] for group in pictures]
         place = self.host.image_placeholder
         written = [with_images(prompt, place, group) for prompt, group in zip(prompts, shown, strict=True)]
         rows = [self.host.input_ids(prompt, group) for prompt, group in zip(written, tokens, strict=True)]
+        visual = [sum(len(video.features) for video in group) for group in tokens]
+        self.read = tuple(Read(count, len(row)) for count, row in zip(visual, rows, strict=True))
         unlabelled = [0] * len(rows)
         if labels and not isinstance(labels, bool):
             rows, unlabelled = self._append_answers(rows, labels)
@@ -156,7 +207,7 @@ class Compressed(Shareable):
         self,
         prompts: list[str],
         images: Image | Sequence[ImageInput | Sequence[ImageInput]] | None,
-        videos: list[list[VideoInput]],
+        videos: list[list[VideoInput | Stream]],
     ) -> list[list[Image]]:
         """The images of each prompt."""
         place = self.host.image_placeholder
@@ -175,19 +226,29 @@ class Compressed(Shareable):
                 self.host.check_images(len(beside))
         return [[as_image(image) for image in group] for group in groups]
 
-    def _encode(self, prompts: list[str], groups: list[list[SampledVideo]]) -> list[list[VisualTokens]]:
-        sampled = [video for group in groups for video in group]
-        untold = sum(not video.is_timed for video in sampled)
+    def _encode(
+        self, prompts: list[str], groups: list[list[VideoInput | Stream]], fps: FpsInput, times: TimesInput
+    ) -> list[list[VisualTokens]]:
+        streams = [video for group in groups for video in group if isinstance(video, Stream)]
+        if any(stream.host is not self.host for stream in streams):
+            raise ValueError("expected streams of this compressed model, as its stream() gives them; got another's")
+        given = [[video for video in group if not isinstance(video, Stream)] for group in groups]
+        sampled = tell_times(given, self.host.num_frames, fps, times)
+        whole = [video for group in sampled for video in group]
+        self._warn_untold([*whole, *(stream.video for stream in streams)])
+        behind = [prompt for prompt, group in zip(prompts, sampled, strict=True) for _ in group]
+        encoded = iter(self.host.encode(whole, behind) if whole else [])
+        return [[video.finish() if isinstance(video, Stream) else next(encoded) for video in group] for group in groups]
+
+    def _warn_untold(self, videos: Sequence[SampledVideo]) -> None:
+        untold = sum(not video.is_timed for video in videos)
         if self.host.uses_time and untold:
             warnings.warn(
                 f"{type(self.host.model).__name__} is told when frames were shown, and nobody said so of {untold} of "
-                f"{len(sampled)} videos: {FPS:g} frames a second are assumed. Give fps= (of the frames as they are "
-                "given) or times=",
-                stacklevel=3,
+                f"{len(videos)} videos: {self.host.assumed_fps:g} frames a second are assumed. Give fps= (of the "
+                "frames as they are given) or times=",
+                stacklevel=4,
             )
-        behind = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-        encoded = iter(self.host.encode(sampled, behind) if sampled else [])
-        return [[next(encoded) for _ in group] for group in groups]
 
     def _append_answers(self, rows: list[list[int]], answers: Sequence[str]) -> tuple[list[list[int]], list[int]]:
         if isinstance(answers, str) or len(answers) != len(rows):
@@ -239,7 +300,7 @@ class Compressed(Shareable):
     def answer(
         self,
         text: str | Sequence[str],
-        videos: str | Path | Sequence[VideoInput | Sequence[VideoInput]] = (),
+        videos: str | Path | Sequence[VideoInput | Stream | Sequence[VideoInput | Stream]] = (),
         fps: FpsInput = None,
         times: TimesInput = None,
         images: Image | Sequence[ImageInput | Sequence[ImageInput]] | None = None,
@@ -254,6 +315,41 @@ class Compressed(Shareable):
         written = self.generate(**self.prepare(text, videos, fps=fps, times=times, images=images), **options)
         ids = written if isinstance(written, Tensor) else written.sequences
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def prompt_embeds(
+        self,
+        text: str | Sequence[str],
+        videos: str | Path | Sequence[VideoInput | Sequence[VideoInput]] = (),
+        fps: FpsInput = None,
+        times: TimesInput = None,
+        images: Image | Sequence[ImageInput | Sequence[ImageInput]] | None = None,
+    ) -> list[Tensor]:
+        """What the language model reads, for servers that take embeddings in place of words (docs/serving.md).
+
+        Args:
+            text, videos, fps, times, images: see `prepare`.
+
+        Returns:
+            (L, D_llm) of each prompt.
+
+        Raises:
+            ValueError: a language model that is told more than embeddings: positions of several axes, or features for
+                deeper layers; or see `prepare`.
+        """
+        name = type(self.host.model).__name__
+        if "embeddings" not in self.host.feeds:
+            raise ValueError(
+                f"{name} also has features for deeper layers, which embeddings do not carry: serve it whole"
+            )
+        inputs = Compressed(self.host, self.model, "embeddings").prepare(text, videos, False, fps, times, images)
+        if more := set(inputs) - {"inputs_embeds", "attention_mask"}:
+            raise ValueError(
+                f"the language model of {name} is told {', '.join(sorted(more))} beside embeddings, and a server that "
+                "takes embeddings would number them from 0 on: serve the model whole"
+            )
+        rows = zip(inputs["inputs_embeds"], inputs["attention_mask"].bool(), strict=True)
+        return [embedded[seen] for embedded, seen in rows]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the model and its processor as transformers does, tempme.json, the weights of `merging`, and
@@ -283,13 +379,15 @@ class Compressed(Shareable):
         """Rows of a card: the host, what it is given, and what of that its language model reads."""
         costs = self.host.costs()
         height, width = costs.frame
+        ours = "by the data" if costs.tokens is None else costs.tokens
         return {
             "method": self.host.config()["method"],
             "host": type(self.host.model).__name__,
             "frames": str(self.host.num_frames),
-            "visual tokens of a video": f"{costs.tokens}; {costs.native_tokens} in the host's own way",
+            "visual tokens of a video": f"{ours}; {costs.native_tokens} in the host's own way",
             "GFLOPs of the tower": f"{costs.tower:.4g}; {costs.native_tower:.4g} in the host's own way",
             "counted for frames of": f"{height} x {width} pixels",
+            **self.host.facts(),
         }
 
     def save_merging(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -301,6 +399,8 @@ class Compressed(Shareable):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"version": VERSION, "model": type(self.host.model).__name__, **self.host.config()}
+        if self.host.frames_at_once is not None:
+            config["frames_at_once"] = self.host.frames_at_once
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         state = self.merging.state_dict() if state is None else state
         if state:

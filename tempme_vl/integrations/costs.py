@@ -29,15 +29,11 @@ def prefill_gflops(host: Host, tokens: int) -> float:
 def cost_table(host: Host) -> str:
     """Tokens and costs of one video in the host's own way and in ours, as text."""
     costs = host.costs()
-    rows = [
-        ("visual tokens", float(costs.native_tokens), float(costs.tokens), "{:.0f}"),
+    prefill = None if costs.tokens is None else prefill_gflops(host, costs.tokens)
+    rows: list[tuple[str, float, float | None, str]] = [
+        ("visual tokens", costs.native_tokens, costs.tokens, "{:.0f}"),
         ("vision tower, GFLOPs", costs.native_tower, costs.tower, "{:.4g}"),
-        (
-            "prefill of these tokens, GFLOPs",
-            prefill_gflops(host, costs.native_tokens),
-            prefill_gflops(host, costs.tokens),
-            "{:.4g}",
-        ),
+        ("prefill of these tokens, GFLOPs", prefill_gflops(host, costs.native_tokens), prefill, "{:.4g}"),
     ]
     height, width = costs.frame
     lines = [
@@ -46,8 +42,10 @@ def cost_table(host: Host) -> str:
         f"{'':32}{'host':>12}{'compressed':>12}{'ratio':>8}",
     ]
     for name, native, ours, form in rows:
-        ratio = ours / native if native else math.nan
-        lines.append(f"{name:32}{form.format(native):>12}{form.format(ours):>12}{ratio:>8.3f}")
+        known = ("-", "-") if ours is None else (form.format(ours), f"{ours / native if native else math.nan:.3f}")
+        lines.append(f"{name:32}{form.format(native):>12}{known[0]:>12}{known[1]:>8}")
+    if costs.tokens is None:
+        lines.append(f"How many tokens {host.method!r} leaves follows from each video: nothing is known ahead.")
     if more_tokens(costs):
         lines.append(
             f"Beware: {costs.tokens} tokens are more than the {costs.native_tokens} of the host's own way, which pools "
@@ -58,4 +56,4 @@ def cost_table(host: Host) -> str:
 
 def more_tokens(costs: Costs) -> bool:
     """Whether the language model reads more tokens than in the host's own way."""
-    return costs.tokens > costs.native_tokens
+    return costs.tokens is not None and costs.tokens > costs.native_tokens

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.integrations.base import SampledVideo, VisualTokens, own_weights
+from tempme_vl.integrations.base import Request, SampledVideo, VisualTokens, own_weights
 from tempme_vl.integrations.in_encoder import InEncoderHost
+from tempme_vl.integrations.parts import check_no_gradient, cut_up, frame_size, frames_of_parts
 from tempme_vl.integrations.videos import without_start
 from tempme_vl.merging import MergeSchedule
 
@@ -28,7 +29,12 @@ class InstructBlipVideoHost(InEncoderHost):
     pixel_name = "pixel_values"
     projector = ("qformer", "query_tokens", "language_projection")
 
-    def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
+    def __init__(self, model: Any, processor: Any, schedule: MergeSchedule, behind: Request | None = None):
+        if behind is not None:
+            raise ValueError(
+                "InstructBLIP's Q-Former gives a fixed number of tokens a frame without a grid: nothing becomes fewer "
+                "behind it; expected a method that merges inside the tower, and where='tower' or 'auto'"
+            )
         super().__init__(model, processor, schedule)
         if not model.config.use_decoder_only_language_model:
             raise ValueError("expected InstructBLIP with a decoder-only language model (Vicuna); this one is T5")
@@ -52,8 +58,8 @@ class InstructBlipVideoHost(InEncoderHost):
     def native_tokens(self) -> int:
         return self.num_frames * self.model.config.num_query_tokens
 
-    def tokens(self) -> int:
-        return self.frontend.schedule.layer_counts[-1].clips * self.model.config.num_query_tokens
+    def tokens_of(self, schedule: MergeSchedule) -> int:
+        return schedule.layer_counts[-1].clips * self.model.config.num_query_tokens
 
     def input_ids(self, prompt: str, tokens: Sequence[VisualTokens]) -> list[int]:
         """Visual tokens stand in front of everything, <s> included, as in the host."""
@@ -64,9 +70,26 @@ class InstructBlipVideoHost(InEncoderHost):
         prompt = without_start(prompt, self.processor.tokenizer)
         return " ".join(part.strip() for part in prompt.split(self.placeholder) if part.strip())
 
+    def check_stream(self) -> None:
+        raise ValueError(
+            "InstructBLIP's Q-Former reads a video with its prompt, so that a stream has no tokens of its own: "
+            "give the whole video to prepare, with frames_at_once to save memory"
+        )
+
+    def _tower_tokens(self, videos: Sequence[SampledVideo]) -> Tensor:
+        """(V, M, D)."""
+        if self.frames_at_once is None:
+            return self.frontend(self.pixels(videos)).tokens
+        check_no_gradient(self)
+        rows = []
+        for video in videos:
+            parts = cut_up(video, frames_of_parts(self, frame_size(video)))
+            rows.append(torch.cat([self.part_tokens(part, first) for first, part in parts], dim=1))
+        return torch.cat(rows)
+
     def encode(self, videos: Sequence[SampledVideo], prompts: Sequence[str]) -> list[VisualTokens]:
         clips = self.frontend.schedule.layer_counts[-1].clips
-        tokens = self.frontend.norm(self.frontend(self.pixels(videos)).tokens)
+        tokens = self.frontend.norm(self._tower_tokens(videos))
         tokens = tokens.unflatten(1, (clips, -1)).flatten(0, 1)  # (V * C, N, D)
         words = self.processor.qformer_tokenizer(
             [self._words(prompt) for prompt in prompts], padding=True, return_tensors="pt"

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tempme_vl.compressors import FrameFeatures
 from tempme_vl.integrations.base import SampledVideo, VisualTokens, pooled
-from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost
+from tempme_vl.integrations.post_encoder import PostEncoderHost
 
 
 class InternVLHost(PostEncoderHost):
@@ -27,8 +28,7 @@ class InternVLHost(PostEncoderHost):
 
     def written(self, tokens: VisualTokens) -> str:
         processor = self.processor
-        image = processor.image_token * tokens.extra["clip_tokens"]
+        start, image, end = processor.start_image_token, processor.image_token, processor.end_image_token
         return "\n".join(
-            f"Frame{clip + 1}: {processor.start_image_token}{image}{processor.end_image_token}"
-            for clip in range(len(tokens.extra["seconds"]))
+            f"Frame{clip}: {start}{image * count}{end}" for clip, count in enumerate(tokens.extra["clip_tokens"], 1)
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tempme_vl.integrations.base import VisualTokens, own_weights
+from tempme_vl.integrations.base import VisualTokens, listed, own_weights
 from tempme_vl.integrations.in_encoder import InEncoderHost, append, grid_side, per_frame
 
 
@@ -19,18 +19,22 @@ class LlavaOnevisionHost(InEncoderHost):
     def project(self, tokens: Tensor) -> Tensor:
         return self._with_newline(self.model.model.multi_modal_projector(self.without_prefix(tokens)))
 
+    def pool_grid(self, patches: Tensor) -> Tensor:
+        return self.model.model.apply_pooling(patches)
+
     def project_grid(self, tokens: Tensor) -> Tensor:
         inner = self.model.model
         patches = tokens[:, :, self.frontend.shape.num_prefix :]
-        pooled = per_frame(lambda frames: inner.apply_pooling(inner.multi_modal_projector(frames)), patches)
+        pooled = per_frame(lambda frames: self.pool_grid(inner.multi_modal_projector(frames)), patches)
         return self._with_newline(pooled)
 
     def _with_newline(self, features: Tensor) -> Tensor:
         with own_weights(self.model.model):
             return append(features, self.model.model.image_newline)
 
-    def native_tokens(self) -> int:
-        return self.num_frames * ((grid_side(self.frontend.shape) + 1) // 2) ** 2 + 1
+    def frame_grid(self) -> tuple[int, int]:
+        side = (grid_side(self.frontend.shape) + 1) // 2
+        return side, side
 
     def image_output(self, images: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=[t.features for t in images])  # type: ignore[arg-type]
+        return listed(images)

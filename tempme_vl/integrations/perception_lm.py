@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tempme_vl.integrations.base import Host, SampledVideo, pooled
+from tempme_vl.compressors import FrameFeatures
+from tempme_vl.integrations.base import Host, Request, SampledVideo, pooled
 from tempme_vl.integrations.in_encoder import InEncoderHost, grid_side, per_frame
-from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost
+from tempme_vl.integrations.post_encoder import PostEncoderHost
 from tempme_vl.merging import MergeSchedule
 
 
@@ -24,8 +25,8 @@ class PerceptionLMHost(InEncoderHost):
         ValueError: a tower with registers, or with a CLS token that the host keeps.
     """
 
-    def __init__(self, model: Any, processor: Any, schedule: MergeSchedule):
-        super().__init__(model, processor, schedule)
+    def __init__(self, model: Any, processor: Any, schedule: MergeSchedule, behind: Request | None = None):
+        super().__init__(model, processor, schedule, behind)
         if self.frontend.shape.num_prefix != int(model.config.vision_use_cls_token):
             raise ValueError(
                 f"vision_use_cls_token={model.config.vision_use_cls_token} does not fit a tower with "
@@ -33,10 +34,10 @@ class PerceptionLMHost(InEncoderHost):
             )
 
     @classmethod
-    def create(cls, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]) -> Host:
+    def create(cls, model: Any, processor: Any, request: Request) -> Host:
         if rotates(model):
-            return RotaryPerceptionLMHost.create(model, processor, method, num_frames, options)
-        return super().create(model, processor, method, num_frames, options)
+            return RotaryPerceptionLMHost.create(model, processor, request)
+        return super().create(model, processor, request)
 
     @classmethod
     def restore(cls, model: Any, processor: Any, config: Mapping[str, Any]) -> Host:
@@ -53,12 +54,16 @@ class PerceptionLMHost(InEncoderHost):
         tokens = self.without_prefix(self.frontend.norm(tokens))
         return projector.linear_2(projector.gelu(projector.linear_1(tokens)))
 
+    def pool_grid(self, patches: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector.pooling(patches)
+
     def project_grid(self, tokens: Tensor) -> Tensor:
         patches = self.frontend.norm(tokens)[:, :, self.frontend.shape.num_prefix :]
         return per_frame(self.model.model.multi_modal_projector, patches)
 
-    def native_tokens(self) -> int:
-        return self.num_frames * (grid_side(self.frontend.shape) // self.model.config.projector_pooling_ratio) ** 2
+    def frame_grid(self) -> tuple[int, int]:
+        side = grid_side(self.frontend.shape) // self.model.config.projector_pooling_ratio
+        return side, side
 
 
 class RotaryPerceptionLMHost(PostEncoderHost):

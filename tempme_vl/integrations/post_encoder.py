@@ -1,180 +1,35 @@
 """Hosts whose towers need a whole grid (windows, rotary positions, pixel shuffle): the tower runs as it is, and what it
-gives the language model merges across neighbouring frames.
+gives the language model becomes fewer behind it, by a `Reduction`.
 
-A method does here what it does inside a tower, by the same modules, a step here for a block there: TempMe joins
-neighbouring clips and merges across and inside them, ToMe merges inside each frame. Features that merge weigh as many
-as they hold. A kept token stands where the token stood that it continues, and all clips keep the same number of
-tokens, known ahead.
+A merging method does here what it does inside a tower: TempMe joins neighbouring clips and merges across and inside
+them, ToMe merges inside each frame; all clips keep the same number of tokens, known ahead. A kept token stands where
+the token stood that it continues.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tempme_vl.integrations.base import Costs, Host, SampledVideo, VisualTokens
+from tempme_vl.compressors import Clip, FrameFeatures, KeptFeatures
+from tempme_vl.compressors.base import Grid, Reading
+from tempme_vl.integrations.base import Costs, Host, Request, SampledVideo, VisualTokens
 from tempme_vl.integrations.costs import count_weights
-from tempme_vl.merging import METHODS, LayerMerge, MergeSchedule, learnt_modules, merge_layers, share_learnt
-from tempme_vl.registry import UnknownName
-from tempme_vl.schema import Range, read
-from tempme_vl.state import AttentionContext, TokenState, at_least_float32
+from tempme_vl.integrations.parts import (
+    KeptPart,
+    check_reduces_parts,
+    encode_by_parts,
+    frame_size,
+    join_features,
+    join_kept,
+)
+from tempme_vl.integrations.reduction import Place, reduction, saved_behind, saved_request
 
 _TYPICAL = (360, 640)  # height and width of the frames that costs are told for
-_GRID = (16, 16)  # tokens of a frame, where a plan is made that no video has asked for
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """tempme.json."""
-
-    model: str
-    method: str
-    num_frames: Annotated[int, Range(1, 100_000)]
-    options: Mapping[str, Any]
-
-
-def options_of(method: str, given: Mapping[str, Any], place: str) -> Any:
-    """The options of a method behind a tower (`tempme_vl.merging.Behind`), the defaults filled in.
-
-    Args:
-        place: to name in errors.
-
-    Raises:
-        ValueError: a method that does not work there; options that are unknown, missing or no such values.
-    """
-    try:
-        kind = METHODS[method].behind_tower().options
-    except UnknownName:
-        raise
-    except ValueError as error:
-        raise ValueError(f"method {method!r} does not work behind a tower: {error}") from error
-    names = [field.name for field in fields(kind)]
-    if unknown := set(given) - set(names):
-        raise ValueError(
-            f"{place} merges behind its tower, where {method!r} takes {', '.join(names) or 'no options'}; "
-            f"got {', '.join(sorted(unknown))}"
-        )
-    return read(kind, given, f"{place}, method {method!r}")
-
-
-def make_plan(method: str, frames: int, grid: tuple[int, int], options: Any) -> MergeSchedule:
-    """The merging of one video.
-
-    Args:
-        frames: T, frames or temporal patches.
-        grid: rows and columns of the S tokens of each.
-        options: what `options_of` gave, or a mapping of some of them.
-
-    Raises:
-        ValueError: options that do not fit.
-    """
-    if isinstance(options, Mapping):
-        options = options_of(method, options, "a host")
-    schedule = METHODS[method].behind_tower().schedule(frames, grid, options)
-    if any(plan.insert for plan in schedule.plan):
-        raise ValueError(f"method {method!r} inserts tokens, which have no place among those of a host")
-    return schedule
-
-
-class MergedStep(nn.Module):
-    """The steps of one block of a tower, where there is no block."""
-
-    def __init__(self, merge: LayerMerge):
-        super().__init__()
-        self.before_attention, self.after_attention = merge.before_attention, merge.after_attention
-        self.after_mlp = merge.after_mlp
-
-    def forward(self, state: TokenState) -> TokenState:
-        """After each step that merges, the tokens of a clip stand in the order of their places."""
-        for step in (self.before_attention, self.after_attention, self.after_mlp):
-            clips, (_, tokens, _) = state.num_clips, state.x.shape
-            state = step(state, AttentionContext.of_tokens(state.x))
-            if clips * tokens != state.num_clips * state.x.shape[1]:
-                state = in_order(state)
-        return state
-
-
-def in_order(state: TokenState) -> TokenState:
-    """The tokens of each clip by the places of those that they continue."""
-    assert state.origin is not None
-    return state.keep(state.origin.argsort(dim=1))
-
-
-def merge_steps(schedule: MergeSchedule, width: int) -> nn.ModuleList:
-    """The modules of a schedule, for features of a width."""
-    return nn.ModuleList(MergedStep(merge) for merge in merge_layers(schedule, width))
-
-
-@dataclass(frozen=True)
-class FrameFeatures:
-    """What a host's tower gives for one video.
-
-    Attributes:
-        x: (T, S, D) of T frames or temporal patches.
-        grid: rows and columns of the S tokens.
-        deeper: (T, S, D) each, for deeper layers of the language model.
-    """
-
-    x: Tensor
-    grid: tuple[int, int]
-    deeper: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class ClipFeatures:
-    """C clips of K tokens.
-
-    Attributes:
-        x: (C, K, D).
-        source: (C, K) int64, the token t * S + s that each continues, ascending.
-        deeper: (C, K, D) each.
-    """
-
-    x: Tensor
-    source: Tensor
-    deeper: tuple[Tensor, ...] = ()
-
-
-def merge(frames: FrameFeatures, schedule: MergeSchedule, steps: Iterable[nn.Module] | None = None) -> ClipFeatures:
-    """Merges features by a schedule without CLS tokens, compared by themselves.
-
-    Features for deeper layers follow the same matches: the mean of those of the input tokens that a token holds.
-
-    Args:
-        steps: what `merge_steps` gave; default: new ones.
-
-    Raises:
-        ValueError: tokens that continue none, and so have no place.
-    """
-    state = TokenState.start(frames.x, len(frames.x), 0, trace_source=True)
-    for step in merge_steps(schedule, frames.x.shape[-1]) if steps is None else steps:
-        state = step(state)
-    state = in_order(state)
-    assert state.source is not None and state.origin is not None
-    if (state.origin < 0).any():
-        raise ValueError(f"method {schedule.method!r} makes tokens that have no place among those of a host")
-    inputs = state.source.shape[1]
-    first = inputs * torch.arange(len(state.x), device=state.x.device).unsqueeze(1)
-    deeper = tuple(_mean_by_source(x.reshape(-1, inputs, x.shape[-1]), state) for x in frames.deeper)
-    return ClipFeatures(state.x, state.origin + first, deeper)
-
-
-def _mean_by_source(x: Tensor, state: TokenState) -> Tensor:
-    """(C, S, D) of input tokens -> (C, K, D), the mean over those that each token holds."""
-    source = state.source
-    assert source is not None
-    held = (source >= 0).unsqueeze(-1)
-    wide = at_least_float32(x).where(held, 0)
-    index = source.clamp(min=0).unsqueeze(-1)
-    counts, sums = (t.new_zeros(*state.x.shape[:2], t.shape[-1]) for t in (wide[..., :1], wide))
-    counts = counts.scatter_add(1, index, held.to(wide.dtype))
-    sums = sums.scatter_add(1, index.expand_as(wide), wide)
-    return (sums / counts).to(x.dtype)
 
 
 class PostEncoderHost(Host):
@@ -182,26 +37,28 @@ class PostEncoderHost(Host):
 
     A subclass says `features`, `grid`, `attended`, and how its prompts tell clips apart in `written`.
 
-    Args:
-        options: those of the method behind a tower; see `options_of`.
-
     Raises:
-        ValueError: unknown or missing ones, or a number of frames that they do not divide.
+        ValueError: what `reduction` refuses, such as a number of frames that the options do not divide.
     """
 
-    def __init__(self, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]):
-        super().__init__(model, processor, method, num_frames)
-        self.options = options_of(method, options, type(model).__name__)
+    def __init__(self, model: Any, processor: Any, request: Request):
+        super().__init__(model, processor, request.method, request.num_frames)
+        place = Place(type(model).__name__, self.slots, model.config.get_text_config().hidden_size, self.readings)
         try:
-            plan = self.plan((self.slots, *_GRID))
+            self.reduction = reduction(request, place)
         except ValueError as error:
             if self.slot_frames == 1:
                 raise
-            raise ValueError(f"{num_frames} frames are {self.slots} temporal patches to this host: {error}") from error
-        steps = merge_steps(plan, model.config.get_text_config().hidden_size)
-        self.merging = nn.ModuleDict(learnt_modules(steps))
+            frames = f"{request.num_frames} frames are {self.slots} temporal patches to this host"
+            raise ValueError(f"{frames}: {error}") from error
+        self.merging = self.reduction.merging
 
     # ---- facts of a host
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """What `features` can give beside the features."""
+        return ()
 
     slot_frames = 1  # frames that the tower joins by itself
 
@@ -217,7 +74,7 @@ class PostEncoderHost(Host):
 
     @abstractmethod
     def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
-        """What the host's own tower and projector give."""
+        """What the host's own tower and projector give, and what else `self.reduction.reads`."""
 
     @abstractmethod
     def attended(self, grid: tuple[int, int]) -> tuple[int, float]:
@@ -226,25 +83,25 @@ class PostEncoderHost(Host):
     # ---- the protocol
 
     @classmethod
-    def create(cls, model: Any, processor: Any, method: str, num_frames: int, options: Mapping[str, Any]) -> Host:
-        return cls(model, processor, method, num_frames, options)
+    def create(cls, model: Any, processor: Any, request: Request) -> Host:
+        if request.where == "tower":
+            raise ValueError(
+                f"nothing merges inside the tower of {type(model).__name__} here: expected where='behind' or 'auto'"
+            )
+        return cls(model, processor, request)
 
     @classmethod
     def restore(cls, model: Any, processor: Any, config: Mapping[str, Any]) -> Host:
-        saved = read(_Saved, config, "the compression")
-        if saved.method not in METHODS:
-            raise ValueError(f"'method': expected one of {', '.join(METHODS)}; got {saved.method!r}")
-        names = [field.name for field in fields(METHODS[saved.method].behind_tower().options)]
-        if missing := set(names) - saved.options.keys():
-            raise ValueError(f"'options': expected {', '.join(names)}; missing {sorted(missing)}")
-        return cls(model, processor, saved.method, saved.num_frames, saved.options)
+        return cls(model, processor, saved_request(config))
 
     def config(self) -> dict[str, Any]:
-        return {"method": self.method, "num_frames": self.num_frames, "options": asdict(self.options)}
+        return saved_behind(self.reduction, self.num_frames)
 
     def encode(self, videos: Sequence[SampledVideo], prompts: Sequence[str]) -> list[VisualTokens]:
+        if self.frames_at_once is not None:
+            return encode_by_parts(self, videos)
         return [
-            self.visual_tokens(video, frames, self.merge(frames))
+            self.visual_tokens(video, len(frames.x), frames.grid, self.reduction.reduce(frames))
             for video, frames in zip(videos, self.features(videos), strict=True)
         ]
 
@@ -253,17 +110,14 @@ class PostEncoderHost(Host):
         grids = [self.grid(*video.frames.shape[1:3]) for video in videos]
         return [FrameFeatures(*pair) for pair in zip(x.unflatten(0, (len(videos), -1)), grids, strict=True)]
 
-    def merge(self, frames: FrameFeatures) -> ClipFeatures:
-        """The features of a video, merged with what the method has learnt."""
-        schedule = self.plan((len(frames.x), *frames.grid))
-        steps = merge_steps(schedule, frames.x.shape[-1])
-        share_learnt(steps, self.merging)
-        return merge(frames, schedule, steps.to(frames.x.device))  # the model may have moved since
+    def visual_tokens(self, video: SampledVideo, slots: int, grid: Grid, left: KeptFeatures) -> VisualTokens:
+        """Adds what `written` wants to know: of every clip its tokens, and its time in seconds.
 
-    def visual_tokens(self, video: SampledVideo, frames: FrameFeatures, clips: ClipFeatures) -> VisualTokens:
-        """Adds what `written` wants to know: tokens of every clip, and its time in seconds."""
-        seconds = clip_seconds(video, len(frames.x), len(clips.x))
-        return VisualTokens(clips.x.flatten(0, 1), {"clip_tokens": clips.x.shape[1], "seconds": seconds})
+        Args:
+            slots, grid: of the video before anything merged.
+        """
+        seconds = clip_seconds(video, slots, left.clips)
+        return VisualTokens(left.x, {"clip_tokens": [clip.tokens for clip in left.clips], "seconds": seconds})
 
     def costs(self, frame: tuple[int, int] | None = None) -> Costs:
         frame = frame or _TYPICAL
@@ -275,21 +129,54 @@ class PostEncoderHost(Host):
         tower = self.slots * tokens * each / 1e9
         return Costs(native, ours, tower, tower, frame)
 
+    # ---- videos part by part
+
+    def check_cut(self) -> None:
+        """The tower sees slots apart, and what becomes of their features, all methods say."""
+
+    def check_stream(self) -> None:
+        check_reduces_parts(self.reduction)
+
+    def cut(self, frame: tuple[int, int]) -> int:
+        return self.slot_frames * (self.reduction.cut(self.slots, self.grid(*frame)) or 1)
+
+    def held(self, frames: int, cut: int) -> int:
+        """A slot that is short needs no help."""
+        return -self._slots_of(frames) % (cut // self.slot_frames) * self.slot_frames
+
+    def _slots_of(self, frames: int) -> int:
+        return -(-frames // self.slot_frames)
+
+    def encode_part(self, part: SampledVideo, first: int) -> FrameFeatures | KeptPart:
+        (frames,) = self.features([self.whole_slots(part)])
+        if self.reduction.cut(self.slots, frames.grid) is None:
+            return frames
+        return KeptPart(self.reduction.reduce(frames, self.slots), len(frames.x))
+
+    def whole_slots(self, part: SampledVideo) -> SampledVideo:
+        """With the last frame as often as the tower's own preprocessing repeats it."""
+        return part.held(-len(part.frames) % self.slot_frames)
+
+    def join_parts(self, parts: Sequence[Any], video: SampledVideo) -> VisualTokens:
+        grid, slots = self.grid(*frame_size(video)), self._slots_of(len(video.indices))
+        if isinstance(parts[0], FrameFeatures):
+            left = self.reduction.reduce(join_features(parts))
+        else:
+            left = join_kept(parts, prod(grid))
+        return self.visual_tokens(video, slots, grid, left)
+
     # ---- counts
 
     @property
     def slots(self) -> int:
         """T, frames or temporal patches that the tower gives."""
-        return -(-self.num_frames // self.slot_frames)
+        return self._slots_of(self.num_frames)
 
-    def plan(self, grid: tuple[int, int, int]) -> MergeSchedule:
-        """The merging of a video of T slots of rows x columns of tokens."""
-        return make_plan(self.method, grid[0], grid[1:], self.options)
-
-    def count(self, height: int, width: int) -> tuple[int, int]:
-        """Visual tokens of a video with frames of this size: the host's own, and ours. Computed, without the model."""
-        rows, columns = self.grid(height, width)
-        return self.slots * rows * columns, self.plan((self.slots, rows, columns)).output_tokens
+    def count(self, height: int, width: int) -> tuple[int, int | None]:
+        """Visual tokens of a video with frames of this size: the host's own, and ours, None where the data decide.
+        Computed, without the model."""
+        grid = self.grid(height, width)
+        return self.slots * prod(grid), self.reduction.count(self.slots, grid)
 
 
 def slot_seconds(video: SampledVideo, slots: int) -> list[float]:
@@ -299,7 +186,11 @@ def slot_seconds(video: SampledVideo, slots: int) -> list[float]:
     return [(times[i] + times[i + size - 1]) / 2 for i in range(0, len(times), size)]
 
 
-def clip_seconds(video: SampledVideo, slots: int, clips: int) -> list[float]:
+def clip_seconds(video: SampledVideo, slots: int, clips: Sequence[Clip]) -> list[float]:
     """The times of clips: the mean over the slots that they joined."""
-    times, size = slot_seconds(video, slots), slots // clips
-    return [sum(times[i : i + size]) / size for i in range(0, slots, size)]
+    return clip_means(slot_seconds(video, slots), clips)
+
+
+def clip_means(times: Sequence[float], clips: Sequence[Clip]) -> list[float]:
+    """The mean over the slots of each clip, of one number for each slot."""
+    return [sum(times[clip.first : clip.last + 1]) / (clip.last + 1 - clip.first) for clip in clips]

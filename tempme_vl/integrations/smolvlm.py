@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tempme_vl.compressors import FrameFeatures, KeptFeatures
+from tempme_vl.compressors.base import Grid
 from tempme_vl.integrations.base import SampledVideo, VisualTokens, as_input, pooled
-from tempme_vl.integrations.post_encoder import ClipFeatures, FrameFeatures, PostEncoderHost
+from tempme_vl.integrations.post_encoder import PostEncoderHost
 
 
 class SmolVLMHost(PostEncoderHost):
@@ -53,7 +55,7 @@ class SmolVLMHost(PostEncoderHost):
         output = pooled(self.model.model.get_image_features(**given))
         x = torch.cat(list(output)).reshape(-1, output[0].shape[-1])
         rows, columns = self.grid(*videos[0].frames.shape[1:3])
-        expected = len(videos) * self.num_frames * rows * columns
+        expected = sum(len(video.frames) for video in videos) * rows * columns
         if len(x) != expected:
             raise ValueError(
                 f"expected {expected} features of {len(videos)} videos, got {len(x)}: SmolVLM leaves frames out whose "
@@ -61,17 +63,18 @@ class SmolVLMHost(PostEncoderHost):
             )
         return self.frames_of(x.unflatten(0, (-1, rows * columns)), videos)
 
-    def visual_tokens(self, video: SampledVideo, frames: FrameFeatures, clips: ClipFeatures) -> VisualTokens:
-        tokens = super().visual_tokens(video, frames, clips)
+    def visual_tokens(self, video: SampledVideo, slots: int, grid: Grid, left: KeptFeatures) -> VisualTokens:
+        tokens = super().visual_tokens(video, slots, grid, left)
         return VisualTokens(tokens.features, {**tokens.extra, "duration": video.duration})
 
     def written(self, tokens: VisualTokens) -> str:
         processor, seconds = self.processor, tokens.extra["seconds"]
         words: Any = inspect.getmodule(type(processor))  # the host's own, which differ little between versions
-        image = processor.image_token * tokens.extra["clip_tokens"]
-        image = f"{processor.fake_image_token}{processor.global_image_token}{image}{processor.fake_image_token}"
+        around, whole = processor.fake_image_token, processor.global_image_token
+        images = [f"{around}{whole}{processor.image_token * n}{around}" for n in tokens.extra["clip_tokens"]]
         duration = str(timedelta(seconds=int(tokens.extra["duration"])))
         intro = words.DEFAULT_VIDEO_INTRO.format(frame_count=words.num2words(len(seconds)), video_duration=duration)
         stamps = [f"{int(second // 60):02d}:{int(second % 60):02d}" for second in seconds]
-        frames = [words.FRAME_TIMESTAMP_MESSAGE.format(timestamp=stamp) + image for stamp in stamps]
+        told = [words.FRAME_TIMESTAMP_MESSAGE.format(timestamp=stamp) for stamp in stamps]
+        frames = [time + image for time, image in zip(told, images, strict=True)]
         return intro + "".join(frames) + words.DEFAULT_MEDIA_OUTTRO

@@ -30,9 +30,6 @@ class VideoLlavaHost(InEncoderHost):
     def project_grid(self, tokens: Tensor) -> Tensor:
         return self.project(tokens.flatten(1, 2))
 
-    def native_tokens(self) -> int:
-        return self.num_frames * self.frontend.shape.tokens
-
     @staticmethod
     def tiny(words: Sequence[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
         named = {"image_token": "<image>", "video_token": "<video>"}

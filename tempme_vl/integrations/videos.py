@@ -33,6 +33,7 @@ class SampledVideo:
         fps: frames a second of the video that was given.
         times: seconds of the F frames, ascending.
         total: frames of the video that was given.
+        whole: of a part of such a video F of all of it.
     """
 
     frames: np.ndarray
@@ -40,6 +41,19 @@ class SampledVideo:
     fps: float | None = None
     times: tuple[float, ...] | None = None
     total: int | None = None
+    whole: int | None = None
+
+    def part(self, first: int, count: int, whole: int) -> SampledVideo:
+        """`count` of the frames, from one on, of a video of so many."""
+        chosen = slice(first, first + count)
+        times = None if self.times is None else self.times[chosen]
+        return replace(self, frames=self.frames[chosen], indices=self.indices[chosen], times=times, whole=whole)
+
+    def held(self, more: int) -> SampledVideo:
+        """With the last frame so many times more."""
+        frames = np.concatenate([self.frames, *[self.frames[-1:]] * more])
+        times = None if self.times is None else (*self.times, *self.times[-1:] * more)
+        return replace(self, frames=frames, indices=(*self.indices, *self.indices[-1:] * more), times=times)
 
     @property
     def is_timed(self) -> bool:
@@ -141,7 +155,23 @@ def sample(
             raise ValueError(f"expected a SampledVideo of {num_frames} frames; got one of {len(video.frames)}")
         if video.is_timed:
             return video
-        return replace(video, fps=fps, times=times if times is None else _ascending(times, num_frames))
+        return replace(video, fps=fps, times=times if times is None else ascending(times, num_frames))
+    frames = as_frames(video)
+    total = len(frames)
+    indices = tuple((2 * i + 1) * total // (2 * num_frames) for i in range(num_frames))
+    if times is not None:
+        shown = ascending(times, total)
+        times = tuple(shown[index] for index in indices)
+        fps = mean_fps(shown)
+    return SampledVideo(np.ascontiguousarray(frames[list(indices)]), indices, fps, times, total)
+
+
+def as_frames(video: np.ndarray | Tensor | Sequence[Image | np.ndarray | Tensor]) -> np.ndarray:
+    """Frames in any form as (T, H, W, 3).
+
+    Raises:
+        ValueError: not uint8 frames in colour.
+    """
     if isinstance(video, (list, tuple)):
         images = [np.asarray(image) for image in video]
         if len({image.shape for image in images}) != 1:
@@ -153,16 +183,15 @@ def sample(
         raise ValueError(f"{_EXPECTED}; got {frames.dtype} of shape {frames.shape}")
     if frames.shape[3] != 3:
         frames = frames.transpose(0, 2, 3, 1)
-    total = len(frames)
-    indices = tuple((2 * i + 1) * total // (2 * num_frames) for i in range(num_frames))
-    if times is not None:
-        shown = _ascending(times, total)
-        times = tuple(shown[index] for index in indices)
-        fps = (total - 1) / (shown[-1] - shown[0]) if shown[-1] > shown[0] else None
-    return SampledVideo(np.ascontiguousarray(frames[list(indices)]), indices, fps, times, total)
+    return frames
 
 
-def _ascending(times: Sequence[float], count: int) -> tuple[float, ...]:
+def mean_fps(times: Sequence[float]) -> float | None:
+    """Frames a second of frames shown at these times; None where they are all one."""
+    return (len(times) - 1) / (times[-1] - times[0]) if times[-1] > times[0] else None
+
+
+def ascending(times: Sequence[float], count: int) -> tuple[float, ...]:
     """Raises:
     ValueError: not `count` finite numbers in ascending order.
     """
@@ -171,6 +200,11 @@ def _ascending(times: Sequence[float], count: int) -> tuple[float, ...]:
     if len(seconds) != count or not all(map(math.isfinite, seconds)) or not in_order:
         raise ValueError(f"expected times of {count} frames in seconds, finite and ascending; got {_short(seconds)}")
     return seconds
+
+
+def assumed(video: SampledVideo, fps: float) -> SampledVideo:
+    """The same with so many frames a second, if nobody told."""
+    return video if video.is_timed else replace(video, fps=fps)
 
 
 def tell_times(

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from tempme_vl.command_line import named_value
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.families import find_family
 from tempme_vl.merging import METHODS
 from tempme_vl.pretrained import VOCABULARY_FILE, load_vocabulary
 from tempme_vl.recipes.names import BROKEN_VIDEOS
-from tempme_vl.recipes.options.shared import MergeOptions, OptimizerOptions, RecipeOptions, VisualOptions, named_value
+from tempme_vl.recipes.options.shared import MergeOptions, OptimizerOptions, RecipeOptions, VisualOptions
 from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
 from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
 

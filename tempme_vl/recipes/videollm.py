@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from tempme_vl.data.questions import TrainQuestions, most_options
 from tempme_vl.data.reader import VideoReader
-from tempme_vl.data.retrieval import EvalVideos
-from tempme_vl.data.transforms import Preprocess, VideoTransform
+from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.videoqa import QASplit
-from tempme_vl.evaluation.encode import encode_all
+from tempme_vl.evaluation.videollm.ask import as_they_are, ask
 from tempme_vl.evaluation.videoqa import accuracy
 from tempme_vl.integrations import Host, compress, load_host
 from tempme_vl.integrations.costs import prefill_gflops
@@ -45,8 +42,8 @@ def main(options: Options) -> None:
     source = prepare_host(options, train)
     model = build_model(options, source, dtype).to(device)
     host = model.compressed.host
-    reader = video_reader(options, host.num_frames, VideoTransform(as_they_are(options)))
-    train_reader = replace(reader, transform=VideoTransform(as_they_are(options), options.augment))
+    reader = video_reader(options, host.num_frames, VideoTransform(as_they_are(options.image_size)))
+    train_reader = replace(reader, transform=VideoTransform(as_they_are(options.image_size), options.augment))
 
     trainer = Trainer(
         model,
@@ -99,8 +96,9 @@ def build_model(options: Options, source: str, dtype: torch.dtype) -> VideoLLM:
     model, processor = load_host(source, dtype=dtype)
     torch.manual_seed(options.seed)
     built = create_video_llm(
-        compress(model, processor, **merging(options, 8)),
-        lora_rank=options.lora_rank,
+        compress(model, processor, **merging(options, 8), where=options.where),
+        lora_rank=0 if options.train_language_model else options.lora_rank,
+        train_language_model=options.train_language_model,
         train_frontend=options.train_frontend,
         prompt=options.prompt,
         answer_tokens=options.answer_tokens,
@@ -109,24 +107,6 @@ def build_model(options: Options, source: str, dtype: torch.dtype) -> VideoLLM:
     )
     built.set_grad_checkpointing(options.grad_checkpointing)
     return built
-
-
-def as_they_are(options: Options) -> Preprocess:
-    """Square frames with pixels of 0 to 255: the host's own preprocessing does the rest."""
-    return Preprocess(options.image_size, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
-
-
-class NumberedVideos(Dataset):
-    """Videos with the number of each."""
-
-    def __init__(self, videos: EvalVideos):
-        self.videos = videos
-
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.videos[index], "number": index}
 
 
 def evaluate(
@@ -139,31 +119,20 @@ def evaluate(
     workers: int,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Accuracy and written answers on a split, all ranks together; `encode` is the model or its DeepSpeed engine."""
-    encode.eval()
-    prompts = [model.tokenize(q.question, None, q.options)["prompt"] for q in split.questions]
-
-    def write(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        asked = [prompts[number] for number in batch["number"].tolist()]
-        return encode({"video": batch["video"], "times": batch["times"], "prompt": asked})
-
-    videos = NumberedVideos(EvalVideos([question.video for question in split.questions], reader))
-    found = encode_all(write, videos, device, ("prediction", "valid"), batch_size, workers, label="questions")
-    rows = zip(split.questions, found["prediction"].tolist(), found["valid"].tolist(), strict=True)
-    # questions about videos that could not be read, and those that nothing was written to, have no answer
-    answers = {question.question_id: model.text(row) for question, row, valid in rows if valid}
-    predictions = {question_id: text for question_id, text in answers.items() if text}
-    return accuracy(predictions, split, normalize=True), predictions
+    asked = ask(model, encode, split, reader, device, batch_size, workers)
+    return accuracy(asked.predictions, split, normalize=True), dict(asked.predictions)
 
 
-def host_cost(host: Host, side: int) -> dict[str, int | float]:
-    """Tokens and GFLOPs of a video with frames of side x side pixels, the host's own and ours; a multiply-add is 1."""
+def host_cost(host: Host, side: int) -> dict[str, int | float | None]:
+    """Tokens and GFLOPs of a video with frames of side x side pixels, the host's own and ours; a multiply-add is 1.
+    None for what a method decides by the data."""
     costs = host.costs((side, side))
     return {
         "output_tokens": costs.tokens,
         "host_tokens": costs.native_tokens,
         "tower_gflops": costs.tower,
         "host_tower_gflops": costs.native_tower,
-        "prefill_gflops": prefill_gflops(host, costs.tokens),
+        "prefill_gflops": None if costs.tokens is None else prefill_gflops(host, costs.tokens),
         "host_prefill_gflops": prefill_gflops(host, costs.native_tokens),
     }
 

@@ -264,23 +264,26 @@ def create_video_llm(
     answer_tokens: int = 8,
     source: str | None = None,
     input: HostInput | None = None,
-    **options: Any,
+    train_language_model: bool = False,
 ) -> VideoLLM:
     """Says what trains in a compressed model.
 
-    The projector (`Host.projector`) always trains, as in LLaVA; the language model by LoRA on all its linear layers or
-    not at all.
+    The projector (`Host.projector`) always trains, as in LLaVA; the language model by LoRA on all its linear layers,
+    as a whole, or not at all.
 
     Args:
         compressed: what `tempme_vl.integrations.compress` gave, its model not in peft's wrapper.
         lora_rank: 0 for none; LoRA's update is scaled by 1, whatever the rank.
         train_frontend: train the tower and the clip positions, too.
         prompt, answer_tokens, source, input: see `VideoLLM`.
+        train_language_model: all its weights, word vectors too; without LoRA.
 
     Raises:
-        ValueError: as `VideoLLM`; a model that has nothing of what its host calls the projector; or a projector, or a
-            tower that is to train, of quantised weights.
+        ValueError: as `VideoLLM`; LoRA on what trains as a whole; a model that has nothing of what its host calls the
+            projector; or a projector, a tower or a language model that is to train, of quantised weights.
     """
+    if train_language_model and lora_rank:
+        raise ValueError(f"the language model trains by LoRA or as a whole; got lora_rank={lora_rank}: give 0 with it")
     host, model = compressed.host, compressed.model
     model.requires_grad_(False)
     compressed.merging.requires_grad_(train_frontend)
@@ -293,6 +296,9 @@ def create_video_llm(
             "says lies between tower and language model"
         )
     _train(projector, "the projector")
+    if train_language_model:
+        words = host.target.get_output_embeddings()
+        _train([*host.language_model.parameters(), *words.parameters()], "the language model")
     if train_frontend:
         _train([weight for part in host.tower_parts for weight in part.parameters()], "the tower")
     return VideoLLM(compressed, prompt, answer_tokens, source, input)

@@ -64,7 +64,9 @@ def built(name: str) -> tuple[Any, Any]:
 
 
 def compressed_by(name: str, method: str = "tempme") -> Compressed:
-    return compress(*built(name), method, FRAMES, 0.5, **(OPTIONS[name] if method == "tempme" else {}))
+    return compress(
+        *built(name), method, FRAMES, clip_position_std=0.5, **(OPTIONS[name] if method == "tempme" else {})
+    )
 
 
 @torch.no_grad()

@@ -351,8 +351,9 @@ def test_a_budget_chooses_the_merging_inside_a_tower() -> None:
         assert isinstance(made, InEncoderHost)
         return made
 
-    ours, whole = host("tempme", budget=0.6), host("none")
-    assert 0.5 < ours.frontend.gflops() / whole.frontend.gflops() <= 0.6 and ours.tokens() < whole.tokens() / 2
-    assert host("tome", tokens=40).frontend.schedule.output_tokens <= 40
-    with pytest.raises(ValueError, match=r"merges behind its tower, where 'tempme' takes .*; got budget"):
-        compress(*tiny_post.build("InternVL"), num_frames=tiny_post.FRAMES, budget=0.6)
+    whole = host("none").tokens()
+    assert whole is not None
+    for budget in (0.5, 0.25):
+        tokens = host("tempme", budget=budget).tokens()
+        assert tokens is not None and 0.8 * budget * whole < tokens <= budget * whole
+    assert host("tome", tokens=40).tokens() == 40

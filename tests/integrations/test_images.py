@@ -22,13 +22,13 @@ from tempme_vl.integrations.images import as_image
 LEFT_OUT = ("InstructBlipVideo",)  # reads no images
 HOSTS = [name for name in tiny.MODELS if name not in LEFT_OUT]
 HOSTS += [name for name in tiny_post.MODELS if tiny_post.NEEDS.get(name, True)]
-MIXING = [name for name in HOSTS if name != "SmolVLM"]  # those that take images beside videos
+MIXING = [name for name in HOSTS if name not in tiny_post.APART]  # those that take images beside videos
 
 
 def ways(name: str) -> list[str]:
     if name in tiny.MODELS:
         return tiny.feeds(name)
-    return ["encoder_outputs"] * tiny_post.NEW + ["embeddings"] * (name != "Qwen3-VL")
+    return ["encoder_outputs"] * tiny_post.NEW + ["embeddings"] * (name not in tiny_post.BY_OUTPUTS)
 
 
 def feeds(names: list[str], quick: int) -> list[Any]:
@@ -66,7 +66,7 @@ def prompt(name: str, words: str) -> str:
     """With "I" for an image and "V" for a video."""
     processor = shared(name)[1]
     video = tiny_post.placeholder(name) if kit(name) is tiny_post else "<video>"
-    image = video.replace(processor.video_token, processor.image_token)
+    image = video.replace(processor.video_token, processor.image_token).replace("_of_video", "_of_image")
     return words.replace("V", video).replace("I", image)
 
 
@@ -196,21 +196,25 @@ def test_feeds_give_the_same(name: str) -> None:
     torch.testing.assert_close(last_logits(one, *asked), last_logits(other, *asked), rtol=0, atol=1e-6)
 
 
-def test_smolvlm_takes_images_or_videos_in_a_prompt() -> None:
-    compressed = compressed_by("SmolVLM", "tempme")
-    text, image, video = (
-        [prompt("SmolVLM", "why I"), prompt("SmolVLM", "is V red")],
-        picture(0),
-        frames_of("SmolVLM", 0),
-    )
+@tiny.hosts([name for name in tiny_post.APART if name in HOSTS])
+def test_images_or_videos_in_a_prompt(name: str) -> None:
+    compressed, image, video = compressed_by(name, "tempme"), picture(0), frames_of(name, 0)
+    text = [prompt(name, "why I"), prompt(name, "is V red")]
     batch = last_logits(compressed, text, [[], [video]], [[image], []])
     torch.testing.assert_close(batch[:1], last_logits(compressed, text[0], [], [image]), rtol=0, atol=1e-4)
     torch.testing.assert_close(batch[1:], last_logits(compressed, text[1], [video], []), rtol=0, atol=1e-4)
-    both = prompt("SmolVLM", "is V red I")
-    asked = {"images": [[image]], "videos": [[video]], "do_sample_frames": False}
-    native = shared("SmolVLM")[1](text=[both], **asked, return_tensors="pt")
-    assert native["pixel_values"].shape[1] < 1 + len(video)  # some are lost
-    with pytest.raises(ValueError, match=r"SmolVLM takes images or videos in a prompt, and not both: its processor"):
+    both = prompt(name, "is V red I")
+    model, processor = shared(name)
+    videos = [[video]] if name == "SmolVLM" else [video]
+    native = processor(text=[both], images=[[image]], videos=videos, do_sample_frames=False, return_tensors="pt")
+    if name == "SmolVLM":
+        assert native["pixel_values"].shape[1] < 1 + len(video)  # some are lost
+    else:
+        with pytest.raises(ValueError, match=r"do not match|at the same time"):
+            model(**native)
+    with pytest.raises(
+        ValueError, match=r"takes images or videos in a prompt, and not both: (its processor|they have)"
+    ):
         compressed.prepare(both, [video], images=[image])
 
 
@@ -226,8 +230,7 @@ def test_a_second_turn_on_the_cache_of_the_first(name: str) -> None:
     ids = torch.cat([inputs["input_ids"], first.sequences, more], dim=1)
     cache = {"past_key_values": first.past_key_values}
     again = compressed.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **cache, **options)
-    between = " " if name in tiny.MODELS else ""
-    written = between.join(words.convert_ids_to_tokens(first.sequences[0].tolist()))
+    written = words.decode(first.sequences[0])
     whole = compressed.prepare(f"{text}{written} how many", **asked)
     assert torch.equal(whole["input_ids"], ids)
     assert torch.equal(compressed.generate(**whole, **options), again[:, ids.shape[1] :])
@@ -255,7 +258,7 @@ def test_inputs_that_others_make_anew(name: str) -> None:
 
 @pytest.mark.parametrize("name", MIXING)
 def test_places_of_images_have_no_label(name: str) -> None:
-    compressed = compressed_by(name, "tempme", "embeddings" if name != "Qwen3-VL" else None)
+    compressed = compressed_by(name, "tempme", None if name in tiny_post.BY_OUTPUTS else "embeddings")
     processor = shared(name)[1]
     text = [prompt(name, "why I is V red"), prompt(name, "what I is")]
     asked = {"videos": [[frames_of(name, 0)], []], "images": [[picture(0)], [picture(1)]]}
@@ -371,7 +374,7 @@ def test_images_that_the_processor_cannot_stack_are_refused_by_name(name: str) -
     assert compressed.prepare([prompt(name, "why I")] * 2, images=images)  # a prompt each
 
 
-@tiny.hosts([name for name in tiny_post.NEEDS if name in HOSTS])
+@tiny.hosts([name for name in tiny_post.AXES if name in HOSTS])
 def test_images_side_by_side_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="two images stand side by side"):
         compressed_by(name, "none").prepare("<|image_pad|><|image_pad|>", images=[picture(0), picture(1)])

@@ -41,6 +41,6 @@ def test_the_readme_lists_all_hosts_where_they_merge() -> None:
 
 def test_the_page_of_lmms_eval_lists_those_that_are_told_times() -> None:
     (listed,) = re.findall(
-        r"Hosts that write times into the prompt \((.*?)\)", (ROOT / "docs/lmms_eval.md").read_text()
+        r"Hosts that write times into the prompt \((.*?)\)", (ROOT / "docs/lmms_eval.md").read_text(), re.DOTALL
     )
     assert names(listed) == {plain(name) for name, host in OWN.items() if host.uses_time}

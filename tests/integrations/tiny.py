@@ -261,19 +261,23 @@ def new_tokens(compressed: Any, text: Any, videos: Any, fps: Any = 24.0, **optio
 
 @torch.no_grad()
 def native_words(host: Any, native: Any, record: Callable[[str, object], None], **options: Any) -> Tensor:
-    """What the host writes: its language model, on the embeddings that its own forward makes of the video.
+    """What the host writes: its language model, on the embeddings that its own forward makes of the video, at its own
+    positions where they have several axes.
 
     Its `generate` writes the same from the video itself. Only with beams some versions of transformers fail there, as
-    they expand the video wrongly; that is told to `record`.
+    they expand the video wrongly (GLM's of all versions: they count another token); that is told to `record`.
     """
     seen: dict[str, Any] = {}
     hook = host.language_model.register_forward_pre_hook(lambda *a: seen.update(a[2]), with_kwargs=True)
     host.model(**native)
     hook.remove()
     options = {"max_new_tokens": NEW_WORDS, "do_sample": False, **options}
-    mask = native["attention_mask"]
-    written = host.target.generate(inputs_embeds=seen["inputs_embeds"], attention_mask=mask, **options)[:, -NEW_WORDS:]
-    strict = "num_beams" not in options or Version(transformers.__version__) >= Version("5.23")
+    positions = seen.get("position_ids")
+    placed = {"position_ids": positions} if positions is not None and positions.ndim == 3 else {}
+    asked = {"inputs_embeds": seen["inputs_embeds"], "attention_mask": native["attention_mask"], **placed}
+    written = host.target.generate(**asked, **options)[:, -NEW_WORDS:]
+    known = Version(transformers.__version__) >= Version("5.23") and not type(host.model).__name__.startswith("Glm")
+    strict = "num_beams" not in options or known
     try:
         own: Any = host.model.generate(**native, **options)[:, -NEW_WORDS:]
     except (IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -5,147 +5,54 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from integrations.tiny import _finish, hosts, video
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from integrations.tiny import hosts, video
+from integrations.tiny_letters import IDS, SPECIAL, TEXT, TOKEN, finished, takes_letters, tokenizer
+from integrations.tiny_qwen import glm4v, qwen2_5_omni, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen3_vl_moe
 
-__all__ = ["FRAMES", "MODELS", "NEEDS", "NEW", "PLACED", "TOKEN", "build", "hosts", "placeholder", "video"]
+__all__ = [
+    "APART",
+    "AXES",
+    "BY_OUTPUTS",
+    "FRAMES",
+    "MODELS",
+    "NEEDS",
+    "NEW",
+    "PLACED",
+    "TIMED",
+    "TOKEN",
+    "TWO_WAYS",
+    "build",
+    "hosts",
+    "placeholder",
+    "tokenizer",
+    "video",
+]
 
 FRAMES = 8
 # what the transformers at hand can do: take encoder outputs (5.18 on), and generate from positions of three axes
 NEW = "mm_encoder_outputs" in inspect.signature(transformers.InternVLForConditionalGeneration.forward).parameters
 PLACED = hasattr(transformers.GenerationMixin, "_prepare_position_ids_for_generation")
-NEEDS = {"Qwen2.5-VL": PLACED, "Qwen3-VL": NEW}
-SPECIAL = {
-    "image_token": "<|image_pad|>",
-    "video_token": "<|video_pad|>",
-    "vision_start_token": "<|vision_start|>",
-    "vision_end_token": "<|vision_end|>",
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "fake_image_token": "<fake>",
-    "global_image_token": "<global-img>",
-    "end_of_utterance_token": "<end_of_utterance>",
+NEEDS = {
+    **dict.fromkeys(("Qwen2-VL", "Qwen2.5-VL", "Qwen2.5-Omni", "Qwen3.5", "Qwen3.5-MoE"), PLACED),
+    **dict.fromkeys(("GLM-4.1V", "GLM-4.5V", "GLM-4.6V"), PLACED),
+    **dict.fromkeys(("Qwen3-VL", "Qwen3-VL-MoE"), NEW),
+    **dict.fromkeys(("Gemma 4, small", "Gemma 4, large", "Molmo2"), NEW),
 }
-LETTERS = [chr(code) for code in range(32, 127)] + ["\n"]
-TOKEN = {letter: number for number, letter in enumerate(["<pad>", "<s>", "</s>", "<unk>", *SPECIAL.values(), *LETTERS])}
-
-_TEXT: dict[str, Any] = {
-    "vocab_size": len(TOKEN),
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}
-_IDS: dict[str, Any] = {
-    "image_token_id": TOKEN["<|image_pad|>"],
-    "video_token_id": TOKEN["<|video_pad|>"],
-    "vision_start_token_id": TOKEN["<|vision_start|>"],
-    "vision_end_token_id": TOKEN["<|vision_end|>"],
-}
-_QWEN_SIZES: dict[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Every letter is a token, so that each letter of a time that a host writes counts."""
-    letters = Tokenizer(models.WordLevel(TOKEN, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=letters,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=SPECIAL,
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def _takes_letters(processor: Any) -> Any:
-    """A class of processors; that of transformers 4 names the tokenizers that it takes."""
-    if hasattr(processor, "tokenizer_class"):
-        processor.tokenizer_class = "AutoTokenizer"
-    return processor
-
-
-def _finished(model: Any) -> Any:
-    model = _finish(model)
-    model.generation_config.suppress_tokens = list(range(4 + len(SPECIAL)))
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def qwen2_5_vl() -> tuple[Any, Any]:
-    config = transformers.Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 4,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,  # as published
-        },
-        text_config={**_TEXT, "rope_parameters": _rope([1, 1, 2]), "rope_scaling": _rope([1, 1, 2])},
-        tie_word_embeddings=False,
-        **_IDS,
-    )
-    processor = _takes_letters(transformers.Qwen2_5_VLProcessor)(
-        image_processor=transformers.Qwen2VLImageProcessor(**_QWEN_SIZES),
-        tokenizer=tokenizer(),
-        video_processor=transformers.Qwen2VLVideoProcessor(
-            **_QWEN_SIZES, size={"shortest_edge": 64, "longest_edge": 1024}
-        ),
-    )
-    return _finished(transformers.Qwen2_5_VLForConditionalGeneration(config)), processor
-
-
-def qwen3_vl() -> tuple[Any, Any]:
-    config = transformers.Qwen3VLConfig(
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 4,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        text_config={**_TEXT, "head_dim": 8, "rope_parameters": _rope([2, 1, 1]), "rope_scaling": _rope([2, 1, 1])},
-        tie_word_embeddings=False,
-        **_IDS,
-    )
-    processor = _takes_letters(transformers.Qwen3VLProcessor)(
-        image_processor=transformers.Qwen2VLImageProcessor(**_QWEN_SIZES),
-        tokenizer=tokenizer(),
-        video_processor=transformers.Qwen3VLVideoProcessor(
-            **_QWEN_SIZES, size={"shortest_edge": 64, "longest_edge": 8 * 1024}
-        ),
-    )
-    return _finished(transformers.Qwen3VLForConditionalGeneration(config)), processor
-
-
-def _rope(section: list[int]) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section, "mrope_interleaved": True}
+AXES = tuple(name for name in NEEDS if name.startswith(("Qwen", "GLM")))  # with positions of time, row and column
+TIMED = (
+    *(name for name in NEEDS if name != "Qwen2-VL"),
+    "SmolVLM",
+    "VideoLLaMA 3",
+)  # told when frames were shown
+TWO_WAYS = ("Gemma 4, large", "Molmo2")  # visual tokens attend to each other in both directions
+# whose language model gets more than embeddings: features for deeper layers, numbers of tokens
+BY_OUTPUTS = ("Qwen3-VL", "Qwen3-VL-MoE", "Gemma 4, small", "Gemma 4, large", "Molmo2")
+APART = ("GLM-4.1V", "GLM-4.5V", "GLM-4.6V", "Molmo2", "SmolVLM")  # take images or videos in a prompt, not both
 
 
 def internvl() -> tuple[Any, Any]:
@@ -158,7 +65,7 @@ def internvl() -> tuple[Any, Any]:
             "image_size": [32, 32],
             "patch_size": [4, 4],
         },
-        text_config=transformers.Qwen2Config(**_TEXT).to_dict(),
+        text_config=transformers.Qwen2Config(**TEXT).to_dict(),
         image_token_id=TOKEN["<IMG_CONTEXT>"],
         image_seq_length=16,
         tie_word_embeddings=False,
@@ -169,14 +76,28 @@ def internvl() -> tuple[Any, Any]:
         video_processor=transformers.InternVLVideoProcessor(size={"height": 32, "width": 32}),
         image_seq_length=16,
     )
-    return _finished(transformers.InternVLForConditionalGeneration(config)), processor
+    return finished(transformers.InternVLForConditionalGeneration(config)), processor
 
 
 def smolvlm() -> tuple[Any, Any]:
     # the processor's only need of another package is the word for a number
     module = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
     if module.num2words is None:
-        words = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+        words = [
+            "none",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+        ]
         module.num2words = words.__getitem__  # type: ignore[attr-defined]
     config = transformers.SmolVLMConfig(
         vision_config={
@@ -187,7 +108,7 @@ def smolvlm() -> tuple[Any, Any]:
             "image_size": 32,
             "patch_size": 4,
         },
-        text_config=transformers.LlamaConfig(**_TEXT).to_dict(),
+        text_config=transformers.LlamaConfig(**TEXT).to_dict(),
         image_token_id=TOKEN["<|image_pad|>"],
         scale_factor=2,
         tie_word_embeddings=False,
@@ -199,7 +120,7 @@ def smolvlm() -> tuple[Any, Any]:
         video_processor=transformers.SmolVLMVideoProcessor(**edges),
         image_seq_len=16,
     )
-    return _finished(transformers.SmolVLMForConditionalGeneration(config)), processor
+    return finished(transformers.SmolVLMForConditionalGeneration(config)), processor
 
 
 def perception_lm() -> tuple[Any, Any]:
@@ -215,16 +136,16 @@ def perception_lm() -> tuple[Any, Any]:
         vision_config=transformers.TimmWrapperConfig(
             architecture="vit_pe_core_tiny_patch16_384", model_args={**tower, "global_pool": ""}
         ),
-        text_config=transformers.LlamaConfig(**_TEXT),
+        text_config=transformers.LlamaConfig(**TEXT),
         vision_use_cls_token=True,
         projector_pooling_ratio=2,
-        image_token_id=_IDS["image_token_id"],
-        video_token_id=_IDS["video_token_id"],
+        image_token_id=IDS["image_token_id"],
+        video_token_id=IDS["video_token_id"],
         tie_word_embeddings=False,
     )
     sizes: dict[str, Any] = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
     names = ("PerceptionLMImageProcessor", "PerceptionLMImageProcessorFast")  # the second one in transformers 4
-    processor = _takes_letters(transformers.PerceptionLMProcessor)(
+    processor = takes_letters(transformers.PerceptionLMProcessor)(
         video_processor=transformers.PerceptionLMVideoProcessor(**sizes),
         image_processor=getattr(transformers, next(name for name in names if hasattr(transformers, name)))(
             tile_size=32, max_num_tiles=2, vision_input_type="thumb+tile"
@@ -233,16 +154,140 @@ def perception_lm() -> tuple[Any, Any]:
         patch_size=4,
         pooling_ratio=2,
     )
-    return _finished(transformers.PerceptionLMForConditionalGeneration(config)), processor
+    return finished(transformers.PerceptionLMForConditionalGeneration(config)), processor
 
 
-MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
+def video_llama_3() -> tuple[Any, Any]:
+    family: Any = transformers
+    config = family.VideoLlama3Config(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "patch_size": 4,
+        },
+        text_config=transformers.Qwen2Config(**TEXT).to_dict(),
+        image_token_id=IDS["image_token_id"],
+        video_token_id=IDS["video_token_id"],
+        tie_word_embeddings=False,
+    )
+    processor = takes_letters(family.VideoLlama3Processor)(
+        image_processor=family.VideoLlama3ImageProcessor(
+            patch_size=4, size={"shortest_edge": 64, "longest_edge": 1024}
+        ),
+        tokenizer=tokenizer(),
+        video_processor=family.VideoLlama3VideoProcessor(
+            patch_size=4, size={"shortest_edge": 64, "longest_edge": 8 * 1024}
+        ),
+    )
+    return finished(family.VideoLlama3ForConditionalGeneration(config)), processor
+
+
+def gemma4(small: bool) -> tuple[Any, Any]:
+    """With embeddings in every layer, as the smaller ones, or with a mask in both directions, as the larger ones."""
+    family: Any = transformers
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "hidden_size": 32}
+    layered = {"vocab_size_per_layer_input": len(TOKEN), "hidden_size_per_layer_input": 8 if small else 0}
+    config = family.Gemma4Config(
+        vision_config={
+            **sizes,
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "num_hidden_layers": 2,
+            "patch_size": 4,
+            "position_embedding_size": 128,
+        },
+        text_config={
+            **TEXT,
+            **sizes,
+            **layered,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "sliding_window": 64,
+            "global_head_dim": 16,
+            "use_bidirectional_attention": None if small else "vision",
+        },
+        audio_config=None,
+        tie_word_embeddings=False,
+        boi_token_id=TOKEN["<img>"],
+        eoi_token_id=TOKEN["</img>"],
+        audio_token_id=TOKEN["<|audio|>"],
+        image_token_id=IDS["image_token_id"],
+        video_token_id=TOKEN["<|video|>"],
+    )
+    around = {"boi_token": "<img>", "eoi_token": "</img>", "boa_token": "<|boa|>", "eoa_token": "<|eoa|>"}
+    processor = takes_letters(family.Gemma4Processor)(
+        feature_extractor=family.Gemma4AudioFeatureExtractor(),
+        image_processor=family.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70),
+        tokenizer=tokenizer(**around, audio_token="<|audio|>"),
+        video_processor=family.Gemma4VideoProcessor(patch_size=4),
+    )
+    return finished(family.Gemma4ForConditionalGeneration(config)), processor
+
+
+def molmo2() -> tuple[Any, Any]:
+    family: Any = transformers
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    text = {**TEXT, "head_dim": 8, "additional_vocab_size": 4}
+    config = family.Molmo2Config(
+        vision_config={
+            **sizes,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "image_size": [32, 32],
+            "patch_size": 4,
+        },
+        adapter_config={**sizes, "intermediate_size": 48, "text_hidden_size": 32, "vision_feature_layer": [2, 1]},
+        text_config={**text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        image_patch_id=TOKEN["<im_patch>"],
+        image_start_token_id=TOKEN["<im_start>"],
+        low_res_image_start_token_id=TOKEN["<low_res_im_start>"],
+        image_end_token_id=TOKEN["<im_end>"],
+        frame_start_token_id=TOKEN["<frame_start>"],
+        frame_end_token_id=TOKEN["<frame_end>"],
+        tie_word_embeddings=False,
+    )
+    sides: dict[str, Any] = {"size": {"height": 32, "width": 32}, "patch_size": 4}
+    processor = family.Molmo2Processor(
+        image_processor=family.Molmo2ImageProcessor(**sides, max_crops=2, overlap_margins=[1, 1]),
+        video_processor=family.Molmo2VideoProcessor(**sides, pooling_size=[2, 2]),
+        tokenizer=tokenizer(),
+    )
+    return finished(family.Molmo2ForConditionalGeneration(config)), processor
+
+
+# what the newer ones of transformers have
+_CLASSES = {
+    "Qwen2.5-Omni": "Qwen2_5OmniThinkerModel",
+    "Qwen3.5": "Qwen3_5ForConditionalGeneration",
+    "Qwen3.5-MoE": "Qwen3_5MoeForConditionalGeneration",
+    "GLM-4.5V": "Glm4vMoeForConditionalGeneration",
+    "GLM-4.6V": "Glm46VForConditionalGeneration",
+    "Gemma 4, small": "Gemma4ForConditionalGeneration",
+    "Gemma 4, large": "Gemma4ForConditionalGeneration",
+    "Molmo2": "Molmo2ForConditionalGeneration",
+    "VideoLLaMA 3": "VideoLlama3ForConditionalGeneration",
+}
+_ALL: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "Qwen2-VL": qwen2_vl,
     "Qwen2.5-VL": qwen2_5_vl,
+    "Qwen2.5-Omni": qwen2_5_omni,
     "Qwen3-VL": qwen3_vl,
+    "Qwen3-VL-MoE": qwen3_vl_moe,
+    "Qwen3.5": qwen3_5,
+    "Qwen3.5-MoE": partial(qwen3_5, moe=True),
+    "GLM-4.1V": partial(glm4v, "Glm4v"),
+    "GLM-4.5V": partial(glm4v, "Glm4vMoe"),
+    "GLM-4.6V": partial(glm4v, "Glm46V"),
+    "VideoLLaMA 3": video_llama_3,
+    "Gemma 4, small": partial(gemma4, small=True),
+    "Gemma 4, large": partial(gemma4, small=False),
+    "Molmo2": molmo2,
     "InternVL": internvl,
     "SmolVLM": smolvlm,
     "PerceptionLM, rotary": perception_lm,
 }
+MODELS = {name: make for name, make in _ALL.items() if hasattr(transformers, _CLASSES.get(name, "PreTrainedModel"))}
 
 
 def build(name: str) -> tuple[Any, Any]:
@@ -254,4 +299,8 @@ def build(name: str) -> tuple[Any, Any]:
 def placeholder(name: str) -> str:
     """A video in a prompt, as the host's chat template writes it."""
     video = SPECIAL["video_token"]
+    if "Gemma" in name:
+        return "<|video|>"
+    if "GLM" in name:
+        return f"<|begin_of_video|>{video}<|end_of_video|>"
     return f"{SPECIAL['vision_start_token']}{video}{SPECIAL['vision_end_token']}" if "Qwen" in name else video

@@ -12,8 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tempme_vl.command_line import first_look
-from tempme_vl.recipes.options.shared import named_value
+from tempme_vl.command_line import first_look, named_value
 from tempme_vl.registries import DATASETS, HEADS, TUNINGS
 from tempme_vl.tuning import Lora, find_tuning
 
@@ -115,7 +114,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def preset(recipe: str, options: type[Any], model: str, dataset: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The defaults of a model, a tuning, a head and a data set; of merging none where the command line has a limit for
-    it.
+    it, or says where it is to be.
 
     Args:
         options: the recipe's dataclass.
@@ -123,8 +122,9 @@ def preset(recipe: str, options: type[Any], model: str, dataset: str, arguments:
     rows, record = PRESETS[recipe], DATASETS[dataset]
     row = rows[model] if model in rows else {**rows[ANY], **_papers(recipe, arguments)}
     found = {**row, "data_root": record.root, **record.options}
-    limits = first_look(arguments, ("budget", "tokens"))
-    dropped = () if limits.budget is None and limits.tokens is None else SETTING
+    given = first_look(arguments, ("budget", "tokens", "where"))
+    of_row = given.budget is None and given.tokens is None and given.where in (None, "auto")
+    dropped = () if of_row else SETTING
     known = {field.name for field in fields(options)} - {*dropped}
     return {name: value for name, value in found.items() if name in known}
 

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tempme_vl.command_line import Command, Example, first_look
+from tempme_vl.command_line import Command, Example, first_look, named_value
 from tempme_vl.data.datasets import CAPTIONED, texts_of
 from tempme_vl.data.options import EMBEDDED
 from tempme_vl.recipes.options.presets import preset
-from tempme_vl.recipes.options.shared import VisualOptions, named_value
+from tempme_vl.recipes.options.shared import VisualOptions
 from tempme_vl.registries import DATASETS
 from tempme_vl.tasks.heads import HeadNames, read_options
 

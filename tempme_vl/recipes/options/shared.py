@@ -5,10 +5,10 @@ A recipe's own options are a dataclass that inherits from those here; its comman
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from tempme_vl.command_line import named_value
 from tempme_vl.data.datasets import Source
 from tempme_vl.data.options import EMBEDDED, DataOptions
 from tempme_vl.registries import METHODS
@@ -153,14 +153,3 @@ class RecipeOptions(DataOptions, MergeOptions, ReadingOptions, OptimizerOptions,
 @dataclass(frozen=True)
 class VisualOptions(TowerOptions, TuningOptions, RecipeOptions):
     """What recipes have that begin with a visual tower."""
-
-
-def named_value(option: str) -> tuple[str, Any]:
-    """ "rank=16" as ("rank", 16)."""
-    name, equals, text = option.partition("=")
-    if not equals:
-        raise ValueError(f"expected NAME=VALUE; got {option!r}")
-    try:
-        return name, json.loads(text)
-    except ValueError:  # a word
-        return name, text

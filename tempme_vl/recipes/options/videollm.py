@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tempme_vl.command_line import Command, Example, first_look
 from tempme_vl.data.datasets import ASKED
@@ -29,8 +29,16 @@ class Options(RecipeOptions):
     """A folder or hub name of a video-language model of transformers, one of tempme_vl.integrations.HOSTS; or
     tiny:VideoLlava, tiny:Qwen2_5_VL: random, with the words of the training questions, written to OUTPUT/host.
     Hosts that merge behind their tower have no --r (of TempMe) and no --merge-layers."""
+    where: Literal["auto", "tower", "behind"] = "auto"
+    """Inside the host's tower or behind it; auto: as the options of merging are, inside where both could be meant."""
+    budget: float | None = None
+    """Share of the host's own visual tokens to keep at most: chooses what is not given of the options of merging."""
+    tokens: int | None = None
+    """Visual tokens of a video at most, instead of a budget."""
     lora_rank: int = 16
     """LoRA on all linear layers of the language model; 0 for none. Its update is scaled by 1, whatever the rank."""
+    train_language_model: bool = False
+    """Train all weights of the language model, in place of LoRA."""
     train_frontend: bool = False
     """Train the tower and the clip positions, too."""
     prompt: str | None = None

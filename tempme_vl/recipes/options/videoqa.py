@@ -7,11 +7,11 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from tempme_vl.command_line import Command, Example, first_look
+from tempme_vl.command_line import Command, Example, first_look, named_value
 from tempme_vl.data.datasets import ASKED
 from tempme_vl.data.options import EMBEDDED
 from tempme_vl.recipes.options.presets import preset
-from tempme_vl.recipes.options.shared import VisualOptions, named_value
+from tempme_vl.recipes.options.shared import VisualOptions
 from tempme_vl.registries import DATASETS
 from tempme_vl.tasks.heads import HeadNames, options_of, read_options
 from tempme_vl.tasks.qa.options import NAMED, DecoderOptions, LLMOptions

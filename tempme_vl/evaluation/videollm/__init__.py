@@ -1,0 +1,1 @@
+"""A compressed video-language model evaluated on questions, and compression methods compared on one model."""
