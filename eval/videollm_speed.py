@@ -13,10 +13,8 @@ Weights, frames and words are random: only times and counts mean something.
 from __future__ import annotations
 
 import inspect
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,17 +22,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.command import at_least, run
 from tempme_vl.command_line import Command
-from tempme_vl.evaluation.measure import device_name, paired_times, synchronize
-from tempme_vl.integrations import Compressed, SampledVideo, compress
+from tempme_vl.evaluation.measure import device_name
+from tempme_vl.evaluation.moments import Times, Watched, first_convolution, time_answer
+from tempme_vl.evaluation.stages import Depth, Way, format_rows, head_seconds, in_turns, stage_rows
+from tempme_vl.integrations import Compressed, compress
 from tempme_vl.integrations.base import pooled
 from tempme_vl.integrations.costs import prefill_gflops
 from tempme_vl.integrations.in_encoder import InEncoderHost
-from tempme_vl.integrations.post_encoder import FrameFeatures, PostEncoderHost, make_plan
 from tempme_vl.integrations.tiny import word_tokenizer
 from tempme_vl.merging import make_schedule
 from tempme_vl.reports import finish
@@ -127,62 +126,6 @@ class Options:
     """Also write all numbers to this file."""
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of one answer, from uint8 frames to the last token.
-
-    Attributes:
-        preprocessing: frames to pixels on the device.
-        tower: ViT, projector, and merging inside or behind it, until the inputs of the language model are there.
-        prefill: until the first token's logits.
-        token: each further token.
-        total: all of it, on one clock.
-    """
-
-    preprocessing: float
-    tower: float
-    prefill: float
-    token: float
-    total: float
-
-
-@dataclass(frozen=True)
-class Way:
-    """One row of the table.
-
-    Attributes:
-        prepare: videos (F, H, W, 3) uint8 to inputs of `generate`, the tower's work done.
-        merging: its options, in words.
-        tokens: visual tokens of one video that the language model reads.
-        tower_gflops, prefill_gflops: of one video and its prompt, computed; a multiply-add is 1.
-    """
-
-    name: str
-    prepare: Callable[[Sequence[np.ndarray]], Mapping[str, Any]]
-    merging: str
-    tokens: int
-    tower_gflops: float
-    prefill_gflops: float
-
-
-class PostEncoderVideoLlava(PostEncoderHost):
-    """Video-LLaVA with merging behind its tower, to compare with: the library merges inside it."""
-
-    @staticmethod
-    def tower_of(model: Any) -> nn.Module:
-        return model.model.video_tower
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        vision = self.model.config.vision_config
-        return 1, (vision.image_size // vision.patch_size) ** 2 + 1  # the host keeps CLS, which is in no grid
-
-    def attended(self, grid: tuple[int, int]) -> tuple[int, float]:
-        return grid[1], grid[1]
-
-    def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
-        return self.frames_of(pooled(self.model.model.get_video_features(self.pixels(videos))), videos)
-
-
 def main(options: Options) -> None:
     at_least(1, frames=options.frames, batch=options.batch, repeats=options.repeats, threads=options.threads)
     at_least(1, llm_layers=options.llm_layers)
@@ -203,8 +146,9 @@ def main(options: Options) -> None:
     ways = all_ways(model, processor, options)
     rng = np.random.default_rng(options.seed)
     videos = [rng.integers(0, 256, (options.frames, *FRAME, 3), dtype=np.uint8) for _ in range(options.batch)]
-    times = measure(model, ways, videos, options.new_tokens, options.repeats)
-    rows = summarize(model, ways, times, options)
+    times = in_turns(ways, lambda way: answer(model, way, videos, options.new_tokens)[0], options.repeats)
+    depth = Depth(options.llm_layers, SIZES[options.model].depth, head_seconds(model, options.batch))
+    rows = stage_rows(ways, times, depth, options.new_tokens)
     device, weight = model.device, next(model.parameters())
     setting = (
         f"{options.model}, {options.llm_layers} of {SIZES[options.model].depth} layers of its language model, "
@@ -278,35 +222,40 @@ def all_ways(model: Any, processor: Any, options: Options) -> list[Way]:
         layers = len(schedule.plan)
         return make_schedule("tome", layers, options.frames, schedule.tokens, schedule.prefix, r=r).output_tokens
 
-    r = nearest(tome_tokens, range(1, schedule.tokens // 2), costs.tokens)
+    r = nearest(tome_tokens, range(1, schedule.tokens // 2), known(inside))
     tome = compress(model, processor, "tome", options.frames, r=r)
 
     def behind_options(intra: int) -> dict[str, Any]:
         return {"merge_frames": options.merge_frames, "cross_percent": CROSS_PERCENT, "intra_percent": intra}
 
-    def behind_tokens(intra: int) -> int:
-        return make_plan("tempme", options.frames, (1, schedule.tokens), behind_options(intra)).output_tokens
+    def merged_behind(intra: int) -> Compressed:
+        return compress(model, processor, "tempme", options.frames, "behind", **behind_options(intra))
 
-    intra = nearest(behind_tokens, range(51), costs.tokens)
-    host = PostEncoderVideoLlava(model, processor, "tempme", options.frames, behind_options(intra))
-    behind = Compressed(host, model)
+    intra = nearest(lambda percent: known(merged_behind(percent)), range(51), known(inside))
+    behind = merged_behind(intra)
 
     def prefill(tokens: int) -> float:
         return prefill_gflops(inside.host, tokens + len(PROMPT.split()))  # <s> in place of <video>
 
-    def way(name: str, compressed: Compressed, merging: Mapping[str, Any], tower: float | None = None) -> Way:
-        own = compressed.host.costs()
+    def way(name: str, compressed: Compressed, merging: Mapping[str, Any]) -> Way:
         words = ", ".join(f"{name} {value}" for name, value in merging.items())
-        prepare = partial(our_inputs, compressed)
-        return Way(name, prepare, words, own.tokens, tower or own.tower, prefill(own.tokens))
+        prepare, tokens = partial(our_inputs, compressed), known(compressed)
+        return Way(name, prepare, words, tokens, compressed.host.costs().tower, prefill(tokens))
 
     native = costs.native_tokens, costs.native_tower, prefill(costs.native_tokens)
     return [
         Way("host", partial(host_inputs, model, processor), "", *native),
         way("tempme", inside, tempme),
         way("tome", tome, {"r": r}),
-        way("post-encoder", behind, behind_options(intra), tower=costs.native_tower),  # one tower, counted one way
+        way("post-encoder", behind, behind_options(intra)),
     ]
+
+
+def known(compressed: Compressed) -> int:
+    """Visual tokens of a video, by a method that says so ahead."""
+    tokens = compressed.counts().ours
+    assert tokens is not None, compressed.host.method
+    return tokens
 
 
 def nearest(count: Callable[[int], int], choices: Iterable[int], wanted: int) -> int:
@@ -314,110 +263,11 @@ def nearest(count: Callable[[int], int], choices: Iterable[int], wanted: int) ->
     return min(choices, key=lambda choice: abs(count(choice) - wanted))
 
 
-def measure(
-    model: Any, ways: Sequence[Way], videos: Sequence[np.ndarray], new_tokens: int, repeats: int
-) -> dict[str, list[Times]]:
-    """Times of each way, taken in turn after one round that does not count."""
-    times: dict[str, list[Times]] = {way.name: [] for way in ways}
-    for turn in range(1 + repeats):
-        for way in ways:
-            own, _ = answer(model, way, videos, new_tokens)
-            if turn:
-                times[way.name].append(own)
-    return times
-
-
-@torch.no_grad()
 def answer(model: Any, way: Way, videos: Sequence[np.ndarray], new_tokens: int) -> tuple[Times, Tensor]:
     """One run of `generate` with its moments noted; also the new tokens (B, new_tokens), 2 or more."""
-    moments: dict[str, float] = {}
-
-    def note(moment: str) -> None:
-        if moment not in moments:
-            synchronize(model.device)
-            moments[moment] = time.perf_counter()
-
-    # both are called once a pass by every way: the tower's first module, and the language model's last
-    patches = next(module for module in model.model.video_tower.modules() if isinstance(module, nn.Conv2d))
-    hooks = [
-        patches.register_forward_pre_hook(lambda *_: note("pixels")),
-        model.lm_head.register_forward_hook(lambda *_: note("first token")),
-    ]
-    try:
-        note("start")
-        inputs = way.prepare(videos)
-        note("inputs")
-        ids = model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-        note("end")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    start, pixels, ready, first, end = (
-        moments[moment] for moment in ("start", "pixels", "inputs", "first token", "end")
-    )
-    token = (end - first) / (new_tokens - 1)
-    return Times(pixels - start, ready - pixels, first - ready, token, end - start), ids[:, -new_tokens:]
-
-
-def summarize(
-    model: Any, ways: Sequence[Way], times: Mapping[str, Sequence[Times]], options: Options
-) -> list[dict[str, Any]]:
-    """Counts, medians, and medians of a turn's ratios to the host's time, as JSON data."""
-    depth = SIZES[options.model].depth
-    # a deeper model has one last module too, which is a quarter of what decoding by 2 layers reads
-    states = torch.zeros(options.batch, 1, model.lm_head.in_features, device=model.device, dtype=model.dtype)
-    head_runs = paired_times({"head": torch.no_grad()(lambda: model.lm_head(states))}, 5, model.device)
-    head = statistics.median(head_runs["head"])
-
-    def at_depth(own: Times) -> float:
-        prefill, token = (head + (part - head) * depth / options.llm_layers for part in (own.prefill, own.token))
-        return own.preprocessing + own.tower + prefill + (options.new_tokens - 1) * token
-
-    def stages(own: Times) -> dict[str, float]:
-        return asdict(own) | ({"at_depth": at_depth(own)} if options.llm_layers < depth else {})
-
-    host_runs = [stages(own) for own in times[ways[0].name]]
-    rows = []
-    for way in ways:
-        runs = [stages(own) for own in times[way.name]]
-        pairs = list(zip(runs, host_runs, strict=True))
-        rows.append(
-            {
-                "row": way.name,
-                "merging": way.merging,
-                "tokens": way.tokens,
-                "tower_gflops": way.tower_gflops,
-                "prefill_gflops": way.prefill_gflops,
-                "seconds": {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]},
-                "ratios": {
-                    stage: statistics.median(run[stage] / host[stage] for run, host in pairs) for stage in runs[0]
-                },
-                "runs": runs,
-            }
-        )
-    return rows
-
-
-def format_rows(rows: Sequence[Mapping[str, Any]], depth: int) -> str:
-    """Markdown: seconds, and in brackets their ratio to the first row's."""
-    heads = {
-        "preprocessing": "preprocessing, s",
-        "tower": "tower, s",
-        "prefill": "prefill, s",
-        "token": "decoding, ms a token",
-        "total": "end to end, s",
-        "at_depth": f"extrapolated to {depth} layers, s",
-    }
-    stages = [stage for stage in heads if stage in rows[0]["seconds"]]
-    lines = [
-        ["", "visual tokens", "tower, GFLOPs", "prefill, GFLOPs", *(heads[stage] for stage in stages)],
-        ["---", *["---:"] * (3 + len(stages))],
-    ]
-    for row in rows:
-        counts = [str(row["tokens"]), f"{row['tower_gflops']:.4g}", f"{row['prefill_gflops']:.4g}"]
-        scaled = [(stage, row["seconds"][stage] * (1e3 if stage == "token" else 1)) for stage in stages]
-        lines.append([row["row"], *counts, *(f"{value:.3g} ({row['ratios'][stage]:.2f})" for stage, value in scaled)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    watched = Watched(first_convolution(model.model.video_tower), model.lm_head, model.device)
+    times, ids = time_answer(watched, partial(way.prepare, videos), model.generate, new_tokens)
+    return times, ids[:, -new_tokens:]
 
 
 if __name__ == "__main__":

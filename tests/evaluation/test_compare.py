@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from tempme_vl.data.motion import render_motion
-from tempme_vl.evaluation.compare import Interval, Row, Run, compared, markdown, over_seeds, paired_difference, plot
-from tempme_vl.evaluation.compare_command import arguments, check_alike, grid, main, with_section
+from tempme_vl.evaluation.compare import Row, Run, compared, markdown, paired_difference, plot
+from tempme_vl.evaluation.compare_command import arguments, grid, main
+from tempme_vl.evaluation.folder import check_alike, with_section
+from tempme_vl.evaluation.intervals import Interval, over_seeds
 from tempme_vl.evaluation.options import COMPARE, CompareOptions
 from tempme_vl.evaluation.plot import ticks
 
@@ -118,11 +120,11 @@ def test_ticks_are_few_and_around_all_values(low: float, high: float) -> None:
 
 
 def test_a_folder_holds_runs_that_were_trained_alike(tmp_path: Path) -> None:
-    options = CompareOptions(output=tmp_path, train=("epochs=1",))
-    check_alike(options)
-    check_alike(options)
+    given = {"train": ("epochs=1",), "data_root": tmp_path}
+    check_alike(tmp_path, given)
+    check_alike(tmp_path, given)
     with pytest.raises(ValueError, match=r"have --train \['epochs=1'\]: give the same, or another --output"):
-        check_alike(CompareOptions(output=tmp_path))
+        check_alike(tmp_path, {**given, "train": ()})
 
 
 def test_a_run_that_fails_or_stops_early_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

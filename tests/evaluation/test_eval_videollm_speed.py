@@ -14,6 +14,10 @@ import pytest
 import torch
 import transformers
 
+from tempme_vl.evaluation.moments import Times
+from tempme_vl.evaluation.stages import Depth, stage_rows
+from tempme_vl.integrations import compress
+
 COMMAND = Path(__file__).parents[2] / "eval" / "videollm_speed.py"
 SCRIPT = runpy.run_path(str(COMMAND))
 MERGING = {"r": 1, "merge_layers": (2, 3, 4)}
@@ -76,7 +80,7 @@ def test_the_language_model_reads_as_many_tokens_as_told(
 
 def test_merging_behind_the_tower_starts_from_the_hosts_own_features(built: tuple[Any, Any, dict[str, Any]]) -> None:
     model, processor, ways = built
-    plain = SCRIPT["Compressed"](SCRIPT["PostEncoderVideoLlava"](model, processor, "none", 8, {}), model)
+    plain = compress(model, processor, "none", 8, "behind")
     with torch.no_grad():
         host, ours = (
             prepare(videos(2)) for prepare in (ways["host"].prepare, lambda videos: SCRIPT["our_inputs"](plain, videos))
@@ -84,9 +88,7 @@ def test_merging_behind_the_tower_starts_from_the_hosts_own_features(built: tupl
     assert torch.equal(host["input_ids"], ours["input_ids"])
     features = [inputs["mm_encoder_outputs"]["video"].pooler_output for inputs in (host, ours)]
     assert torch.equal(features[0].flatten(0, 1), features[1].flatten(0, 1))
-    assert plain.host.costs().native_tokens == ways["host"].tokens
-    # its way to count the tower's work leaves out the patches' embedding alone
-    assert 0.8 < plain.host.costs().native_tower / ways["host"].tower_gflops <= 1
+    assert plain.counts() == (ways["host"].tokens, ways["host"].tokens)
 
 
 def test_timing_leaves_no_hooks(built: tuple[Any, Any, dict[str, Any]]) -> None:
@@ -122,7 +124,8 @@ def test_the_command_prints_a_table(
     assert [row["row"] for row in rows] == NAMES
     host, tempme, tome, behind = rows
     assert host["tokens"] == 8 * 17 and max(row["tokens"] for row in (tempme, tome, behind)) < host["tokens"] / 2
-    assert host["tower_gflops"] == behind["tower_gflops"] > max(tempme["tower_gflops"], tome["tower_gflops"])
+    # the host runs the last block, too, whose output nobody reads
+    assert host["tower_gflops"] > behind["tower_gflops"] > max(tempme["tower_gflops"], tome["tower_gflops"])
     assert all(row["prefill_gflops"] < host["prefill_gflops"] for row in rows[1:])
     for row in rows:
         assert len(row["runs"]) == 2 and all(value > 0 for value in row["ratios"].values())
@@ -135,14 +138,10 @@ def test_the_command_prints_a_table(
     assert ("extrapolated to 4 layers" in shown) == (layers < 4)
 
 
-def test_at_full_depth_everything_but_the_last_module_is_repeated(
-    built: tuple[Any, Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _, ways = built
-    monkeypatch.setitem(SCRIPT["summarize"].__globals__, "paired_times", lambda *_: {"head": [1.0]})
-    times = {name: [SCRIPT["Times"](0.5, 2.0, 5.0, 3.0, 13.5)] for name in ways}
-    options = SCRIPT["Options"](model="tiny", new_tokens=3, llm_layers=2)
-    rows = SCRIPT["summarize"](model, list(ways.values()), times, options)
+def test_at_full_depth_everything_but_the_last_module_is_repeated(built: tuple[Any, Any, dict[str, Any]]) -> None:
+    _, _, ways = built
+    times = {name: [Times(0.5, 2.0, 5.0, 3.0, 13.5)] for name in ways}
+    rows = stage_rows(list(ways.values()), times, Depth(2, 4, 1.0), 3)
     assert rows[0]["seconds"]["at_depth"] == 0.5 + 2.0 + (1 + 4 * 2) + 2 * (1 + 2 * 2)
 
 
