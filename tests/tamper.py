@@ -92,7 +92,7 @@ def _compressed(name: str, folder: Path) -> None:
     from integrations import tiny_post
 
     build = tiny.build if name == "VideoLlava" else tiny_post.build
-    compress(*build(name), "tempme", tiny.FRAMES, 0.3, **options).save_pretrained(folder)
+    compress(*build(name), "tempme", tiny.FRAMES, clip_position_std=0.3, **options).save_pretrained(folder)
 
 
 def _video_llm(folder: Path) -> None:
@@ -103,7 +103,7 @@ def _video_llm(folder: Path) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"r": 1, "merge_layers": (2,), "merge_frames": (2,)}
     options |= {"cross_percent": 40, "intra_percent": 20}
-    compressed = compress(model, processor, "tempme", tiny.FRAMES, 0.3, **options)
+    compressed = compress(model, processor, "tempme", tiny.FRAMES, clip_position_std=0.3, **options)
     create_video_llm(compressed, 4, source=str(source)).save_pretrained(folder)
 
 

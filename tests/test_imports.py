@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what a front end is made of
     "costs": set(),
     "merging": {"state", "matching", "costs", "schema", "registries"},
+    "compressors": {"merging", "state", "schema", "registries"},
     "backbones": {
         "state",
         "costs",
@@ -95,9 +96,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuning": {"schema", "registries", "state", "merging", "costs", "backbones", "text", "pooling"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
-    "integrations": CORE | {"data"},
+    "integrations": CORE | {"data", "compressors"},
     # of data: splits and predictions, to score them; of training: ranks
-    "evaluation": CORE | {"tasks", "pipeline", "data", "training", "reports"} | COMMANDS,
+    "evaluation": CORE | {"tasks", "integrations", "pipeline", "data", "training", "reports"} | COMMANDS,
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
     "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports"} | COMMANDS,
@@ -110,7 +111,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # above a part, and named there for a type checker alone: what its mappings hold, and what it is applied to
 TYPES: dict[str, set[str]] = {
-    "registries": {"data", "families", "integrations", "merging", "tasks", "tuning"},
+    "registries": {"compressors", "data", "families", "integrations", "merging", "tasks", "tuning"},
     "tuning": {"frontend"},
 }
 SCRIPTS = ("recipes", "eval")

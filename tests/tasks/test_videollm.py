@@ -396,3 +396,20 @@ def test_tiny_hosts_are_the_same_each_time_and_leave_the_random_state(name: str)
     ]
     with pytest.raises(ValueError, match="no tiny 'Nothing'; expected one of VideoLlava, Qwen2_5_VL"):
         tiny_host("Nothing", ["a"])
+
+
+def test_a_whole_language_model_trains_and_comes_back(source: Path, tmp_path: Path) -> None:
+    model = created(source, lora_rank=0, train_language_model=True)
+    trained = {key for key, weight in model.model.named_parameters() if weight.requires_grad}
+    language = [
+        key for key, _ in model.model.named_parameters() if "language_model" in key or key.startswith("lm_head")
+    ]
+    assert set(language) <= trained and not any("tower" in key or "blocks" in key for key in trained)
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight.mul_(1.1)
+        model.save_pretrained(tmp_path)
+        again = load_video_llm(tmp_path)
+        assert torch.equal(again(batch_of(again))["losses"], model(batch_of(model))["losses"])
+    assert {key for key, weight in again.model.named_parameters() if weight.requires_grad} == trained
+    with pytest.raises(ValueError, match="by LoRA or as a whole; got lora_rank=4"):
+        created(source, lora_rank=4, train_language_model=True)

@@ -31,6 +31,7 @@ SCRIPTS = {  # by the name of the command
     "eval retrieval": "eval/retrieval.py",
     "eval videoqa": "eval/videoqa.py",
     "compare": "eval/compare.py",
+    "videollm-compare": "eval/videollm_compare.py",
     "efficiency": "eval/efficiency.py",
     "demo": "recipes/motion_demo.py",
 }
