@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ from typing import Any, TypeAlias
 
 import torch
 from PIL.Image import Image
+from PIL.Image import open as open_image
 from torch import nn
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
 from tempme_vl.integrations import Compressed, load_compressed
 from tempme_vl.integrations.images import ImageInput
@@ -104,8 +105,7 @@ class CompressedProcessor(ProcessorMixin):
 
         Args:
             conversation: messages, or several such lists. A part {"type": "video"} has the video as "video", "path" or
-                "url": pixels, or a file's path, or its bytes as a data: URL; an image likewise, as transformers loads
-                it.
+                "url": pixels, or a file's path, or its bytes as a data: URL; an image likewise.
             options: of the template, such as add_generation_prompt; and see `__call__`.
 
         Raises:
@@ -120,23 +120,16 @@ class CompressedProcessor(ProcessorMixin):
             return texts[0] if single else texts
         if not return_dict:
             raise ValueError("a compressed model is given more than ids of words: expected return_dict=True")
-        images = [[load_image(_shown(part, "image")) for part in _parts(chat, "image")] for chat in chats]
+        images = [[_image(_shown(part, "image")) for part in _parts(chat, "image")] for chat in chats]
         videos = [[self._video(_shown(part, "video")) for part in _parts(chat, "video")] for chat in chats]
         return self(images if any(images) else None, [without_start(text, tokenizer) for text in texts], videos)
 
     def _video(self, given: Any) -> VideoInput:
-        if not isinstance(given, str) or not given.startswith(_URLS):
-            return given
-        if given.startswith("file://"):
-            return given.removeprefix("file://")
-        kind, _, coded = given.partition(";base64,")
-        if not kind.startswith("data:"):
-            raise ValueError(f"expected a video's path, or its bytes as a data: URL; got {given[:80]!r}: get it first")
-        with tempfile.NamedTemporaryFile(suffix=f".{kind.rpartition('/')[2]}") as file:
-            try:
-                file.write(base64.b64decode(coded, validate=True))
-            except binascii.Error as error:
-                raise ValueError(f"expected a video as base64 in a data: URL; got {given[:80]!r}: {error}") from error
+        found = _local(given, "video")
+        if not isinstance(found, bytes):
+            return found
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(found)
             file.flush()
             return read_sampled(file.name, self.compressed.host.num_frames)
 
@@ -179,6 +172,32 @@ class CompressedProcessor(ProcessorMixin):
     def post_process_image_text_to_text(self, *given: Any, **options: Any) -> Any:
         """As the host's own processor."""
         return self._own.post_process_image_text_to_text(*given, **options)
+
+
+def _image(given: Any) -> ImageInput:
+    found = _local(given, "image")
+    if isinstance(found, bytes):
+        found = io.BytesIO(found)
+    return open_image(found) if isinstance(found, (str, Path, io.BytesIO)) else found
+
+
+def _local(given: Any, kind: str) -> Any:
+    """What a part shows: the bytes that a data: URL holds, else a file's path or pixels.
+
+    Raises:
+        ValueError: something that is to be fetched from elsewhere, or no base64.
+    """
+    if not isinstance(given, str) or not given.startswith(_URLS):
+        return given
+    if given.startswith("file://"):
+        return given.removeprefix("file://")
+    start, _, coded = given.partition(";base64,")
+    if not start.startswith("data:"):
+        raise ValueError(f"expected a path, or the {kind} as a data: URL; got {given[:80]!r}: get it first")
+    try:
+        return base64.b64decode(coded, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"expected the {kind} as base64 in a data: URL; got {given[:80]!r}: {error}") from error
 
 
 def _parts(chat: Sequence[Message], kind: str) -> Iterator[Message]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import transformers
 from integrations import tiny, tiny_post
+from PIL.Image import fromarray
 
 from tempme_vl.data.rendered import write_video
 from tempme_vl.integrations import Compressed, compress
@@ -82,12 +83,28 @@ def test_a_video_may_come_as_its_bytes(tmp_path: Path) -> None:
     assert from_uri.pooler_output[0].equal(from_path.pooler_output[0])
 
 
+def test_an_image_may_come_as_a_file_or_its_bytes(tmp_path: Path) -> None:
+    compressed = build("Qwen2.5-VL")
+    processor, file, image = CompressedProcessor(compressed), tmp_path / "seen.png", fromarray(frames()[0])
+    image.save(file)
+    processor.compressed.host.processor.chat_template = TEMPLATE.replace("PLACE", compressed.image_placeholder or "")
+    url = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    expected = compressed.prepare(f"{compressed.image_placeholder} what ", images=[image])["mm_encoder_outputs"][
+        "image"
+    ]
+    for given in (image, str(file), url):
+        part = {"type": "image", "url": given}
+        message = {"role": "user", "content": [part, {"type": "text", "text": "what"}]}
+        made = processor.apply_chat_template([message], tokenize=True, return_dict=True)
+        assert made["mm_encoder_outputs"]["image"].pooler_output[0].equal(expected.pooler_output[0])
+
+
 def test_what_cannot_be_is_refused() -> None:
     compressed = build("VideoLlava")
     processor, made = CompressedProcessor(compressed), {"tokenize": True, "return_dict": True}
     with pytest.raises(ValueError, match="get it first"):
         processor.apply_chat_template(chat("https://example.org/clip.mp4", "url"), **made)
-    with pytest.raises(ValueError, match="a video as base64 in a data: URL"):
+    with pytest.raises(ValueError, match="the video as base64 in a data: URL"):
         processor.apply_chat_template(chat("data:video/mp4;base64,%%%", "url"), **made)
     with pytest.raises(ValueError, match="expected return_dict=True"):
         processor.apply_chat_template(chat(frames()), tokenize=True)
