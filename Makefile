@@ -6,6 +6,8 @@
 # make oldest     the whole test suite with the lowest versions that pyproject.toml allows, and its column of docs/versions.md
 # make newest     the same with the newest of everything, whatever constraints.txt says
 # make comparison  the tables and plots of docs/comparison.md: 63 models, more than two hours on 2 cores; goes on where it stopped
+# make videollm-comparison  the table and plot of docs/videollm_comparison.md: three tiny video-language models are trained, and
+#                 asked with every method at three budgets; three hours on 2 cores; goes on where it stopped
 # make floors     draw docs/floors.svg anew, of the table of imports
 # make versions   the same with the locked versions, and all that builds on transformers in five versions of it
 # make lock       write constraints.txt anew; UPGRADE=--upgrade for the newest versions, else what fits stays
@@ -25,7 +27,7 @@ UPGRADE ?=
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
 
-.PHONY: demo test test-all test-cuda lint comparison floors oldest newest versions lock
+.PHONY: demo test test-all test-cuda lint comparison videollm-comparison floors oldest newest versions lock
 
 demo: $(READY)
 	$(RUN) $(BIN)/python recipes/motion_demo.py
@@ -52,6 +54,17 @@ OF_SPACE := none tempme tome:tokens=32 evit:tokens=32 random:tokens=32 uniform:t
 comparison: $(READY)
 	$(RUN) $(BIN)/python eval/compare.py --dataset motion --methods $(OF_TIME) --output runs/compare/motion --train epochs=3 $(TWO_AT_A_TIME)
 	$(RUN) $(BIN)/python eval/compare.py --dataset detail --methods $(OF_SPACE) --output runs/compare/detail --train epochs=2 $(TWO_AT_A_TIME)
+
+HOSTS := $(addprefix runs/videollm/host-,0 1 2)
+
+videollm-comparison: $(READY) $(HOSTS:%=%/predictions.json)
+	$(RUN) $(BIN)/tempme-vl videollm-compare --host $(HOSTS:%=%/best) --retention 0.5 0.25 0.1 --questions 300 \
+		--output runs/videollm/compare --page docs/videollm_comparison.md
+
+runs/videollm/host-%/predictions.json: | $(READY)
+	$(RUN) $(BIN)/deepspeed --num_accelerators 1 recipes/videollm_lora.py --host tiny:Qwen2_5_VL --method none --where tower \
+		--train-language-model --num-frames 16 --batch-size 32 --lr 1.5e-3 --lr-new 1.5e-3 --warmup 0.1 --epochs 3 \
+		--seed $* --output $(@D)
 
 floors: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/floors.py
