@@ -98,6 +98,21 @@ LIBRARIES: dict[str, Library] = {
                 "the words around a frame in the prompt",
             ),
             Use(
+                "integrations/layer_attention.py",
+                ("_attn_implementation",),
+                "an attention module is called once more for the queries that are read, as it gives its weights",
+            ),
+            Use(
+                "integrations/layer_run.py",
+                ("_attn_implementation", "post_attention_layernorm", "self_attn"),
+                "children of a language model's layers, on which hooks are; they are checked by name",
+            ),
+            Use(
+                "integrations/layers.py",
+                ("is_gradient_checkpointing",),
+                "layers that run twice are refused where tokens become fewer between them",
+            ),
+            Use(
                 "integrations/llava_next_video.py",
                 ("multi_modal_projector", "vision_resampler"),
                 "pooling and projector",

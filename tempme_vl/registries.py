@@ -53,7 +53,8 @@ METHODS: Registry[Method] = Registry(
     },
 )
 
-# how a video's features become fewer behind a tower, where the methods above do not do it: docs/add_a_compressor.md
+# how a video's features become fewer behind a tower, and inside the language model, where the methods above do not do
+# it: docs/add_a_compressor.md
 COMPRESSORS: Registry[Compressor] = Registry(
     "compressor",
     "tempme_vl.compressors",
@@ -72,6 +73,7 @@ COMPRESSORS: Registry[Compressor] = Registry(
         "sttm": "tempme_vl.compressors.sttm:COMPRESSOR",
         "scissor": "tempme_vl.compressors.scissor:COMPRESSOR",
         "storm": "tempme_vl.compressors.storm:COMPRESSOR",
+        "framefusion": "tempme_vl.compressors.framefusion:COMPRESSOR",
     },
 )
 

@@ -1,6 +1,6 @@
-"""Compressors between a tower and a language model. A new one is a file with a `Compressor`, and a line in
-`tempme_vl.registries`; from outside the package `COMPRESSORS.register("name", COMPRESSOR)`, or an entry point of the
-group "tempme_vl.compressors"."""
+"""Compressors between a tower and a language model, and inside the latter. A new one is a file with a `Compressor`, and
+a line in `tempme_vl.registries`; from outside the package `COMPRESSORS.register("name", COMPRESSOR)`, or an entry point
+of the group "tempme_vl.compressors"."""
 
 from __future__ import annotations
 

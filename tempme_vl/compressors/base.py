@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from tempme_vl.compressors.inner import Inner
+
 Grid: TypeAlias = tuple[int, int]  # rows and columns of a frame's tokens
 # What a compressor may read of a tower beside the features; the names of fields of `FrameFeatures`
 Reading = Literal["received", "summary", "keys", "pixels"]
@@ -84,6 +86,9 @@ class Compressor:
         keep: (share, T, grid) -> options, by name, with which at most this share of the tokens is left (of a count
             that the data decide: about this share); None where no option sets it.
         reads: what it needs beside x; where options decide it, (options) -> that.
+        inner: (options, layers of the language model) -> what it does inside the language model, or None.
+        keep_inside: (share) -> options, by name, with which the layers of the language model read at most this share of
+            the tokens on average; where `keep` is None.
     """
 
     options: type
@@ -91,6 +96,13 @@ class Compressor:
     count: Callable[[int, Grid, Any], int | None] | None = None
     keep: Callable[[float, int, Grid], Mapping[str, Any]] | None = None
     reads: tuple[Reading, ...] | Callable[[Any], tuple[Reading, ...]] = ()
+    inner: Callable[[Any, int], Inner | None] | None = None
+    keep_inside: Callable[[float], Mapping[str, Any]] | None = None
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether an option sets how many tokens are left."""
+        return self.keep is not None or self.keep_inside is not None
 
     def reads_with(self, options: Any) -> tuple[Reading, ...]:
         """What it needs beside x with these options."""

@@ -1,14 +1,16 @@
-"""DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models (arXiv 2411.15024, CVPR 2025), stage 1.
+"""DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models (arXiv 2411.15024, CVPR 2025).
 
 Frames go by fours. The second is compared with the first, the fourth with the third, and the third with the first, each
-token with the one at its place; of the compared frames the tokens that are least alike stay. The stage that prunes the
-language model's cache of keys and values while it writes is not here: it is no compressor between tower and model.
+token with the one at its place; of the compared frames the tokens that are least alike stay. That is stage 1. In stage
+2, here with `inner_layer`, the words that are written read few of the video's keys and values in the language model's
+later layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -17,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tempme_vl.compressors.base import Compressor, FrameFeatures, Grid, KeptFeatures, kept
+from tempme_vl.compressors.inner import Inner, Writing
 from tempme_vl.compressors.shares import retention_of, tokens_within
 from tempme_vl.merging.method import checked
-from tempme_vl.schema import Share
+from tempme_vl.schema import Cosine, Share, Size
 from tempme_vl.state import at_least_float32
 
 _FEWEST = 5  # frames that the public code can take
@@ -31,10 +34,18 @@ class Options:
     public_code: whether it is done as in the public code, which loses an odd last frame, leaves the third of the last
         four whole where frames divide by four, gives a compared frame's tokens in ascending order of likeness, and
         fails for fewer than 5 frames. Without it no frame is left out, and tokens stand in the order of their places.
+    inner_layer: of the language model, from which on written words read fewer of the video's tokens (the paper's: 3);
+        None for none.
+    inner_ratio: share of them that they do not read (P of the paper).
+    similarity: which those are is decided anew where the cosine between what two words after each other attend to is
+        below it.
     """
 
     retention: Share = 0.3
     public_code: bool = False
+    inner_layer: Size | None = None
+    inner_ratio: Share = 0.8
+    similarity: Cosine = 0.9
 
 
 def references(frames: int, public_code: bool = False) -> list[int | None]:
@@ -96,4 +107,28 @@ def keep(share: float, frames: int, grid: Grid) -> Mapping[str, Any]:
     return {"retention": retention_of(left // max(compared, 1), prod(grid))}
 
 
-COMPRESSOR = Compressor(Options, compress, count, keep)
+def choose(options: Options, attention: Tensor, before: Tensor | None, chosen: Tensor | None) -> Tensor:
+    """The video tokens that a written word reads (`tempme_vl.compressors.inner.Writing`).
+
+    Args:
+        attention: (V,), of the word to each, mean over heads.
+        before: (V,), of the word before it.
+        chosen: (M,) int64, what that one read.
+    """
+    if chosen is not None and before is not None:
+        alike = F.cosine_similarity(at_least_float32(attention), at_least_float32(before), dim=0)
+        if alike >= options.similarity:
+            return chosen
+    count = int(len(attention) * (1 - options.inner_ratio) + 1e-9)  # floor, but for what 1 - P itself rounds off
+    return attention.topk(count).indices.sort().values
+
+
+def inner(options: Options, layers: int) -> Inner | None:
+    """Inside the language model."""
+    if options.inner_layer is None:
+        return None
+    writing = Writing(options.inner_layer, partial(choose, options))
+    return Inner(options.inner_layer + 1, writing=writing)
+
+
+COMPRESSOR = Compressor(Options, compress, count, keep, inner=inner)

@@ -3,7 +3,7 @@ Spatiotemporal Token Merging"): of each frame the tokens that are attended and u
 others become trees through the frames of a segment, each tree one token, and what is left of a frame is clustered.
 
 The paper lets more tokens into the language model than it keeps in the end (`expansion`) and drops the rest in front of
-one of its late layers; that part is not here.
+one of its late layers: here with `inner_layer`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from tempme_vl.compressors.base import Compressor, FrameFeatures, Grid, KeptFeatures, kept, require
 from tempme_vl.compressors.clusters import cluster, means
+from tempme_vl.compressors.inner import Inner, Left, attended, in_front_of, stay
 from tempme_vl.compressors.peaks import neighbour_similarity, segments
 from tempme_vl.merging.method import checked
 from tempme_vl.schema import Cosine, Portion, Range, Share, Size
@@ -40,6 +41,9 @@ class Options:
     public_code: as the published code does it. It adds a subtree to its parent as if it were one token, so that in
         trees of three frames and more the mean comes out too large; and in segments of one frame it clusters the tokens
         that stay unmerged once more.
+    inner_layer: of the language model, in front of which all video tokens go but those that the last token attends to
+        most (the paper's: 20, for Qwen3-VL 28); None for nowhere.
+    inner_retention: share of them that stays there, rounded up.
     """
 
     retention: Portion = 0.25
@@ -50,6 +54,8 @@ class Options:
     min_segments: Size = 8
     temporal_threshold: Cosine = 0.8
     public_code: bool = False
+    inner_layer: Size | None = None
+    inner_retention: Portion = 0.3
 
 
 class Budget(NamedTuple):
@@ -201,4 +207,28 @@ def keep(share: float, frames: int, grid: Grid) -> dict[str, Any]:
     return {"retention": share, "expansion": 1.0}
 
 
-COMPRESSOR = Compressor(Options, compress, keep=keep, reads=("received",))
+def attend_most(left: Left, attention: Tensor, retention: float) -> Tensor:
+    """(N,) bool, what stays of a prompt: its words, and the video tokens that the last token attends to most.
+
+    Args:
+        attention: (H, Q, N), the last query last.
+        retention: share of the video tokens that stays.
+    """
+    received = attended(at_least_float32(attention), left.video)
+    best = received.topk(ceil(len(received) * retention)).indices
+    return (left.place < 0).index_fill(0, left.video[best], True)
+
+
+def inner(options: Options, layers: int) -> Inner | None:
+    """Inside the language model."""
+    if options.inner_layer is None:
+        return None
+
+    def step(left: Left, hidden: Tensor, attention: Tensor) -> tuple[Left, Tensor]:
+        stays = attend_most(left, attention, options.inner_retention)
+        return stay(left, stays), hidden[stays]
+
+    return in_front_of(options.inner_layer, step)
+
+
+COMPRESSOR = Compressor(Options, compress, keep=keep, reads=("received",), inner=inner)

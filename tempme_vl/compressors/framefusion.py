@@ -3,26 +3,27 @@ Vision Language Models"): in the first layers of the language model video tokens
 their place while enough of them are alike; then, once, the least attended ones are dropped, so many that the whole
 prefill has the cost that was asked for.
 
-It works on states and attention of a language model's layers, so it is no entry of `tempme_vl.registries.COMPRESSORS`,
-whose compressors work in front of the language model. A step is due in front of the first layer and behind the
-attention of each.
+All video tokens go into the language model. A step is due in front of its first layer and behind the attention of each.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tempme_vl.compressors.base import Compressor, FrameFeatures, KeptFeatures, kept
 from tempme_vl.compressors.clusters import means
+from tempme_vl.compressors.inner import Inner, Left, Point, Queries, stay
 from tempme_vl.merging.method import checked
 from tempme_vl.schema import Cosine, Layers, Share
 from tempme_vl.state import at_least_float32
 
 _FIRST = -2  # below any cosine
+_LAYERS = 28  # that the published code takes for all models
 
 
 @dataclass(frozen=True)
@@ -30,35 +31,26 @@ class Options:
     """cost: of the prefill, as a share of that with all tokens; all layers count by their tokens.
     similarity: tokens merge where their cosine is not below it.
     ratio: share of the tokens that must merge in a layer, or merging ends.
-    layers: of the language model (the published code takes 28 for all).
+    layers: of the language model; None for those of the host that it works in (the published code takes 28 for all).
     """
 
     cost: Share = 0.3
     similarity: Cosine = 0.6
     ratio: Share = 0.1
-    layers: Layers = 28
+    layers: Layers | None = None
 
 
 @dataclass(frozen=True)
-class State:
+class State(Left):
     """What is left of a sequence, and what has been done.
 
     Attributes:
-        position: (N,) int64, where each token stood in the whole sequence.
-        place: (N,) int64, of a video token the place in its frame, of others -1.
         merged: the share of the video tokens that merged in each step so far.
         phase: what the next step does.
     """
 
-    position: Tensor
-    place: Tensor
     merged: tuple[float, ...] = ()
     phase: Literal["merge", "prune", "done"] = "merge"
-
-    @property
-    def video(self) -> Tensor:
-        """(V,) int64, where video tokens stand now."""
-        return (self.place >= 0).nonzero()[:, 0]
 
 
 def start(length: int, video: range, tokens: int, device: torch.device | None = None) -> State:
@@ -85,17 +77,17 @@ def share_to_drop(merged: tuple[float, ...], options: Options) -> float:
     Raises:
         ValueError: a cost that the layers so far exceed already.
     """
-    kept, spent = 1.0, 0.0
+    layers, part, spent = options.layers or _LAYERS, 1.0, 0.0
     for share in merged:
-        kept *= 1 - share
-        spent += kept
-    rest = options.layers * options.cost - spent
+        part *= 1 - share
+        spent += part
+    rest = layers * options.cost - spent
     if rest < 0:
         raise ValueError(
-            f"expected a cost of at least {spent / options.layers:.3g}, which the first {len(merged)} of "
-            f"{options.layers} layers have; got cost={options.cost}: choose a larger one, or a larger ratio"
+            f"expected a cost of at least {spent / layers:.3g}, which the first {len(merged)} of {layers} layers have; "
+            f"got cost={options.cost}: choose a larger one, or a larger ratio"
         )
-    return max(0.0, 1 - rest / ((options.layers - len(merged)) * kept))
+    return max(0.0, 1 - rest / ((layers - len(merged)) * part))
 
 
 def neighbours(hidden: Tensor, state: State) -> tuple[Tensor, Tensor]:
@@ -141,7 +133,7 @@ def prune(state: State, hidden: Tensor, attention: Tensor, options: Options) -> 
 def left(state: State, hidden: Tensor, gone: Tensor) -> tuple[State, Tensor]:
     """Without the tokens that went, in the same order."""
     stays = torch.ones_like(state.place, dtype=torch.bool).index_fill(0, gone, False)
-    return replace(state, position=state.position[stays], place=state.place[stays]), hidden[stays]
+    return stay(state, stays), hidden[stays]
 
 
 def step(state: State, hidden: Tensor, attention: Tensor | None, options: Options) -> tuple[State, Tensor]:
@@ -149,7 +141,8 @@ def step(state: State, hidden: Tensor, attention: Tensor | None, options: Option
 
     Args:
         hidden: (N, D), states of one sequence, as `state` says.
-        attention: (heads, N, N), softmax of the attention that has just run; read by the step that drops tokens.
+        attention: (heads, N, N), softmax of the attention that has just run, or its mean over heads and queries,
+            (1, 1, N); read by the step that drops tokens.
 
     Returns:
         The state, and (M, D).
@@ -161,7 +154,7 @@ def step(state: State, hidden: Tensor, attention: Tensor | None, options: Option
     options = checked("framefusion", options)
     if len(hidden) != len(state.position):
         raise ValueError(f"expected states of the {len(state.position)} tokens that are left; got {len(hidden)}")
-    if state.phase == "done" or len(state.merged) >= options.layers or not len(state.video):
+    if state.phase == "done" or len(state.merged) >= (options.layers or _LAYERS) or not len(state.video):
         return state, hidden
     if state.phase == "merge":
         state, merged = merge(state, at_least_float32(hidden), options)
@@ -169,3 +162,45 @@ def step(state: State, hidden: Tensor, attention: Tensor | None, options: Option
     if attention is None:
         raise ValueError("this step drops the least attended tokens: give it the attention that has just run")
     return prune(state, hidden, at_least_float32(attention), options)
+
+
+def inner(options: Options, layers: int) -> Inner:
+    """The steps with their options, for `tempme_vl.integrations`.
+
+    Args:
+        layers: of the language model.
+    """
+    options = replace(options, layers=options.layers or layers)
+
+    def begin(place: Tensor) -> State:
+        return State(torch.arange(len(place), device=place.device), place)
+
+    def due(state: State, point: Point) -> Queries | None:
+        if state.phase == "done" or not (point.behind_attention or point.layer == 0):
+            return None
+        return "all" if state.phase == "prune" else "none"
+
+    return Inner(
+        start=begin,
+        due=due,
+        step=lambda state, hidden, attention: step(state, hidden, attention, options),
+        behind_attention=True,
+    )
+
+
+def compress(features: FrameFeatures, options: Options) -> KeptFeatures:
+    """All of them: the language model's layers make them fewer.
+
+    Raises:
+        ValueError: options out of bounds.
+    """
+    checked("framefusion", options)
+    return kept(features, torch.arange(features.x.shape[:2].numel(), device=features.x.device))
+
+
+def keep_inside(share: float) -> dict[str, Any]:
+    """The mean over the layers is the cost."""
+    return {"cost": share}
+
+
+COMPRESSOR = Compressor(Options, compress, inner=inner, keep_inside=keep_inside)

@@ -2,7 +2,7 @@
 into windows so that as many tokens as possible stand still in them; a place that stands still becomes one token for
 its window, and of all that is then there only the attended tokens and the centres of clusters stay.
 
-Its step inside the language model is `tempme_vl.compressors.holitom_inner`.
+The paper goes on inside the language model (`tempme_vl.compressors.holitom_inner`): here with `inner_layer`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tempme_vl.compressors import holitom_inner
 from tempme_vl.compressors.base import Clip, Compressor, FrameFeatures, Grid, KeptFeatures, require
 from tempme_vl.compressors.clusters import cluster, sums
+from tempme_vl.compressors.inner import Inner
 from tempme_vl.compressors.separators import insert, kept_between
 from tempme_vl.merging.method import checked
 from tempme_vl.schema import Cosine, Portion, Share, Size
@@ -36,6 +38,9 @@ class Options:
     rows: a frame's tokens in the order of their places, with the host's separator behind each row that has some, as
         LLaVA-Video reads them; otherwise the places that stand still come first, then frame by frame the attended ones
         and the centres.
+    inner_layer: of the language model, in front of which the video tokens that the last token attends to least go into
+        the others (the paper's for 28 layers: 18); None for nowhere.
+    inner_ratio: share of them that go.
     """
 
     retention: Portion = 0.15
@@ -45,6 +50,8 @@ class Options:
     neighbours: Size = 7
     longest: Size = 1024
     rows: bool = False
+    inner_layer: Size | None = None
+    inner_ratio: Share = 0.5
 
 
 class Windows(NamedTuple):
@@ -202,4 +209,11 @@ def keep(share: float, frames: int, grid: Grid) -> dict[str, Any]:
     return {"retention": share}
 
 
-COMPRESSOR = Compressor(Options, compress, keep=keep, reads=("received",))
+def inner(options: Options, layers: int) -> Inner | None:
+    """Inside the language model."""
+    if options.inner_layer is None:
+        return None
+    return holitom_inner.inner(holitom_inner.Options(options.inner_layer, options.inner_ratio))
+
+
+COMPRESSOR = Compressor(Options, compress, keep=keep, reads=("received",), inner=inner)

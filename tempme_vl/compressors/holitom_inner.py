@@ -1,8 +1,7 @@
 """HoliTom's step inside the language model (arXiv 2505.21334, "HoliTom: Holistic Token Merging for Fast Video Large
 Language Models"): in front of one layer the video tokens that the last token attends to least go into the others.
 
-It works on states and attention of a language model's layers, so it is no entry of `tempme_vl.registries.COMPRESSORS`,
-whose compressors work in front of the language model.
+It is what `inner_layer` of `tempme_vl.compressors.holitom` asks for.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tempme_vl.compressors.inner import Inner, Left, attended, in_front_of, stay
 from tempme_vl.merging.method import checked
-from tempme_vl.schema import Count, Share
+from tempme_vl.schema import Share, Size
 from tempme_vl.state import at_least_float32
 
 
@@ -24,22 +24,11 @@ class Options:
     ratio: share of the video tokens that go.
     """
 
-    layer: Count = 18
+    layer: Size = 18
     ratio: Share = 0.5
 
 
-def chosen(attention: Tensor, video: range, ratio: float) -> Tensor:
-    """(M,) int64, the positions of the video tokens that stay; the most attended first.
-
-    Args:
-        attention: (heads, N, N), of the layer before.
-        video: positions of the video tokens.
-    """
-    received = attention[:, -1, video.start : video.stop].mean(0)
-    return received.topk(round(len(video) * (1 - ratio))).indices + video.start
-
-
-def merge_rest(hidden: Tensor, video: range, staying: Tensor) -> Tensor:
+def merge_rest(hidden: Tensor, video: Tensor, staying: Tensor) -> Tensor:
     """The states once each other video token went into the most similar that stays.
 
     One after the other, in the order of positions, each time the mean of the two: those that come later count more. All
@@ -47,40 +36,47 @@ def merge_rest(hidden: Tensor, video: range, staying: Tensor) -> Tensor:
 
     Args:
         hidden: (N, D).
-        staying: (M,) int64, M > 0.
+        video: (V,) int64, ascending.
+        staying: (M,) int64, those of them that stay, M > 0.
     """
-    others = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device).index_fill(0, staying, False)
-    others[: video.start], others[video.stop :] = False, False
-    unit, merged = normalize(hidden, dim=-1), hidden.clone()
+    others = video[~torch.isin(video, staying)]
+    unit = normalize(hidden, dim=-1)
     to = staying[(unit[others] @ unit[staying].mT).argmax(-1)]
-    for token, target in zip(others.nonzero()[:, 0].tolist(), to.tolist(), strict=True):
-        merged[target] = (merged[target] + hidden[token]) / 2
-    return merged
+    number = hidden.new_zeros(len(hidden)).index_add(0, to, hidden.new_ones(len(to)))
+    behind = (to.unsqueeze(1) == to).triu().sum(1)  # those that go the same way from each on: it is halved as often
+    merged = hidden * torch.exp2(-number).unsqueeze(1)
+    return merged.index_add(0, to, hidden[others] * torch.exp2(-behind.to(hidden.dtype)).unsqueeze(1))
 
 
-def step(hidden: Tensor, attention: Tensor, video: range, options: Options) -> tuple[Tensor, Tensor]:
+def step(left: Left, hidden: Tensor, attention: Tensor, options: Options) -> tuple[Left, Tensor]:
     """What goes into the layer.
 
     Args:
-        hidden: (N, D), states of one sequence.
-        attention: (heads, N, N), softmax of the layer before.
-        video: positions of its video tokens.
+        hidden: (N, D), states of one sequence, as `left` says.
+        attention: (heads, Q, N), softmax of the layer before; the last query is read.
 
     Returns:
-        (M, D); (M,) int64, the positions of what stays, ascending, text included.
+        What stays, and its states (M, D).
 
     Raises:
         ValueError: options out of bounds, or no video token left.
     """
     options = checked("holitom_inner", options)
-    staying = chosen(at_least_float32(attention), video, options.ratio)
-    if len(video) and not len(staying):
+    video = left.video
+    if not len(video):
+        return left, hidden
+    received = attended(at_least_float32(attention), video)
+    staying = video[received.topk(round(len(video) * (1 - options.ratio))).indices.sort().values]
+    if not len(staying):
         raise ValueError(
             f"expected at least one of {len(video)} video tokens to stay; got ratio={options.ratio}: choose a smaller "
             "one"
         )
-    merged = merge_rest(at_least_float32(hidden), video, staying) if len(video) else hidden
-    text = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    text[video.start : video.stop] = False
-    keep = torch.cat([text.nonzero()[:, 0], staying]).sort().values
-    return merged[keep].to(hidden.dtype), keep
+    merged = merge_rest(at_least_float32(hidden), video, staying)
+    keep = (left.place < 0).index_fill(0, staying, True)
+    return stay(left, keep), merged[keep].to(hidden.dtype)
+
+
+def inner(options: Options) -> Inner:
+    """The step with its options, for `tempme_vl.integrations`."""
+    return in_front_of(options.layer, lambda left, hidden, attention: step(left, hidden, attention, options))

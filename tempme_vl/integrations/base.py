@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tempme_vl.compressors.inner import Inner
 from tempme_vl.integrations.images import read_images
 from tempme_vl.integrations.videos import FPS, SampledVideo, without_start
 
@@ -144,6 +145,8 @@ class Host(ABC):
         image_token_id: id of the token that each visual token of an image takes the place of.
         merging: modules that merging adds to the model (TempMe's clip positions), which are not among the model's own.
         frames_at_once: frames that the tower sees at a time, set by `see_at_once`; None for all.
+        inner: (layers of the language model) -> what the method does in there; None for nothing. Then the tokens of a
+            video say in `extra` their "places", a list of what `tempme_vl.compressors.inner.Left` has.
     """
 
     modality: ClassVar[Literal["video", "image"]] = "video"  # the key of mm_encoder_outputs
@@ -159,6 +162,7 @@ class Host(ABC):
         self.model, self.processor, self.method, self.num_frames = model, processor, method, num_frames
         self.merging = nn.ModuleDict()
         self.frames_at_once: int | None = None
+        self.inner: Callable[[int], Inner | None] | None = None
         self.placeholder = str(getattr(processor, "video_token", "<video>"))  # models of images alone name none
         self.token_id: int = getattr(model.config, f"{self.modality}_token_id")
         image = getattr(processor, "image_token", None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ from tempme_vl.card import PLACE, Card, may_write, write_card
 from tempme_vl.fit import misfits
 from tempme_vl.hub import Shareable
 from tempme_vl.integrations.base import Feed, Host, VisualTokens, input_device
-from tempme_vl.integrations.costs import cost_table
+from tempme_vl.integrations.costs import cost_table, decoder_layers
 from tempme_vl.integrations.images import ImageInput, as_image
-from tempme_vl.integrations.places import Visuals, by_modality, check_places, with_images
+from tempme_vl.integrations.layers import PLACES, InsideLayers
+from tempme_vl.integrations.places import Visuals, by_modality, check_placed, check_places, video_places, with_images
 from tempme_vl.integrations.stream import Stream
 from tempme_vl.integrations.videos import FpsInput, SampledVideo, TimesInput, VideoInput, pair_up, tell_times
 from tempme_vl.libraries import undocumented
@@ -46,7 +48,10 @@ class Counts(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Tokens of a prompt that the language model reads: of its videos, and all of them."""
+    """Tokens of a prompt that the language model reads: of its videos, and all of them.
+
+    Where a method works between its layers, these are the means over the layers, rounded, once the prompt has run.
+    """
 
     visual: int
     prompt: int
@@ -57,6 +62,8 @@ class Compressed(Shareable):
 
     Attributes:
         read: tokens of each prompt that `prepare` made last, answers not counted.
+        inside: what the method does between the layers of the language model, while `generate` or a call of this runs;
+            None for nothing.
 
     Args:
         host: see `tempme_vl.integrations.base.Host`.
@@ -65,7 +72,8 @@ class Compressed(Shareable):
             5.18 on), "embeddings" among `inputs_embeds`. Default: the first that the model and the host have.
 
     Raises:
-        ValueError: a way that is not there, or a tokenizer whose placeholder is another token than the model's.
+        ValueError: a way that is not there, a tokenizer whose placeholder is another token than the model's, or a
+            method inside a language model whose layers cannot be given fewer tokens.
     """
 
     def __init__(self, host: Host, model: Any, feed: Feed | None = None):
@@ -79,6 +87,8 @@ class Compressed(Shareable):
         self.feed: Feed = feed or possible[0]
         self.tokenizer = host.processor.tokenizer
         self.read: tuple[Read, ...] = ()
+        self._whole: tuple[Read, ...] = ()  # what goes into the first layer
+        self.inside = InsideLayers.of(host)
 
     @property
     def merging(self) -> nn.ModuleDict:
@@ -165,7 +175,8 @@ class Compressed(Shareable):
 
         Returns:
             input_ids and mm_encoder_outputs, or inputs_embeds; attention_mask, labels if wanted, and what the host
-            needs besides, such as position_ids.
+            needs besides, such as position_ids; visual_places for a method that works inside the language model, which
+            only `generate` and calls of this object read.
 
         Raises:
             VideoError: a file that cannot be read.
@@ -181,7 +192,7 @@ class Compressed(Shareable):
         written = [with_images(prompt, place, group) for prompt, group in zip(prompts, shown, strict=True)]
         rows = [self.host.input_ids(prompt, group) for prompt, group in zip(written, tokens, strict=True)]
         visual = [sum(len(video.features) for video in group) for group in tokens]
-        self.read = tuple(Read(count, len(row)) for count, row in zip(visual, rows, strict=True))
+        self.read = self._whole = tuple(Read(count, len(row)) for count, row in zip(visual, rows, strict=True))
         unlabelled = [0] * len(rows)
         if labels and not isinstance(labels, bool):
             rows, unlabelled = self._append_answers(rows, labels)
@@ -200,6 +211,10 @@ class Compressed(Shareable):
             for of_one_kind in visuals.values():
                 padded = padded.masked_fill(input_ids == of_one_kind.token_id, IGNORED)
             inputs["labels"] = padded
+        if self.inside is not None:
+            check_placed(self.host, tokens)
+            inputs[PLACES] = video_places(self.host, input_ids, visuals[self.host.modality])
+            self.inside.counts = []
         self.host.remember(inputs)
         return BatchFeature({**inputs, **self._feed(input_ids, visuals)})
 
@@ -276,21 +291,60 @@ class Compressed(Shareable):
         return {"inputs_embeds": embedded}
 
     def __call__(self, **inputs: Any) -> Any:
-        """The model's forward on what `prepare` gave; for most hosts `model(**inputs)` is the same."""
-        return (self.model if self.host.target is self.host.model else self.host.target)(**inputs)
+        """The model's forward on what `prepare` gave; for most hosts and methods `model(**inputs)` is the same.
+
+        Raises:
+            ValueError: see `tempme_vl.integrations.layers.InsideLayers.running`.
+        """
+        with self._running(inputs) as given:
+            return self._target(**given)
+
+    @property
+    def _target(self) -> Any:
+        return self.model if self.host.target is self.host.model else self.host.target
+
+    @contextmanager
+    def _running(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """What the model is given, and what happens inside it meanwhile."""
+        if self.inside is None:
+            yield dict(inputs)
+            return
+        with self.inside.running(inputs) as given:
+            yield given
+        mask = inputs.get("attention_mask")
+        if PLACES in inputs and mask is not None and len(mask) == len(self._whole):
+            pairs = zip(self._whole, mask.sum(1).tolist(), self.layer_tokens, strict=True)
+            gone = [(read, length - sum(row) / len(row)) for read, length, row in pairs]
+            self.read = tuple(Read(round(read.visual - less), round(read.prompt - less)) for read, less in gone)
+
+    @property
+    def layer_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Of each prompt that was prepared last the tokens that each layer of the language model reads: where a method
+        works between them, once the prompt has run."""
+        if self.inside is not None and self.inside.counts:
+            return tuple(map(tuple, self.inside.tokens(len(self._whole))))
+        layers = len(decoder_layers(self.host))
+        return tuple((read.prompt,) * layers for read in self._whole)
 
     def generate(self, **inputs: Any) -> Any:
         """New tokens after what `prepare` gave, without the prompt: (B * num_return_sequences, L) ids.
 
         With return_dict_in_generate=True what the model's `generate` gives, whose `sequences` are these ids.
+
+        Raises:
+            ValueError: see `tempme_vl.integrations.layers.InsideLayers.running`; no cache for a method that works
+                inside the language model.
         """
-        target = self.model if self.host.target is self.host.model else self.host.target
+        target = self._target
         prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         self.host.remember(inputs)
         if "inputs_embeds" in inputs and next(target.parameters()).is_meta:  # offloaded
             # else transformers 4 makes ids of its own, where the weights are
             inputs["input_ids"] = inputs["attention_mask"][:, :0]
-        output = target.generate(**inputs)
+        if self.inside is not None:
+            self.inside.check_generation(inputs)
+        with self._running(inputs) as given:
+            output = target.generate(**given)
         if isinstance(output, Tensor):
             return output[:, prompt:]
         output.sequences = output.sequences[:, prompt:]
@@ -338,6 +392,11 @@ class Compressed(Shareable):
                 deeper layers; or see `prepare`.
         """
         name = type(self.host.model).__name__
+        if self.inside is not None:
+            raise ValueError(
+                f"method {self.host.method!r} works between the layers of the language model, where embeddings do not "
+                "reach: serve the model whole"
+            )
         if "embeddings" not in self.host.feeds:
             raise ValueError(
                 f"{name} also has features for deeper layers, which embeddings do not carry: serve it whole"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -19,11 +20,22 @@ def count_weights(module: nn.Module) -> int:
     return total
 
 
-def prefill_gflops(host: Host, tokens: int) -> float:
-    """Cost of the decoder's layers for reading so many tokens, causal attention included; a multiply-add is 1."""
-    layers = max((m for m in host.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+def decoder_layers(host: Host) -> nn.ModuleList:
+    """Of the language model."""
+    return max((m for m in host.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def prefill_gflops(host: Host, tokens: float | Sequence[float]) -> float:
+    """Cost of the decoder's layers for reading so many tokens, causal attention included; a multiply-add is 1.
+
+    Args:
+        tokens: in all layers, or in each.
+    """
+    layers = decoder_layers(host)
     width = host.model.config.get_text_config().hidden_size
-    return (count_weights(layers) * tokens + len(layers) * tokens**2 * width) / 1e9
+    counts = [float(tokens)] * len(layers) if isinstance(tokens, (int, float)) else tokens
+    each = count_weights(layers) / len(layers)
+    return sum(each * count + count**2 * width for count in counts) / 1e9
 
 
 def cost_table(host: Host) -> str:

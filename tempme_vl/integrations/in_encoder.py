@@ -22,6 +22,7 @@ from tempme_vl.compressors.base import Reading
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.integrations.base import Costs, Host, Keep, Request, SampledVideo, VisualTokens, input_device, running
 from tempme_vl.integrations.parts import check_apart, check_reduces_parts, encode_by_parts, join_features
+from tempme_vl.integrations.places import in_frame
 from tempme_vl.integrations.readings import Watch, pooling_head, read_videos
 from tempme_vl.integrations.reduction import Place, reduction, saved_behind, saved_request
 from tempme_vl.merging import Limit, MergeSchedule, learnt_modules, learnt_of_part, make_schedule, share_learnt
@@ -75,6 +76,7 @@ class InEncoderHost(Host):
         self.reduction = None if behind is None else reduction(behind, self._place())
         learnt = nn.ModuleDict(learnt_modules(self._frontend.blocks))
         self.merging = learnt if self.reduction is None else self.reduction.merging
+        self.inner = None if self.reduction is None else self.reduction.inner
 
     # ---- the front end, made anew of the tower's modules where others took their place
 
@@ -243,7 +245,7 @@ class InEncoderHost(Host):
         tokens = self.frontend(self.pixels(videos)).tokens
         if self.reduction is None:
             return list(map(VisualTokens, self._projected(tokens)))
-        return [VisualTokens(self._reduced(frames)) for frames in self._frames(tokens)]
+        return [self._reduced(frames) for frames in self._frames(tokens)]
 
     def _projected(self, tokens: Tensor) -> Tensor:
         """(V, M, D) of the tower -> (V, M', D_llm)."""
@@ -267,11 +269,16 @@ class InEncoderHost(Host):
             found.append(_Frames(features, x[:, :prefix], row[len(row) - added :]))
         return found
 
-    def _reduced(self, frames: _Frames) -> Tensor:
-        """(M, D_llm), what is left between what always stays."""
+    def _reduced(self, frames: _Frames) -> VisualTokens:
+        """What is left between what always stays."""
         assert self.reduction is not None
         left = self.reduction.reduce(frames.features, self.num_frames)
-        return torch.cat([with_prefix(left, frames.prefix), frames.added])
+        features = torch.cat([with_prefix(left, frames.prefix), frames.added])
+        if self.inner is None:
+            return VisualTokens(features)
+        places = replace(left, x=in_frame(left.source, frames.features.x.shape[1]).unsqueeze(1))
+        stays = [torch.full_like(each[..., :1], -1, dtype=torch.int64) for each in (frames.prefix, frames.added)]
+        return VisualTokens(features, {"places": torch.cat([with_prefix(places, stays[0]), stays[1]])[:, 0].tolist()})
 
     # ---- videos part by part
 
@@ -303,13 +310,13 @@ class InEncoderHost(Host):
             return self._projected(tokens)[0]
         frames = self._frames(tokens)[0]
         whole = self.reduction.cut(self.num_frames, self.frame_grid()) is None
-        return frames if whole else self._reduced(frames)
+        return frames if whole else self._reduced(frames).features
 
     def join_parts(self, parts: Sequence[Any], video: SampledVideo) -> VisualTokens:
         if isinstance(parts[0], _Frames):
             features = join_features([part.features for part in parts])
             prefix = torch.cat([part.prefix for part in parts])
-            return VisualTokens(self._reduced(_Frames(features, prefix, parts[-1].added)))
+            return self._reduced(_Frames(features, prefix, parts[-1].added))
         added = self.added_tokens
         own = [row[: len(row) - added] for row in parts]
         return VisualTokens(torch.cat([*own, parts[-1][len(parts[-1]) - added :]]))

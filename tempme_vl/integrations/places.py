@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from tempme_vl.integrations.base import Host, VisualTokens
 
 
@@ -68,3 +71,43 @@ def check_places(host: Host, prompts: Sequence[str], rows: Sequence[Sequence[int
                 f"the prompt {prompt[:80]!r} has {found} places for {wanted} visual tokens after tokenizing: check "
                 f"that {token!r} is one token of the tokenizer and that nothing is truncated"
             )
+
+
+def in_frame(source: Tensor, tokens: int) -> Tensor:
+    """(M,) int64, the place in its frame of each token that is left of a video; -1 for a separator.
+
+    Args:
+        source: (M,) int64, the numbers of the tokens in whose places they stand.
+        tokens: S, of a frame.
+    """
+    return torch.where(source < 0, source, source % tokens)
+
+
+def check_placed(host: Host, videos: Sequence[Sequence[VisualTokens]]) -> None:
+    """Raises:
+    ValueError: videos whose host does not say where their tokens stood in their frames.
+    """
+    if any("places" not in video.extra for group in videos for video in group):
+        raise ValueError(
+            f"method {host.method!r} works inside the language model, and {type(host).__name__} does not say where a "
+            "video's tokens stood: expected `extra` of its VisualTokens with 'places', as `Host.inner` describes them"
+        )
+
+
+def video_places(host: Host, input_ids: Tensor, visuals: Visuals) -> Tensor:
+    """(B, L) int64, `tempme_vl.compressors.inner.Left.place` of each prompt: those of each video are its own.
+
+    Args:
+        input_ids: (B, L), padded.
+        visuals: whose tokens the videos are among.
+    """
+    places = torch.full_like(input_ids, -1)
+    for row, group in enumerate(visuals.groups):
+        found: list[int] = []
+        first = 0
+        for visual in group:
+            own = visual.extra.get("places", [-1] * len(visual.features))  # an image has none
+            found += [place if place < 0 else place + first for place in own]
+            first += max(own, default=-1) + 1
+        places[row, input_ids[row] == host.token_id] = torch.tensor(found, device=input_ids.device, dtype=torch.int64)
+    return places

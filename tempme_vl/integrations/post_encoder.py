@@ -27,6 +27,7 @@ from tempme_vl.integrations.parts import (
     join_features,
     join_kept,
 )
+from tempme_vl.integrations.places import in_frame
 from tempme_vl.integrations.reduction import Place, reduction, saved_behind, saved_request
 
 _TYPICAL = (360, 640)  # height and width of the frames that costs are told for
@@ -51,7 +52,7 @@ class PostEncoderHost(Host):
                 raise
             frames = f"{request.num_frames} frames are {self.slots} temporal patches to this host"
             raise ValueError(f"{frames}: {error}") from error
-        self.merging = self.reduction.merging
+        self.merging, self.inner = self.reduction.merging, self.reduction.inner
 
     # ---- facts of a host
 
@@ -101,7 +102,7 @@ class PostEncoderHost(Host):
         if self.frames_at_once is not None:
             return encode_by_parts(self, videos)
         return [
-            self.visual_tokens(video, len(frames.x), frames.grid, self.reduction.reduce(frames))
+            self._placed(video, len(frames.x), frames.grid, self.reduction.reduce(frames))
             for video, frames in zip(videos, self.features(videos), strict=True)
         ]
 
@@ -109,6 +110,13 @@ class PostEncoderHost(Host):
         """The features of each video out of (V * F, S, D) of all frames, where the tower sees frames one by one."""
         grids = [self.grid(*video.frames.shape[1:3]) for video in videos]
         return [FrameFeatures(*pair) for pair in zip(x.unflatten(0, (len(videos), -1)), grids, strict=True)]
+
+    def _placed(self, video: SampledVideo, slots: int, grid: Grid, left: KeptFeatures) -> VisualTokens:
+        """With the places that a method inside the language model reads."""
+        tokens = self.visual_tokens(video, slots, grid, left)
+        if self.inner is None:
+            return tokens
+        return VisualTokens(tokens.features, {**tokens.extra, "places": in_frame(left.source, prod(grid)).tolist()})
 
     def visual_tokens(self, video: SampledVideo, slots: int, grid: Grid, left: KeptFeatures) -> VisualTokens:
         """Adds what `written` wants to know: of every clip its tokens, and its time in seconds.
@@ -163,7 +171,7 @@ class PostEncoderHost(Host):
             left = self.reduction.reduce(join_features(parts))
         else:
             left = join_kept(parts, prod(grid))
-        return self.visual_tokens(video, slots, grid, left)
+        return self._placed(video, slots, grid, left)
 
     # ---- counts
 

@@ -4,8 +4,9 @@ tower, or a compressor of `COMPRESSORS`."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tempme_vl.compressors import COMPRESSORS, Clip, FrameFeatures, KeptFeatures, by_frame
 from tempme_vl.compressors.base import Grid, Reading
+from tempme_vl.compressors.inner import Inner
 from tempme_vl.integrations.base import Keep, Request
 from tempme_vl.matching import bipartite_match
 from tempme_vl.merging import (
@@ -43,9 +45,11 @@ class Reduction(ABC):
         fixed: tokens of every video that count in the limit and are none of the features (CLS, newline).
         reads: what it needs of the tower beside the features.
         merging: modules with what it has learnt.
+        inner: (layers of the language model) -> what it does in there; None for nothing.
     """
 
     reads: tuple[Reading, ...] = ()
+    inner: Callable[[int], Inner | None] | None = None
 
     def __init__(self, method: str, given: Mapping[str, Any], keep: Keep, fixed: int):
         self.method, self.given, self.keep, self.fixed = method, given, keep, fixed
@@ -139,7 +143,6 @@ def saved_request(config: Mapping[str, Any]) -> Request:
     return Request(saved.method, saved.num_frames, saved.where, keep, saved.options, saved.frames_at_once)
 
 
-_IN_LAYERS = ("framefusion",)  # published methods without a place between tower and language model
 _GRID = (16, 16)  # tokens of a frame, where a plan is made that no video has asked for
 
 
@@ -167,7 +170,11 @@ class Compression(Reduction):
         _check_names(self.compressor.options, given, method, place.name)
         options: Any = read(self.compressor.options, given, f"{place.name}, method {method!r}")
         self.reads, usual = self.compressor.reads_with(options), asdict(options)
-        if keep != Keep():
+        if keep != Keep() and self.compressor.keep_inside is not None:
+            wanted = {**self._kept_inside(method, keep), **given}
+            options = read(self.compressor.options, wanted, f"{place.name}, method {method!r}")
+            usual = asdict(options)
+        elif keep != Keep():
             if self.compressor.keep is None:
                 raise ValueError(
                     f"how many tokens {method!r} leaves follows from the video and its own options "
@@ -176,6 +183,18 @@ class Compression(Reduction):
             solved = set(self.compressor.keep(1.0, place.slots, _GRID)) - set(given)
             usual = {name: value for name, value in usual.items() if name not in solved}
         super().__init__(method, usual, keep, place.fixed)
+        if self.compressor.inner is not None:
+            self.inner = partial(self.compressor.inner, options)
+
+    def _kept_inside(self, method: str, keep: Keep) -> Mapping[str, Any]:
+        """Options by which the layers read a share of the tokens."""
+        assert self.compressor.keep_inside is not None
+        if keep.budget is None:
+            raise ValueError(
+                f"{method!r} makes tokens fewer from layer to layer: expected a budget, the share of the visual tokens "
+                f"that the layers read on average; got tokens={keep.tokens}"
+            )
+        return self.compressor.keep_inside(keep.budget)
 
     def options(self, slots: int, grid: Grid) -> Any:
         """For one video."""
@@ -244,11 +263,6 @@ def behind_tower(method: str) -> Behind:
     """Raises:
     ValueError: an unknown method, or one that does not work behind a tower.
     """
-    if method in _IN_LAYERS:
-        raise ValueError(
-            f"{method!r} works between the layers of a language model, which no host here takes apart: its steps are "
-            f"the pure functions of tempme_vl.compressors.{method}; expected another method"
-        )
     if method not in METHODS:
         raise UnknownName(f"unknown method {method!r}; expected one of {', '.join([*METHODS, *COMPRESSORS])}")
     try:

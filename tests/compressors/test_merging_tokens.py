@@ -26,6 +26,7 @@ from tempme_vl.compressors import (
     sttm,
     unicomp,
 )
+from tempme_vl.compressors.inner import whole
 from tempme_vl.schema import ConfigError
 
 NAMES = ("flashvid", "holitom", "prunevid", "unicomp", "sttm", "scissor")
@@ -248,13 +249,15 @@ def test_holitom_inside_averages_one_after_the_other() -> None:
     hidden = torch.tensor([[9.0, 9.0], [1.0, 0.0], [3.0, 0.0], [5.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
     attention = torch.zeros(2, 6, 6)
     attention[:, -1] = torch.tensor([0.0, 0.9, 0.1, 0.2, 0.8, 0.0])
-    left, keep = holitom_inner.step(hidden, attention, range(1, 5), holitom_inner.Options(ratio=0.5))
-    assert keep.tolist() == [0, 1, 4, 5]
-    assert left.tolist() == [[9, 9], [((1 + 3) / 2 + 5) / 2, 0], [0, 2], [9, 9]]
-    nothing, positions = holitom_inner.step(hidden, attention, range(0), holitom_inner.Options())
-    assert torch.equal(nothing, hidden) and positions.tolist() == list(range(6))
+    prompt = whole(torch.tensor([-1, 0, 0, 0, 0, -1]))
+    left, merged = holitom_inner.step(prompt, hidden, attention, holitom_inner.Options(ratio=0.5))
+    assert left.position.tolist() == [0, 1, 4, 5] and left.place.tolist() == [-1, 0, 0, -1]
+    assert merged.tolist() == [[9, 9], [((1 + 3) / 2 + 5) / 2, 0], [0, 2], [9, 9]]
+    words = whole(torch.full((6,), -1))
+    left, nothing = holitom_inner.step(words, hidden, attention, holitom_inner.Options())
+    assert torch.equal(nothing, hidden) and left.position.tolist() == list(range(6))
     with pytest.raises(ValueError, match="at least one of 4 video tokens"):
-        holitom_inner.step(hidden, attention, range(1, 5), holitom_inner.Options(ratio=1.0))
+        holitom_inner.step(prompt, hidden, attention, holitom_inner.Options(ratio=1.0))
 
 
 # --- PruneVid
@@ -462,7 +465,7 @@ def test_steps_refuse_options_out_of_bounds() -> None:
     with pytest.raises(ConfigError, match="layers"):
         framefusion.step(state, hidden, None, framefusion.Options(layers=0))
     with pytest.raises(ConfigError, match="ratio"):
-        holitom_inner.step(hidden, torch.ones(1, 4, 4), range(4), holitom_inner.Options(ratio=2.0))
+        holitom_inner.step(whole(torch.zeros(4)), hidden, torch.ones(1, 4, 4), holitom_inner.Options(ratio=2.0))
     with pytest.raises(ValueError, match="whole frames of 3 tokens"):
         framefusion.start(4, range(4), 3)
     with pytest.raises(ValueError, match=r"within 0\.\.4"):

@@ -20,6 +20,7 @@ from tempme_vl.data.motion import render_motion
 from tempme_vl.data.splits import Video
 from tempme_vl.data.videoqa import QASplit, Question
 from tempme_vl.evaluation.options import VIDEOLLM_COMPARE
+from tempme_vl.evaluation.rows import file_name
 from tempme_vl.evaluation.videollm import session
 from tempme_vl.evaluation.videollm.answers import Answer, Facts, Store, to_answers
 from tempme_vl.evaluation.videollm.ask import Asked
@@ -35,6 +36,7 @@ from tempme_vl.tasks.inputs import HostInput
 from tempme_vl.tasks.videollm import create_video_llm
 
 KEEPS_SIZE = "Qwen2_5_VL"  # the others bring frames to one size
+INSIDE = "framefusion:budget=0.8"  # of the means over the layers, of which there are two
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def made(hosts: Path) -> Iterator[Compared]:
     """On a host that keeps the size of a frame, of the data set that says kinds of questions."""
     if not tiny_post.PLACED:
         pytest.skip("compress refuses this host with this transformers")
-    more = "--methods tempme@tower evs fastvid tome@tower dtd:threshold=2 --retention 0.5 0.25 --in-flight 2"
+    more = f"--methods tempme@tower evs fastvid tome@tower dtd:threshold=2 {INSIDE} --retention 0.5 0.25 --in-flight 2"
     options = command(hosts, hosts / "made", f"{more} --questions 7 --lmms-tasks a b", KEEPS_SIZE, "motion")
     shapes: set[tuple[str, int, tuple[int, ...]]] = set()
     prepare = Compressed.prepare
@@ -106,7 +108,7 @@ def test_all_rows_are_in_the_table_or_told_with_their_cause(made: Compared) -> N
     report = json.loads((made.output / "comparison.json").read_text())
     names = [row["name"] for row in report["rows"]]
     both = [f"{name} {budget}" for name in (*ALWAYS[1:], "tempme@tower", "evs", "fastvid") for budget in (0.5, 0.25)]
-    assert names == ["none", *both]
+    assert names == ["none", *both, INSIDE]
     assert set(report["refused"]) == {f"{name} {b}" for name in ("tome@tower", "dtd:threshold=2") for b in (0.5, 0.25)}
     assert "'tempme' merges along time; got 'tome'" in report["refused"]["tome@tower 0.5"]
     text = (made.output / "comparison.md").read_text()
@@ -134,7 +136,7 @@ def test_what_is_kept_of_each_answer_adds_up(made: Compared) -> None:
     report = json.loads((made.output / "comparison.json").read_text())
     kinds = set()
     for row in report["rows"]:
-        lines = lines_of(made.output / "answers" / f"{row['name'].replace(' ', '_')}.jsonl")
+        lines = lines_of(made.output / "answers" / f"{file_name(row['name'])}.jsonl")
         assert len({line["question_id"] for line in lines}) == len(lines) == 7
         for line in lines:
             said = normalize_answer(line["prediction"] or "")
@@ -154,6 +156,11 @@ def test_counts_are_those_told_ahead_and_at_most_the_budget(made: Compared, host
         told = compress(model, processor, name.split("@")[0], 8, where, budget=0.25).counts((32, 32))
         facts = rows[f"{name} 0.25"]["facts"]
         assert (facts["tokens"], facts["host_tokens"], facts["measured"]) == (told.ours, told.native, False)
+    inside, whole = rows[INSIDE]["facts"], rows["none"]["facts"]
+    assert inside["measured"] and inside["tokens"] == pytest.approx(0.8 * 64, abs=1)
+    gone = whole["prompt_tokens"] - inside["prompt_tokens"]
+    assert gone == pytest.approx(whole["tokens"] - inside["tokens"], abs=0.01)
+    assert inside["prompt_tokens"] / whole["prompt_tokens"] > inside["prefill_gflops"] / whole["prefill_gflops"] > 0.5
     assert rows["fastvid 0.25"]["facts"]["measured"] and rows["none"]["facts"]["tokens"] == 64
     assert all(row["facts"]["tokens"] <= row["budget"] * 64 for row in rows.values() if row["budget"])
     assert rows["tempme@tower 0.25"]["facts"]["tower_gflops"] < rows["none"]["facts"]["tower_gflops"]
@@ -198,7 +205,7 @@ def test_lmms_evals_commands_are_written_for_each_row(made: Compared, hosts: Pat
     assert all(words[words.index("--tasks") + 1] == "a,b" for words in commands)
     assert any(line.startswith("# tome@tower 0.5 cannot be run: inside") for line in lines)
     assert "# resolution 0.5 has no command: lmms-eval reads frames as large as they are" in lines
-    assert len(commands) == 15
+    assert len(commands) == 16
 
 
 def test_several_hosts_are_averaged_and_a_page_keeps_its_text(hosts: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tempme_vl.integrations.videos import sample
 
 BEHIND = [name for name, record in METHODS.items() if not isinstance(record.behind, str)]
 BEHIND = [name for name in BEHIND if not {*METHODS[name].reads} & {"cls_rows", "column_sums"}]
+INSIDE = [name for name, record in COMPRESSORS.items() if record.keep_inside is not None]  # in the language model
 PLAIN = [name for name in tiny.MODELS if not name.startswith("InstructBlip")]
 POST = [name for name in tiny_post.MODELS if tiny_post.NEEDS.get(name, True)]
 HOSTS = [*PLAIN, *POST]
@@ -83,11 +84,15 @@ def test_counts_are_known_ahead_and_within_the_budget(name: str) -> None:
                 native, ours = compressed.counts((32, 32))
             except ValueError as error:
                 assert any(
-                    words in str(error) for words in ("no options that", "follows from the video", "reads", "share")
+                    words in str(error)
+                    for words in ("no options that", "follows from the video", "reads", "share", "works between")
                 )
                 continue
             most = int(0.5 * native) if "budget" in limit else few(name)
             found = ids_of(compressed, prompt(name), video()).count(compressed.host.token_id)
+            if method in INSIDE:
+                assert found == native and ours is None
+                continue
             assert found == ours or ours is None, method
             assert 0 < found <= (1.6 * most if ours is None else most), method
             ids[method, most] = found
@@ -98,9 +103,9 @@ def test_counts_are_known_ahead_and_within_the_budget(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_every_compressor_answers_alone_and_in_a_batch(name: str, method: str) -> None:
     try:
-        compressed = made(name, method, **({} if COMPRESSORS[method].keep is None else {"budget": 0.5}))
+        compressed = made(name, method, **({"budget": 0.5} if COMPRESSORS[method].takes_budget else {}))
     except ValueError as error:
-        assert "reads" in str(error) and "which that of" in str(error)
+        assert ("reads" in str(error) and "which that of" in str(error)) or "works between the layers" in str(error)
         return
     videos, text = [[video()], [video(1)]], [prompt(name), f"why {prompt(name)}"]
     batch = logits(compressed, text, videos)
@@ -151,8 +156,6 @@ def test_what_does_not_fit_is_refused() -> None:
         compress(*model_of("InternVL"), "tempme", FRAMES, "tower")
     with pytest.raises(ValueError, match="Q-Former gives a fixed number of tokens"):
         compress(*tiny.build("InstructBlipVideo"), "evs", FRAMES)
-    with pytest.raises(ValueError, match=r"'framefusion' works between the layers of a language model"):
-        made("VideoLlava", "framefusion")
     with pytest.raises(ValueError, match=r"unknown method 'other'; expected one of none, .*evs"):
         made("VideoLlava", "other")
     with pytest.raises(ValueError, match=r"where 'evs' takes retention; got q"):

@@ -20,6 +20,7 @@ from tempme_vl.compressors import (
     sttm,
     unicomp,
 )
+from tempme_vl.compressors.inner import whole
 
 FLASHVID = find("videollm", "flashvid*")
 HOLITOM = [case for case in find("videollm", "holitom*") if "in.attn" in case.tensors]
@@ -114,10 +115,11 @@ def test_holitom(case: Case) -> None:
 @pytest.mark.parametrize("case", INNER, ids=str)
 def test_holitom_inside_the_language_model(case: Case) -> None:
     t, c = case.tensors, case.config["config"]
-    video = range(c["text_before"], c["text_before"] + c["video"])
+    place = torch.full((len(t["in.hidden"][0]),), -1)
+    place[c["text_before"] : c["text_before"] + c["video"]] = 0
     options = holitom_inner.Options(ratio=c["HOLITOM_r"])
-    hidden, keep = holitom_inner.step(t["in.hidden"][0], t["in.logits"][0].softmax(-1), video, options)
-    assert torch.equal(keep, t["out.keep"])
+    left, hidden = holitom_inner.step(whole(place), t["in.hidden"][0], t["in.logits"][0].softmax(-1), options)
+    assert torch.equal(left.position, t["out.keep"])
     assert_close(hidden, t["out.hidden"], "states", case.config["tol"])
 
 

@@ -61,7 +61,8 @@ class Facts:
         refused: why it could not be run; then nothing else is known.
         arguments: of `tempme_vl.integrations.compress`, or of lmms-eval's --model_args.
         num_frames, image_size: what the host was given of a video.
-        tokens: the mean over the questions; `measured`: whether the data decide it.
+        tokens: the mean over the questions, and over the layers of the language model where a method makes them fewer
+            between these; `measured`: whether the data decide it.
         host_tokens: of the host's own way, of all frames.
         prompt_tokens: the mean of all that the language model read for a question.
         tower_gflops, prefill_gflops: of one video, and of such a prompt; a multiply-add is 1.
@@ -99,7 +100,7 @@ def facts_of(host: LoadedHost, built: Built, asked: Asked, host_tokens: int) -> 
         host_tokens=host_tokens,
         prompt_tokens=read,
         tower_gflops=costs.tower,
-        prefill_gflops=prefill_gflops(inner, round(read)),
+        prefill_gflops=prefill_gflops(inner, asked.layer_tokens),
     )
 
 

@@ -26,13 +26,15 @@ class Asked:
         predictions: by question id. Questions about videos that could not be read, and those that nothing was written
             to, have no answer.
         visual_tokens, prompt_tokens: by question id, those of the video, and all of the prompt with it, that the
-            language model read; none for a video that could not be read.
+            language model read, the mean over its layers; none for a video that could not be read.
+        layer_tokens: all that each of its layers read, the mean over the questions; () if no video could be read.
     """
 
     prompts: Mapping[str, str]
     predictions: Mapping[str, str]
     visual_tokens: Mapping[str, int]
     prompt_tokens: Mapping[str, int]
+    layer_tokens: tuple[float, ...] = ()
 
 
 def as_they_are(image_size: int) -> Preprocess:
@@ -75,12 +77,13 @@ def ask(
     def write(batch: Mapping[str, Any]) -> Mapping[str, Any]:
         asked = [in_order[number] for number in batch["number"].tolist()]
         written = encode({"video": batch["video"], "times": batch["times"], "prompt": asked})
-        return {**written, "read": torch.tensor(model.compressed.read)}
+        read, layers = model.compressed.read, model.compressed.layer_tokens
+        return {**written, "read": torch.tensor(read), "layers": torch.tensor(layers)}
 
     videos = NumberedVideos(EvalVideos([question.video for question in split.questions], reader))
-    keep = ("prediction", "read", "valid")
+    keep = ("prediction", "read", "valid", "layers")
     found = encode_all(write, videos, device, keep, batch_size, workers, label="questions")
-    rows = zip(prompts, *(found[name].tolist() for name in keep), strict=True)
+    rows = zip(prompts, *(found[name].tolist() for name in keep[:3]), strict=True)
     valid = {question_id: (row, read) for question_id, row, read, is_valid in rows if is_valid}
     answers = {question_id: model.text(row) for question_id, (row, _) in valid.items()}
     return Asked(
@@ -88,4 +91,5 @@ def ask(
         {question_id: text for question_id, text in answers.items() if text},
         {question_id: read[0] for question_id, (_, read) in valid.items()},
         {question_id: read[1] for question_id, (_, read) in valid.items()},
+        tuple(found["layers"][found["valid"].bool()].double().mean(0).tolist()) if valid else (),
     )

@@ -72,7 +72,7 @@ class Row:
         if set(self.given) & set(LIMITS):
             return True
         if self.method in COMPRESSORS:
-            return COMPRESSORS[self.method].keep is None
+            return not COMPRESSORS[self.method].takes_budget
         if self.where != "behind":
             return False
         try:
