@@ -44,7 +44,8 @@ class CompressedProcessor(ProcessorMixin):
         compressed: its model, or another one with the same weights, is given what this makes.
 
     Raises:
-        ValueError: a host whose `generate` takes no features beside ids of words, which these callers rely on.
+        ValueError: a host whose `generate` takes no features beside ids of words, which these callers rely on, or a
+            method that works inside the language model, which they run without it.
     """
 
     def __init__(self, compressed: Compressed):
@@ -53,6 +54,11 @@ class CompressedProcessor(ProcessorMixin):
                 f"{type(compressed.host.model).__name__} of this transformers is given features among inputs_embeds, "
                 "and pipelines and servers want ids of words beside them: update transformers (5.18 and newer has a "
                 "way for most hosts), or call compressed.answer(...)"
+            )
+        if compressed.inside is not None:
+            raise ValueError(
+                f"method {compressed.host.method!r} works between the layers of the language model, and pipelines and "
+                "servers run that model without it: call compressed.answer(...), or take a method that works before it"
             )
         self.compressed = compressed
 

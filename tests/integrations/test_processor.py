@@ -115,4 +115,7 @@ def test_what_cannot_be_is_refused() -> None:
     embeddings = Compressed(compressed.host, compressed.model, "embeddings")
     with pytest.raises(ValueError, match="among inputs_embeds"):
         CompressedProcessor(embeddings)
+    fusing = compress(compressed.model, compressed.host.processor, "framefusion", FRAMES, budget=0.8)
+    with pytest.raises(ValueError, match="'framefusion' works between the layers"):
+        CompressedProcessor(fusing)
     assert processor.apply_chat_template(chat(frames())) == f"{compressed.placeholder} what why "
