@@ -66,12 +66,11 @@ def facts(config: TowerConfig | None, schedule: MergeSchedule, shape: TowerShape
     """Rows of a card: what the tower is, what it is given, and what of that is left."""
     side, frames, method = shape.image_size, schedule.frames, schedule.method
     layers = len(schedule.plan)
-    plain = MergeSchedule.identity(layers, frames, schedule.tokens, schedule.prefix, schedule.joint)
-    cost, whole = (f"{tower_gflops(one, shape):.4g}" for one in (schedule, plain))
+    cost, whole = (f"{tower_gflops(one, shape):.4g}" for one in (schedule, schedule.whole))
     return {
         "method": method,
         "tower": f"{tower_name(config)}: {layers} layers of width {shape.width}, patches of {shape.patch_size} px",
         "frames": f"{frames} of {side} x {side} pixels",
-        "tokens of a video": f"{schedule.output_tokens} of {frames * schedule.tokens}",
+        "tokens of a video": f"{schedule.output_tokens} of {schedule.input_tokens}",
         "GFLOPs of a video": f"{cost}; {whole} without merging" if schedule.changes else cost,
     }

@@ -14,27 +14,33 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerConfig
+from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerConfig, TowerShape
+from tempme_vl.backbones.divided import held_once, once
 from tempme_vl.card import PLACE, Card
 from tempme_vl.configs import FrontendConfig, ModelConfig, facts, tower_name
 from tempme_vl.families import FAMILIES, find_family, split_name
 from tempme_vl.hub import Shareable, find_folder
-from tempme_vl.merging import LayerMerge, MergeSchedule, is_of_merging, merge_layers
+from tempme_vl.merging import PAPER, Counting, LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
 from tempme_vl.pooling import FramePlace, real_frames
 from tempme_vl.pretrained import CONFIG_FILE, build, load_any, refuse_added_modules, save_model
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import ConfigError, read
-from tempme_vl.state import AttentionContext, FrontendOutput, TokenState
+from tempme_vl.state import FrontendOutput, TokenState
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from tempme_vl.backbones.testa import Kind
     from tempme_vl.backbones.umt import Mode, Positions
     from tempme_vl.data.transforms import Preprocess
     from tempme_vl.hub import HubOptions
 
 _log = logging.getLogger(__name__)
+
+
+def _attention(of: TowerShape | MergeSchedule) -> str:
+    return "joint" if of.joint else "divided" if of.divided else "apart"
 
 
 class MergedBlock(nn.Module):
@@ -47,7 +53,8 @@ class MergedBlock(nn.Module):
         self.after_mlp = merge.after_mlp
 
     def forward(self, state: TokenState) -> TokenState:
-        state = self.before_attention(state, AttentionContext.of_tokens(state.x))
+        state, over_time = self.block.time_step(state)
+        state = self.before_attention(state, over_time)
         state, attention = self.block.attention_step(state)
         state = self.after_attention(state, attention)
         return self.after_mlp(self.block.mlp_step(state), attention)
@@ -69,12 +76,12 @@ class VisualFrontend(Shareable, nn.Module):
     def __init__(self, backbone: Backbone, schedule: MergeSchedule, config: TowerConfig | None = None):
         super().__init__()
         layers, shape = len(backbone.blocks), backbone.shape
-        there = (layers, shape.tokens, shape.num_prefix, shape.joint)
-        if (len(schedule.plan), schedule.tokens, schedule.prefix, schedule.joint) != there:
+        there = (layers, shape.tokens, shape.num_prefix, shape.joint, shape.divided)
+        if (len(schedule.plan), schedule.tokens, schedule.prefix, schedule.joint, schedule.divided) != there:
             raise ValueError(
                 f"the backbone has {layers} layers and {shape.tokens} tokens a frame ({shape.num_prefix} CLS), frames "
-                f"{'joint' if shape.joint else 'apart'}; the schedule was made for layers={len(schedule.plan)}, "
-                f"tokens={schedule.tokens} ({schedule.prefix} CLS), {'joint' if schedule.joint else 'apart'}"
+                f"{_attention(shape)}; the schedule was made for layers={len(schedule.plan)}, "
+                f"tokens={schedule.tokens} ({schedule.prefix} CLS), {_attention(schedule)}"
             )
         self.shape, self.schedule, self.config = backbone.shape, schedule, config
         self.embed, self.norm, self.head = backbone.embed, backbone.norm, backbone.head
@@ -115,18 +122,33 @@ class VisualFrontend(Shareable, nn.Module):
                 f"the modules of method {self.schedule.method!r} leave (clips, tokens of a clip, prefix) = {found}; "
                 f"its schedule says {planned}"
             )
+        if self.shape.divided:
+            return self._output_of_divided(state, frame_mask)
         tokens, size = (rearrange(t, "(b c) n d -> b (c n) d", c=state.num_clips) for t in (state.x, state.size))
         frames = self._embed_frames(state)
         video = None if state.video_tokens is None else self.head(self.norm(state.video_tokens))
         pooled = self.tuned(frames, frame_mask, video, state.clip_of)
-        source = state.source
-        if source is not None:
-            clip = torch.arange(state.num_clips, device=source.device).view(1, -1, 1)
-            source = source.unflatten(0, (-1, state.num_clips))
-            source = torch.where(source < 0, source, source + clip * state.x.shape[1])
-            source = source.flatten(1, 2) if state.clip_of is None else source.amax(1)
+        source = _source_of_video(state)
         real = None if frame_mask is None else real_frames(frame_mask, frames.shape[1], state.clip_of)
         return FrontendOutput(tokens, pooled, size, frames, source, real)
+
+    def _output_of_divided(self, state: TokenState, frame_mask: Tensor | None) -> FrontendOutput:
+        """With the video's CLS token once, and one embedding, of the mean of all tokens whose frames are real."""
+        clips, prefix = state.num_clips, state.num_prefix
+        tokens, size = once(state.x, clips, prefix), once(state.size, clips, prefix)
+        size = torch.cat([torch.ones_like(size[:, :prefix]), size[:, prefix:]], 1)
+        x = self.norm(tokens)
+        if frame_mask is None:
+            video = x.mean(1, keepdim=True)
+        else:
+            real = real_frames(frame_mask, clips, state.clip_of).repeat_interleave(state.x.shape[1] - prefix, 1)
+            counted = torch.cat([real.new_ones(len(real), prefix), real], 1).unsqueeze(2).to(x.dtype)
+            video = (x * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
+        frames, source = self.head(video), _source_of_video(state)
+        pooled = self.tuned(frames, None, None)
+        if source is not None:
+            source = held_once(source, clips, state.x.shape[1], prefix, self.schedule.tokens)
+        return FrontendOutput(tokens, pooled, size, frames, source)
 
     def _embed_frames(self, state: TokenState) -> Tensor:
         """Projected embeddings, one a frame: (B, F, E), or (B, C, E) where clips hold several frames.
@@ -191,6 +213,8 @@ class VisualFrontend(Shareable, nn.Module):
             values: (B, M, ...), in the order of `FrontendOutput.tokens`, of all clips or of some.
         """
         last = self.schedule.layer_counts[-1]
+        if self.shape.divided:
+            return values[:, last.prefix :]
         by_clip = rearrange(values, "b (c n) ... -> b c n ...", n=last.out)
         return rearrange(by_clip[:, :, last.prefix :], "b c n ... -> b (c n) ...")
 
@@ -259,9 +283,10 @@ class VisualFrontend(Shareable, nn.Module):
         if taken and (start := sorted(own.keys() - {*taken}, key=int)):
             _log.warning("clip positions of the layers %s are not among the weights and start anew", ", ".join(start))
 
-    def gflops(self) -> float:
-        """Cost of one video in the paper's counting (`MergeSchedule.gflops`)."""
-        return tower_gflops(self.schedule, self.shape)
+    def gflops(self, counting: Counting = PAPER) -> float:
+        """Cost of one video in the paper's counting, or another's: FVCORE is what TESTA's tables have
+        (`MergeSchedule.gflops`)."""
+        return tower_gflops(self.schedule, self.shape, counting)
 
     @classmethod
     def from_openai_state_dict(
@@ -317,6 +342,33 @@ class VisualFrontend(Shareable, nn.Module):
         given = heads, image_size, schedule.frames, mode, positions, pretrained_frames
         backbone, config = tower_from_umt(state, *given)
         return cls(backbone, replace(schedule, joint=backbone.shape.joint), config)
+
+    @classmethod
+    def from_testa_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        heads: int,
+        image_size: int,
+        schedule: MergeSchedule,
+        attention: Kind = "divided",
+    ) -> VisualFrontend:
+        """A front end on the visual weights of a file of BLIP or TESTA.
+
+        Args:
+            state: under their names ("visual_encoder.blocks.0.attn.qkv.weight"); "vision_proj" is used where there is
+                one, else the pooled embedding is as wide as the tower. What a file of BLIP has not of attention over
+                time starts as a copy of the attention within frames, and does nothing.
+            heads: attention heads (width // 64 in public models).
+            schedule: becomes one for such attention.
+            attention: "divided", or "apart" (`tempme_vl.backbones.testa.TestaConfig`).
+
+        Raises:
+            ValueError: weights of another family, missing keys, or a schedule for another tower.
+        """
+        from tempme_vl.families.testa import tower_from_testa
+
+        backbone, config = tower_from_testa(state, heads, image_size, schedule.frames, attention)
+        return cls(backbone, replace(schedule, divided=backbone.shape.divided), config)
 
     def openai_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tower's weights under open_clip's names, bit for bit; merging parameters are left out.
@@ -408,6 +460,16 @@ class VisualFrontend(Shareable, nn.Module):
         return build(lambda: cls.from_config(config, place), state, directory)
 
 
+def _source_of_video(state: TokenState) -> Tensor | None:
+    """Which of a video's tokens, its clips' one after the other, holds each input token, -1 for none: (B, S)."""
+    if state.source is None:
+        return None
+    clip = torch.arange(state.num_clips, device=state.source.device).view(1, -1, 1)
+    source = state.source.unflatten(0, (-1, state.num_clips))
+    source = torch.where(source < 0, source, source + clip * state.x.shape[1])
+    return source.flatten(1, 2) if state.clip_of is None else source.amax(1)
+
+
 def create_frontend(
     name: str,
     pretrained: str | None = None,
@@ -433,7 +495,8 @@ def create_frontend(
         budget, tokens: what a video may cost at most, as a share of the GFLOPs without merging, or in tokens that leave
             the encoder; options of the method that are not given are chosen for it (`schedule_for`).
         options: those of the method (`make_schedule`) and of the family: for UMT, mode="per_frame" (frames apart, the
-            default) or "joint" and positions="image" or "joint" (`tempme_vl.backbones.umt.UMTConfig`); for hf and
+            default) or "joint" and positions="image" or "joint" (`tempme_vl.backbones.umt.UMTConfig`); for TESTA,
+            attention="divided" or "apart" and temporal_scaling (`tempme_vl.backbones.testa.TestaConfig`); for hf and
             timm, layer and image_size (`load_tower` in `tempme_vl.backbones.hf` and `.timm`).
 
     Raises:

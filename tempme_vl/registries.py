@@ -87,6 +87,7 @@ FAMILIES: Registry[Family] = Registry(
         "umt": "tempme_vl.families.umt:FAMILY",
         "hf": "tempme_vl.families.hf:FAMILY",
         "timm": "tempme_vl.families.timm:FAMILY",
+        "testa": "tempme_vl.families.testa:FAMILY",
     },
 )
 

@@ -7,7 +7,7 @@ from dataclasses import astuple
 from typing import Any
 
 from tempme_vl.backbones.base import TowerShape
-from tempme_vl.merging import Encoder, Limit, MergeSchedule, has_setting, make_schedule
+from tempme_vl.merging import PAPER, Counting, Encoder, Limit, MergeSchedule, has_setting, make_schedule
 
 _log = logging.getLogger(__name__)
 
@@ -36,11 +36,12 @@ def schedule_for(
     Raises:
         ValueError: both limits, one that cannot be reached, or what `make_schedule` refuses.
     """
-    encoder = Encoder(layers, frames, shape.tokens, shape.num_prefix, shape.joint)
+    encoder = Encoder(layers, frames, shape.tokens, shape.num_prefix, shape.joint, shape.divided)
     limit = _limit(encoder, shape, budget, tokens)
     if limit is None and not has_setting(method, encoder, options):
         limit = _limit(encoder, shape, BUDGET, None)
-    schedule = make_schedule(method, layers, frames, shape.tokens, shape.num_prefix, shape.joint, limit, **options)
+    given = layers, frames, shape.tokens, shape.num_prefix, shape.joint, limit, shape.divided
+    schedule = make_schedule(method, *given, **options)
     if limit is not None:
         _log.info("%s", schedule_in_words(schedule, shape))
     return schedule
@@ -65,8 +66,7 @@ def schedule_in_words(schedule: MergeSchedule, shape: TowerShape) -> str:
     """What becomes of a video's tokens, by which merging, and its cost beside that without merging."""
     clips, tokens = schedule.token_counts[-1]
     layers = len(schedule.plan)
-    whole = MergeSchedule.identity(layers, schedule.frames, schedule.tokens, schedule.prefix, schedule.joint)
-    gflops, of = tower_gflops(schedule, shape), tower_gflops(whole, shape)
+    gflops, of = tower_gflops(schedule, shape), tower_gflops(schedule.whole, shape)
     fewer = [plan.fewer_before + plan.fewer_after + plan.fewer_last for plan in schedule.plan]
     joins = [f"{plan.join} at block {layer}" for layer, plan in enumerate(schedule.plan) if plan.join is not None]
     return (
@@ -78,8 +78,8 @@ def schedule_in_words(schedule: MergeSchedule, shape: TowerShape) -> str:
     )
 
 
-def tower_gflops(schedule: MergeSchedule, shape: TowerShape) -> float:
-    """Cost of one video in a tower of a shape, in the paper's counting (`MergeSchedule.gflops`)."""
+def tower_gflops(schedule: MergeSchedule, shape: TowerShape, counting: Counting = PAPER) -> float:
+    """Cost of one video in a tower of a shape, in the paper's counting or another (`MergeSchedule.gflops`)."""
     return schedule.gflops(
         shape.width,
         shape.heads,
@@ -90,4 +90,5 @@ def tower_gflops(schedule: MergeSchedule, shape: TowerShape) -> float:
         shape.quick_gelu,
         shape.norm_pre,
         shape.pooling,
+        counting,
     )

@@ -19,9 +19,9 @@ from tempme_vl import kernels
 from tempme_vl.backbones.attention import attend
 from tempme_vl.costs import BlockCost
 from tempme_vl.schema import Range, Size
-from tempme_vl.state import AttentionContext
+from tempme_vl.state import AttentionContext, TokenState
 
-Pool = Literal["cls", "mean", "attention"]
+Pool = Literal["cls", "mean", "attention", "all"]
 _Shade = Annotated[float, Range(-1000, 1000)]
 _Deviation = Annotated[float, Range(1e-6, 1000)]
 
@@ -35,8 +35,9 @@ class TowerShape:
     """The numbers of a ViT that counting and checking need; sizes in pixels.
 
     `num_prefix`: tokens in front of a frame's patches that never merge: the CLS token first, where there is one, and
-    registers. `joint`: all frames' tokens attend together from the first block on (a space-time ViT). `pool`: what
-    `Backbone.head` gets; None for the CLS token where there are such tokens, else the mean of the others.
+    registers. `joint`: all frames' tokens attend together from the first block on (a space-time ViT). `divided`: see
+    `tempme_vl.merging.MergeSchedule`. `pool`: what `Backbone.head` gets; None for the CLS token where there are such
+    tokens, else the mean of the others; "all" for the mean of all of a video's tokens, as they are counted there.
     """
 
     image_size: int
@@ -50,6 +51,7 @@ class TowerShape:
     num_prefix: int = 1
     joint: bool = False
     pool: Pool | None = None
+    divided: bool = False
 
     @property
     def tokens(self) -> int:
@@ -235,6 +237,12 @@ class BlockAdapter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tuned = BlockPlace()
+
+    def time_step(self, state: TokenState) -> tuple[TokenState, AttentionContext]:
+        """The state in front of merging and attention, and what that merging may compare tokens by: the tokens as they
+        are, or in a tower of divided attention its attention over time, a row for each place and a token for a frame.
+        """
+        return state, AttentionContext.of_tokens(state.x)
 
     def attention_step(self, state: S) -> tuple[S, AttentionContext]:
         """The state after the attention branch and what a tuning adds there, and the attention, for merging."""

@@ -94,7 +94,7 @@ def cost_row(setting: Setting) -> CostRow:
         ", ".join(filter(None, (setting.variant, _HERE if setting.here else ""))),
         setting.backbone,
         setting.frames,
-        input_tokens=schedule.frames * schedule.tokens,
+        input_tokens=schedule.input_tokens,
         tokens=schedule.output_tokens + learnt,
         gflops=_gflops(setting),
         trainable_params=trainable(setting.backbone, setting.tuning, schedule),

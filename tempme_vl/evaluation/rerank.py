@@ -18,9 +18,8 @@ from tqdm import tqdm
 from tempme_vl.evaluation.encode import Rows, gather_on_cpu
 from tempme_vl.evaluation.metrics import captions_of_videos, max_pool_captions, retrieval_metrics
 from tempme_vl.evaluation.retrieval import Embeddings
-from tempme_vl.tasks.retrieval import AnyRetrievalModel
+from tempme_vl.tasks.retrieval import AnyRetrievalModel, MatchingRetrievalModel
 from tempme_vl.tasks.similarity.base import SimilarityHead
-from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
 from tempme_vl.training import distributed
 
 REST = -100.0
@@ -85,6 +84,7 @@ def rerank(
     top_k: int = 128,
     pairs_per_batch: int = 64,
     cache_keys: bool = True,
+    adds_similarity: bool = False,
     progress: bool = True,
 ) -> Reranked:
     """Scores the `top_k` most similar videos of each caption and captions of each video by the matcher.
@@ -96,11 +96,13 @@ def rerank(
     Args:
         matcher: on `device`.
         tokens: (V, M, Dv) on the CPU, or this rank's rows of them as `embed` leaves them.
-        states: (Q, L, D) on the CPU, as the text layers left them; mask: (Q, L), 1 for words.
+        states: (Q, L, D) on the CPU, as the text layers left them, or what else the matcher reads of texts, such as
+            their ids (Q, L); mask: (Q, L), 1 for words.
         similarity: (Q, V) of the dual encoder. Among equal similarities the lower number is the candidate.
         valid: (V,) bool, False for videos that could not be read: they are nobody's candidates.
         pairs_per_batch: captions the matcher compares with a video at once.
         cache_keys: computes a video's keys and values once; else anew for each of its pairs.
+        adds_similarity: the score is the logit and the similarity (BLIP, TESTA), and not the logit alone (UMT).
         progress: shows a bar, on the first rank.
 
     Raises:
@@ -124,7 +126,8 @@ def rerank(
             pairs = len(some)
             keys = matcher.keys_values(own.expand(pairs, -1, -1)) if cached is None else cached.expand(pairs)
             logits.append(matcher.match_logits(states[some].to(device), mask[some].to(device), keys))
-        return torch.cat(logits)
+        scores = torch.cat(logits)
+        return scores + similarity[texts, video].to(scores) if adds_similarity else scores
 
     shares = _shares(tokens, valid, distributed.world_size())
     return two_stages(score, similarity, valid, shares, device=device, top_k=top_k, progress=progress)
@@ -226,15 +229,15 @@ def two_stages(
     )
 
 
-def second_stage(model: AnyRetrievalModel) -> UMTRetrievalModel | SimilarityHead | None:
-    """What re-ranks: UMT's fusion layers, or a head that has two stages; else nothing."""
-    if isinstance(model, UMTRetrievalModel):
+def second_stage(model: AnyRetrievalModel) -> MatchingRetrievalModel | SimilarityHead | None:
+    """What re-ranks: layers of UMT and TESTA that see a video with a text, or a head of two stages; else nothing."""
+    if isinstance(model, MatchingRetrievalModel):
         return model
     return model.head if model.head.candidates else None
 
 
 def rerank_embeddings(
-    stage: UMTRetrievalModel | SimilarityHead, e: Embeddings, device: torch.device, top_k: int
+    stage: MatchingRetrievalModel | SimilarityHead, e: Embeddings, device: torch.device, top_k: int
 ) -> dict[str, Any]:
     """The second stage, and its report.
 
@@ -249,7 +252,8 @@ def rerank_embeddings(
         video: dict[str, Tensor | Rows] = {**e.fine_video, "video": e.video}
         reranked = rerank_by_head(stage, text, video, similarity, e.valid, **options)
     else:
-        tokens, states, mask = e.fine_video["tokens"], e.fine_text["states"], e.fine_text["text_mask"]
+        tokens, (states, mask) = e.fine_video["tokens"], (e.fine_text[part] for part in stage.fine_text_parts)
+        options["adds_similarity"] = stage.adds_similarity
         reranked = rerank(stage, tokens, states, mask, similarity, e.valid, **options)
     return reranked_report(reranked, e.video_of_caption)
 

@@ -75,9 +75,9 @@ class Family:
         build_tower: a configuration -> the backbone, randomly initialised, without looking anything up.
         config: the class of the family's configurations, which reads and writes them (`tempme_vl.schema`).
         options: keywords of `load_tower` beside its three arguments.
-        texts: for retrieval; None where the models have no text tower, or are not used as a pair of towers (UMT).
+        texts: for retrieval; None where models have no text tower, or are not used as a pair of towers (UMT, TESTA).
         sampling: how models that answer questions take frames, a name in `tempme_vl.data.sampling.SAMPLING`.
-        needs_vocabulary: UMT's: retrieval has layers that fuse both sides, whose words are given.
+        needs_vocabulary: UMT's and TESTA's: retrieval has layers that fuse both sides, whose words are given.
     """
 
     load_tower: Callable[..., tuple[Backbone, TowerConfig]]

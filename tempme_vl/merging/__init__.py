@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
+from tempme_vl.costs import FVCORE, PAPER, Counting
 from tempme_vl.merging.base import LayerMerge, TokenMerger, is_of_merging, learnt_modules, learnt_of_part, share_learnt
 from tempme_vl.merging.budget import Limit, fit_knobs
 from tempme_vl.merging.method import Behind, Method
@@ -13,8 +15,11 @@ from tempme_vl.merging.schedule import Encoder, LayerPlan, MergeSchedule
 from tempme_vl.registries import METHODS
 
 __all__ = [
+    "FVCORE",
     "METHODS",
+    "PAPER",
     "Behind",
+    "Counting",
     "Encoder",
     "LayerMerge",
     "LayerPlan",
@@ -44,6 +49,7 @@ def make_schedule(
     prefix: int = 1,
     joint: bool = False,
     limit: Limit | None = None,
+    divided: bool = False,
     **options: Any,
 ) -> MergeSchedule:
     """The schedule of a method for an encoder shape, the paper's settings filled in where it gives any.
@@ -51,20 +57,28 @@ def make_schedule(
     Args:
         method: a name in `METHODS`.
         tokens: N, of a frame, CLS and registers included; prefix of them never merge.
+        joint, divided: how frames attend to each other (`MergeSchedule`).
         limit: what the schedule may cost: options that are not given are solved for, so that it is the nearest below.
         options: the method's own, as in `MergeSchedule.tempme` and `MergeSchedule.tome`.
 
     Raises:
-        ValueError: an unknown method or option, one that cannot join the clips of a joint encoder, a limit that
-            cannot be reached, a shape that the paper has no setting for, with neither options nor limit, or a method
-            that reads the attention of CLS tokens where there are none.
+        ValueError: an unknown method or option, one that cannot join the clips of a joint encoder or does not work on
+            divided attention, a limit that cannot be reached, a shape that the paper has no setting for, with neither
+            options nor limit, or a method that reads the attention of CLS tokens where there are none.
     """
-    record, encoder = METHODS[method], Encoder(layers, frames, tokens, prefix, joint)
+    record, encoder = METHODS[method], Encoder(layers, frames, tokens, prefix, joint, divided)
     if joint and not record.joint:
         raise ValueError(
             f"method {method!r} keeps frames apart or joins frames step by step, but a joint encoder's are one clip"
         )
+    if divided and not record.divided:
+        able = ", ".join(name for name, other in METHODS.items() if other.divided)
+        raise ValueError(
+            f"method {method!r} does not work on a tower of divided attention, whose frames stay apart and share their "
+            f"CLS token; choose one of {able}"
+        )
     _check_attention(method, prefix)
+    options = record.own_names(options)
     unknown = sorted(set(options) - set(record.option_names))
     if unknown:
         names = ", ".join(record.option_names) or "none"
@@ -78,13 +92,18 @@ def make_schedule(
             f"the paper has no {method} setting for {layers} layers, {frames} frames of {tokens} tokens: "
             f"give {', '.join(missing)} (as in MergeSchedule.{method})"
         )
-    return record.schedule(encoder, record.options(**known))
+    return _made(method, encoder, known)
+
+
+def _made(method: str, encoder: Encoder, options: dict[str, Any]) -> MergeSchedule:
+    record = METHODS[method]
+    return replace(record.schedule(encoder, record.options(**options)), divided=encoder.divided)
 
 
 def has_setting(method: str, encoder: Encoder, options: Collection[str]) -> bool:
     """Whether a method's paper and the given options leave none open for an encoder."""
     record = METHODS[method]
-    return {*record.usual(encoder), *options} >= set(record.option_names)
+    return {*record.usual(encoder), *record.own_names(dict.fromkeys(options))} >= set(record.option_names)
 
 
 def _solve(method: str, encoder: Encoder, limit: Limit, known: dict[str, Any], given: set[str]) -> dict[str, Any]:
@@ -92,7 +111,7 @@ def _solve(method: str, encoder: Encoder, limit: Limit, known: dict[str, Any], g
     record = METHODS[method]
 
     def make(**values: Any) -> MergeSchedule:
-        return record.schedule(encoder, record.options(**{**known, **values}))
+        return _made(method, encoder, {**known, **values})
 
     candidates: list[dict[str, Any]] = [{}] if has_setting(method, encoder, given) else []  # the paper's own
     for knobs in record.knobs(encoder, limit.kind):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from math import prod
 from typing import Any, Literal
@@ -71,7 +71,11 @@ class Method:
         knobs: what is solved for to stay below a limit: ways to do so, the preferred ones first, each a sequence of
             knobs in the order in which they are set.
         joint: whether it works on frames that attend jointly.
+        divided: whether it works on towers of divided attention (`MergeSchedule.divided`), where its step before
+            attention is told of the attention that frames have paid each other.
+        also: other names of options that are taken as well, as a paper or its code has them.
         matching: (plan, count, width, width of a head) -> multiply-accumulates in one block, beside the tower's own.
+        divided_matching: the same on a tower of divided attention, where it is another number.
         reads: what its modules read of their context: refused where there is none of it.
         behind: how it works behind a tower, or why it does not; None for the schedule of a tower of `steps` blocks, an
             option more.
@@ -87,7 +91,10 @@ class Method:
     shaped: Callable[[Encoder], dict[str, Any]] = lambda encoder: {}
     knobs: Callable[[Encoder, LimitKind], Sequence[Sequence[Knob]]] = lambda encoder, kind: ()
     joint: bool = True
+    divided: bool = False
+    also: Mapping[str, str] = field(default_factory=dict)
     matching: Callable[[LayerPlan, LayerCount, int, int], int] = pair_matching
+    divided_matching: Callable[[LayerPlan, LayerCount, int, int], int] | None = None
     reads: tuple[Reading, ...] = ("keys",)
     behind: Behind | str | None = None
     apart: bool = False
@@ -100,6 +107,16 @@ class Method:
     @property
     def option_names(self) -> tuple[str, ...]:
         return tuple(field.name for field in fields(self.options))
+
+    def own_names(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options under the names that its class has.
+
+        Raises:
+            ValueError: one given under two names.
+        """
+        if twice := [f"{name} and {self.also[name]}" for name in options if self.also.get(name) in options]:
+            raise ValueError(f"one option under two names: {', '.join(twice)}; give one of them")
+        return {self.also.get(name, name): value for name, value in options.items()}
 
     def behind_tower(self) -> Behind:
         """How it works behind a tower.

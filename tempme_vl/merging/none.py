@@ -29,6 +29,7 @@ METHOD = Method(
     Options,
     schedule,
     layer_merge,
+    divided=True,
     reads=(),
     behind=Behind(Options, lambda frames, grid, options: schedule(Encoder(1, frames, prod(grid), 0), options)),
     apart=True,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
-from tempme_vl.costs import BlockCost, attention, linear, norm
+from tempme_vl.costs import PAPER, BlockCost, Counting, attention, linear, norm
 from tempme_vl.registries import METHODS
 from tempme_vl.schema import LEFT_OUT, Count, Range, Size, read, write
 
@@ -23,6 +23,7 @@ class Encoder:
     tokens: int
     prefix: int = 1
     joint: bool = False
+    divided: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class MergeSchedule:
         joint: all frames are one clip from the start (UMT's joint space-time attention), and not F clips.
         proportional: whether a token counts in attention as many times as its size.
         settings: what the modules need to know beside the plan: names and plain values, ascending by name.
+        divided: in each block the frames attend to each other at each place first, and then within themselves; the
+            prefix is the video's, and each frame has a copy of it (TimeSformer's divided attention, TESTA).
 
     Raises:
         ValueError: frames that the joins do not divide, or more pairs than a clip's tokens can form, or fewer tokens
@@ -94,8 +97,14 @@ class MergeSchedule:
     joint: bool = False
     proportional: bool = True
     settings: tuple[tuple[str, Setting], ...] = ()
+    divided: bool = False
 
     def __post_init__(self) -> None:
+        if self.divided and (self.joint or any((p.join or 1) > 1 or p.pool_prefix or p.insert for p in self.plan)):
+            raise ValueError(
+                "an encoder of divided attention keeps its frames apart from the first block to the last, with one "
+                "prefix for all: no layer joins them, pools the prefix or inserts tokens"
+            )
         if self.frames < 1 or self.tokens <= self.prefix or not self.plan:
             raise ValueError(
                 f"a schedule needs at least 1 frame, 1 patch token and 1 layer; "
@@ -151,10 +160,22 @@ class MergeSchedule:
 
     @classmethod
     def identity(
-        cls, layers: int = 12, frames: int = 12, tokens: int = 50, prefix: int = 1, joint: bool = False
+        cls,
+        layers: int = 12,
+        frames: int = 12,
+        tokens: int = 50,
+        prefix: int = 1,
+        joint: bool = False,
+        divided: bool = False,
     ) -> MergeSchedule:
         """No merging: every frame goes through alone with all its tokens, or all frames together if joint."""
-        return cls("none", frames, tokens, (LayerPlan(),) * layers, prefix, joint)
+        return cls("none", frames, tokens, (LayerPlan(),) * layers, prefix, joint, divided=divided)
+
+    @property
+    def whole(self) -> MergeSchedule:
+        """That of the same encoder without merging."""
+        shape = len(self.plan), self.frames, self.tokens, self.prefix, self.joint, self.divided
+        return MergeSchedule.identity(*shape)
 
     @classmethod
     def tome(
@@ -217,8 +238,13 @@ class MergeSchedule:
     @property
     def output_tokens(self) -> int:
         """M, tokens that leave the encoder."""
-        clips, tokens = self.token_counts[-1]
-        return clips * tokens
+        last = self.layer_counts[-1]
+        return _of_video(last.clips, last.out, last.prefix, self.divided)
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens of the video in front of the first block."""
+        return _of_video(self.frames, self.tokens, self.prefix, self.divided)
 
     @property
     def pooled_prefixes(self) -> int:
@@ -242,6 +268,7 @@ class MergeSchedule:
         quick_gelu: bool = True,
         norm_pre: bool = True,
         pool: str | None = None,
+        counting: Counting = PAPER,
     ) -> float:
         """Cost of the visual tower for one video in the paper's counting (`tempme_vl.costs`), in 1e9.
 
@@ -249,28 +276,37 @@ class MergeSchedule:
         projection once a frame, there or not.
 
         Args:
+            embed_dim: 0 without a projection.
             patch_size: pixels; default: from the image size and the number of patch tokens.
             norm_pre: whether a LayerNorm stands before the blocks and the patch embedding has no bias (CLIP).
-            pool: "cls", "mean" or "attention" (`TowerShape.pool`); default: "cls" if there is a prefix, else "mean".
-                The last two read all tokens but the prefix. Attention pooling counts as a block with one query, for
-                every frame, or for every clip that is left where tokens were merged.
+            pool: "cls", "mean", "attention" or "all" (`TowerShape.pool`); default: "cls" if there is a prefix, else
+                "mean". Mean and attention read all tokens but the prefix. Attention pooling counts as a block with one
+                query, for every frame, or for every clip that is left where tokens were merged.
+            counting: of what there is beside multiply-accumulates (`tempme_vl.costs`).
         """
-        matching, block = METHODS[self.method].matching, BlockCost(width, heads, mlp_ratio, quick_gelu)
+        method = METHODS[self.method]
+        matching = (self.divided and method.divided_matching) or method.matching
+        block = BlockCost(width, heads, mlp_ratio, quick_gelu, counting)
         patches = self.tokens - self.prefix
         patch_size = patch_size or round(image_size / math.sqrt(patches))
-        total = linear(self.frames * patches, 3 * patch_size**2, width, bias=not norm_pre)
-        total += norm(self.frames * self.tokens, width) if norm_pre else 0
+        total = linear(self.frames * patches, 3 * patch_size**2, width, not norm_pre, counting)
+        total += norm(self.frames * self.tokens, width, counting) if norm_pre else 0
         for plan, n in zip(self.plan, self.layer_counts, strict=True):
-            total += n.clips * (block.attention(n.attention) + block.mlp(n.mlp))
+            if self.divided:
+                total += (n.joined - n.prefix) * block.over_time(n.clips + plan.fewer_clips)
+            total += n.clips * block.attention(n.attention)
+            total += block.mlp(_of_video(n.clips, n.mlp, n.prefix, self.divided))
             total += matching(plan, n, width, width // heads)
         pool = pool or ("cls" if self.prefix else "mean")
         last, cls = self.layer_counts[-1], self.pooled_prefixes
-        pooled = cls if pool == "cls" else last.clips * (last.out - last.prefix)
-        total += norm(pooled, width) + linear(cls if pool == "cls" else self.frames, width, embed_dim, bias=False)
+        pooled = {"cls": cls, "all": self.output_tokens}.get(pool, last.clips * (last.out - last.prefix))
+        projected = {"cls": cls, "all": 1}.get(pool, self.frames)
+        total += norm(pooled, width, counting) + linear(projected, width, embed_dim, False, counting)
         if pool == "attention":
             queries = self.frames if pooled == self.frames * patches else last.clips
-            total += linear(pooled, width, 2 * width) + attention(pooled, 1, width, heads)  # keys and values
-            total += linear(queries, width, 2 * width) + block.mlp(queries)  # query, proj
+            total += linear(pooled, width, 2 * width, counting=counting)  # keys and values
+            total += attention(pooled, 1, width, heads, counting)
+            total += linear(queries, width, 2 * width, counting=counting) + block.mlp(queries)  # query, proj
         return total / 1e9
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,6 +322,7 @@ class MergeSchedule:
             self.joint,
             self.proportional,
             dict(self.settings),
+            self.divided,
             **{name: values for name, values in more.items() if any(values)},
         )
         return {name: value for name, value in write(saved).items() if value or name not in _MORE}
@@ -319,6 +356,7 @@ class _Saved:
     joint: bool = False
     proportional: bool = field(default=True, metadata=LEFT_OUT)
     settings: Mapping[str, Setting] = field(default_factory=dict, metadata=LEFT_OUT)
+    divided: bool = field(default=False, metadata=LEFT_OUT)
     pool_prefix: tuple[bool, ...] = ()
     insert: tuple[Count, ...] = ()
     fewer_before: tuple[Count, ...] = ()
@@ -342,4 +380,9 @@ class _Saved:
         )
         settings = tuple(sorted(self.settings.items()))
         shape = self.frames, self.tokens, plan, self.prefix, self.joint
-        return MergeSchedule(self.method, *shape, self.proportional, settings)
+        return MergeSchedule(self.method, *shape, self.proportional, settings, self.divided)
+
+
+def _of_video(clips: int, tokens: int, prefix: int, divided: bool) -> int:
+    """Tokens of so many clips, which share their prefix or have one each."""
+    return clips * (tokens - prefix) + prefix if divided else clips * tokens

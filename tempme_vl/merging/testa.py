@@ -10,8 +10,8 @@ the keys of attention. Three strategies:
     prune       they are dropped, as TESTA's code does
 
 Tokens count once in attention, however many they hold. TESTA compares frames by the keys of a temporal attention of its
-own. A tower that has none gives the tokens in its place, and to `importance` and `prune` their attention by cosine: our
-own reading, which no paper measures.
+own, as its towers have it (`tempme_vl.backbones.testa`). A tower that has none gives the tokens in its place, and to
+`importance` and `prune` their attention by cosine: our own reading, which no paper measures.
 """
 
 from __future__ import annotations
@@ -30,23 +30,26 @@ from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge
 from tempme_vl.merging.budget import Knob, LimitKind
 from tempme_vl.merging.method import Behind, Method, checked, pair_matching
 from tempme_vl.merging.schedule import Encoder, LayerCount, LayerPlan, MergeSchedule
-from tempme_vl.schema import Count, Layers
+from tempme_vl.merging.tome import inflected
+from tempme_vl.schema import Cosine, Count, Layers
 from tempme_vl.state import AttentionContext, TokenState
 
 Strategy = Literal["geometry", "importance", "prune"]
+# a number for all blocks; one for each; or (r, inflection), as ToMe's (`tempme_vl.merging.tome.Options`)
+Fewer = Count | list[Count] | tuple[Count, Cosine]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Numbers of all blocks, or one number a block (R_T and R_S of the paper); what is too much is clamped, so that no
-    more than half of the frames, or of the patches, go at once.
+    """Numbers of all blocks, one number a block, or (r, inflection) as ToMe's (R_T and R_S of the paper); what is too
+    much is clamped, so that no more than half of the frames, or of the patches, go at once.
 
     r_temporal: frames that a video has fewer in front of attention.
     r_spatial: patches that a frame has fewer behind it.
     """
 
-    r_temporal: Count | list[Count]
-    r_spatial: Count | list[Count]
+    r_temporal: Fewer
+    r_spatial: Fewer
     strategy: Strategy = "geometry"
 
 
@@ -99,8 +102,8 @@ def _counts(encoder: Encoder, options: Options) -> list[_Count]:
     return counts
 
 
-def _each(r: int | Sequence[int], layers: int) -> list[int]:
-    values = list(r) if isinstance(r, Sequence) else [r] * layers
+def _each(r: int | Sequence[float], layers: int) -> list[int]:
+    values = [int(n) for n in inflected(r, layers) or (r if isinstance(r, Sequence) else [r] * layers)]
     if len(values) != layers:
         raise ValueError(f"r_temporal and r_spatial are one number, or one for each of {layers} blocks; got {values}")
     return values
@@ -112,7 +115,7 @@ def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
     Raises:
         ValueError: options out of bounds, or a list of another length than the blocks.
     """
-    options = checked("testa", options)
+    checked("testa", options)
     plan = []
     for _, _, frames, patches in _counts(encoder, options):
         merged = options.strategy == "geometry"
@@ -187,11 +190,15 @@ class AggregateFrames(TokenMerger):
         self.r, self.strategy, self.in_time = r, strategy, in_time
 
     def forward(self, state: TokenState, context: AttentionContext) -> TokenState:
-        metric = context.features()[:, state.num_prefix :].unflatten(0, (-1, state.num_clips)).transpose(1, 2)
+        if context.queries is None:
+            metric = context.features()[:, state.num_prefix :].unflatten(0, (-1, state.num_clips)).transpose(1, 2)
+        else:  # of attention over time, whose rows are places
+            metric = context.features().unflatten(0, (len(state.x) // state.num_clips, -1))
         if self.strategy == "geometry":
             state = state.merge_clips(match_frames(metric, self.r))
         else:
-            scores = received(self.attention(metric), metric.shape[1])
+            attention = self.attention(metric) if context.queries is None else context
+            scores = received(attention, metric.shape[1])
             if self.strategy == "prune":
                 return state.keep_clips(least(scores, self.r)[0])
             state = state.merge_clips(match_least(scores, metric, self.r))
@@ -279,31 +286,45 @@ def layer_merge(schedule: MergeSchedule, layer: int, width: int) -> LayerMerge:
         return _joined_merge(schedule, layer)
     if plan.fewer_clips:
         last = not any(later.fewer_clips for later in schedule.plan[layer + 1 :])
-        before = AggregateFrames(plan.fewer_clips, strategy, last)
+        # frames of divided attention are told apart by nothing any more, and TESTA leaves them in the order of matches
+        before = AggregateFrames(plan.fewer_clips, strategy, last and not schedule.divided)
     if fewer := plan.after + plan.fewer_after:
         after = AggregatePatches(fewer, strategy)
     return LayerMerge(before, after)
 
 
-def matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int) -> int:
+def _matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int, of_frames: int) -> int:
     """Of the halves with each other, at each patch for frames. By importance, of all with all, for the attention that
     each gets, and of the least important with the others; pruning, and a block that merges frames alone, count as well.
+
+    Args:
+        of_frames: the width of what frames are compared by.
     """
     fewer, patches, frames = plan.fewer_after, count.attention - count.prefix, count.clips + plan.fewer_clips
-    compared = (frames // 2) * (frames - frames // 2)
+    compared = (frames // 2) * (frames - frames // 2) * of_frames
     if fewer:
-        compared = frames**2 + plan.fewer_clips * count.clips
-    temporal = patches * compared * width if plan.fewer_clips else 0
+        compared = frames**2 * width + plan.fewer_clips * count.clips * of_frames
+    temporal = patches * compared if plan.fewer_clips else 0
     spatial = count.clips * (count.attention**2 * width + fewer * (patches - fewer) * head_width) if fewer else 0
     return temporal + spatial + pair_matching(plan, count, width, head_width)
+
+
+def matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int) -> int:
+    """With tokens in the place of keys over time."""
+    return _matching(plan, count, width, head_width, of_frames=width)
+
+
+def divided_matching(plan: LayerPlan, count: LayerCount, width: int, head_width: int) -> int:
+    """With keys over time."""
+    return _matching(plan, count, width, head_width, of_frames=head_width)
 
 
 @dataclass(frozen=True)
 class BehindOptions:
     """By geometry, in every step or one number a step. steps: how often."""
 
-    r_temporal: Count | list[Count] = 1
-    r_spatial: Count | list[Count] = 16
+    r_temporal: Fewer = 1
+    r_spatial: Fewer = 16
     steps: Layers = 2
 
 
@@ -342,7 +363,10 @@ METHOD = Method(
     published,
     knobs=knobs,
     joint=False,
+    divided=True,
+    also={"temporal_r": "r_temporal", "spatial_r": "r_spatial"},
     matching=matching,
+    divided_matching=divided_matching,
     reads=("tokens", "keys"),
     behind=Behind(BehindOptions, behind_schedule, behind_knobs),
 )

@@ -68,19 +68,25 @@ def pairs_by_block(r: int | Sequence[float], layers: int) -> list[int]:
     Raises:
         ValueError: see `schedule`.
     """
-    wanted = list(r) if isinstance(r, Sequence) else [r] * layers
-    if isinstance(r, Sequence) and len(r) == 2 and (isinstance(r, tuple) or not _is_count(r[1])):
-        mean, inflection = r
-        if _is_count(mean) and -1 <= inflection <= 1:
-            first = int(mean * (1.0 - inflection))
-            step = (2 * mean - 2 * first) / max(1, layers - 1)
-            wanted = [int(first + step * block) for block in range(layers)] if layers > 1 else [mean]
+    wanted = inflected(r, layers) or (list(r) if isinstance(r, Sequence) else [r] * layers)
     if len(wanted) != layers or not all(map(_is_count, wanted)):
         raise ValueError(
             f"r counts the pairs merged in each of {layers} blocks, whole and not negative, or is (r, inflection) with "
             f"an inflection from -1 to 1; got {r!r}"
         )
     return [int(pairs) for pairs in wanted]
+
+
+def inflected(r: int | Sequence[float], layers: int) -> list[float]:
+    """The pairs of each block where r is (r, inflection), else nothing; see `Options`."""
+    if not isinstance(r, Sequence) or len(r) != 2 or not (isinstance(r, tuple) or not _is_count(r[1])):
+        return []
+    mean, inflection = r
+    if not _is_count(mean) or not -1 <= inflection <= 1:
+        return []
+    first = int(mean * (1.0 - inflection))
+    step = (2 * mean - 2 * first) / max(1, layers - 1)
+    return [int(first + step * block) for block in range(layers)] if layers > 1 else [mean]
 
 
 def _is_count(value: object) -> bool:
@@ -127,6 +133,7 @@ METHOD = Method(
     layer_merge,
     published,
     knobs=knobs,
+    divided=True,
     behind=Behind(BehindOptions, behind_schedule, behind_knobs),
     apart=True,
 )

@@ -31,7 +31,7 @@ def cost(model: TunableModel) -> dict[str, Any]:
     schedule = model.frontend.schedule
     return {
         "output_tokens": schedule.output_tokens,
-        "input_tokens": schedule.frames * schedule.tokens,
+        "input_tokens": schedule.input_tokens,
         "gflops": model.gflops(),
     }
 

@@ -219,19 +219,21 @@ def negative_weights(similarity: Tensor, same: Tensor, valid: Tensor | None = No
     return logits.softmax(1).clamp(min=1e-30).masked_fill(excluded, 0.0)
 
 
-def draw_negatives(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_negatives(weights: Tensor, generator: torch.Generator | None = None, own: Tensor | None = None) -> Tensor:
     """One candidate per query, drawn in proportion to the rows of `negative_weights`.
 
     Args:
-        weights: (B, B).
+        weights: (B, B), or (B, G) where candidates are those of all ranks.
         generator: on the device of `weights`.
+        own: (B,), the number of each query's own candidate; default: 0 to B - 1.
 
     Returns:
         (B,) int64. A query without a negative draws its own number, and only such a query does: leave its pair
         out by `valid` of `matching_loss`.
     """
-    own = torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
-    rows = torch.where(weights.any(dim=1, keepdim=True), weights, own)
+    own = torch.arange(len(weights), device=weights.device) if own is None else own
+    itself = F.one_hot(own, weights.shape[1]).to(weights.dtype)
+    rows = torch.where(weights.any(dim=1, keepdim=True), weights, itself)
     return torch.multinomial(rows, 1, generator=generator).squeeze(1)
 
 

@@ -27,6 +27,8 @@ from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import LogitScale, Pairs, gather_ids, gather_rows, readable
 from tempme_vl.tasks.similarity.base import PairContext, SimilarityHead
 from tempme_vl.tasks.similarity.mean import MeanHead
+from tempme_vl.tasks.testa.model import CONTRAST, ContrastOptions
+from tempme_vl.tasks.testa.retrieval import TestaRetrievalConfig, TestaRetrievalModel, create_testa_retrieval_model
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalConfig, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.tokenizers import CLIPWords, Words
@@ -258,7 +260,9 @@ class RetrievalModel(Shareable, TunableModel):
         return build(make, state, directory)
 
 
-AnyRetrievalModel = RetrievalModel | UMTRetrievalModel
+# with a text encoder that sees the video, and a head that judges whether both match
+MatchingRetrievalModel = UMTRetrievalModel | TestaRetrievalModel
+AnyRetrievalModel = RetrievalModel | MatchingRetrievalModel
 
 
 def create_retrieval_model(
@@ -273,15 +277,16 @@ def create_retrieval_model(
     vocabulary: tuple[str, ...] | None = None,
     **options: Any,
 ) -> AnyRetrievalModel:
-    """A retrieval model by name: a dual encoder of two towers, or UMT's with fusion layers.
+    """A retrieval model by name: a dual encoder of two towers, or UMT's or TESTA's, which also match pairs.
 
     Args:
-        name: "family:model" of a model with a text tower: open_clip's CLIP, SigLIP and others, "umt:b16", or "hf:" and
-            a CLIP, SigLIP or SigLIP 2 of transformers.
+        name: "family:model" of a model with a text tower: open_clip's CLIP, SigLIP and others, "umt:b16", "testa:b16",
+            or "hf:" and a CLIP, SigLIP or SigLIP 2 of transformers.
         tuning: what of it trains, one of `tempme_vl.TUNINGS` or an instance with options, `Lora(rank=16)`.
         head: what compares videos and texts, one of `tempme_vl.HEADS`, such as "mean", "xpool", "seqtransf", "eercf".
-        vocabulary: words of UMT's text side (`create_umt_retrieval_model`); other models have their own.
-        options: the head's own, and those of `tempme_vl.create_frontend`, as all others.
+        vocabulary: words of UMT's and TESTA's text side (`create_umt_retrieval_model`); other models have their own.
+        options: the head's own, and those of `tempme_vl.create_frontend`, as all others; for TESTA those of
+            `tempme_vl.tasks.testa.model.ContrastOptions`.
 
     Raises:
         ValueError: see `create_frontend`, `find_tuning` and the tuning's `apply`, `find_head` and the head; or a family
@@ -299,9 +304,12 @@ def create_retrieval_model(
             raise ValueError(
                 f"the text side of {name!r} needs its vocabulary: see tempme_vl.text.tokenizers.bert_vocabulary"
             )
-        made = create_umt_retrieval_model(
-            name, vocabulary, pretrained, method, num_frames, clip_position_std, **options
-        )
+        given = name, vocabulary, pretrained, method, num_frames
+        if split_name(name)[0] == "testa":
+            contrast = {key: options.pop(key) for key in CONTRAST if key in options}
+            made = create_testa_retrieval_model(*given, ContrastOptions(**contrast), **options)
+        else:
+            made = create_umt_retrieval_model(*given, clip_position_std, **options)
     else:
         family_name, model = split_name(name)
         side = _text_side(family_name)
@@ -319,7 +327,7 @@ def create_retrieval_model(
 
 
 def load_retrieval_model(source: str | Path, **hub: Unpack[HubOptions]) -> AnyRetrievalModel:
-    """Reads what `save_pretrained` of either model wrote.
+    """Reads what `save_pretrained` of any of these models wrote.
 
     Args:
         source, hub: a folder, or a name on the Hugging Face hub with its options (`VisualFrontend.from_pretrained`).
@@ -328,8 +336,11 @@ def load_retrieval_model(source: str | Path, **hub: Unpack[HubOptions]) -> AnyRe
         ValueError: see their `from_pretrained`.
     """
     directory = find_folder(source, **hub)
-    of_umt = load_kind(directory) == UMTRetrievalConfig.kind
-    return (UMTRetrievalModel if of_umt else RetrievalModel).from_pretrained(directory)
+    kinds: dict[str, type[AnyRetrievalModel]] = {
+        UMTRetrievalConfig.kind: UMTRetrievalModel,
+        TestaRetrievalConfig.kind: TestaRetrievalModel,
+    }
+    return kinds.get(load_kind(directory), RetrievalModel).from_pretrained(directory)
 
 
 def _load_head(head: SimilarityHead, export: Export) -> None:

@@ -71,11 +71,13 @@ class UMTRetrievalModel(Shareable, TunableModel):
 
     Attributes:
         candidates, fine_video_parts, fine_text_parts: of re-ranking, as a `SimilarityHead` with two stages has them.
+        adds_similarity: whether the score of re-ranking is the logit of a match and the cosine.
     """
 
     candidates: ClassVar[int] = 128
     fine_video_parts: ClassVar[tuple[str, ...]] = ("tokens",)
     fine_text_parts: ClassVar[tuple[str, ...]] = ("states", "text_mask")
+    adds_similarity: ClassVar[bool] = False
     lora_parts = ("frontend", "text", "fusion")
 
     def __init__(

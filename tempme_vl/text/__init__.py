@@ -2,6 +2,7 @@
 
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.bert import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt, bert_to_umt
+from tempme_vl.text.blip import BlipShape, BlipTextEncoder, blip_vocabulary
 from tempme_vl.text.clip import CLIPTextEncoder
 from tempme_vl.text.decoder import BertDecoder, QuestionKeys, decoder_to_umt, load_umt_decoder
 
@@ -10,12 +11,15 @@ __all__ = [
     "BertFusion",
     "BertShape",
     "BertTextEncoder",
+    "BlipShape",
+    "BlipTextEncoder",
     "CLIPTextEncoder",
     "QuestionKeys",
     "TextEncoder",
     "VideoKeys",
     "bert_from_umt",
     "bert_to_umt",
+    "blip_vocabulary",
     "decoder_to_umt",
     "load_umt_decoder",
 ]

@@ -100,6 +100,17 @@ class VideoKeys:
         )
 
 
+def video_keys(layers: nn.ModuleList, width: int, tokens: Tensor, size: Tensor | None) -> VideoKeys:
+    """See `BertFusion.keys_values`; of any layers with cross-attention to tokens of a width."""
+    if tokens.ndim != 3 or tokens.shape[-1] != width:
+        raise ValueError(f"expected video tokens (B, M, {width}); got {tuple(tokens.shape)}")
+    if size is not None and size.shape != (*tokens.shape[:2], 1):
+        raise ValueError(f"expected sizes {(*tokens.shape[:2], 1)}; got {tuple(size.shape)}")
+    keys, values = zip(*cross_keys_values(layers, tokens), strict=True)
+    bias = None if size is None else size.log().transpose(1, 2).unsqueeze(1).to(tokens.dtype)
+    return VideoKeys(keys, values, bias)
+
+
 class BertFusion(nn.Module):
     """The layers from the first fusion layer on; each attends to the words, then to the video. Random weights."""
 
@@ -125,13 +136,7 @@ class BertFusion(nn.Module):
         Raises:
             ValueError: tokens of another width, or sizes of another shape.
         """
-        if tokens.ndim != 3 or tokens.shape[-1] != self.shape.cross_width:
-            raise ValueError(f"expected video tokens (B, M, {self.shape.cross_width}); got {tuple(tokens.shape)}")
-        if size is not None and size.shape != (*tokens.shape[:2], 1):
-            raise ValueError(f"expected sizes {(*tokens.shape[:2], 1)}; got {tuple(size.shape)}")
-        keys, values = zip(*cross_keys_values(self.layers, tokens), strict=True)
-        bias = None if size is None else size.log().transpose(1, 2).unsqueeze(1).to(tokens.dtype)
-        return VideoKeys(keys, values, bias)
+        return video_keys(self.layers, self.shape.cross_width, tokens, size)
 
     def forward(self, states: Tensor, mask: Tensor, keys: VideoKeys) -> Tensor:
         """States of texts that have seen a video.

@@ -9,7 +9,7 @@ Letters: B texts, N words, S states that are looked at, D width, H heads of widt
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,28 @@ PAD = 0  # the number of [PAD]
 NORM_EPS = 1e-12
 
 KeyValue = tuple[Tensor, Tensor]
+
+
+class BertSizes(Protocol):
+    """What layers need to know: `BertShape`, or the sizes of another model that is made of them."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def mlp_width(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def init_std(self) -> float | None: ...
+    @property
+    def token_types(self) -> bool:
+        """Whether words have one of BERT's two types, all the first."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,10 @@ class BertShape:
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"expected heads that divide the width {self.width}; got {self.heads}")
 
+    @property
+    def token_types(self) -> bool:
+        return True
+
     @classmethod
     def named(cls, name: str, **changes: Any) -> BertShape:
         """A shape by name ("bert-base", "bert-large" as in UMT; "tiny"), with some numbers changed.
@@ -96,27 +122,31 @@ SHAPES = {
 
 
 class BertEmbeddings(nn.Module):
-    """Words, positions and the first of BERT's two token types, normalised."""
+    """Words, positions and, where there are types, the first of BERT's two, normalised."""
 
-    def __init__(self, shape: BertShape):
+    def __init__(self, shape: BertSizes):
         super().__init__()
         self.word_embeddings = nn.Embedding(shape.vocab_size, shape.width, padding_idx=PAD)
         self.position_embeddings = nn.Embedding(shape.positions, shape.width)
-        self.token_type_embeddings = nn.Embedding(2, shape.width)
+        if shape.token_types:
+            self.token_type_embeddings = nn.Embedding(2, shape.width)
+        self.token_types = shape.token_types
         self.LayerNorm = nn.LayerNorm(shape.width, eps=NORM_EPS)
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, ids: Tensor, first: int = 0) -> Tensor:
         """(B, N) int64 words, the first of them at a position, -> (B, N, D)."""
         positions = torch.arange(first, first + ids.shape[1], device=ids.device)
-        x = self.word_embeddings(ids) + self.token_type_embeddings(torch.zeros_like(ids))
+        x = self.word_embeddings(ids)
+        if self.token_types:
+            x = x + self.token_type_embeddings(torch.zeros_like(ids))
         return self.dropout(self.LayerNorm(x + self.position_embeddings(positions)))
 
 
 class Heads(nn.Module):
     """The attention proper."""
 
-    def __init__(self, shape: BertShape):
+    def __init__(self, shape: BertSizes):
         super().__init__()
         self.heads = shape.heads
         self.query, self.key, self.value = (nn.Linear(shape.width, shape.width) for _ in range(3))
@@ -140,7 +170,7 @@ class Heads(nn.Module):
 class AddNorm(nn.Module):
     """The end of a branch: its output, (B, N, D) behind a linear layer, is added to x, and the sum normalised."""
 
-    def __init__(self, branch_width: int, shape: BertShape):
+    def __init__(self, branch_width: int, shape: BertSizes):
         super().__init__()
         self.dense = nn.Linear(branch_width, shape.width)
         self.LayerNorm = nn.LayerNorm(shape.width, eps=NORM_EPS)
@@ -153,7 +183,7 @@ class AddNorm(nn.Module):
 class Attention(nn.Module):
     """Attention of words to themselves or to other states; added and normalised."""
 
-    def __init__(self, shape: BertShape):
+    def __init__(self, shape: BertSizes):
         super().__init__()
         self.self, self.output = Heads(shape), AddNorm(shape.width, shape)
 
@@ -181,7 +211,7 @@ class Attention(nn.Module):
 class Intermediate(nn.Module):
     """The wide half of the feed-forward network."""
 
-    def __init__(self, shape: BertShape):
+    def __init__(self, shape: BertSizes):
         super().__init__()
         self.dense = nn.Linear(shape.width, shape.mlp_width)
 
@@ -194,7 +224,7 @@ class BertLayer(nn.Module):
 
     crossattention: Attention
 
-    def __init__(self, shape: BertShape, cross: bool = False):
+    def __init__(self, shape: BertSizes, cross: bool = False):
         super().__init__()
         self.attention = Attention(shape)
         if cross:

@@ -1,7 +1,8 @@
-"""UMT's answer decoder, made of BERT's layers: words of an answer, each from those before it and from the question.
+"""The decoder of UMT and BLIP, made of BERT's layers: words of an answer, each from those before and from the question.
 
-The layers have causal self-attention and cross-attention to the question's states; the projection onto words
-is the table of word embeddings. A question's keys and values are computed once and shared by all candidate answers.
+The layers have causal self-attention and cross-attention to the question's states, or to the tokens of a video where
+texts describe it; the projection onto words is the table of word embeddings. A question's keys and values are computed
+once and shared by all candidate answers.
 
 Letters: B questions of Lq words, K answers to each, L words of an answer, V words in all, D width, H heads of width
 Dh = D / H.
@@ -24,7 +25,7 @@ from tempme_vl.text.bert_layer import (
     PAD,
     BertEmbeddings,
     BertLayer,
-    BertShape,
+    BertSizes,
     KeyValue,
     attention_mask,
     cross_keys_values,
@@ -72,10 +73,16 @@ class LanguageHead(nn.Module):
 
 
 class DecoderLayer(BertLayer):
-    """A layer that looks at the words so far, then at the question."""
+    """A layer that looks at the words so far, then at the question.
 
-    def __init__(self, shape: BertShape):
+    Args:
+        cross_width: of the question's states.
+    """
+
+    def __init__(self, shape: BertSizes, cross_width: int):
         super().__init__(shape, cross=True)
+        if cross_width != shape.width:
+            self.crossattention.read_width(cross_width)
 
     def keys_values(self, x: Tensor, past: KeyValue | None) -> KeyValue:
         """Keys and values (B K, H, L, Dh) of the words so far: those of the words before, and of new ones."""
@@ -104,15 +111,16 @@ class BertDecoder(nn.Module):
     Args:
         shape: of the text encoder whose states are the questions; width, heads, words and positions are the decoder's
             too (its layers, fusion_layer and cross_width are not).
-        layers: of the decoder. UMT: as many as the encoder has fusion layers, 3 (B) or 5 (L).
+        layers: of the decoder. UMT: as many as the encoder has fusion layers, 3 (B) or 5 (L). BLIP: as many as it has.
+        cross_width: of what it describes, by default of the questions' states.
     """
 
-    def __init__(self, shape: BertShape, layers: int):
+    def __init__(self, shape: BertSizes, layers: int, cross_width: int | None = None):
         super().__init__()
-        self.shape = shape
+        self.shape, self.cross_width = shape, shape.width if cross_width is None else cross_width
         self.embeddings = BertEmbeddings(shape)
         self.embeddings.word_embeddings = TiedWords(shape.vocab_size, shape.width, padding_idx=PAD)
-        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(shape, self.cross_width) for _ in range(layers))
         self.head = LanguageHead(shape.width, shape.vocab_size)
         self.grad_checkpointing = False
         self.apply(partial(initialise, std=shape.init_std))
@@ -127,9 +135,9 @@ class BertDecoder(nn.Module):
         Raises:
             ValueError: states of another width, or a mask of another shape.
         """
-        if states.ndim != 3 or states.shape[-1] != self.shape.width or states.shape[:2] != mask.shape:
+        if states.ndim != 3 or states.shape[-1] != self.cross_width or states.shape[:2] != mask.shape:
             raise ValueError(
-                f"expected question states (B, L, {self.shape.width}) and a mask (B, L); "
+                f"expected question states (B, L, {self.cross_width}) and a mask (B, L); "
                 f"got {tuple(states.shape)} and {tuple(mask.shape)}"
             )
         return QuestionKeys(cross_keys_values(self.layers, states), attention_mask(mask))
@@ -159,14 +167,16 @@ class BertDecoder(nn.Module):
             x = run_layer(layer, self.grad_checkpointing, x, seen, question.mask)
         return self._logits(x)
 
-    def sequence_loss(self, ids: Tensor, mask: Tensor, question: QuestionKeys) -> Tensor:
+    def sequence_loss(self, ids: Tensor, mask: Tensor, question: QuestionKeys, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy of whole answers, summed over their words (UMT, BLIP).
 
         Args:
-            ids, mask: (B, K, L), as for `forward`; mask is nonzero for real words.
+            ids, mask: (B, K, L), as for `forward`; mask is nonzero for words that count: real ones, and none of a
+                prompt that they follow.
+            smoothing: the share of each target that is spread evenly over all words (BLIP: 0.1).
 
         Returns:
-            (B, K) float32 (float64 for such states): -log p(answer | question, video).
+            (B, K) float32 (float64 for such states): -log p(answer | question, video), or what smoothing makes of it.
 
         Raises:
             ValueError: see `forward`; or a mask of another shape, or answers without a word behind [CLS].
@@ -178,7 +188,8 @@ class BertDecoder(nn.Module):
             )
         logits, words = self(ids[..., :-1], question), ids[..., 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.flatten(0, 2), words.flatten(), reduction="none").view(words.shape)
+        given = logits.flatten(0, 2), words.flatten()
+        losses = F.cross_entropy(*given, reduction="none", label_smoothing=smoothing).view(words.shape)
         return losses.masked_fill(~mask[..., 1:].bool(), 0.0).sum(-1)
 
     @torch.no_grad()
@@ -229,7 +240,7 @@ def load_umt_decoder(decoder: BertDecoder, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: unexpected weights, other shapes, or a projection that is not the table of word embeddings.
     """
-    own = {_umt_name(name): name for name in decoder.state_dict()}
+    own = {decoder_name(name): name for name in decoder.state_dict()}
     tied = {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -251,10 +262,11 @@ def load_umt_decoder(decoder: BertDecoder, state: Mapping[str, Tensor]) -> None:
 
 def decoder_to_umt(decoder: BertDecoder) -> dict[str, Tensor]:
     """The weights under UMT's names, the tied projection left out, as `load_umt_decoder` reads them."""
-    return {_umt_name(name): value for name, value in decoder.state_dict().items()}
+    return {decoder_name(name): value for name, value in decoder.state_dict().items()}
 
 
-def _umt_name(name: str) -> str:
+def decoder_name(name: str) -> str:
+    """One of a decoder's weights under UMT's name, which is BLIP's, too."""
     for ours, theirs in (
         (r"^embeddings\.", "bert.embeddings."),
         (r"^layers\.", "bert.encoder.layer."),

@@ -51,12 +51,14 @@ class WordPieceTokenizer:
     """A text -> ids and mask, both (max_words,) int64: [CLS], word pieces, then padding, as UMT feeds BERT.
 
     UMT gives captions (32 words) and questions (25) no [SEP], unlike BERT's own tokenizer; answers (5) end with it.
-    Longer texts are cut at the end, which takes an answer's [SEP] too: a cut answer does not look complete.
+    Longer texts are cut at the end, which takes an answer's [SEP] too: a cut answer does not look complete. BLIP's
+    texts all end with [SEP], cut ones too, and keep full stops and commas.
 
     Args:
         vocab: all pieces; a piece's place is its number. From `bert_vocabulary` or `word_vocabulary`.
         max_words: pieces kept, [CLS] among them.
         end: append [SEP].
+        blip: keep that [SEP], and clean texts as `clean_caption`.
 
     Raises:
         ValueError: max_words below 2, or a vocabulary with a piece twice, without a special token or [PAD] in front.
@@ -65,6 +67,7 @@ class WordPieceTokenizer:
     vocab: tuple[str, ...] = field(repr=False)
     max_words: int = 32
     end: bool = False
+    blip: bool = False
 
     def __post_init__(self) -> None:
         if self.max_words < 2:
@@ -81,7 +84,10 @@ class WordPieceTokenizer:
         self._start, self._end = numbers[START], numbers[END]
 
     def __call__(self, text: str) -> tuple[Tensor, Tensor]:
-        pieces = self._tokenizer.encode(clean_text(text), add_special_tokens=False).ids
+        clean = clean_caption(text) if self.blip else clean_text(text)
+        pieces = self._tokenizer.encode(clean, add_special_tokens=False).ids
+        if self.blip:
+            pieces = pieces[: self.max_words - 1 - self.end]
         words = [self._start, *pieces, *([self._end] if self.end else [])][: self.max_words]
         ids = torch.zeros(self.max_words, dtype=torch.int64)
         ids[: len(words)] = torch.tensor(words)
@@ -147,6 +153,14 @@ class BertWords:
 
 
 @dataclass(frozen=True)
+class BlipWords(BertWords):
+    """BERT's word pieces, and the two that BLIP adds; texts end with [SEP]."""
+
+    def tokenizer(self, max_words: int) -> Tokenizing:
+        return WordPieceTokenizer(self.vocabulary, max_words, end=True, blip=True)
+
+
+@dataclass(frozen=True)
 class PretrainedWords:
     """A tokenizer of transformers; see `PaddedTokenizer`."""
 
@@ -167,6 +181,12 @@ def clean_text(text: str) -> str:
     return " ".join(text.split())
 
 
+def clean_caption(text: str) -> str:
+    """TESTA's form of captions: lower case, some punctuation as blanks."""
+    return " ".join(text.lower().translate(_BLANKS).split())
+
+
+_BLANKS = str.maketrans('!"()*#~', "       ")
 _CLEANING = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 
 

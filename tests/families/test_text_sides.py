@@ -195,7 +195,7 @@ def test_a_family_from_outside(tmp_path: Path) -> None:
     own = clip_family.FAMILY
     assert own.texts is not None
     family = replace(own, load_tower=toy_tower, config=ToyConfig, texts=replace(own.texts, load=toy_pair))
-    with pytest.raises(ValueError, match=r"got 'toy:small' \(known families: open_clip, umt, hf, timm\)"):
+    with pytest.raises(ValueError, match=r"got 'toy:small' \(known families: open_clip, umt, hf, timm, testa\)"):
         create_frontend("toy:small")
     FAMILIES.register("toy", family)
     try:

@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-FOLDER = Path(os.environ.get("TEMPME_GOLDENS", Path(__file__).parent / "data"))
+DATA = Path(__file__).parent / "data"
+FOLDER = Path(os.environ.get("TEMPME_GOLDENS", DATA))
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,21 @@ class Case:
         return self.path.stem
 
 
-def find(family: str, pattern: str = "*") -> list[Case]:
-    """All cases of a family; none is an error, since a test without a case would pass unseen."""
-    cases = [Case(path) for path in sorted((FOLDER / family).glob(f"{pattern}.json"))]
-    if not cases:
+def find(family: str, pattern: str = "*", without: str = "", outside: bool = False, once: bool = False) -> list[Case]:
+    """All cases of a family; none is an error, since a test without a case would pass unseen.
+
+    Args:
+        without: what their names do not hold.
+        outside: the files are too large for the repository: without the environment variable there is none, and what
+            they are for is skipped.
+        once: one file serves all sets of shapes, and another folder need not hold it: that of tests/parity/data is
+            taken then, or what it is for is skipped if it is `outside`.
+    """
+    paths = sorted((FOLDER / family).glob(f"{pattern}.json"))
+    if once and not paths:
+        paths = sorted((DATA / family).glob(f"{pattern}.json"))
+    cases = [Case(path) for path in paths if not without or without not in path.stem]
+    if not cases and not (outside and (once or FOLDER == DATA)):
         raise FileNotFoundError(f"no case {family}/{pattern}.json in {FOLDER}")
     return cases
 

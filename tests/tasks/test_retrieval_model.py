@@ -201,6 +201,6 @@ def test_unknown_family(name: str) -> None:
 
 def test_towers_without_a_text_side() -> None:
     with pytest.raises(
-        ValueError, match=r"retrieval needs a text tower, which no model of 'timm' has; .* umt, hf have"
+        ValueError, match=r"retrieval needs a text tower, which no model of 'timm' has; .* umt, hf, testa have"
     ):
         create_retrieval_model("timm:vit_tiny_patch16_224")

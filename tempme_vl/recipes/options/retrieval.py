@@ -103,7 +103,7 @@ def checked(options: Options) -> Options:
 
         if find_family(options.model).needs_vocabulary:
             raise ValueError(
-                "--chunks caches gradients of a contrastive loss alone; UMT also matches pairs: leave it 1"
+                "--chunks caches gradients of a contrastive loss alone; UMT and TESTA also match pairs: leave it 1"
             )
     return options
 

@@ -97,6 +97,10 @@ class QAHead(Head, nn.Module):
         """
         raise NotImplementedError
 
+    def own_vocabulary(self, vocabulary: tuple[str, ...]) -> tuple[str, ...]:
+        """The words that its ids stand for, where it was given these (`HeadContext.vocabulary`)."""
+        return vocabulary
+
     def text(self, prediction: Sequence[int]) -> str:
         """A row of `prediction` as an answer; only for questions without options."""
         return self.answers[prediction[0]]

@@ -76,5 +76,5 @@ def _load_head(model: VideoQAModel, vocabulary: tuple[str, ...], export: Export)
         _log.warning("%s: its head is %s, so the %s starts anew", export.folder, theirs, model.head.name)
         return
     if model.head.needs_vocabulary:
-        require_vocabulary(export, vocabulary)
+        require_vocabulary(export, model.head.own_vocabulary(vocabulary))
     load_exported_rest(model, export, anew=[f"head.{start}" for start in model.head.anew(export.folder)])

@@ -1,43 +1,28 @@
-"""Answers in words: a question that has seen the video, and a decoder that ranks a list of answers or writes one.
-
-As UMT and BLIP have it. Letters as in `tempme_vl.tasks.qa.base`; Q questions.
-"""
+"""The head "decoder": how it is created and saved, with the texts of UMT, or of BLIP on a tower of TESTA."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from tempme_vl.backbones.base import TowerShape
+from tempme_vl.families import split_name
 from tempme_vl.manifest import errors_in
 from tempme_vl.pretrained import load_answers, save_answers
 from tempme_vl.schema import Layers, Size, read, write
-from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.qa.base import HeadContext, QAHead, chosen, head_place
+from tempme_vl.tasks.qa.answering import AnsweringHead, Ranking
+from tempme_vl.tasks.qa.base import HeadContext, head_place
 from tempme_vl.tasks.qa.bert import create_questions, is_umt, new_in_bert, start_text
+from tempme_vl.tasks.qa.blip import READER, create_blip_head, load_blip_head
 from tempme_vl.tasks.qa.options import DecoderOptions, Rule
 from tempme_vl.tasks.qa.question import QuestionEncoder, SavedQuestions
-from tempme_vl.text import BertDecoder, QuestionKeys
-from tempme_vl.text.tokenizers import WordPieceTokenizer
+from tempme_vl.text import BertDecoder
 
-
-@dataclass(frozen=True)
-class Ranking:
-    """The likeliest answers of Q questions, the best one first.
-
-    Attributes:
-        answers: (Q, K) int64, numbers in the answer list.
-        probabilities: (Q, K), the softmax of the scores over these K.
-    """
-
-    answers: Tensor
-    probabilities: Tensor
+__all__ = ["DecoderHead", "Ranking", "Rule"]
 
 
 @dataclass(frozen=True)
@@ -50,44 +35,13 @@ class _Saved(SavedQuestions):
     answer_words: Size
 
 
-class DecoderHead(QAHead):
-    """Args:
-        questions: reads questions and attends to the video.
-        decoder: attends to the question's words.
-        answers: the list to rank; empty to write freely.
-        rule: how to answer. "likelihood": the answer of the list with the highest log p(answer), as BLIP and TESTA
-            rank; "umt": by log p(first word) + log p(answer), which counts the first word twice and is behind UMT's
-            published accuracies; "generate": word by word.
-        candidates: answers of the list that are scored whole, those with the likeliest first words.
-        answer_words: pieces of an answer, [CLS] and [SEP] among them.
-
-    Raises:
-        ValueError: an unknown rule, or one that ranks without a list of answers.
-    """
-
-    name = "decoder"
-    options = DecoderOptions
-    needs_vocabulary = True
-
-    def __init__(
-        self,
-        questions: QuestionEncoder,
-        decoder: BertDecoder,
-        answers: Sequence[str] = (),
-        rule: Rule = "generate",
-        candidates: int = 128,
-        answer_words: int = 5,
-    ):
-        super().__init__()
-        if rule not in get_args(Rule):
-            raise ValueError(f"expected one of the rules {', '.join(get_args(Rule))}; got {rule!r}")
-        if rule != "generate" and not answers:
-            raise ValueError(f"the rule {rule!r} ranks a list of answers, and there is none: give answers")
-        self.questions, self.decoder, self.answers = questions, decoder, tuple(answers)
-        self.rule, self.candidates, self.answer_words = rule, candidates, answer_words
+class DecoderHead(AnsweringHead):
+    """See `AnsweringHead`; questions are read by UMT's BERT."""
 
     @classmethod
-    def create(cls, context: HeadContext, options: DecoderOptions) -> DecoderHead:
+    def create(cls, context: HeadContext, options: DecoderOptions) -> AnsweringHead:
+        if split_name(context.name)[0] == "testa":
+            return create_blip_head(context, options)
         # UMT's decoder was trained on tokens of one size, and gives them equal weight
         questions = create_questions(context, options, proportional=not is_umt(context))
         shape = questions.shape
@@ -98,171 +52,9 @@ class DecoderHead(QAHead):
         head.new_parameters = new_in_bert(context, options)
         return head
 
-    @property
-    def writes(self) -> bool:  # type: ignore[override]
-        return self.rule == "generate"
-
-    def tokenize(self, question: str, answer: str | None = None, options: Sequence[str] = ()) -> dict[str, Tensor]:
-        ids, mask = self.questions.tokenize(question)
-        asked = {"question_ids": ids, "question_mask": mask}
-        if answer is not None:
-            asked["answer_ids"], asked["answer_mask"] = self._words(answer)
-        elif options:
-            asked["option_ids"], asked["option_mask"] = self._stacked(options)
-        return asked
-
-    def forward(self, tokens: Tensor, size: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `QAHead.forward`; states (B, L, D) of the questions, too.
-
-        A batch may have several answers to a question: answer_row (A,) int64 says whose they are.
-        """
-        mask = batch["question_mask"]
-        states = self.questions(batch["question_ids"], mask, self.questions.keys_values(tokens, size))
-        if "answer_ids" in batch:
-            question = self.decoder.keys_values(states, mask)
-            if "answer_row" in batch:
-                question = question.select(batch["answer_row"])
-            ids, words = batch["answer_ids"].unsqueeze(1), batch["answer_mask"].unsqueeze(1)
-            return {"states": states, "losses": self.decoder.sequence_loss(ids, words, question).squeeze(1)}
-        return {"states": states, **self._answer(states, mask, batch)}
-
-    @torch.no_grad()
-    def _answer(self, states: Tensor, mask: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if "option_ids" in batch:
-            question = self.decoder.keys_values(states, mask)
-            losses = self.decoder.sequence_loss(batch["option_ids"], batch["option_mask"], question)
-            if "option_valid" in batch:
-                losses = losses.masked_fill(~batch["option_valid"].bool(), torch.inf)
-            return chosen(-losses)
-        if self.rule == "generate":
-            written = self.generate(states, mask)
-            return {"prediction": written, "scores": self._probability(written, states, mask)}
-        ids, words = (part.to(states.device) for part in self._list)
-        ranking = self.rank(states, mask, ids, words, self.candidates, self.rule)
-        scores = ranking.probabilities.new_zeros(len(states), len(ids))
-        return {
-            "prediction": ranking.answers[:, :1],
-            "scores": scores.scatter(1, ranking.answers, ranking.probabilities),
-        }
-
-    @torch.no_grad()
-    def rank(
-        self,
-        states: Tensor,
-        mask: Tensor,
-        answer_ids: Tensor,
-        answer_mask: Tensor,
-        candidates: int = 128,
-        rule: Rule = "likelihood",
-        rows: int = 1024,
-    ) -> Ranking:
-        """Answers of a list in the order of their likelihood.
-
-        The candidates are those whose first word is the likeliest one; among equals, such as answers with the same
-        first word, the earlier ones of the list.
-
-        Args:
-            states, mask: (Q, L, D) and (Q, L) of the questions.
-            answer_ids, answer_mask: (A, L), the list; [CLS], words, [SEP], then padding.
-            candidates: K; the whole list where it is shorter.
-            rule: the score, "likelihood" or "umt".
-            rows: answers that are decoded at once, at least one per question: bounds the memory.
-
-        Raises:
-            ValueError: a rule that does not rank, an empty list, answers that are only [CLS], or no candidates.
-        """
-        if rule not in ("likelihood", "umt"):
-            raise ValueError(f"expected a rule that ranks, likelihood or umt; got {rule!r}")
-        if candidates < 1 or answer_ids.ndim != 2 or answer_ids.shape != answer_mask.shape or not answer_ids.numel():
-            raise ValueError(
-                f"expected answers (A, L) with a mask alike, at least one of them, and at least one candidate; got "
-                f"{tuple(answer_ids.shape)}, {tuple(answer_mask.shape)} and {candidates} candidates"
-            )
-        if answer_ids.shape[1] < 2 or not answer_mask[:, 1].all():
-            raise ValueError("expected answers of [CLS] and at least one word; some of these have none")
-        question = self.decoder.keys_values(states, mask)
-        first_words = self._first_words(question, answer_ids)
-        # stable, so that ties fall alike on every machine
-        first_words, order = first_words.sort(dim=1, descending=True, stable=True)
-        first_words, chosen = first_words[:, :candidates], order[:, :candidates]
-        losses = [
-            self.decoder.sequence_loss(answer_ids[part], answer_mask[part], question)
-            for part in chosen.split(max(1, rows // len(states)), dim=1)
-        ]
-        scores = -torch.cat(losses, dim=1)
-        if rule == "umt":
-            scores = scores + first_words
-        probabilities, order = scores.softmax(1).sort(dim=1, descending=True, stable=True)
-        return Ranking(chosen.gather(1, order), probabilities)
-
-    def generate(self, states: Tensor, mask: Tensor, max_words: int | None = None) -> Tensor:
-        """The likeliest words one after the other: (Q, max_words) int64, the end token among them, then padding.
-
-        Args:
-            states, mask: (Q, L, D) and (Q, L) of the questions.
-            max_words: most word pieces of an answer, the end token among them; as in training by default, where
-                an answer starts with a token that is not generated.
-
-        Raises:
-            ValueError: a vocabulary that is not the decoder's, or without [CLS] and [SEP].
-        """
-        words = self.questions.vocabulary
-        if len(words) != self.decoder.shape.vocab_size or not {"[CLS]", "[SEP]"} <= set(words):
-            raise ValueError(
-                f"expected a vocabulary of {self.decoder.shape.vocab_size} words, [CLS] and [SEP] among them; got "
-                f"{len(words)}: create the model with the one it was trained with"
-            )
-        start, end = words.index("[CLS]"), words.index("[SEP]")
-        most = self.answer_words - 1 if max_words is None else max_words
-        return self.decoder.generate(self.decoder.keys_values(states, mask), start, end, most)
-
-    def _probability(self, written: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        """(Q, 1) of generated words (Q, L), up to their end token."""
-        words = self.questions.vocabulary
-        start = torch.full_like(written[:, :1], words.index("[CLS]"))
-        ended = (written == words.index("[SEP]")).cumsum(dim=1)
-        real = torch.cat([torch.ones_like(start), torch.cat([torch.ones_like(start), 1 - ended[:, :-1]], dim=1)], dim=1)
-        ids = torch.cat([start, written], dim=1)
-        question = self.decoder.keys_values(states, mask)
-        return (-self.decoder.sequence_loss(ids.unsqueeze(1), real.unsqueeze(1), question)).exp()
-
-    def text(self, prediction: Sequence[int]) -> str:
-        """An answer of the list by its number, or generated pieces joined to words."""
-        if self.rule != "generate":
-            return self.answers[prediction[0]]
-        words = self.questions.vocabulary
-        ids, end = list(prediction), words.index("[SEP]")
-        ids = ids[: ids.index(end)] if end in ids else ids
-        # pieces that continue a word begin with ##
-        return " ".join(words[number] for number in ids).replace(" ##", "")
-
-    def _first_words(self, question: QuestionKeys, answer_ids: Tensor) -> Tensor:
-        """(Q, A): log p of every answer's first word, all answers starting with the same token."""
-        start = answer_ids[:1, :1].expand(len(question), 1).unsqueeze(1)
-        return at_least_float32(self.decoder(start, question)).log_softmax(-1).flatten(1)[:, answer_ids[:, 1]]
-
-    def _words(self, answer: str) -> tuple[Tensor, Tensor]:
-        return self._tokenizer(answer)
-
-    def _stacked(self, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask (K, answer_words)."""
-        ids, masks = zip(*map(self._words, answers), strict=True)
-        return torch.stack(ids), torch.stack(masks)
-
-    @cached_property
-    def _tokenizer(self) -> WordPieceTokenizer:
-        return WordPieceTokenizer(self.questions.vocabulary, self.answer_words, end=True)
-
-    @cached_property
-    def _list(self) -> tuple[Tensor, Tensor]:
-        return self._stacked(self.answers)
-
-    def set_grad_checkpointing(self, enable: bool) -> None:
-        self.questions.set_grad_checkpointing(enable)
-        self.decoder.grad_checkpointing = enable
-
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         save_answers(directory, self.answers)
+        assert isinstance(self.questions, QuestionEncoder)
         saved = _Saved(
             **vars(self.questions.save(directory)),
             layers=len(self.decoder.layers),
@@ -273,7 +65,9 @@ class DecoderHead(QAHead):
         return write(saved), dict(state)
 
     @classmethod
-    def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> DecoderHead:
+    def load(cls, config: Mapping[str, Any], directory: Path, shape: TowerShape) -> AnsweringHead:
+        if READER in config:
+            return load_blip_head(config, directory)
         saved = read(_Saved, config, head_place(directory))
         questions, answers = QuestionEncoder.load(saved, directory), load_answers(directory)
         decoder = BertDecoder(questions.shape, saved.layers)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tempme_vl.pretrained import load_vocabulary, save_vocabulary
 from tempme_vl.schema import Size
-from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, VideoKeys
+from tempme_vl.text import BertFusion, BertShape, BertTextEncoder, BlipShape, BlipTextEncoder, VideoKeys
 from tempme_vl.text.tokenizers import WordPieceTokenizer
 
 
@@ -86,3 +86,41 @@ class QuestionEncoder(nn.Module):
         """What `save` described, with random weights."""
         vocabulary = load_vocabulary(directory, config.text.vocab_size)
         return cls.of_shape(config.text, vocabulary, max_words=config.max_words, proportional=config.proportional)
+
+
+class BlipQuestions(nn.Module):
+    """As `QuestionEncoder`, of BLIP's words.
+
+    Args:
+        text: BLIP's encoder, all of whose layers look at the video.
+        vocabulary: the words that ids stand for, in order, [DEC] and [ENC] the last.
+        max_words: kept of a question, [CLS] and [SEP] among them.
+    """
+
+    def __init__(self, text: BlipTextEncoder, vocabulary: tuple[str, ...], max_words: int = 35):
+        super().__init__()
+        self.text, self.vocabulary, self.max_words = text, vocabulary, max_words
+
+    @property
+    def shape(self) -> BlipShape:
+        return self.text.shape
+
+    def forward(self, ids: Tensor, mask: Tensor, keys: VideoKeys) -> Tensor:
+        """Q questions, ids and mask (Q, L), each with its video -> (Q, L, D)."""
+        return self.text.fuse(ids, mask, keys)
+
+    def keys_values(self, tokens: Tensor, size: Tensor) -> VideoKeys:
+        """Normed tokens (B, M, D) -> what a video's questions need, computed once; all tokens count alike."""
+        return self.text.keys_values(tokens)
+
+    def tokenize(self, question: str) -> tuple[Tensor, Tensor]:
+        """A question -> ids and mask, both (max_words,) int64."""
+        return self._tokenizer(question)
+
+    @cached_property
+    def _tokenizer(self) -> WordPieceTokenizer:
+        return WordPieceTokenizer(self.vocabulary, self.max_words, end=True, blip=True)
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Recomputes the layers in the backward pass."""
+        self.text.grad_checkpointing = enable

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.tasks.retrieval import AnyRetrievalModel, RetrievalModel
-from tempme_vl.tasks.umt_retrieval import UMTRetrievalModel
+from tempme_vl.tasks.retrieval import AnyRetrievalModel, MatchingRetrievalModel, RetrievalModel
 
 MATCH_SHARE = 0.7  # UMT on MSRVTT-MC: 0.7 softmax(matching) + 0.3 softmax(similarity)
 
@@ -48,7 +47,9 @@ class ZeroShotQA(nn.Module):
         self.frontend = retrieval.frontend
         self.input = retrieval.input
         self.writes = False
-        self.kept: tuple[str, ...] = ("video", "tokens") if isinstance(retrieval, UMTRetrievalModel) else ("video",)
+        self.kept: tuple[str, ...] = (
+            ("video", "tokens") if isinstance(retrieval, MatchingRetrievalModel) else ("video",)
+        )
         max_words = retrieval.text.max_words(self.input.max_words)
         self._tokenizer = retrieval.words.tokenizer(max_words)
 
@@ -103,7 +104,7 @@ class ZeroShotQA(nn.Module):
         if "option_valid" in batch:
             there = batch["option_valid"].bool()
             similarity, match = (t.masked_fill(~there, -torch.inf) for t in (similarity, match))
-        if not isinstance(self.retrieval, UMTRetrievalModel):
+        if not isinstance(self.retrieval, MatchingRetrievalModel):
             return (self.retrieval.logit_scale() * similarity).softmax(1)
         temperature = self.retrieval.temperature()
         return MATCH_SHARE * match.softmax(1) + (1 - MATCH_SHARE) * (similarity / temperature).softmax(1)
@@ -112,10 +113,10 @@ class ZeroShotQA(nn.Module):
         """(R,) similarities of R texts with their videos, and logits of a match (UMT; else the same again)."""
         encoded = self.retrieval({"text_ids": ids, "text_mask": mask})
         similarity = (encoded["text"] * features["video"][rows]).sum(dim=1)
-        if not isinstance(self.retrieval, UMTRetrievalModel):
+        if not isinstance(self.retrieval, MatchingRetrievalModel):
             return similarity, similarity
         keys = self.retrieval.keys_values(features["tokens"]).select(rows)
-        return similarity, self.retrieval.match_logits(encoded["states"], mask, keys)
+        return similarity, self.retrieval.match_logits(encoded[self.retrieval.fine_text_parts[0]], mask, keys)
 
 
 def _tokenize(

@@ -1,0 +1,189 @@
+"""What TESTA's retrieval and pre-training share: two encoders, a matching head, and contrast with a momentum copy.
+
+Letters: B pairs on this rank, G on all, L words, M tokens of a video, P (text, video) pairs, E width of an embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tempme_vl.frontend import VisualFrontend
+from tempme_vl.merging import is_of_merging
+from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.losses import Temperature, readable
+from tempme_vl.tasks.testa.contrast import FeatureQueue, Momentum, Sides
+from tempme_vl.text import BlipTextEncoder, VideoKeys
+from tempme_vl.text.tokenizers import BlipWords
+from tempme_vl.tuning.base import Tuning
+from tempme_vl.tuning.model import TunableModel
+
+TEXT_OF = {"tiny": "tiny", "b16": "base"}  # the text encoder of each tower, as `BlipShape` names it
+
+
+@dataclass(frozen=True)
+class ContrastOptions:
+    """How TESTA trains.
+
+    Attributes:
+        queue: places of the queue, a multiple of the pairs of a step on all ranks (TESTA: 32 in retrieval, 57600 in
+            pre-training).
+        momentum: of the copies.
+        distill: how much of a target the copies say; `tempme_vl.tasks.testa.contrast.ramp` gives it for each step.
+        all_ranks: whether negatives of matching are drawn among all ranks' pairs; in retrieval alone.
+    """
+
+    queue: int = 32
+    momentum: float = 0.995
+    distill: float = 0.4
+    all_ranks: bool = True
+
+
+CONTRAST = tuple(field.name for field in fields(ContrastOptions))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs that negatives are drawn among.
+
+    Attributes:
+        tokens: (G, M, D) normed tokens of videos.
+        ids, mask: (G, L) of texts.
+        own: (B,), the numbers of this rank's pairs.
+    """
+
+    tokens: Tensor
+    ids: Tensor
+    mask: Tensor
+    own: Tensor
+
+
+class MatchingModel(TunableModel):
+    """Video and text encoders with one embedding space, and a head that judges whether a text and a video match.
+
+    Args:
+        frontend: the visual tower; its normed tokens are what texts attend to.
+        text: BLIP's encoder.
+        vocabulary: the words that text ids stand for, in order, [DEC] and [ENC] the last.
+        training: to train it; None leaves out copies and queue.
+        numbered: see `FeatureQueue`.
+
+    Attributes:
+        distill: how much of a target of contrast the copies say, from the next step on.
+    """
+
+    lora_parts = ("frontend", "text")
+
+    def __init__(
+        self,
+        frontend: VisualFrontend,
+        text: BlipTextEncoder,
+        vocabulary: tuple[str, ...],
+        training: ContrastOptions | None = None,
+        numbered: bool = True,
+    ):
+        super().__init__()
+        width = text.shape.width
+        self.frontend, self.text, self.words = frontend, text, BlipWords(vocabulary)
+        self.text_proj, self.match_head = nn.Linear(width, frontend.shape.embed_dim), nn.Linear(width, 2)
+        self.temperature = Temperature()
+        self.options, self.distill = training, 0.0 if training is None else training.distill
+        if training is not None:
+            self.momentum = self._copies(training)
+            self.queue = FeatureQueue(frontend.shape.embed_dim, training.queue, numbered)
+
+    def tune(self, tuning: Tuning) -> None:
+        """As `TunableModel.tune`; where it adds something, the momentum copies start anew, with that."""
+        super().tune(tuning)
+        if self.options is not None and not self.momentum.fits(self._followed()):
+            self.momentum = self._copies(self.options)
+
+    def _copies(self, options: ContrastOptions) -> Momentum:
+        return Momentum({name: copy.deepcopy(module) for name, module in self._followed().items()}, options.momentum)
+
+    def reset_copies(self) -> None:
+        """Makes the momentum copies equal to what they follow."""
+        if self.options is not None:
+            for name, module in self._followed().items():
+                self.momentum.copies[name].load_state_dict(module.state_dict())
+
+    def _followed(self) -> dict[str, nn.Module]:
+        return {"frontend": self.frontend, "text": self.text, "text_proj": self.text_proj}
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words that text ids stand for, in order."""
+        return self.words.vocabulary
+
+    def encode_video(self, video: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, F, 3, H, W) -> (B, E), L2-normalised, of the mean of all tokens; (B, M, D) normed tokens."""
+        output = self.frontend(video, frame_mask)
+        return output.pooled, self.frontend.norm(output.tokens)
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) -> (B, E), L2-normalised, from the first word."""
+        return embed_text(self.text, self.text_proj, ids, mask)
+
+    def keys_values(self, tokens: Tensor) -> VideoKeys:
+        """(B, M, D) tokens -> what matching needs of each video, computed once for all its texts."""
+        return self.text.keys_values(tokens)
+
+    def fuse(self, ids: Tensor, mask: Tensor, keys: VideoKeys) -> Tensor:
+        """P texts, ids and mask (P, L), each with its video -> (P, 2), index 1 for a match."""
+        return self.match_head(self.text.fuse(ids, mask, keys)[:, 0])
+
+    def match_logits(self, ids: Tensor, mask: Tensor, keys: VideoKeys) -> Tensor:
+        """As `fuse`, (P,): the logit of a match alone."""
+        return self.fuse(ids, mask, keys)[:, 1]
+
+    def follow(self) -> None:
+        """Moves the copies one step towards the encoders."""
+        self.momentum.follow(self._followed())
+
+    @torch.no_grad()
+    def encode_by_copies(self, batch: Mapping[str, Tensor]) -> Sides:
+        """Features of the momentum copies; zeros for a video that could not be read."""
+        copies, valid = self.momentum.copies, batch["valid"].bool()
+        video = copies["frontend"](readable_video(batch), batch.get("frame_mask")).pooled
+        text = embed_text(copies["text"], copies["text_proj"], batch["text_ids"], batch["text_mask"])
+        return Sides(readable(video, valid), text)
+
+    def match(self, among: Candidates, other_video: Tensor, other_text: Tensor) -> Tensor:
+        """Logits (3 B, 2) of this rank's pairs, of each text with another video, and of each video with another text.
+
+        Args:
+            other_video, other_text: (B,), numbers of the candidates.
+        """
+        text = torch.cat([among.own, among.own, other_text])
+        video, place = torch.cat([among.own, other_video, among.own]).unique(return_inverse=True)
+        keys = self.keys_values(among.tokens[video]).select(place)
+        return self.fuse(among.ids[text], among.mask[text], keys)
+
+    def is_new_parameter(self, name: str) -> bool:
+        """Whether a parameter was in no pretrained model: a method's own, and what tuning added."""
+        return super().is_new_parameter(name) or is_of_merging(self, name)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the blocks of both encoders in the backward pass."""
+        self.frontend.set_grad_checkpointing(enable)
+        self.text.grad_checkpointing = enable
+
+    def inference_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights without copies and queue."""
+        plain = self.plain_state(state)
+        return {key: value for key, value in plain.items() if not key.startswith(("momentum.", "queue."))}
+
+
+def embed_text(text: nn.Module, text_proj: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, L) -> (B, E), L2-normalised."""
+    return F.normalize(at_least_float32(text_proj(text(ids, mask)[:, 0])), dim=-1)
+
+
+def readable_video(batch: Mapping[str, Tensor]) -> Tensor:
+    """The videos; whatever an unreadable one holds, even NaN, must not reach the gradients."""
+    return readable(batch["video"], batch["valid"].bool() if "valid" in batch else None)
