@@ -61,6 +61,13 @@ def bias_in_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
     return q, k, F.pad(v, (0, padding + 2))
 
 
-@torch.compiler.assume_constant_result  # the tracer cannot read the switches: a compiled tower keeps its form
 def _only_flash() -> bool:
+    if torch.compiler.is_compiling():  # the tracer cannot read the switches: a compiled tower keeps its form
+        from tempme_vl.backbones.tracing import constant
+
+        return constant(_flash_alone)
+    return _flash_alone()
+
+
+def _flash_alone() -> bool:
     return kernels.flash_sdp_enabled() and not (kernels.mem_efficient_sdp_enabled() or kernels.cudnn_sdp_enabled())

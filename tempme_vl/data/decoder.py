@@ -1,8 +1,8 @@
 """Decoding by PyAV and decord, and the loop of the decoder process.
 
-This file is also run as a script, in a process that can be killed (see `decoder_process`): so it imports only
-numpy, Pillow, PyAV and, when asked for, decord; neither torch nor this package. Everything goes through two handlers:
-`index` (what frames are there) and `frames` (their pixels); the choice between frames is made by the caller.
+This file is also run as a script, in a process that can be killed (see `decoder_process`): so it imports only numpy,
+Pillow, PyAV, what of this package needs no more, and decord when asked for; not torch. Everything goes through two
+handlers: `index` (what frames are there) and `frames` (their pixels); the choice between frames is made by the caller.
 """
 
 from __future__ import annotations
@@ -16,98 +16,43 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import av
 import numpy as np
-from av.filter import Graph
-from PIL import Image
+
+from tempme_vl.data.packets import Units
+from tempme_vl.data.pictures import DecodeError, Fit, Pictures, TooLarge, check_memory
+from tempme_vl.data.seeking import Cut, Listed, Place, Unsure, frames_at
 
 # Real files promise some frames more than they hold (a header rounded up, a dropped last group of B frames).
 # Up to this share, or one frame, is taken as it is; a larger loss is damage.
 MISSING_FRAMES_ALLOWED = 0.05
 
-# What a picture takes while it is read, in bytes a pixel: 3 as RGB, 4 in Pillow, 1.5 in each of the some four that the
-# codec holds.
-WORKING_BYTES = 13
-
 # What the libraries take for themselves, whatever the video.
 LIBRARIES = 64 * 2**20
 
-_PYAV = int(av.__version__.partition(".")[0])
 # Titles and the like that are not UTF-8 are no reason to refuse a video; from PyAV 19 on they never are.
-_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if _PYAV < 19 else {}
-# From PyAV 17 on pictures are scaled by as many threads as there are cores, which PyAV 19 keeps: a forked process, such
-# as a loader's worker, would wait for them for ever.
-_ONE_THREAD: dict[str, Any] = {"threads": 1} if _PYAV >= 17 else {}
-
+_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
 # What a handler returns: some JSON and an array.
 Answer = tuple[dict[str, Any], np.ndarray]
-
-
-class DecodeError(Exception):
-    """A video cannot be decoded; the message is the cause, without the path."""
 
 
 class ShortStream(DecodeError):
     """Decoding ended without an error before the last indexed frame."""
 
 
-class TooLarge(DecodeError):
-    """Reading it would take more memory than is allowed."""
-
-
-class Fit(NamedTuple):
-    """Which size pictures are brought to: (size, size), with `resize` and `interpolation` as in `Preprocess`."""
-
-    size: int
-    resize: str
-    interpolation: str
-
-
-def fit_picture(picture: np.ndarray, fit: Fit) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) uint8, bit for bit as open_clip's transform of a Pillow image.
-
-    "shortest" scales the shorter side and crops the centre; "squash" scales both sides.
-    """
-    height, width = picture.shape[:2]
-    size = fit.size
-    if (height, width) == (size, size):
-        return picture
-    image = Image.fromarray(picture)
-    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-    if fit.resize == "squash":
-        return np.asarray(image.resize((size, size), filters[fit.interpolation]))
-    short = min(height, width)
-    height, width = size * height // short, size * width // short
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(
-        image.resize((width, height), filters[fit.interpolation]).crop((left, top, left + size, top + size))
-    )
-
-
-def check_memory(width: int, height: int, kept: int, memory: int | None) -> None:
-    """Raises TooLarge where one picture at work and `kept` bytes beside it do not go into `memory` bytes."""
-    needed = kept + WORKING_BYTES * width * height
-    if memory is not None and needed > memory:
-        raise TooLarge(
-            f"its frames of {width} x {height} pixels would take {needed / 2**30:.3g} GiB of memory to read, "
-            f"and {memory / 2**30:.3g} are allowed"
-        )
-
-
 def index(path: str, exact: bool = False, memory: int | None = None) -> Answer:
     """Lists the frames of a file by its packets, without decoding them, or with `exact` by decoding them.
 
-    Returns `{"fps": float, "decord_doubt": str}` and the presentation time of each frame, (n,) float64 in seconds
-    after the first one, increasing. `decord_doubt` says why decord could return other pixels than PyAV ("": it
-    does not). The stream is the one that FFmpeg calls best.
+    Returns `{"fps": float, "decord_doubt": str}` and the rows of a `Listed`, (4, n) float64. `decord_doubt` says why
+    decord could return other pixels than PyAV ("": it does not). The stream is the one that FFmpeg calls best.
 
     `memory`: bytes that may be taken; raises TooLarge for a header that speaks of frames beyond it.
     """
-    pts: list[int | None] = []
+    shown: list[tuple[int | None, int | None, bool]] = []  # pts, dts, whether it is a cut
     found = 0
     try:
         with av.open(path, **_LENIENT) as container:
@@ -119,31 +64,35 @@ def index(path: str, exact: bool = False, memory: int | None = None) -> Answer:
             step = float(stream.time_base or 0)
             if exact:
                 codec.thread_count = 1
-                pts = [frame.pts for frame in container.decode(stream)]
-                found, doubt = len(pts), "its packets are not its frames"
+                shown = [(frame.pts, None, False) for frame in container.decode(stream)]
+                found, doubt = len(shown), "its packets are not its frames"
             else:
                 doubt = _stream_doubt(container, codec)
                 latest_key = None
+                units = Units.of(codec.name, codec.extradata or b"")
                 for packet in container.demux(stream):  # not kept: together they are as large as the file
                     if not packet.size:
                         continue
                     found += 1
                     # Discarded packets lie before an edit list's start: decoded, but never shown.
                     if not packet.is_discard:
-                        pts.append(packet.pts)
+                        cut = packet.is_keyframe and found > 1 and units.is_cut(memoryview(packet))
+                        shown.append((packet.pts, packet.dts, cut))
                     if packet.is_keyframe or found == 1:
                         latest_key = packet.pts
-                    doubt = doubt or _packet_doubt(codec, packet, latest_key)
+                    doubt = doubt or _packet_doubt(units, packet, latest_key)
     except (av.FFmpegError, OSError) as error:
         raise _typed(error, memory) from error
-    if not pts:
+    if not shown:
         raise DecodeError("no frame in its video stream")
     if promised - found > max(1, MISSING_FRAMES_ALLOWED * promised):
         raise DecodeError(f"only {found} of the {promised} frames that its header promises are there")
-    times = _times(pts, step, fps)
+    listed = _listed(shown, step, fps)
+    if exact:
+        listed = listed._replace(cuts=np.full(len(shown), np.nan))
     if fps <= 0:
-        fps = (len(times) - 1) / times[-1] if len(times) > 1 else 1.0
-    return {"fps": fps, "decord_doubt": doubt}, times
+        fps = (len(shown) - 1) / listed.times[-1] if len(shown) > 1 else 1.0
+    return {"fps": fps, "decord_doubt": doubt}, np.stack(listed)
 
 
 def _promised_frames(stream: Any) -> int:
@@ -170,38 +119,19 @@ def _stream_doubt(container: Any, codec: Any) -> str:
     return ""
 
 
-def _packet_doubt(codec: Any, packet: av.Packet, latest_key: int | None) -> str:
+def _packet_doubt(units: Units, packet: av.Packet, latest_key: int | None) -> str:
     """`latest_key`: when the last key frame up to this packet is shown."""
     if packet.pts is None or latest_key is None:
         return "it lacks timestamps"
     if packet.is_discard:
         return "an edit list hides frames, which decord counts"
-    if packet.is_keyframe and not _is_clean_cut(codec, packet):
+    # H.264 and HEVC have key frames that are no clean cut, and units without lengths are not decord's
+    clean = units.codec not in ("h264", "hevc") or (units.length_size > 0 and units.is_idr(memoryview(packet)))
+    if packet.is_keyframe and not clean:
         return "it has key frames which later frames reach across"
     if packet.pts < latest_key:
         return "frames are shown before the key frame that they follow"
     return ""
-
-
-def _is_clean_cut(codec: Any, key_frame: av.Packet) -> bool:
-    """Whether a key frame of H.264 or HEVC is an IDR picture. (Key frames of most other codecs are clean cuts.)"""
-    if codec.name not in ("h264", "hevc"):
-        return True
-    header, packet = codec.extradata or b"", memoryview(key_frame)
-    h264 = codec.name == "h264"
-    length_byte = 4 if h264 else 21
-    if len(header) <= length_byte or header[0] != 1:
-        return False  # no avcC or hvcC header: units without lengths, not read here
-    length_size = (header[length_byte] & 3) + 1
-    position = 0
-    while position + length_size < len(packet):
-        length = int.from_bytes(packet[position : position + length_size], "big")
-        position += length_size
-        kind = packet[position] & 31 if h264 else packet[position] >> 1 & 63
-        if 1 <= kind <= 5 if h264 else kind < 32:
-            return kind == 5 if h264 else kind in (19, 20)
-        position += length
-    return False
 
 
 def frames(
@@ -211,47 +141,27 @@ def frames(
     backend: str,
     fit: Fit | None = None,
     memory: int | None = None,
+    places: Sequence[Place] | None = None,
 ) -> Answer:
     """Pixels of the frames at `indices` (sorted, unique) in presentation order, rotated as the file asks.
 
-    `num_raw` is what `index` counted. Returns `{"backend": backend}` and (len(indices), H, W, 3) uint8 RGB; alpha
-    and the sample aspect ratio are ignored. With `fit` H and W are its size, and only one picture of full size is
-    held at a time. Raises TooLarge, before it decodes where the header says so, when more than `memory` bytes would
-    be taken.
+    `num_raw` is what `index` counted, and `places` what it says of these frames: with it PyAV decodes no more than it
+    must, unless half are wanted, and where the stream does not keep the promise, all from the start. Returns
+    `{"backend": backend}` and (len(indices), H, W, 3) uint8 RGB; alpha and the sample aspect ratio are ignored. With
+    `fit` H and W are its size, and only one picture of full size is held at a time. Raises TooLarge, before it decodes
+    where the header says so, when more than `memory` bytes would be taken.
     """
     assert indices == sorted(set(indices)) and indices[0] >= 0 and indices[-1] < num_raw
-    pictures = _Pictures(len(indices), None if fit is None else Fit(*fit), memory)
-    {"decord": _decord_frames, "pyav": _pyav_frames}[backend](path, indices, num_raw, pictures)
+    pictures = Pictures(len(indices), None if fit is None else Fit(*fit), memory)
+    if backend == "decord":
+        _decord_frames(path, indices, num_raw, pictures)
+    elif places is None or 2 * len(indices) > indices[-1] or not _sparse_frames(path, places, pictures):
+        _pyav_frames(path, indices, num_raw, pictures)
     assert pictures.array is not None
     return {"backend": backend}, pictures.array
 
 
-class _Pictures:
-    """Takes pictures one after the other into the array that is answered."""
-
-    def __init__(self, count: int, fit: Fit | None, memory: int | None) -> None:
-        self.count, self.fit, self.memory = count, fit, memory
-        self.array: np.ndarray | None = None
-        self.shape: tuple[int, ...] = ()  # of the first picture, as it was decoded
-        self._filled = 0
-
-    def check(self, width: int, height: int) -> None:
-        """Raises TooLarge."""
-        each = width * height if self.fit is None else self.fit.size**2
-        check_memory(width, height, 3 * self.count * each, self.memory)
-
-    def append(self, picture: np.ndarray) -> None:
-        if self.array is None:
-            self.shape = picture.shape
-        if self.fit is not None:
-            picture = fit_picture(picture, self.fit)
-        if self.array is None:
-            self.array = np.empty((self.count, *picture.shape), np.uint8)
-        self.array[self._filled] = picture
-        self._filled += 1
-
-
-def _decord_frames(path: str, indices: list[int], num_raw: int, pictures: _Pictures) -> None:
+def _decord_frames(path: str, indices: list[int], num_raw: int, pictures: Pictures) -> None:
     try:
         import decord
     except ImportError as error:
@@ -280,7 +190,23 @@ def _decord_frames(path: str, indices: list[int], num_raw: int, pictures: _Pictu
         raise DecodeError(re.sub(r"\[[\d:]+\] \S+:\d+: ", "", first_line)) from error
 
 
-def _pyav_frames(path: str, indices: list[int], num_raw: int, pictures: _Pictures) -> None:
+def _sparse_frames(path: str, places: Sequence[Place], pictures: Pictures) -> bool:
+    """Whether the stream keeps what its packets promise."""
+    places = [Place(pts, None if cut is None else Cut(*cut)) for pts, cut in places]
+    try:
+        with av.open(path, **_LENIENT) as container:
+            stream = _video_stream(container)
+            pictures.check(stream.codec_context.width, stream.codec_context.height)
+            stream.codec_context.thread_count = 1
+            for frame in frames_at(container, stream, places):
+                pictures.take(frame)
+    except (Unsure, av.FFmpegError, OSError):
+        pictures.clear()
+        return False
+    return True
+
+
+def _pyav_frames(path: str, indices: list[int], num_raw: int, pictures: Pictures) -> None:
     wanted = set(indices)
     position = -1
     try:
@@ -290,9 +216,7 @@ def _pyav_frames(path: str, indices: list[int], num_raw: int, pictures: _Picture
             stream.codec_context.thread_count = 1
             for position, frame in enumerate(container.decode(stream)):
                 if position in wanted:
-                    pictures.check(frame.width, frame.height)
-                    # The size changes inside some streams; all frames get the first one's.
-                    pictures.append(_rgb(frame, *(pictures.shape[:2] or (None, None))))
+                    pictures.take(frame)
                 if position == indices[-1]:
                     return
     except (av.FFmpegError, OSError) as error:
@@ -309,29 +233,16 @@ def _video_stream(container: Any) -> Any:
     return stream
 
 
-def _rgb(frame: av.VideoFrame, height: int | None, width: int | None) -> np.ndarray:
-    """(H, W, 3) uint8. Turned before the colour conversion, as decord does it: at odd sizes the order shows."""
-    turns = {90: ["2"], -90: ["1"], 180: ["1", "1"], -180: ["1", "1"]}.get(frame.rotation, [])
-    if turns:
-        graph = Graph()
-        nodes = [
-            graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-        ]
-        nodes += [graph.add("transpose", direction) for direction in turns]
-        nodes += [graph.add("buffersink")]
-        graph.link_nodes(*nodes).configure()
-        graph.push(frame)
-        frame = graph.pull()  # type: ignore[assignment]
-    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR", **_ONE_THREAD)
-    return scaled.to_ndarray()
-
-
-def _times(pts: list[int | None], step: float, fps: float) -> np.ndarray:
-    """Seconds after the first frame, from timestamps where all are there and differ, else from the frame rate."""
-    known = sorted(value for value in pts if value is not None)
-    if step > 0 and len(set(known)) == len(pts):
-        return (np.array(known) - known[0]) * step
-    return np.arange(len(pts)) / (fps if fps > 0 else 1.0)
+def _listed(shown: list[tuple[int | None, int | None, bool]], step: float, fps: float) -> Listed:
+    """From timestamps where all are there and differ; else times are those of the frame rate, and nothing is known of
+    places."""
+    stamps = [(pts, pts if dts is None else dts, cut) for pts, dts, cut in shown if pts is not None]
+    if step <= 0 or len({pts for pts, _, _ in stamps}) < len(shown):
+        unknown = np.full((3, len(shown)), np.nan)
+        return Listed(np.arange(len(shown)) / (fps if fps > 0 else 1.0), *unknown)
+    pts, dts, cut = np.array(sorted(stamps), np.float64).T
+    cuts = np.maximum.accumulate(np.where(cut, np.arange(len(cut)), -1.0))
+    return Listed((pts - pts[0]) * step, pts, dts, cuts)
 
 
 def _typed(error: Exception, memory: int | None, where: str = "") -> DecodeError:

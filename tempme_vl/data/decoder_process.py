@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from tempme_vl.data import decoder
+from tempme_vl.data.pictures import DecodeError
 
+_PACKAGES = str(Path(__file__).parents[2])
 START_LIMIT = 120.0  # seconds for a fresh interpreter to import numpy, PyAV
 
 
-class DecoderTimeout(decoder.DecodeError):
+class DecoderTimeout(DecodeError):
     """The limit passed; the process was killed."""
 
 
-class DecoderCrash(decoder.DecodeError):
+class DecoderCrash(DecodeError):
     """The process ended by itself, or something ended it."""
 
 
@@ -95,10 +97,10 @@ class DecoderProcess:
         return meta, array
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # Not `python decoder.py`: that would put this folder in front of the import path.
-        run = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+        # Not `python decoder.py`: that would put this folder in front of the import path. This package's is put behind.
+        run = "import runpy, sys; sys.path.append(sys.argv[2]); runpy.run_path(sys.argv[1], run_name='__main__')"
         process = subprocess.Popen(
-            [sys.executable, "-c", run, self._script],
+            [sys.executable, "-c", run, self._script, _PACKAGES],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -108,7 +110,7 @@ class DecoderProcess:
         try:
             _limited(process, START_LIMIT, lambda: decoder.read_message(stdout))
         except EOFError as error:
-            raise decoder.DecodeError(f"the decoder process did not start ({_end(process, patience=5.0)})") from error
+            raise DecodeError(f"the decoder process did not start ({_end(process, patience=5.0)})") from error
         except BaseException:
             _end(process)
             raise

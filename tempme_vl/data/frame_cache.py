@@ -14,13 +14,16 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+
+from tempme_vl.data.frame_files import JPEG, RAW, SUFFIXES, Entry, pack, unpack
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "tempme-frames-"
+PARTIAL = ".partial"
 MOST_MAPPED = 20_000  # Linux allows a process 65,530 mappings
 
 
@@ -34,28 +37,34 @@ class FrameCache:
     Args:
         folder: made when it is needed.
         limit: bytes that all files may take together; None: no limit.
+        quality: of JPEG, in which frames are kept; None: raw. What was kept in either form is found.
         mapped: whether files stay mapped once they were checked, so that processes share the memory of what they
             read. Not for folders that others can write to: a mapped file must not shrink.
     """
 
-    def __init__(self, folder: str | Path, limit: int | None = None, mapped: bool = False) -> None:
-        self.folder, self.limit, self.mapped = Path(folder), limit, mapped
-        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    def __init__(
+        self, folder: str | Path, limit: int | None = None, mapped: bool = False, quality: int | None = None
+    ) -> None:
+        self.folder, self.limit, self.mapped, self.quality = Path(folder), limit, mapped, quality
+        self._known: dict[str, Entry] = {}
         self._said: set[str] = set()
         self._owner: Any = None
 
     def __getstate__(self) -> dict[str, Any]:  # a spawned worker uses the folder but does not own it
         return {**self.__dict__, "_known": {}, "_owner": None}
 
-    def get(self, key: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    def get(self, key: str, shape: tuple[int, ...]) -> Entry | None:
         """Pixels of that shape (F, H, W, 3) uint8 and times (F,) float64, or None. They are not to be changed."""
         if key in self._known:
             return self._known[key]
-        file = self._file(key)
+        return next(filter(None, (self._read(key, shape, suffix) for suffix in SUFFIXES)), None)
+
+    def _read(self, key: str, shape: tuple[int, ...], suffix: str) -> Entry | None:
+        file, mapped = self.folder / f"{key}{suffix}", self.mapped and suffix == RAW
         try:
             with file.open("rb", buffering=0) as stream:
                 size = os.fstat(stream.fileno()).st_size
-                if self.mapped and size:
+                if mapped and size:
                     data = np.frombuffer(mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY), np.uint8)
                 else:
                     data = np.empty(size, np.uint8)
@@ -65,8 +74,10 @@ class FrameCache:
         except OSError as error:
             self._warn("cannot be read", f"{file} cannot be read, its video is decoded instead: {error}")
             return None
-        entry = _unpack(data, shape)
-        if entry is not None and self.mapped and len(self._known) < MOST_MAPPED:
+        entry = unpack(data, shape, suffix)
+        if entry is not None and suffix == JPEG:
+            self._warn("JPEG", f"{self.folder} holds frames as JPEG: they are not the very pixels of the videos")
+        if entry is not None and mapped and len(self._known) < MOST_MAPPED:
             self._known[key] = entry
         if entry is None:
             logger.warning("%s is damaged: it is removed, and its video decoded again", file)
@@ -74,23 +85,45 @@ class FrameCache:
                 file.unlink()
         return entry
 
-    def put(self, key: str, pixels: np.ndarray, times: np.ndarray) -> None:
-        """Keeps pixels (F, H, W, 3) uint8 and times (F,) float64, if there is room."""
-        file = self._file(key)
-        partial = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.partial")
-        data = _pack(pixels, times)
+    def put(self, key: str, pixels: np.ndarray, times: np.ndarray) -> bool:
+        """Keeps pixels (F, H, W, 3) uint8 and times (F,) float64, if there is room. Whether they are there now."""
+        file = self.folder / f"{key}{RAW if self.quality is None else JPEG}"
+        partial = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}{PARTIAL}")
+        data = pack(pixels, times, self.quality)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if file.exists() or not self._reserve(len(data)):
-                return
+            if file.exists():
+                return True
+            if not self._reserve(len(data)):
+                return False
             try:
                 with partial.open("wb") as stream:
+                    with contextlib.suppress(OSError):  # by its lock `tidy` knows that it is being written
+                        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     stream.write(data)
-                partial.replace(file)
+                    stream.flush()
+                    partial.replace(file)
             finally:
                 partial.unlink(missing_ok=True)
         except OSError as error:
             self._warn("cannot be kept", f"{file} cannot be written, videos are decoded each time instead: {error}")
+            return False
+        return True
+
+    def tidy(self) -> None:
+        """Removes what killed processes left half written, and counts anew, for the limit, the bytes that are there."""
+        for partial in self.folder.glob(f"*{PARTIAL}"):
+            with contextlib.suppress(OSError):  # it is locked
+                _locked(partial).close()
+                partial.unlink()
+        if self.limit is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._counter() as stream:
+                self._count(stream, self.size())
+
+    def size(self) -> int:
+        """Bytes of all frames that are kept."""
+        return sum(file.stat().st_size for suffix in SUFFIXES for file in self.folder.glob(f"*{suffix}"))
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
@@ -103,24 +136,29 @@ class FrameCache:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
-    def _file(self, key: str) -> Path:
-        return self.folder / f"{key}.npy"
-
     def _reserve(self, size: int) -> bool:
         """Whether there is room for so many bytes more; counts them in a file that all processes add to in turn."""
         if self.limit is None:
             return True
-        with (self.folder / "size").open("a+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with self._counter() as stream:
             stream.seek(0)
             total = int(stream.read() or b"0") + size
             if total > self.limit:
                 full = f"the frame cache {self.folder} is full with {self.limit / 2**30:.3g} GiB"
-                self._warn("full", f"{full}: further videos are decoded each time. Allow more, or use a folder")
+                self._warn("full", f"{full}: further videos are decoded each time. Allow more, or another folder")
                 return False
-            stream.truncate(0)
-            stream.write(str(total).encode())
+            self._count(stream, total)
         return True
+
+    @contextlib.contextmanager
+    def _counter(self) -> Iterator[BinaryIO]:
+        with (self.folder / "size").open("a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield stream
+
+    def _count(self, stream: BinaryIO, total: int) -> None:
+        stream.truncate(0)
+        stream.write(str(total).encode())
 
     def _warn(self, kind: str, message: str) -> None:
         """Once a process for each kind: one full disk concerns every video."""
@@ -166,37 +204,3 @@ def _remove_left_over(place: Path) -> None:
             with contextlib.suppress(OSError):  # it is locked, or another user's
                 _locked(folder / "owner").close()
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-# A file is a plain .npy file of the pixels; behind them are the times, as float64, and a checksum: the sum of its
-# 64-bit words. It is fast enough to be checked at every read, and shows any bit that changed and any lost block.
-
-
-def _header(shape: tuple[int, ...]) -> bytes:
-    stream = io.BytesIO()
-    description = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, description)
-    return stream.getvalue()
-
-
-def _pack(pixels: np.ndarray, times: np.ndarray) -> bytes:
-    data = b"".join([_header(pixels.shape), pixels.tobytes(), times.astype("<f8").tobytes()])
-    data += bytes(-len(data) % 8)
-    return data + _checksum(np.frombuffer(data, np.uint8))
-
-
-def _unpack(data: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
-    header = np.frombuffer(_header(shape), np.uint8)
-    first, count, num_frames = len(header), int(np.prod(shape)), shape[0]
-    used = first + count + 8 * num_frames
-    body, checksum = data[:-8], data[-8:]
-    if len(data) != used + -used % 8 + 8 or not np.array_equal(data[:first], header):
-        return None
-    if checksum.tobytes() != _checksum(body):
-        return None
-    times = np.frombuffer(data[first + count : used].tobytes(), "<f8").astype(np.float64)
-    return data[first : first + count].reshape(shape), times
-
-
-def _checksum(data: np.ndarray) -> bytes:
-    return np.sum(data.view("<u8"), dtype="<u8").tobytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +13,16 @@ from torch import Tensor
 
 from tempme_vl.data.broken import BrokenLog, broken_videos
 from tempme_vl.data.frame_cache import FrameCache, memory_cache
+from tempme_vl.data.frame_files import Entry
 from tempme_vl.data.splits import Video
 from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.video import BACKENDS, VideoError, read_frames
 
 __all__ = ["VideoInput", "VideoReader", "broken_videos"]
+
+
+# What became of a video's frames: in the cache before, put there, no room for them, or no frames.
+Outcome = Literal["there", "made", "left out", "broken"]
 
 
 class VideoInput(NamedTuple):
@@ -50,7 +55,8 @@ class VideoReader:
         broken_log: JSON lines, one for each broken video that a process meets; see `BrokenLog`.
         cache: "memory", a folder, or None: keeps the resized frames of videos that are sampled the same every time.
             It is the main speed-up of training: decoding costs far more than everything else here. "memory" is shared
-            with the workers of this process; a folder, which may lie in /dev/shm, with all that are given it.
+            with the workers of this process; a folder, which may lie in /dev/shm, with all that are given it. Or a
+            `FrameCache` with settings of its own.
         cache_gib: GiB that "memory" may take; further videos are decoded each time.
 
     Raises:
@@ -64,7 +70,7 @@ class VideoReader:
     backend: str = "auto"
     on_broken: str = "record"
     broken_log: Path | None = None
-    cache: str | Path | None = None
+    cache: str | Path | FrameCache | None = None
     cache_gib: float = 4.0
     memory_gib: float | None = 2.0
     # copies by dataclasses.replace share these
@@ -80,8 +86,8 @@ class VideoReader:
             raise ValueError(f"unknown backend {self.backend!r}; known: {', '.join(BACKENDS)}")
         if self.cache_gib <= 0 or (self.memory_gib is not None and self.memory_gib <= 0):
             raise ValueError(f"cache_gib and memory_gib must be positive; got {self.cache_gib} and {self.memory_gib}")
-        if self.cache is None:
-            self._kept = None
+        if self.cache is None or isinstance(self.cache, FrameCache):
+            self._kept = self.cache
         elif self.cache != "memory":
             self._kept = FrameCache(self.cache)
         elif self._kept is None or self._kept.limit != int(self.cache_gib * 2**30):
@@ -109,24 +115,41 @@ class VideoReader:
             self._broken().remove(video)
         return VideoInput(self.transform(pixels, rng), True, torch.from_numpy(times).float())
 
-    def _pixels(self, video: Video, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
+    def keep(self, video: Video) -> Outcome:
+        """Puts the frames that evaluation reads of a video into the cache, unless they are there undamaged.
+
+        Raises:
+            OSError: the broken_log cannot be written.
+            VideoError: an unreadable video, with on_broken="raise".
+        """
+        assert self._kept is not None
+        try:
+            return self._from_cache(video, self._kept)[1]
+        except VideoError as error:
+            if self.on_broken == "raise":
+                raise
+            self._broken().add(video, error.cause)
+            return "broken"
+
+    def _pixels(self, video: Video, rng: np.random.Generator | None) -> Entry:
         """Frames (F, H, W, 3) uint8 and their times (F,) float64, from the cache where they are there."""
         random_frames = rng is not None and self.sampling == "segment"
         if self._kept is None or random_frames or self.transform.augment == "crop_flip":
             return self._decode(video, rng)
+        return self._from_cache(video, self._kept)[0]
+
+    def _from_cache(self, video: Video, cache: FrameCache) -> tuple[Entry, Outcome]:
         key, size = self._key(video), self.transform.preprocess.image_size
         shape = (self.num_frames, size, size, 3)
-        kept = self._kept.get(key, shape)
-        if kept is not None:
-            return kept
-        with self._kept.alone(key):
-            kept = self._kept.get(key, shape)
-            if kept is None:
-                kept = self._decode(video, rng)
-                self._kept.put(key, *kept)
-        return kept
+        if (entry := cache.get(key, shape)) is not None:
+            return entry, "there"
+        with cache.alone(key):
+            if (entry := cache.get(key, shape)) is not None:
+                return entry, "there"
+            entry = self._decode(video, None)
+            return entry, "made" if cache.put(key, *entry) else "left out"
 
-    def _decode(self, video: Video, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
+    def _decode(self, video: Video, rng: np.random.Generator | None) -> Entry:
         frames = read_frames(
             video.path,
             self.num_frames,

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from tempme_vl.data.dataset import Place
 from tempme_vl.data.files import AnnotationError, check_regular, errors_at, repeated
 from tempme_vl.messages import few
@@ -83,6 +81,8 @@ def holdout_validation(split: RetrievalSplit, num_videos: int, seed: int) -> tup
     total = len(split.videos)
     if not 0 < num_videos < total:
         raise ValueError(f"{split.name} has {total} videos; expected to hold out 1 to {total - 1}, got {num_videos}")
+    import numpy as np  # which lists of options can do without
+
     held_out = set(np.random.default_rng(seed).choice(total, num_videos, replace=False).tolist())
     owners = Counter(text for i in held_out for text in set(split.captions[i]))
     chosen: dict[int, str] = {}

@@ -13,7 +13,9 @@ import numpy as np
 
 from tempme_vl.data import decoder
 from tempme_vl.data.decoder_process import DecoderProcess, DecoderTimeout
+from tempme_vl.data.pictures import DecodeError, Fit, TooLarge, check_memory
 from tempme_vl.data.sampling import SAMPLING
+from tempme_vl.data.seeking import Listed
 
 BACKENDS = {"auto": ("pyav", "decord"), "decord": ("decord",), "pyav": ("pyav",)}
 
@@ -56,7 +58,7 @@ def read_frames(
     backend: str = "auto",
     timeout: float | None = None,
     memory_gib: float | None = 2.0,
-    fit: decoder.Fit | None = None,
+    fit: Fit | None = None,
     rng: np.random.Generator | None = None,
 ) -> Frames:
     """Reads `num_frames` frames of a video file, exactly those that `sampling` chooses.
@@ -93,15 +95,19 @@ def read_frames(
     common = {"path": os.path.abspath(path), "memory": memory}
 
     def read(exact: bool) -> Frames:
-        info, times = _call("index", deadline, exact=exact, **common)
+        info, rows = _call("index", deadline, exact=exact, **common)
+        listed = Listed(*rows)
+        times = listed.times
         first, last = _frame_range(times, info["fps"], start, end)
         indices = first + SAMPLING[sampling](last - first, info["fps"], num_frames, rng)
         unique, inverse = np.unique(indices, return_inverse=True)
         doubts = {"decord": info["decord_doubt"]}
-        arguments = {"indices": unique.tolist(), "num_raw": len(times), "fit": fit, **common}
+        wanted = unique.tolist()
+        arguments = {"indices": wanted, "places": listed.places(wanted)}
+        arguments |= {"num_raw": len(times), "fit": fit, **common}
         used, pixels = _decode(BACKENDS[backend], doubts, deadline, arguments)
         if len(unique) < num_frames:
-            decoder.check_memory(0, 0, num_frames * pixels[0].nbytes, memory)
+            check_memory(0, 0, num_frames * pixels[0].nbytes, memory)
             pixels = pixels[inverse]
         return Frames(pixels, indices, times[indices], info["fps"], used)
 
@@ -114,7 +120,7 @@ def read_frames(
             return read(exact=True)
     except DecoderTimeout as error:
         raise VideoError(path, f"decoding did not finish within {timeout:g} s") from error
-    except decoder.DecodeError as error:
+    except DecodeError as error:
         raise VideoError(path, str(error)) from error
 
 
@@ -128,11 +134,11 @@ def _decode(
         share = deadline if deadline is None or last else (time.monotonic() + deadline) / 2
         try:
             if doubts.get(backend):
-                raise decoder.DecodeError(f"not exact, since {doubts[backend]}")
+                raise DecodeError(f"not exact, since {doubts[backend]}")
             return backend, _call("frames", share, backend=backend, **arguments)[1]
-        except (decoder.TooLarge, decoder.ShortStream):
+        except (TooLarge, decoder.ShortStream):
             raise  # not this backend's fault
-        except decoder.DecodeError as error:
+        except DecodeError as error:
             causes.append(f"{backend}: {error}")
             if last:
                 raise type(error)("; ".join(causes)) from error
@@ -155,7 +161,7 @@ def _start_decoder(path: str | Path) -> None:
     """Before the clock starts: a fresh interpreter's imports are not the video's fault."""
     try:
         _decoder_process.start()
-    except decoder.DecodeError as error:
+    except DecodeError as error:
         raise VideoError(path, str(error)) from error
 
 
@@ -169,7 +175,7 @@ def _call(name: str, deadline: float | None, **arguments: Any) -> decoder.Answer
 def _frame_range(times: np.ndarray, fps: float, start: float | None, end: float | None) -> tuple[int, int]:
     """First and one past the last of the frames shown in [start, end) seconds."""
     if start is not None and start >= times[-1] + 1 / fps:
-        raise decoder.DecodeError(f"start {start:g} s lies behind its last frame, shown at {times[-1]:g} s")
+        raise DecodeError(f"start {start:g} s lies behind its last frame, shown at {times[-1]:g} s")
     tolerance = 1e-6  # timestamps are multiples of a time base and seldom exact decimals
     first = 0 if start is None else int(np.searchsorted(times, start - tolerance))
     last = len(times) if end is None else int(np.searchsorted(times, end - tolerance))

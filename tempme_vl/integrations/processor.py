@@ -134,10 +134,10 @@ class CompressedProcessor(ProcessorMixin):
         found = _local(given, "video")
         if not isinstance(found, bytes):
             return found
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(found)
-            file.flush()
-            return read_sampled(file.name, self.compressed.host.num_frames)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "video"
+            file.write_bytes(found)
+            return read_sampled(file, self.compressed.host.num_frames)
 
     def save_pretrained(self, directory: str | Path) -> None:  # type: ignore[override]  # nothing goes to the hub
         """Into the folder of `Compressed.save_pretrained`: transformers.AutoProcessor.from_pretrained with

@@ -1,9 +1,8 @@
-"""Text towers by family."""
+"""Text towers of this package; those that other libraries build stand in `clip` and `hf`."""
 
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.bert import BertFusion, BertShape, BertTextEncoder, VideoKeys, bert_from_umt, bert_to_umt
 from tempme_vl.text.blip import BlipShape, BlipTextEncoder, blip_vocabulary
-from tempme_vl.text.clip import CLIPTextEncoder
 from tempme_vl.text.decoder import BertDecoder, QuestionKeys, decoder_to_umt, load_umt_decoder
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "BertTextEncoder",
     "BlipShape",
     "BlipTextEncoder",
-    "CLIPTextEncoder",
     "QuestionKeys",
     "TextEncoder",
     "VideoKeys",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from open_clip import SimpleTokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -37,6 +36,8 @@ class CLIPTokenizer:
     def __post_init__(self) -> None:
         if self.max_words < 2:
             raise ValueError(f"max_words counts the start and end token, so it is at least 2; got {self.max_words}")
+        from open_clip import SimpleTokenizer
+
         self._tokenizer = SimpleTokenizer(context_length=self.max_words)
 
     def __call__(self, text: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from tempme_vl.backbones.open_clip_models import Config, model_config
 from tempme_vl.backbones.openai import clip_from_openai, visual_from_openai
 from tempme_vl.families import split_name
 from tempme_vl.tasks.retrieval import RetrievalModel
-from tempme_vl.text import CLIPTextEncoder
+from tempme_vl.text.clip import CLIPTextEncoder
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("ViT-B-16", "ViT-B-32", "ViT-B-16-quickgelu")]
 

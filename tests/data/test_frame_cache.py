@@ -15,6 +15,7 @@ import pytest
 
 from tempme_vl.data import frame_cache
 from tempme_vl.data.frame_cache import FrameCache, memory_cache
+from tempme_vl.data.frame_files import pack
 
 SHAPE = (3, 5, 5, 3)  # no multiple of eight bytes
 PIXELS = np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
@@ -55,7 +56,7 @@ def test_what_is_put_is_got_and_other_tools_can_read_it(cache: FrameCache) -> No
 
 def test_memory_is_checked_too_and_then_shared(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = memory_cache(10**9)
-    for data in (b"", b"short", bytes(frame_cache._pack(PIXELS, TIMES)[:-1])):
+    for data in (b"", b"short", bytes(pack(PIXELS, TIMES)[:-1])):
         (cache.folder / "a.npy").write_bytes(data)
         assert cache.get("a", SHAPE) is None
     assert caplog.text.count("is damaged") == 3
@@ -117,7 +118,7 @@ def test_what_cannot_be_read_is_a_warning(cache: FrameCache, caplog: pytest.LogC
 
 
 def test_the_limit_counts_what_all_processes_keep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    size = len(frame_cache._pack(PIXELS, TIMES))
+    size = len(pack(PIXELS, TIMES))
     caches = [FrameCache(tmp_path, 3 * size + size // 2) for _ in range(2)]
     child = os.fork()
     if child == 0:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tempme_vl.data import augment as augmentations
 from tempme_vl.data import transforms
+from tempme_vl.data.augment import RAND_AUGMENT, rand_augment, random_crop_flip
 from tempme_vl.data.sampling import sample_generator
-from tempme_vl.data.transforms import RAND_AUGMENT, Preprocess, VideoTransform, rand_augment, resize
+from tempme_vl.data.transforms import Preprocess, VideoTransform, resize
 
 
 def video(num_frames: int = 3, height: int = 48, width: int = 80, seed: int = 0) -> np.ndarray:
@@ -117,7 +119,7 @@ def test_magnitude_7_is_as_strong_as_in_timm(name, sign, before, after):
 def test_rand_augment_applies_about_half_of_its_four_operations(monkeypatch):
     calls = []
     counting = {name: lambda frames, x, sign: (calls.append((x, sign)), frames)[1] for name in RAND_AUGMENT}
-    monkeypatch.setattr(transforms, "RAND_AUGMENT", counting)
+    monkeypatch.setattr(augmentations, "RAND_AUGMENT", counting)
     for seed in range(500):
         rand_augment(video(1, 4, 4), np.random.default_rng(seed))
     strengths, signs = zip(*calls, strict=True)
@@ -132,7 +134,7 @@ def test_crops_cover_half_to_all_of_the_picture_and_half_are_flipped():
     pixels = np.stack([x, y, 0 * x], -1).astype(np.uint8)[None]
     flips = 0
     for seed in range(200):
-        cropped = transforms.random_crop_flip(pixels, Preprocess(64), np.random.default_rng(seed)).astype(int)
+        cropped = random_crop_flip(pixels, Preprocess(64), np.random.default_rng(seed)).astype(int)
         width = cropped[0, 32, -1, 0] - cropped[0, 32, 0, 0]
         height = cropped[0, -1, 32, 1] - cropped[0, 0, 32, 1]
         flips += width < 0
@@ -143,7 +145,7 @@ def test_crops_cover_half_to_all_of_the_picture_and_half_are_flipped():
 
 def test_very_long_pictures_are_cropped_too():
     pixels = video(1, 4, 400)
-    assert transforms.random_crop_flip(pixels, Preprocess(32), np.random.default_rng(0)).shape == (1, 32, 32, 3)
+    assert random_crop_flip(pixels, Preprocess(32), np.random.default_rng(0)).shape == (1, 32, 32, 3)
 
 
 def test_wrong_input_is_named():

@@ -10,7 +10,7 @@ import pytest
 from video_files import picture, write_video
 
 from tempme_vl.data import video
-from tempme_vl.data.decoder import Fit
+from tempme_vl.data.pictures import DecodeError, Fit
 from tempme_vl.data.transforms import Preprocess, resize
 from tempme_vl.data.video import VideoError, read_frames
 
@@ -236,8 +236,9 @@ def test_packets_without_a_frame_of_their_own_are_not_counted(tmp_path, monkeypa
     index = video.decoder.HANDLERS["index"]
 
     def overcounting(path, exact, memory):
-        info, times = index(path, exact)
-        return (info, times) if exact else (info, np.append(times, times[-1] + 0.1))
+        info, rows = index(path, exact)
+        another = rows[:, -1] + [0.1, 100, 100, 0]  # seconds; milliseconds of Matroska
+        return (info, rows) if exact else (info, np.column_stack([rows, another]))
 
     monkeypatch.setitem(video.decoder.HANDLERS, "index", overcounting)
     frames = read_frames(path, 5, sampling="uniform")
@@ -358,7 +359,7 @@ def test_a_video_beyond_the_memory_limit_is_an_error(tmp_path, backend, timeout)
 
 def test_when_both_backends_fail_the_error_holds_both_causes(tmp_path, monkeypatch):
     def failing(path, backend, **arguments):
-        raise video.decoder.DecodeError(f"{backend} is out of order")
+        raise DecodeError(f"{backend} is out of order")
 
     monkeypatch.setitem(video.decoder.HANDLERS, "frames", failing)
     with pytest.raises(VideoError, match=r"pyav is out of order.*decord is out of order"):

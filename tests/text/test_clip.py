@@ -9,7 +9,7 @@ import pytest
 import torch
 from towers import small_clip
 
-from tempme_vl.text import CLIPTextEncoder
+from tempme_vl.text.clip import CLIPTextEncoder
 
 LENGTHS = (3, 7, 12)
 

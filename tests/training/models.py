@@ -17,7 +17,8 @@ from tempme_vl.merging import make_schedule
 from tempme_vl.tasks.qa import ClassifierHead, DecoderHead, VideoQAModel
 from tempme_vl.tasks.qa.question import QuestionEncoder
 from tempme_vl.tasks.retrieval import RetrievalModel
-from tempme_vl.text import BertDecoder, BertShape, CLIPTextEncoder
+from tempme_vl.text import BertDecoder, BertShape
+from tempme_vl.text.clip import CLIPTextEncoder
 from tempme_vl.training import distributed
 from tempme_vl.training.engine import TrainConfig, Trainer
 from tempme_vl.training.optim import parameter_groups

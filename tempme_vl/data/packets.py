@@ -1,0 +1,86 @@
+"""What the packets of a video stream say of their pictures, read without decoding them.
+
+Read off the units of H.264 (ITU-T H.264, table 7-1) and HEVC (ITU-T H.265, table 7-1), with lengths in front as in MP4
+and Matroska, or with start codes as in transport streams. Of other codecs only the container's key frames are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Decoders whose key frames, of these codecs all, are places to decode from (tests/data/test_seeking.py).
+WITH_CUTS = ("mpeg2video", "mpeg4", "vp8", "vp9", "av1", "libdav1d", "mjpeg")
+
+
+@dataclass(frozen=True)
+class Units:
+    """Reads the headers of a stream's units.
+
+    Args:
+        codec: FFmpeg's name of its decoder.
+        length_size: bytes of the length in front of each unit; 0: start codes.
+        one_layer: whether the stream says that no picture belongs to a higher temporal layer.
+    """
+
+    codec: str
+    length_size: int = 0
+    one_layer: bool = False
+
+    @classmethod
+    def of(cls, codec: str, header: bytes) -> Units:
+        """Of a stream with this header, which for lengths is an avcC (ISO/IEC 14496-15, 5.3) or hvcC (8.3) record."""
+        if codec == "h264" and len(header) > 4 and header[0] == 1:
+            return cls(codec, (header[4] & 3) + 1)
+        if codec == "hevc" and len(header) > 21 and header[0] == 1:
+            return cls(codec, (header[21] & 3) + 1, header[21] >> 3 & 7 == 1)
+        return cls(codec)
+
+    def is_idr(self, key_frame: memoryview) -> bool:
+        """Whether nothing that comes after a key frame of H.264 or HEVC refers to what came before it."""
+        first = next(self._slices(key_frame), None)
+        if first is None:
+            return False
+        return first & 31 == 5 if self.codec == "h264" else first >> 1 & 63 in (19, 20)
+
+    def is_cut(self, key_frame: memoryview) -> bool:
+        """Whether all frames shown from a key frame on can be decoded without what came before it.
+
+        In HEVC these are all random access points; what refers across one is shown before it. In H.264 a key frame
+        that is no IDR picture may promise less.
+        """
+        if self.codec == "hevc":
+            first = next(self._slices(key_frame), None)
+            return first is not None and 16 <= first >> 1 & 63 <= 21
+        return self.is_idr(key_frame) if self.codec == "h264" else self.codec in WITH_CUTS
+
+    def is_unused(self, packet: memoryview) -> bool:
+        """Whether no other picture refers to this one, so that the others are the same where it is left out."""
+        slices = list(self._slices(packet))
+        if self.codec == "h264":
+            return bool(slices) and not any(first & 0x60 for first in slices)  # nal_ref_idc
+        # a sub-layer non-reference picture, which those of higher layers alone could refer to
+        return bool(slices) and self.one_layer and all(first >> 1 & 63 in range(0, 15, 2) for first in slices)
+
+    def _slices(self, packet: memoryview) -> Iterator[int]:
+        """The first byte of each unit that holds a slice."""
+        if self.codec not in ("h264", "hevc"):
+            return
+        for position in self._with_lengths(packet) if self.length_size else _with_start_codes(packet):
+            first = packet[position]
+            if 1 <= first & 31 <= 5 if self.codec == "h264" else first >> 1 & 63 < 32:
+                yield first
+
+    def _with_lengths(self, packet: memoryview) -> Iterator[int]:
+        position = self.length_size
+        while position < len(packet):
+            yield position
+            position += int.from_bytes(packet[position - self.length_size : position], "big") + self.length_size
+
+
+def _with_start_codes(packet: memoryview) -> Iterator[int]:
+    data = bytes(packet)
+    position = data.find(b"\0\0\1") + 3
+    while 3 <= position < len(data):
+        yield position
+        position = data.find(b"\0\0\1", position) + 3

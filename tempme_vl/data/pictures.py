@@ -1,0 +1,115 @@
+"""Pictures of a video brought to their size, one after the other, within a limit of memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.filter import Graph
+from PIL import Image
+
+# What a picture takes while it is read, in bytes a pixel: 3 as RGB, 4 in Pillow, 1.5 in each of the some four that the
+# codec holds.
+WORKING_BYTES = 13
+
+# From PyAV 17 on pictures are scaled by as many threads as there are cores, which PyAV 19 keeps: a forked process, such
+# as a loader's worker, would wait for them for ever.
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+
+
+class DecodeError(Exception):
+    """A video cannot be decoded; the message is the cause, without the path."""
+
+
+class TooLarge(DecodeError):
+    """Reading it would take more memory than is allowed."""
+
+
+class Fit(NamedTuple):
+    """Which size pictures are brought to: (size, size), with `resize` and `interpolation` as in `Preprocess`."""
+
+    size: int
+    resize: str
+    interpolation: str
+
+
+def fit_picture(picture: np.ndarray, fit: Fit) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) uint8, bit for bit as open_clip's transform of a Pillow image.
+
+    "shortest" scales the shorter side and crops the centre; "squash" scales both sides.
+    """
+    height, width = picture.shape[:2]
+    size = fit.size
+    if (height, width) == (size, size):
+        return picture
+    image = Image.fromarray(picture)
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    if fit.resize == "squash":
+        return np.asarray(image.resize((size, size), filters[fit.interpolation]))
+    short = min(height, width)
+    height, width = size * height // short, size * width // short
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(
+        image.resize((width, height), filters[fit.interpolation]).crop((left, top, left + size, top + size))
+    )
+
+
+def check_memory(width: int, height: int, kept: int, memory: int | None) -> None:
+    """Raises TooLarge where one picture at work and `kept` bytes beside it do not go into `memory` bytes."""
+    needed = kept + WORKING_BYTES * width * height
+    if memory is not None and needed > memory:
+        raise TooLarge(
+            f"its frames of {width} x {height} pixels would take {needed / 2**30:.3g} GiB of memory to read, "
+            f"and {memory / 2**30:.3g} are allowed"
+        )
+
+
+class Pictures:
+    """Takes pictures one after the other into the array that is answered."""
+
+    def __init__(self, count: int, fit: Fit | None, memory: int | None) -> None:
+        self.count, self.fit, self.memory = count, fit, memory
+        self.array: np.ndarray | None = None
+        self.shape: tuple[int, ...] = ()  # of the first picture, as it was decoded
+        self._filled = 0
+
+    def check(self, width: int, height: int) -> None:
+        """Raises TooLarge."""
+        each = width * height if self.fit is None else self.fit.size**2
+        check_memory(width, height, 3 * self.count * each, self.memory)
+
+    def append(self, picture: np.ndarray) -> None:
+        if self.array is None:
+            self.shape = picture.shape
+        if self.fit is not None:
+            picture = fit_picture(picture, self.fit)
+        if self.array is None:
+            self.array = np.empty((self.count, *picture.shape), np.uint8)
+        self.array[self._filled] = picture
+        self._filled += 1
+
+    def take(self, frame: av.VideoFrame) -> None:
+        """The size changes inside some streams: all frames get the first one's."""
+        self.check(frame.width, frame.height)
+        self.append(_rgb(frame, *(self.shape[:2] or (None, None))))
+
+    def clear(self) -> None:
+        self.array, self.shape, self._filled = None, (), 0
+
+
+def _rgb(frame: av.VideoFrame, height: int | None, width: int | None) -> np.ndarray:
+    """(H, W, 3) uint8. Turned before the colour conversion, as decord does it: at odd sizes the order shows."""
+    turns = {90: ["2"], -90: ["1"], 180: ["1", "1"], -180: ["1", "1"]}.get(frame.rotation, [])
+    if turns:
+        graph = Graph()
+        nodes = [
+            graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+        ]
+        nodes += [graph.add("transpose", direction) for direction in turns]
+        nodes += [graph.add("buffersink")]
+        graph.link_nodes(*nodes).configure()
+        graph.push(frame)
+        frame = graph.pull()  # type: ignore[assignment]
+    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR", **_ONE_THREAD)
+    return scaled.to_ndarray()

@@ -1,0 +1,130 @@
+"""Decoding a few frames of a long stream exactly: from the cuts before them, without pictures that nothing refers to.
+
+What packets promise is checked against every frame that comes out: exactly those that went in, in order of time.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+
+from tempme_vl.data.packets import Units
+
+
+class Unsure(Exception):
+    """The stream is not what its packets promise: decode it from its start."""
+
+
+class Cut(NamedTuple):
+    """A key frame that decoding can begin at, by the timestamps of its packet, in the stream's time base."""
+
+    pts: int
+    dts: int
+
+
+class Place(NamedTuple):
+    """Where a frame is found.
+
+    Attributes:
+        pts: when it is shown.
+        cut: the latest one up to it; None: the start of the file.
+    """
+
+    pts: int
+    cut: Cut | None
+
+
+class Listed(NamedTuple):
+    """The frames of a file in the order they are shown, as rows of one array (4, n) float64.
+
+    Attributes:
+        times: (n,) seconds after the first one, increasing.
+        pts, dts: (n,) timestamps in the stream's time base.
+        cuts: (n,) for each frame the number of the cut it is decoded from; -1: the start; NaN: not known.
+    """
+
+    times: np.ndarray
+    pts: np.ndarray
+    dts: np.ndarray
+    cuts: np.ndarray
+
+    def places(self, numbers: Sequence[int]) -> list[Place] | None:
+        """Where these frames are found; None where packets do not tell."""
+        if np.isnan(self.cuts[numbers]).any():
+            return None
+        found = []
+        for number in numbers:
+            start = int(self.cuts[number])
+            cut = None if start < 0 else Cut(int(self.pts[start]), int(self.dts[start]))
+            found.append(Place(int(self.pts[number]), cut))
+        return found
+
+
+def frames_at(container: Any, stream: Any, places: Sequence[Place]) -> Iterator[av.VideoFrame]:
+    """The frames at these places, of a container just opened; places are in order of time.
+
+    Raises:
+        Unsure: other frames came out than went in, or a cut is not found.
+        av.FFmpegError: FFmpeg cannot seek, read or decode.
+    """
+    units = Units.of(stream.codec_context.name, stream.codec_context.extradata or b"")
+    for cut, group in groupby(places, lambda place: place.cut):
+        wanted = {place.pts for place in group}
+        if cut is not None:
+            container.seek(cut.dts, stream=stream)  # which also empties the decoder
+        for frame in _decoded(container, stream, cut, wanted, units):
+            if frame.pts in wanted:
+                yield frame
+
+
+def _decoded(
+    container: Any, stream: Any, cut: Cut | None, wanted: Collection[int], units: Units
+) -> Iterator[av.VideoFrame]:
+    """Frames from a cut on, until all wanted ones have come; others that nothing refers to are left out."""
+    decoder, left = stream.codec_context, set(wanted)
+    waiting: list[int] = []  # a heap of when frames that went in are shown
+    for packet in _from(cut, container.demux(stream)):
+        if packet.pts not in left and units.is_unused(memoryview(packet)):
+            continue
+        left.discard(packet.pts)
+        if not packet.is_discard and (cut is None or packet.pts >= cut.pts):
+            heapq.heappush(waiting, packet.pts)
+        yield from _checked(decoder.decode(packet), cut, waiting)
+        if not left:
+            break
+    yield from _checked(decoder.decode(None), cut, waiting)
+    if left or waiting:
+        raise Unsure
+
+
+def _from(cut: Cut | None, packets: Iterator[Any]) -> Iterator[Any]:
+    """Packets from a cut on, whose place a container may miss by some."""
+    begun = cut is None
+    for packet in packets:
+        if not packet.size:  # behind the last one
+            continue
+        if cut is not None and not begun:
+            begun = packet.is_keyframe and packet.pts == cut.pts
+            if not begun and packet.dts is not None and packet.dts > cut.dts:
+                raise Unsure
+        if begun:
+            if packet.pts is None:
+                raise Unsure
+            yield packet
+
+
+def _checked(frames: Sequence[av.VideoFrame], cut: Cut | None, waiting: list[int]) -> Iterator[av.VideoFrame]:
+    """Those shown from the cut on. What refers across it comes out damaged or not at all."""
+    for frame in frames:
+        if frame.pts is None:
+            raise Unsure
+        if cut is not None and frame.pts < cut.pts:
+            continue
+        if not waiting or frame.pts != heapq.heappop(waiting):
+            raise Unsure
+        yield frame
