@@ -55,16 +55,23 @@ comparison: $(READY)
 	$(RUN) $(BIN)/python eval/compare.py --dataset motion --methods $(OF_TIME) --output runs/compare/motion --train epochs=3 $(TWO_AT_A_TIME)
 	$(RUN) $(BIN)/python eval/compare.py --dataset detail --methods $(OF_SPACE) --output runs/compare/detail --train epochs=2 $(TWO_AT_A_TIME)
 
-HOSTS := $(addprefix runs/videollm/host-,0 1 2)
+# two of them learn the order of events later than the first, and are trained on for one more epoch
+HOSTS := $(addprefix runs/videollm/,host-0 longer-1 longer-2)
+TRAIN_HOST := $(RUN) $(BIN)/deepspeed --num_accelerators 1 recipes/videollm_lora.py --method none --where tower --train-frontend \
+	--train-language-model --num-frames 16 --image-size 32 --answer-tokens 8 --batch-size 32 --eval-batch-size 64 \
+	--workers 0 --warmup 0.1 --weight-decay 0.05 --beta2 0.98
+
+.SECONDARY:
 
 videollm-comparison: $(READY) $(HOSTS:%=%/predictions.json)
 	$(RUN) $(BIN)/tempme-vl videollm-compare --host $(HOSTS:%=%/best) --retention 0.5 0.25 0.1 --questions 300 \
 		--output runs/videollm/compare --page docs/videollm_comparison.md
 
 runs/videollm/host-%/predictions.json: | $(READY)
-	$(RUN) $(BIN)/deepspeed --num_accelerators 1 recipes/videollm_lora.py --host tiny:Qwen2_5_VL --method none --where tower \
-		--train-language-model --num-frames 16 --batch-size 32 --lr 1.5e-3 --lr-new 1.5e-3 --warmup 0.1 --epochs 3 \
-		--seed $* --output $(@D)
+	$(TRAIN_HOST) --host tiny:Qwen2_5_VL --lr 1.5e-3 --lr-new 1.5e-3 --epochs 3 --seed $* --output $(@D)
+
+runs/videollm/longer-%/predictions.json: runs/videollm/host-%/predictions.json
+	$(TRAIN_HOST) --host $(<D)/best --lr 7e-4 --lr-new 7e-4 --epochs 1 --seed 1$* --output $(@D)
 
 floors: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/floors.py

@@ -14,7 +14,7 @@ from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.videollm.ask import as_they_are, ask
 from tempme_vl.evaluation.videoqa import accuracy
-from tempme_vl.integrations import Host, compress, load_host
+from tempme_vl.integrations import Host, compress
 from tempme_vl.integrations.costs import prefill_gflops
 from tempme_vl.integrations.tiny import tiny_host
 from tempme_vl.recipes.build import merging, optimizer, video_reader
@@ -23,7 +23,7 @@ from tempme_vl.recipes.options.videollm import Options
 from tempme_vl.recipes.report import about_run, write_answers, write_results
 from tempme_vl.recipes.start import announce, begin, check_files, facts
 from tempme_vl.tasks.inputs import HostInput
-from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_video_llm
+from tempme_vl.tasks.videollm import VideoLLM, create_video_llm, load_start, load_video_llm
 from tempme_vl.training import distributed
 from tempme_vl.training.checkpoint import latest_checkpoint
 from tempme_vl.training.engine import Trainer
@@ -92,19 +92,20 @@ def prepare_host(options: Options, train: QASplit) -> str:
 
 
 def build_model(options: Options, source: str, dtype: torch.dtype) -> VideoLLM:
-    """The host with merging and LoRA; `source` is its name or folder."""
-    model, processor = load_host(source, dtype=dtype)
+    """The host with merging and LoRA; `source` is its name or folder, or what an earlier run exported."""
+    start = load_start(source, dtype=dtype)
     torch.manual_seed(options.seed)
     built = create_video_llm(
-        compress(model, processor, **merging(options, 8), where=options.where),
+        compress(start.model, start.processor, **merging(options, 8), where=options.where),
         lora_rank=0 if options.train_language_model else options.lora_rank,
         train_language_model=options.train_language_model,
         train_frontend=options.train_frontend,
         prompt=options.prompt,
         answer_tokens=options.answer_tokens,
-        source=source,
+        source=start.source,
         input=HostInput(options.sampling, options.image_size),
     )
+    start.check(built)
     built.set_grad_checkpointing(options.grad_checkpointing)
     return built
 

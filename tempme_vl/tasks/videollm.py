@@ -27,10 +27,11 @@ from tempme_vl.integrations import Compressed, Feed, Host, load_compressed, load
 from tempme_vl.integrations.compressed import IGNORED, read_config
 from tempme_vl.integrations.videos import without_start
 from tempme_vl.manifest import FolderError, check_manifest, errors_in, write_manifest
+from tempme_vl.messages import few
 from tempme_vl.pretrained import read_safetensors, read_settings, write_settings
 from tempme_vl.schema import Size
 from tempme_vl.state import at_least_float32
-from tempme_vl.tasks.inputs import HostInput
+from tempme_vl.tasks.inputs import VIDEOLLM_FILE, HostInput
 from tempme_vl.tasks.losses import gather_rows
 from tempme_vl.tasks.pretrained_lm import (
     ADAPTER_FOLDER,
@@ -43,7 +44,7 @@ from tempme_vl.tasks.pretrained_lm import (
 from tempme_vl.tuning import Lora
 
 PROMPT = "USER: {video}\n{question} ASSISTANT:"  # LLaVA's, for hosts without a chat template
-CONFIG_FILE, TRAINED_FILE = "videollm.json", "trained.safetensors"
+CONFIG_FILE, TRAINED_FILE = VIDEOLLM_FILE, "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,54 @@ def create_video_llm(
     if train_frontend:
         _train([weight for part in host.tower_parts for weight in part.parameters()], "the tower")
     return VideoLLM(compressed, prompt, answer_tokens, source, input)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A host model before it is compressed and trained.
+
+    Attributes:
+        source: the name or folder that its own weights are found by again.
+        trained: names of those of its weights that an earlier run trained, which are not found there.
+    """
+
+    model: Any
+    processor: Any
+    source: str
+    trained: frozenset[str] = frozenset()
+
+    def check(self, model: VideoLLM) -> None:
+        """Raises:
+        ValueError: what will train leaves out some of what the earlier run trained, which `save_pretrained` would lose.
+        """
+        now = {_host_name(name) for name, weight in model.model.named_parameters() if weight.requires_grad}
+        if lost := sorted(self.trained - now):
+            raise ValueError(
+                f"the run that trained this model also trained {few(lost)}, which would be lost: train the same parts "
+                "as there (--train-frontend, --train-language-model)"
+            )
+
+
+def load_start(source: str, **options: Any) -> Start:
+    """A host to train, from its folder or the hub, or as an earlier run left it.
+
+    Args:
+        source: a host's; or what a run exported, such as OUTPUT/best, whose compression is left out.
+        options: of the host's `from_pretrained`.
+
+    Raises:
+        ValueError: see `load_host` and `load_video_llm`; a run that trained LoRA.
+    """
+    if not (Path(source) / CONFIG_FILE).is_file():
+        return Start(*load_host(source, **options), source)
+    run = load_video_llm(source, **options)
+    if has_adapter(run.model):
+        raise ValueError(
+            f"{source} has LoRA beside its weights: merge it into them (merge_and_unload of peft), save the model "
+            "and its processor as transformers does, and give that folder"
+        )
+    trained = frozenset(name for name, weight in run.model.named_parameters() if weight.requires_grad)
+    return Start(run.model, run.compressed.host.processor, str(run.source), trained)
 
 
 def load_video_llm(directory: str | Path, source: str | Path | None = None, **options: Any) -> VideoLLM:

@@ -19,6 +19,7 @@ from torch import nn
 from tempme_vl.integrations import compress, load_host
 from tempme_vl.integrations.tiny import tiny_host, tiny_names
 from tempme_vl.manifest import MANIFEST_FILE, write_manifest
+from tempme_vl.recipes.options.videollm import VIDEOLLM
 from tempme_vl.tasks.inputs import HostInput
 from tempme_vl.tasks.videollm import (
     ADAPTER_FOLDER,
@@ -27,6 +28,7 @@ from tempme_vl.tasks.videollm import (
     VideoLLM,
     create_video_llm,
     default_prompt,
+    load_start,
     load_video_llm,
 )
 
@@ -413,3 +415,30 @@ def test_a_whole_language_model_trains_and_comes_back(source: Path, tmp_path: Pa
     assert {key for key, weight in again.model.named_parameters() if weight.requires_grad} == trained
     with pytest.raises(ValueError, match="by LoRA or as a whole; got lora_rank=4"):
         created(source, lora_rank=4, train_language_model=True)
+
+
+def test_a_run_goes_on_from_what_another_exported(source: Path, tmp_path: Path) -> None:
+    asked = HostInput("uniform", 48)
+    first = created(source, lora_rank=0, train_language_model=True, train_frontend=True, input=asked, answer_tokens=5)
+    shake(first)
+    first.save_pretrained(tmp_path / "first")
+    start = load_start(str(tmp_path / "first"))
+    assert start.source == str(source)
+    compressed = compress(start.model, start.processor, "none", FRAMES)
+    second = create_video_llm(
+        compressed, lora_rank=0, train_language_model=True, train_frontend=True, source=start.source
+    )
+    start.check(second)
+    assert all(torch.equal(value, first.model.state_dict()[key]) for key, value in second.model.state_dict().items())
+    second.save_pretrained(tmp_path / "second")
+    again = load_video_llm(tmp_path / "second")
+    assert all(torch.equal(value, first.model.state_dict()[key]) for key, value in again.model.state_dict().items())
+    with pytest.raises(ValueError, match="would be lost: train the same parts"):
+        start.check(create_video_llm(compress(start.model, start.processor, "none", FRAMES), lora_rank=4))
+    created(source, lora_rank=4).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="has LoRA beside"):
+        load_start(str(tmp_path / "lora"))
+    plain = load_start(str(source))
+    assert plain.source == str(source) and not plain.trained
+    defaults = VIDEOLLM.parse(["--host", str(tmp_path / "first")])
+    assert (defaults.image_size, defaults.prompt, defaults.answer_tokens) == (48, first.prompt, 5)

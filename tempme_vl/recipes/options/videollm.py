@@ -13,6 +13,10 @@ from tempme_vl.data.options import EMBEDDED
 from tempme_vl.recipes.options.presets import preset
 from tempme_vl.recipes.options.shared import RecipeOptions
 from tempme_vl.registries import DATASETS
+from tempme_vl.schema import read_json
+from tempme_vl.tasks.inputs import VIDEOLLM_FILE
+
+ASKED_ALIKE = ("image_size", "prompt", "answer_tokens", "sampling")  # as the run did whose model trains on
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Options(RecipeOptions):
     """Default: motion, the embedded data set; msrvtt_qa as soon as --data-root is given."""
     host: str = "LanguageBind/Video-LLaVA-7B-hf"
     """A folder or hub name of a video-language model of transformers, one of tempme_vl.integrations.HOSTS; or
-    tiny:VideoLlava, tiny:Qwen2_5_VL: random, with the words of the training questions, written to OUTPUT/host.
+    tiny:VideoLlava, tiny:Qwen2_5_VL: random, with the words of the training questions, written to OUTPUT/host; or
+    OUTPUT/best of another run without LoRA, to train on from there.
     Hosts that merge behind their tower have no --r (of TempMe) and no --merge-layers."""
     where: Literal["auto", "tower", "behind"] = "auto"
     """Inside the host's tower or behind it; auto: as the options of merging are, inside where both could be meant."""
@@ -58,10 +63,19 @@ def defaults(arguments: Sequence[str]) -> dict[str, Any]:
     host = given.host or ("tiny:VideoLlava" if DATASETS[dataset].rendered else Options.host)
     return {
         **preset("videollm", Options, host, dataset, arguments),
+        **_of_run(Path(host) / VIDEOLLM_FILE),
         "dataset": dataset,
         "host": host,
         "output": Path("runs") / f"{dataset}-videollm-{given.method or Options.method}",
     }
+
+
+def _of_run(file: Path) -> dict[str, Any]:
+    """How the model that an earlier run exported is asked; nothing of another host."""
+    if not file.is_file():
+        return {}
+    said = read_json(file)
+    return {name: value for name, value in (said | said["input"]).items() if name in ASKED_ALIKE}
 
 
 VIDEOLLM = Command(
