@@ -512,8 +512,9 @@ def test_what_does_not_fit_is_refused() -> None:
         compressed(**inputs, past_key_values=transformers.DynamicCache())
     with pytest.raises(ValueError, match="without a cache it would for each new word: expected use_cache=True"):
         compressed.generate(**inputs, **WORDS, use_cache=False)
-    with pytest.raises(ValueError, match="no prefill in chunks"):
-        compressed.generate(**prepared(compressed, name), **WORDS, prefill_chunk_size=7)
+    if tiny_post.NEW:  # an older transformers cannot prefill embeddings in chunks by itself
+        with pytest.raises(ValueError, match="no prefill in chunks"):
+            compressed.generate(**prepared(compressed, name), **WORDS, prefill_chunk_size=7)
     with pytest.raises(ValueError, match="visual_places"):  # transformers' own
         compressed.model.generate(**prepared(compressed, name), **WORDS)
     with pytest.raises(ValueError, match="where embeddings do not reach: serve the model whole"):
