@@ -9,6 +9,7 @@ one of its late layers: here with `inner_layer`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -223,12 +224,12 @@ def inner(options: Options, layers: int) -> Inner | None:
     """Inside the language model."""
     if options.inner_layer is None:
         return None
+    return in_front_of(options.inner_layer, partial(_keep_attended, options.inner_retention))
 
-    def step(left: Left, hidden: Tensor, attention: Tensor) -> tuple[Left, Tensor]:
-        stays = attend_most(left, attention, options.inner_retention)
-        return stay(left, stays), hidden[stays]
 
-    return in_front_of(options.inner_layer, step)
+def _keep_attended(share: float, left: Left, hidden: Tensor, attention: Tensor) -> tuple[Left, Tensor]:
+    stays = attend_most(left, attention, share)
+    return stay(left, stays), hidden[stays]
 
 
 COMPRESSOR = Compressor(Options, compress, keep=keep, reads=("received",), inner=inner)

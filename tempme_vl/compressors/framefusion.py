@@ -9,6 +9,7 @@ All video tokens go into the language model. A step is due in front of its first
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -171,21 +172,17 @@ def inner(options: Options, layers: int) -> Inner:
         layers: of the language model.
     """
     options = replace(options, layers=options.layers or layers)
+    return Inner(start=_begin, due=_due, step=partial(step, options=options), behind_attention=True)
 
-    def begin(place: Tensor) -> State:
-        return State(torch.arange(len(place), device=place.device), place)
 
-    def due(state: State, point: Point) -> Queries | None:
-        if state.phase == "done" or not (point.behind_attention or point.layer == 0):
-            return None
-        return "all" if state.phase == "prune" else "none"
+def _begin(place: Tensor) -> State:
+    return State(torch.arange(len(place), device=place.device), place)
 
-    return Inner(
-        start=begin,
-        due=due,
-        step=lambda state, hidden, attention: step(state, hidden, attention, options),
-        behind_attention=True,
-    )
+
+def _due(state: State, point: Point) -> Queries | None:
+    if state.phase == "done" or not (point.behind_attention or point.layer == 0):
+        return None
+    return "all" if state.phase == "prune" else "none"
 
 
 def compress(features: FrameFeatures, options: Options) -> KeptFeatures:

@@ -7,6 +7,7 @@ It is what `inner_layer` of `tempme_vl.compressors.holitom` asks for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,4 +80,4 @@ def step(left: Left, hidden: Tensor, attention: Tensor, options: Options) -> tup
 
 def inner(options: Options) -> Inner:
     """The step with its options, for `tempme_vl.integrations`."""
-    return in_front_of(options.layer, lambda left, hidden, attention: step(left, hidden, attention, options))
+    return in_front_of(options.layer, partial(step, options=options))

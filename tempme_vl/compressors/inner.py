@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -91,9 +92,19 @@ class Writing:
     choose: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
+def never(left: Any, point: Point) -> Queries | None:
+    """No step anywhere, for `Inner.due`."""
+    return None
+
+
+def unchanged(left: L, hidden: Tensor, attention: Tensor | None) -> tuple[L, Tensor]:
+    """For `Inner.step`."""
+    return left, hidden
+
+
 @dataclass(frozen=True)
 class Inner:
-    """A method inside a language model, with its options.
+    """A method inside a language model, with its options; its functions are of modules, or `partial`, for pickle.
 
     Attributes:
         layers: that the language model must have.
@@ -107,8 +118,8 @@ class Inner:
 
     layers: int = 1
     start: Callable[[Tensor], Any] = whole
-    due: Callable[[Any, Point], Queries | None] = lambda left, point: None
-    step: Callable[[Any, Tensor, Tensor | None], tuple[Any, Tensor]] = lambda left, hidden, attention: (left, hidden)
+    due: Callable[[Any, Point], Queries | None] = never
+    step: Callable[[Any, Tensor, Tensor | None], tuple[Any, Tensor]] = unchanged
     behind_attention: bool = False
     writing: Writing | None = None
 
@@ -120,12 +131,15 @@ def in_front_of(layer: int, step: Callable[[Left, Tensor, Tensor], tuple[Left, T
         layer: 1 or more.
         step: (left, hidden (N, D), attention (H, 1, N)) -> (left, hidden (M, D)).
     """
+    return Inner(layer + 1, due=partial(_due, layer), step=partial(_with_attention, step))
 
-    def due(left: Left, point: Point) -> Queries | None:
-        return "last" if point == Point(layer) and len(left.video) else None
 
-    def with_attention(left: Left, hidden: Tensor, attention: Tensor | None) -> tuple[Left, Tensor]:
-        assert attention is not None  # which `due` asks for
-        return step(left, hidden, attention)
+def _due(layer: int, left: Left, point: Point) -> Queries | None:
+    return "last" if point == Point(layer) and len(left.video) else None
 
-    return Inner(layer + 1, due=due, step=with_attention)
+
+def _with_attention(
+    step: Callable[[Left, Tensor, Tensor], tuple[Left, Tensor]], left: Left, hidden: Tensor, attention: Tensor | None
+) -> tuple[Left, Tensor]:
+    assert attention is not None  # which `_due` asks for
+    return step(left, hidden, attention)

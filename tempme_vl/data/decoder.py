@@ -198,6 +198,7 @@ def _sparse_frames(path: str, places: Sequence[Place], pictures: Pictures) -> bo
             stream = _video_stream(container)
             pictures.check(stream.codec_context.width, stream.codec_context.height)
             stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"err_detect": "explode"}  # no pictures in place of damaged ones
             for frame in frames_at(container, stream, places):
                 pictures.take(frame)
     except (Unsure, av.FFmpegError, OSError):

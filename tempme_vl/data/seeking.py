@@ -119,12 +119,13 @@ def _from(cut: Cut | None, packets: Iterator[Any]) -> Iterator[Any]:
 
 
 def _checked(frames: Sequence[av.VideoFrame], cut: Cut | None, waiting: list[int]) -> Iterator[av.VideoFrame]:
-    """Those shown from the cut on. What refers across it comes out damaged or not at all."""
+    """Those shown from the cut on. What refers across it comes out damaged or not at all; other damage is hidden by
+    pictures that were decoded before, which differ by where decoding began."""
     for frame in frames:
         if frame.pts is None:
             raise Unsure
         if cut is not None and frame.pts < cut.pts:
             continue
-        if not waiting or frame.pts != heapq.heappop(waiting):
+        if frame.is_corrupt or not waiting or frame.pts != heapq.heappop(waiting):
             raise Unsure
         yield frame

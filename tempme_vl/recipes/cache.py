@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -92,17 +94,32 @@ def reader_of(options: CacheOptions, num_frames: int) -> VideoReader:
 
 
 def build(videos: list[Video], reader: VideoReader, workers: int) -> Counter[Outcome]:
-    """Keeps the frames of all videos until there is no room, and counts what became of them."""
+    """Keeps the frames of all videos until there is no room, and counts what became of them.
+
+    Raises:
+        ValueError: the folder of the cache cannot be written to.
+    """
     assert isinstance(reader.cache, FrameCache)
     reader.cache.tidy()
     loader = DataLoader(Kept(videos, reader), batch_size=None, num_workers=workers)
     counts: Counter[Outcome] = Counter()
     for outcome in tqdm(loader, desc="videos", disable=None, mininterval=2):
         if outcome == "left out":
+            check_writable(reader.cache.folder)
             counts[outcome] = len(videos) - counts.total()
             break
         counts[outcome] += 1
     return counts
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where no file can be made in a folder, which may have to be made itself."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--frame-cache: expected a folder to write to; got {folder}: {error.strerror}") from error
 
 
 def report(options: CacheOptions, counts: Counter[Outcome], seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -103,6 +104,27 @@ def test_a_stream_that_is_not_what_its_packets_promise_is_decoded_from_the_start
         with pytest.raises(Unsure):
             pictures(path, [place])
         np.testing.assert_array_equal(decoder.frames(str(path), [30], COUNT, "pyav", places=[place])[1], whole[[30]])
+
+
+@pytest.mark.parametrize("place", [14, 29, 36])
+def test_a_damaged_picture_is_the_one_of_the_whole_stream(tmp_path: Path, place: int) -> None:
+    """FFmpeg hides damage by what it decoded before, which lies in front of the cut."""
+    path = write_video(tmp_path / "a.mp4", COUNT, options=GROUPS)
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][place]
+    data = bytearray(path.read_bytes())
+    assert packet.pos is not None
+    data[packet.pos + packet.size // 2] ^= 0x10
+    path.write_bytes(data)
+    listed, whole = located(path)
+    for number in range(COUNT):
+        _, found = decoder.frames(str(path), [number], COUNT, "pyav", places=listed.places([number]))
+        np.testing.assert_array_equal(found, whole[[number]])
+
+
+def test_a_frame_that_the_decoder_calls_damaged_is_not_believed() -> None:
+    with pytest.raises(Unsure):
+        list(seeking._checked([SimpleNamespace(pts=3, is_corrupt=True)], None, [3]))  # type: ignore[list-item]
 
 
 def test_frames_that_come_out_in_another_order_are_not_believed(tmp_path: Path) -> None:

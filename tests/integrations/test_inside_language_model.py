@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -338,6 +339,16 @@ def test_half_precision(method: str) -> None:
             half.set_attn_implementation(implementation)
             logits = compressed(**prepared(compressed, name)).logits
             assert torch.isfinite(logits).all() and len(set(compressed.layer_tokens[0])) > (method != "dycoke")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_pickle(method: str) -> None:
+    compressed = made("VideoLlava", method, **METHODS[method])
+    inputs = prepared(compressed, "VideoLlava")
+    again = pickle.loads(pickle.dumps(compressed))
+    assert torch.equal(again(**inputs).logits, compressed(**inputs).logits)
+    assert again.layer_tokens == compressed.layer_tokens
 
 
 @torch.no_grad()

@@ -242,3 +242,13 @@ def test_of_a_data_set_all_splits_are_kept(tmp_path: Path, capsys: pytest.Captur
         assert len(kept(tmp_path / "cache")) == 2 * number
     size = len(pack(np.zeros((12, 32, 32, 3), np.uint8), np.zeros(12)))  # the data set's usual number of frames
     assert {len(file) for file in kept(tmp_path / "cache").values()} == {size}
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_full_one(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        build(capsys, videos, tmp_path / "file")
+    assert ended.value.code == 2
+    assert f"expected a folder to write to; got {tmp_path / 'file'}: " in capsys.readouterr().err
