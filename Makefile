@@ -65,8 +65,7 @@ TRAIN_HOST := $(RUN) $(BIN)/deepspeed --num_accelerators 1 recipes/videollm_lora
 
 videollm-comparison: $(READY) $(HOSTS:%=%/predictions.json)
 	$(RUN) $(BIN)/tempme-vl videollm-compare --host $(HOSTS:%=%/best) --retention 0.5 0.25 0.1 --questions 300 \
-		--repeats 4 --in-flight 1 8 \
-		--output runs/videollm/compare --page docs/videollm_comparison.md
+		--repeats 4 --in-flight 1 8 --output runs/videollm/compare --page docs/videollm_comparison.md
 
 runs/videollm/host-%/predictions.json: | $(READY)
 	$(TRAIN_HOST) --host tiny:Qwen2_5_VL --lr 1.5e-3 --lr-new 1.5e-3 --epochs 3 --seed $* --output $(@D)
