@@ -7,6 +7,10 @@ MSRVTT-QA as UMT has it, B/16 with its frames apart and TempMe, on 8 A100 (not y
     deepspeed --num_gpus 8 recipes/videoqa.py --data-root /data/msrvtt --model umt:b16 --head decoder \
         --pretrained b16_25m.pth --deepspeed-config recipes/ds/zero2.json
 
+ActivityNet-QA as TESTA has it, 32 frames (not yet measured):
+    deepspeed --num_gpus 8 recipes/videoqa.py --dataset activitynet_qa --data-root /data/activitynet --model testa:b16 \
+        --pretrained TESTA_model_base_pretrain.pth --deepspeed-config recipes/ds/zero2.json
+
 A classifier over the 1,500 most frequent training answers on CLIP (not yet measured):
     deepspeed --num_gpus 8 recipes/videoqa.py --data-root /data/msrvtt --model open_clip:ViT-B-16-quickgelu \
         --pretrained openai --head classifier

@@ -53,8 +53,8 @@ class RetrievalOptions(DataOptions, LoadingOptions):
     dual_softmax: bool = False
     """Reweight scores by a softmax over all queries of the split; named in the report."""
     rerank: int | None = None
-    """Candidates of each query that a second stage ranks anew, both ways: UMT's fusion layers, or the head eercf. 0
-    leaves it out. Default: UMT 128, eercf 50."""
+    """Candidates of each query that a second stage ranks anew, both ways: UMT's or TESTA's layers that see both
+    sides, or the head eercf. 0 leaves it out. Default: UMT and TESTA 128, eercf 50."""
     save_embeddings: Path | None = None
     """Write the L2-normalised embeddings of videos and captions to this .safetensors file."""
     json: Path | None = None

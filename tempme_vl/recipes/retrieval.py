@@ -1,4 +1,4 @@
-"""Text-video retrieval: fine-tuning CLIP or UMT with TempMe (recipes/full_ft_msrvtt.py, recipes/peft_msrvtt.py)."""
+"""Text-video retrieval: fine-tuning CLIP, UMT or TESTA (recipes/full_ft_msrvtt.py, recipes/peft_msrvtt.py)."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def build_model(options: Options, train: RetrievalSplit) -> AnyRetrievalModel:
         vocabulary=vocabulary,
         **tower(options, train.num_frames),
         **options.of_head(),
+        **options.of_contrast(),
     )
     if options.chunks > 1 and isinstance(model, RetrievalModel) and model.head.learns:
         raise ValueError(f"the weights of the head {options.head!r} see all pairs of a batch at once: leave --chunks 1")

@@ -34,6 +34,7 @@ LATER: dict[str, Any] = {
     "method_options": (),
     "head": "mean",  # of retrieval, which had no other
     "head_options": (),
+    "contrast_options": (),
     **{name: getattr(LLMOptions, name) for name in ("template", "lora_alpha", "lora_dropout", "dtype")},
 }
 

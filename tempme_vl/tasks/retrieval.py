@@ -20,7 +20,7 @@ from tempme_vl.frontend import VisualFrontend, merge_in
 from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import MergeSchedule, is_of_merging
 from tempme_vl.pretrained import CONFIG_FILE, build, load_kind, load_model, save_model
-from tempme_vl.schema import LEFT_OUT
+from tempme_vl.schema import LEFT_OUT, read
 from tempme_vl.tasks.cards import retrieval_card
 from tempme_vl.tasks.heads import find_head, read_options
 from tempme_vl.tasks.inputs import Inputs
@@ -307,7 +307,8 @@ def create_retrieval_model(
         given = name, vocabulary, pretrained, method, num_frames
         if split_name(name)[0] == "testa":
             contrast = {key: options.pop(key) for key in CONTRAST if key in options}
-            made = create_testa_retrieval_model(*given, ContrastOptions(**contrast), **options)
+            training = read(ContrastOptions, contrast, f"contrast of {name!r}")
+            made = create_testa_retrieval_model(*given, training, **options)
         else:
             made = create_umt_retrieval_model(*given, clip_position_std, **options)
     else:

@@ -52,7 +52,9 @@ class Trainer:
     """Trains a model on a data set addressed by (epoch, index).
 
     Args:
-        model: called with a batch of tensors.
+        model: called with a batch of tensors. Where it has them, `check_training(batch_size, zero_stage, bf16)` is
+            called first, to refuse what it cannot be trained with, and `begin_step(step, steps_per_epoch)` in front of
+            every step.
         optimizer: over the model's parameters; its groups' rates are the peak rates.
         dataset: has `__len__`, `__getitem__((epoch, index))`, and items with a "name".
         config: see `TrainConfig`.
@@ -87,6 +89,7 @@ class Trainer:
         sampler = StepSampler(*self._sampler_options, 0, distributed.rank(), distributed.world_size())
         self.steps_per_epoch, self.total_steps = sampler.steps_per_epoch, sampler.total_steps
         self.step, self.best_score, self.best_step = 0, -math.inf, -1
+        self._begin_step: Callable[[int, int], None] = getattr(model, "begin_step", lambda step, steps: None)
         self._signals: list[int] = []
         self._epoch_is_open = False  # its checkpoint is written, what comes at its end is not done
 
@@ -111,6 +114,8 @@ class Trainer:
                 **(facts or {}),
             }
         )
+        if check := getattr(model, "check_training", None):
+            check(config.batch_size, self.fingerprint["zero_stage"], self.fingerprint["bf16"])
         if getattr(optimizer, "per_tensor", False) and (self.fingerprint["zero_stage"] or self.fingerprint["bf16"]):
             raise ValueError(
                 f"{type(optimizer).__name__} clips every tensor by itself, but ZeRO and bf16 join them: "
@@ -218,6 +223,7 @@ class Trainer:
         """
         start = time.perf_counter()
         self._seed_step()
+        self._begin_step(self.step, self.steps_per_epoch)
         self.engine.train()
         if self.config.chunks == 1:
             loss = loss_fn(self.engine(batch), batch)

@@ -52,6 +52,26 @@ _UMT: dict[str, Any] = {  # what UMT's published settings share, for 8 GPUs
     "sampling": "segment",
     "grad_checkpointing": True,
 }
+_TINY_TESTA: dict[str, Any] = {
+    **{name: value for name, value in _SCRATCH.items() if name not in (*SETTING, "clip_position_std")},
+    "method": "testa",
+}
+_TESTA: dict[str, Any] = {  # what the configurations of 32 frames in TESTA's code share, for 8 GPUs
+    "pretrained": "none",
+    "method": "testa",
+    "vocabulary": "bert-base-uncased",
+    "num_frames": 32,
+    "epochs": 10,  # on ActivityNet 20 for retrieval
+    "batch_size": 32,
+    "weight_decay": 0.05,
+    "decay": "all",
+    "beta2": 0.999,
+    "warmup": 0.0,
+    "clip_grad": 0.0,
+    "augment": "none",
+    "sampling": "uniform",
+    "grad_checkpointing": True,  # ours, for memory
+}
 _PEFT: dict[str, Any] = {"tuning": "lora", **Lora().published()}  # the paper's main table, whatever the model
 _WHOLE: dict[str, Any] = {"deepspeed_config": Path("zero0"), "precision": "fp32"}  # what BertAdam needs
 _HOST: dict[str, Any] = {  # the rates of LLaVA's projector and of its LoRA
@@ -80,6 +100,9 @@ _RETRIEVAL: dict[str, dict[str, Any]] = {
     "umt:tiny": _SCRATCH,
     "umt:b16": {**_UMT, "epochs": 10, "warmup": 0.0},
     "umt:l16": {**_UMT, "epochs": 7, "warmup": 1 / 7, "vocabulary": "bert-large-uncased"},
+    # momentum copies need float32 weights, which TESTA's mixed precision keeps
+    "testa:tiny": {**_TINY_TESTA, "contrast_options": ("queue=48",), "precision": "fp32"},
+    "testa:b16": {**_TESTA, "lr": 1e-5, "lr_new": 1e-5, "precision": "fp32"},
 }
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "retrieval": _RETRIEVAL,
@@ -103,6 +126,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "warmup": 1 / 8,
             "vocabulary": "bert-large-uncased",
         },
+        "testa:tiny": _TINY_TESTA,
+        "testa:b16": {**_TESTA, "lr": 2e-5, "lr_new": 2e-5, "head": "decoder", "max_words": 35, "answer_words": 10},
     },
     "videollm": {
         ANY: _HOST,

@@ -14,12 +14,13 @@ from tempme_vl.data.options import EMBEDDED
 from tempme_vl.recipes.options.presets import preset
 from tempme_vl.recipes.options.shared import VisualOptions
 from tempme_vl.registries import DATASETS
+from tempme_vl.schema import read
 from tempme_vl.tasks.heads import HeadNames, read_options
 
 
 @dataclass(frozen=True)
 class Options(VisualOptions):
-    """Fine-tune CLIP or UMT with TempMe for text-video retrieval.
+    """Fine-tune CLIP or UMT with TempMe, or TESTA, for text-video retrieval.
 
     The defaults shown are those of the data set, the model, the tuning and the head: --help together with --data-root,
     --dataset, --model, --tuning or --head shows its own. For CLIP those of a tuning or head are what its paper trained
@@ -37,9 +38,10 @@ class Options(VisualOptions):
     holdout: int = 0
     """Videos taken away from train to choose the best epoch by; 0 without a val_split takes the last epoch."""
     vocabulary: str | None = None
-    """UMT's words: a folder with vocab.txt or a hub name; default: those of the training captions."""
+    """UMT's and TESTA's words: a folder with vocab.txt or a hub name; default: those of the training captions."""
     max_words: int | None = None
-    """Words kept of a caption, start and end included; default: the data set's usual 32 or 64."""
+    """Words kept of a caption, start and end included; default: the data set's usual 32 or 64. TESTA has 128 for
+    paragraphs."""
     freeze: Literal["none", "clip4clip"] | None = None
     """The older name of --tuning: none is full."""
     head: Annotated[str, HeadNames("retrieval")] = "mean"
@@ -51,12 +53,19 @@ class Options(VisualOptions):
     """NAME=VALUE of the head's own: of=frames or of=tokens; of maxsim mean=false, loss=sigmoid; of xpool heads,
     dropout; of seqtransf, tighttransf and eercf layers; of eercf the weights of its loss."""
     rerank: int | None = None
-    """Candidates of each query that a second stage ranks anew in the test, both ways: UMT's fusion layers, or the head
-    eercf. 0 leaves it out. Default: UMT 128, eercf 50."""
+    """Candidates of each query that a second stage ranks anew in the test, both ways: UMT's or TESTA's layers that see
+    both sides, or the head eercf. 0 leaves it out. Default: UMT and TESTA 128, eercf 50."""
+    contrast_options: tuple[str, ...] = ()
+    """NAME=VALUE of TESTA's contrast with a momentum copy: queue=32, its places, a multiple of --batch-size;
+    momentum=0.995; distill=0.4, reached over the first epoch; all_ranks=true, where hard negatives come from."""
 
     def of_head(self) -> dict[str, Any]:
         """What the head is told."""
         return dict(map(named_value, self.head_options))
+
+    def of_contrast(self) -> dict[str, Any]:
+        """What TESTA's contrast is told."""
+        return dict(map(named_value, self.contrast_options))
 
 
 def defaults(arguments: Sequence[str], recipe: str = "retrieval", suffix: str = "") -> dict[str, Any]:
@@ -75,15 +84,16 @@ def defaults(arguments: Sequence[str], recipe: str = "retrieval", suffix: str = 
     dataset = given.dataset or (EMBEDDED if given.data_root is None else "msrvtt")
     model = given.model or ("open_clip:tiny" if DATASETS[dataset].rendered else Options.model)
     splits = texts_of(dataset, "captions").usual
+    found = preset(recipe, Options, model, dataset, arguments)
     return {
-        **preset(recipe, Options, model, dataset, arguments),
+        **found,
         "dataset": dataset,
         "model": model,
         "train_split": splits.train,
         "val_split": splits.val,
         "test_split": splits.test,
         "holdout": splits.holdout,
-        "output": Path("runs") / f"{dataset}-{given.method or Options.method}{suffix}",
+        "output": Path("runs") / f"{dataset}-{given.method or found.get('method', Options.method)}{suffix}",
     }
 
 
@@ -98,8 +108,12 @@ def checked(options: Options) -> Options:
     options.tuned()  # these say what is wrong before anything starts
     options.source()
     read_options(options.head, options.of_head())
+    if options.contrast_options:
+        from tempme_vl.tasks.testa.model import ContrastOptions  # which imports torch, as below
+
+        read(ContrastOptions, options.of_contrast(), "--contrast-options")
     if options.chunks > 1:
-        from tempme_vl.families import find_family  # which imports torch
+        from tempme_vl.families import find_family
 
         if find_family(options.model).needs_vocabulary:
             raise ValueError(

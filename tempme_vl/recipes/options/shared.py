@@ -50,11 +50,11 @@ class TowerOptions:
     """The visual tower."""
 
     model: str = "open_clip:ViT-B-32-quickgelu"
-    """open_clip:NAME, umt:b16, umt:l16, or hf: and a hub id or folder of CLIP, SigLIP or SigLIP 2; open_clip:tiny and
-    umt:tiny train from scratch in minutes."""
+    """open_clip:NAME, umt:b16, umt:l16, testa:b16, or hf: and a hub id or folder of CLIP, SigLIP or SigLIP 2;
+    open_clip:tiny, umt:tiny and testa:tiny train from scratch in minutes."""
     pretrained: str = "openai"
-    """open_clip's tag ("openai"); a file of OpenAI, open_clip, transformers, CLIP4Clip, TempMe or (any form) UMT; the
-    OUTPUT/best of another run; or "none" for random weights."""
+    """open_clip's tag ("openai"); a file of OpenAI, open_clip, transformers, CLIP4Clip, TempMe or (any form) UMT, BLIP
+    and TESTA; the OUTPUT/best of another run; or "none" for random weights."""
     mode: Literal["per_frame", "joint", "clip"] = "per_frame"
     """UMT's frames: apart (UMT4Clip, which TempMe needs; clip is its older name), or attending together as in UMT."""
 

@@ -60,7 +60,7 @@ def defaults(arguments: Sequence[str]) -> dict[str, Any]:
         **_of_its_own(head),
         "dataset": dataset,
         "model": model,
-        "output": Path("runs") / f"{dataset}-{head}-{given.method or Options.method}",
+        "output": Path("runs") / f"{dataset}-{head}-{given.method or found.get('method', Options.method)}",
     }
 
 

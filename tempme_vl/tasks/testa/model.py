@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.merging import is_of_merging
+from tempme_vl.schema import Share, Size
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.losses import Temperature, readable
-from tempme_vl.tasks.testa.contrast import FeatureQueue, Momentum, Sides
+from tempme_vl.tasks.testa.contrast import FeatureQueue, Momentum, Sides, ramp
 from tempme_vl.text import BlipTextEncoder, VideoKeys
 from tempme_vl.text.tokenizers import BlipWords
 from tempme_vl.tuning.base import Tuning
@@ -34,13 +36,13 @@ class ContrastOptions:
         queue: places of the queue, a multiple of the pairs of a step on all ranks (TESTA: 32 in retrieval, 57600 in
             pre-training).
         momentum: of the copies.
-        distill: how much of a target the copies say; `tempme_vl.tasks.testa.contrast.ramp` gives it for each step.
+        distill: how much of a target the copies say, once `MatchingModel.begin_step` has raised it to that.
         all_ranks: whether negatives of matching are drawn among all ranks' pairs; in retrieval alone.
     """
 
-    queue: int = 32
-    momentum: float = 0.995
-    distill: float = 0.4
+    queue: Size = 32
+    momentum: Share = 0.995
+    distill: Share = 0.4
     all_ranks: bool = True
 
 
@@ -75,9 +77,11 @@ class MatchingModel(TunableModel):
 
     Attributes:
         distill: how much of a target of contrast the copies say, from the next step on.
+        ramp_epochs: after how many epochs that is the options' `distill`.
     """
 
     lora_parts = ("frontend", "text")
+    ramp_epochs: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -111,6 +115,40 @@ class MatchingModel(TunableModel):
         if self.options is not None:
             for name, module in self._followed().items():
                 self.momentum.copies[name].load_state_dict(module.state_dict())
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Sets `distill` for a step of a training, which `Trainer` calls in front of each.
+
+        Args:
+            step: its number, from 0.
+            steps: of an epoch.
+        """
+        if self.options is not None:
+            self.distill = ramp(0, step, steps, self.ramp_epochs, self.options.distill)
+
+    def check_training(self, batch_size: int, zero_stage: int, bf16: bool) -> None:
+        """Whether it can be trained so, which `Trainer` asks first.
+
+        Args:
+            batch_size: of all ranks.
+
+        Raises:
+            ValueError: a queue that does not hold whole steps; or weights that the copies cannot follow: at ZeRO stage
+                3 a rank has parts of them, and in bf16 most of what a step of 0.5 percent adds is rounded away.
+        """
+        if self.options is None:
+            return
+        if self.options.queue % batch_size:
+            raise ValueError(
+                f"expected a queue of a multiple of {batch_size} places, the pairs of a step; it has "
+                f"{self.options.queue}: give --contrast-options queue=N, or another --batch-size"
+            )
+        if zero_stage == 3 or bf16:
+            got = f"ZeRO stage {zero_stage}, {'bf16' if bf16 else 'fp32'}"
+            raise ValueError(
+                "momentum copies follow whole float32 weights: use --precision fp32 and ZeRO stage 0, 1 or 2 "
+                f"(--deepspeed-config zero2); got {got}"
+            )
 
     def _followed(self) -> dict[str, nn.Module]:
         return {"frontend": self.frontend, "text": self.text, "text_proj": self.text_proj}
@@ -173,10 +211,14 @@ class MatchingModel(TunableModel):
         self.frontend.set_grad_checkpointing(enable)
         self.text.grad_checkpointing = enable
 
+    def is_saved(self, name: str) -> bool:
+        """Whether a weight belongs to the model, and not to its training as copies and queue do."""
+        return not name.startswith(("momentum.", "queue."))
+
     def inference_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights without copies and queue."""
         plain = self.plain_state(state)
-        return {key: value for key, value in plain.items() if not key.startswith(("momentum.", "queue."))}
+        return {key: value for key, value in plain.items() if self.is_saved(key)}
 
 
 def embed_text(text: nn.Module, text_proj: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class TestaPretrainingModel(MatchingModel):
     text encoder."""
 
     __test__ = False
+    ramp_epochs = 2
 
     def __init__(
         self, frontend: VisualFrontend, text: BlipTextEncoder, vocabulary: tuple[str, ...], training: ContrastOptions
