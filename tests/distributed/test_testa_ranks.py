@@ -31,6 +31,7 @@ def test_two_ranks_train_as_one_that_compares_each_half_by_itself(tmp_path: Path
                 torch.testing.assert_close(its[name], weight, rtol=1e-4, atol=1e-5, msg=f"{stage}: {name}")
 
 
+@pytest.mark.slow
 def test_answers_are_learned_on_two_ranks_as_on_one(tmp_path: Path) -> None:
     (one,) = run(answer_stages, STAGES[:1], tmp_path / "one")
     assert len(set(one["zero0"])) == STEPS
