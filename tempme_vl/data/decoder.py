@@ -41,7 +41,8 @@ Answer = tuple[dict[str, Any], np.ndarray]
 
 
 class ShortStream(DecodeError):
-    """Decoding ended without an error before the last indexed frame."""
+    """Packets without a frame of their own: decoding ended without an error before the last indexed frame, or gave
+    another frame in the place of one."""
 
 
 def index(path: str, exact: bool = False, memory: int | None = None) -> Answer:
@@ -74,6 +75,8 @@ def index(path: str, exact: bool = False, memory: int | None = None) -> Answer:
                     if not packet.size:
                         continue
                     found += 1
+                    if found == 1 and not packet.is_keyframe:  # what refers to a picture before it gives no frame
+                        return index(path, True, memory)
                     # Discarded packets lie before an edit list's start: decoded, but never shown.
                     if not packet.is_discard:
                         cut = packet.is_keyframe and found > 1 and units.is_cut(memoryview(packet))
@@ -156,7 +159,7 @@ def frames(
     if backend == "decord":
         _decord_frames(path, indices, num_raw, pictures)
     elif places is None or 2 * len(indices) > indices[-1] or not _sparse_frames(path, places, pictures):
-        _pyav_frames(path, indices, num_raw, pictures)
+        _pyav_frames(path, indices, num_raw, pictures, None if places is None else [pts for pts, _ in places])
     assert pictures.array is not None
     return {"backend": backend}, pictures.array
 
@@ -207,8 +210,11 @@ def _sparse_frames(path: str, places: Sequence[Place], pictures: Pictures) -> bo
     return True
 
 
-def _pyav_frames(path: str, indices: list[int], num_raw: int, pictures: Pictures) -> None:
-    wanted = set(indices)
+def _pyav_frames(
+    path: str, indices: list[int], num_raw: int, pictures: Pictures, promised: Sequence[int | None] | None = None
+) -> None:
+    """`promised`: when packets say that these frames are shown. A frame lost before one moves it from its place."""
+    wanted = dict(zip(indices, promised or [None] * len(indices), strict=True))
     position = -1
     try:
         with av.open(path, **_LENIENT) as container:
@@ -217,6 +223,8 @@ def _pyav_frames(path: str, indices: list[int], num_raw: int, pictures: Pictures
             stream.codec_context.thread_count = 1
             for position, frame in enumerate(container.decode(stream)):
                 if position in wanted:
+                    if frame.pts is not None and wanted[position] not in (None, frame.pts):
+                        raise ShortStream(f"frame {position} of {num_raw} is not the one that its packets promise")
                     pictures.take(frame)
                 if position == indices[-1]:
                     return

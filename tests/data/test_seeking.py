@@ -14,6 +14,7 @@ from video_files import write_video
 from tempme_vl.data import decoder, seeking
 from tempme_vl.data.packets import Units
 from tempme_vl.data.seeking import Cut, Listed, Place, Unsure, frames_at
+from tempme_vl.data.video import read_frames
 
 QUIET = {"x265-params": "log-level=error:pools=none"}
 GROUPS = {"g": "8", "bf": "2"}
@@ -100,7 +101,9 @@ def test_a_stream_that_is_not_what_its_packets_promise_is_decoded_from_the_start
     assert good.cut is not None
     between = Cut(good.cut.pts + 1, good.cut.dts)
     no_key = Cut(*(int(row[29]) for row in (listed.pts, listed.dts)))
-    for place in (good._replace(pts=good.pts + 1), good._replace(cut=between), good._replace(cut=no_key)):
+    with pytest.raises(Unsure):
+        pictures(path, [good._replace(pts=good.pts + 1)])
+    for place in (good._replace(cut=between), good._replace(cut=no_key)):
         with pytest.raises(Unsure):
             pictures(path, [place])
         np.testing.assert_array_equal(decoder.frames(str(path), [30], COUNT, "pyav", places=[place])[1], whole[[30]])
@@ -199,3 +202,40 @@ def test_units_that_are_cut_off_or_none() -> None:
     for codec, cut in (("mpeg4", True), ("gif", False)):
         assert Units.of(codec, b"").is_cut(memoryview(b"")) is cut
         assert not Units.of(codec, b"").is_unused(memoryview(b""))
+
+
+def cut_off(source: Path, target: Path, packets: int) -> Path:
+    """A stream without its first packets, as a recording that began in the middle."""
+    with av.open(str(source)) as read, av.open(str(target), "w") as written:
+        stream = read.streams.video[0]
+        out = written.add_stream_from_template(stream)
+        for number, packet in enumerate(read.demux(stream)):
+            if packet.dts is not None and number >= packets:
+                packet.stream = out
+                written.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.9), (3.0, 4.0), (2.0, None)])
+def test_frames_of_a_stream_without_its_start_have_their_own_times(
+    start: float, end: float | None, tmp_path: Path
+) -> None:
+    """Its first packets refer to what is gone and give no frames, so that positions are not those of packets."""
+    whole = write_video(tmp_path / "a.mp4", 60, options={"g": "8", "bf": "3"})
+    path = cut_off(whole, tmp_path / "a.ts", 5)
+    with av.open(str(path)) as container:
+        decoded = [(frame.pts, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        step = float(container.streams.video[0].time_base)
+    found = read_frames(path, 2, start=start, end=end, timeout=None)
+    shown = {round((pts - decoded[0][0]) * step, 3): pixels for pts, pixels in decoded}
+    for time, pixels in zip(found.times, found.pixels, strict=True):
+        assert np.array_equal(pixels, shown[round(float(time), 3)])
+
+
+def test_another_frame_than_packets_promise_is_not_taken_for_it(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 20, options={"g": "8"})
+    with av.open(str(path)) as container:
+        second = [frame.pts for frame in container.decode(video=0)][1]
+    assert decoder.frames(str(path), [1], 20, "pyav", places=[Place(second, None)])[1].shape[0] == 1
+    with pytest.raises(decoder.ShortStream, match="frame 1 of 20 is not the one that its packets promise"):
+        decoder.frames(str(path), [1], 20, "pyav", places=[Place(second + 1, None)])
