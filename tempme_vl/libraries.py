@@ -346,7 +346,7 @@ LIBRARIES: dict[str, Library] = {
         "0.21.2",
         (
             Use(
-                "integrations/base.py",
+                "integrations/devices.py",
                 ("active_adapters", "disable_adapters", "modules_to_save", "original_module"),
                 "the copy of a tower that is trained in the place of the tower",
             ),
@@ -355,7 +355,7 @@ LIBRARIES: dict[str, Library] = {
     "accelerate": Library(
         "1.15.0",
         "1.15.0",
-        (Use("integrations/base.py", ("_hf_hook", "hooks"), "where a part of a model that is offloaded runs"),),
+        (Use("integrations/devices.py", ("_hf_hook", "hooks"), "where a part of a model that is offloaded runs"),),
     ),
     "lmms-eval": Library(
         "0.7.0",

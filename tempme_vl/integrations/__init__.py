@@ -15,8 +15,9 @@ from transformers import ProcessorMixin
 
 from tempme_vl.hub import find_folder, split_options
 from tempme_vl.integrations.base import Costs, Feed, Host, Keep, Request, VisualTokens, Where
-from tempme_vl.integrations.compressed import CONFIG_FILE, Compressed, read_config
+from tempme_vl.integrations.compressed import Compressed
 from tempme_vl.integrations.costs import more_tokens
+from tempme_vl.integrations.folder import CONFIG_FILE, load_merging, read_config
 from tempme_vl.integrations.hosts import HOSTS, find_host
 from tempme_vl.integrations.loading import load_host, load_weights
 from tempme_vl.integrations.stream import Stream
@@ -188,5 +189,5 @@ def load_compressed(
         host = host_class.restore(inner, processor, config)
         host.see_at_once(config.get("frames_at_once"))
         compressed = Compressed(host, model, feed)
-    compressed.load_merging(directory)
+    load_merging(host, directory)
     return compressed

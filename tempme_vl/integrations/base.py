@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -23,6 +22,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.compressors.inner import Inner
+from tempme_vl.integrations.devices import as_input, own_weights
 from tempme_vl.integrations.images import read_images
 from tempme_vl.integrations.videos import FPS, SampledVideo, without_start
 
@@ -131,8 +131,8 @@ class Costs:
 class Host(ABC):
     """One family of video-language models, around a model that stays as it is: all that is particular to it.
 
-    A subclass gives `create`, `restore`, `config`, `encode` and `costs`; the rest has defaults that suit a model with a
-    placeholder for every visual token and one-dimensional positions.
+    A subclass gives `create`, `restore`, `config`, `encode`, `costs`, and how videos are encoded part by part; the rest
+    has defaults that suit a model with a placeholder for every visual token and one-dimensional positions.
 
     Attributes:
         model: the host model, without peft's wrapper.
@@ -219,14 +219,11 @@ class Host(ABC):
             self.check_cut()
         self.frames_at_once = frames
 
+    @abstractmethod
     def check_cut(self) -> None:
         """Raises:
         ValueError: videos cannot be encoded part by part.
         """
-        raise ValueError(
-            f"{type(self).__name__} encodes videos whole: expected frames_at_once=None, or a Host with check_cut, cut, "
-            "encode_part and join_parts"
-        )
 
     def check_stream(self) -> None:
         """Raises:
@@ -234,26 +231,27 @@ class Host(ABC):
         """
         self.check_cut()
 
+    @abstractmethod
     def cut(self, frame: tuple[int, int]) -> int:
         """Frames that can only be encoded together; parts begin at multiples of it.
 
         Args:
             frame: height and width in pixels.
         """
-        raise NotImplementedError
 
     def held(self, frames: int, cut: int) -> int:
         """How often the last of so many frames of a stream is repeated, so that what is encoded together is there."""
         return -frames % cut
 
+    @abstractmethod
     def encode_part(self, part: SampledVideo, first: int) -> Any:
         """What frames of a video become, for `join_parts`.
 
         Args:
             first: the number of the first of them, which `cut` divides.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def join_parts(self, parts: Sequence[Any], video: SampledVideo) -> VisualTokens:
         """The tokens of a video.
 
@@ -261,7 +259,6 @@ class Host(ABC):
             parts: what `encode_part` gave of parts that follow each other.
             video: of these frames; they may be gone, but for their size: (0, H, W, 3).
         """
-        raise NotImplementedError
 
     # ---- what a host may say differently
 
@@ -431,59 +428,6 @@ def listed(tokens: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(pooler_output=[t.features for t in tokens])  # type: ignore[arg-type]
 
 
-def running(module: nn.Module) -> nn.Module:
-    """The module that runs in the place of one: where peft trains a copy of it, the copy, unless adapters are off."""
-    while hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        wrapper: Any = module
-        off = wrapper.disable_adapters or not wrapper.active_adapters
-        module = wrapper.original_module if off else wrapper.modules_to_save[wrapper.active_adapters[0]]
-    return module
-
-
-def input_device(module: nn.Module) -> torch.device:
-    """Where the input of a module goes. Offloaded weights lie on `meta` between calls; accelerate brings them to the
-    device that its hook names, and the input with them."""
-    for weight in module.parameters():
-        if not weight.is_meta:
-            return weight.device
-    for part in module.modules():
-        hook = _hook(part)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
-    return torch.device("cpu")
-
-
 def pooled(output: Any) -> Any:
     """Features in what a host's `get_video_features` or `get_image_features` returns, of transformers 4 or 5."""
     return getattr(output, "pooler_output", output)
-
-
-def _hook(module: nn.Module) -> Any:
-    """accelerate's `ModelHook` of a module, or None."""
-    return getattr(module, "_hf_hook", None)
-
-
-def input_dtype(module: nn.Module) -> torch.dtype:
-    """How precise the input of a module is: as its first weight that is no packed integer."""
-    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), torch.float32)
-
-
-def as_input(values: Tensor, module: nn.Module) -> Tensor:
-    """The input of a module where it goes, and numbers that are not whole as precise as the module."""
-    return values.to(input_device(module), input_dtype(module) if values.is_floating_point() else None)
-
-
-@contextmanager
-def own_weights(module: nn.Module) -> Iterator[None]:
-    """Has the weights that a module itself holds at hand, where accelerate offloads them between calls: what its hook
-    does before and after a call of the module."""
-    hook = _hook(module) if any(weight.is_meta for weight in module.parameters(recurse=False)) else None
-    if hook is None:
-        yield
-        return
-    hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        hook.post_forward(module, None)

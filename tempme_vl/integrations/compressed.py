@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,27 +11,22 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from tempme_vl.card import PLACE, Card, may_write, write_card
-from tempme_vl.fit import misfits
+from tempme_vl.card import Card, may_write, write_card
 from tempme_vl.hub import Shareable
-from tempme_vl.integrations.base import Feed, Host, VisualTokens, input_device
+from tempme_vl.integrations.base import Feed, Host, VisualTokens
 from tempme_vl.integrations.costs import cost_table, decoder_layers
+from tempme_vl.integrations.devices import input_device
+from tempme_vl.integrations.folder import card, facts, save_merging
 from tempme_vl.integrations.images import ImageInput, as_image
 from tempme_vl.integrations.layers import PLACES, InsideLayers
 from tempme_vl.integrations.places import Visuals, by_modality, check_placed, check_places, video_places, with_images
 from tempme_vl.integrations.stream import Stream
 from tempme_vl.integrations.videos import FpsInput, SampledVideo, TimesInput, VideoInput, pair_up, tell_times
 from tempme_vl.libraries import undocumented
-from tempme_vl.manifest import FolderError, write_manifest
-from tempme_vl.messages import shown
-from tempme_vl.pretrained import VERSION, read_safetensors, require_version
-from tempme_vl.schema import ConfigError, read_json
 
-CONFIG_FILE, WEIGHTS_FILE = "tempme.json", "tempme.safetensors"
 IGNORED = -100  # the label of what counts in no loss, as transformers has it
 
 
@@ -422,32 +416,11 @@ class Compressed(Shareable):
 
     def card(self) -> Card:
         """What is known of it, for people (`tempme_vl.card`)."""
-        name, facts = type(self.host.model).__name__, self.facts()
-        code = (
-            "from tempme_vl import read_video\n"
-            "from tempme_vl.integrations import load_compressed\n\n"
-            f'compressed = load_compressed("{PLACE}")\n'
-            f'video = read_video("clip.mp4", {self.host.num_frames})\n'
-            'prompt = f"{compressed.placeholder}\\nWhat happens?"\n'
-            "answer = compressed.answer(prompt, [video.pixels], times=[video.times], max_new_tokens=30)\n"
-        )
-        method = facts["method"]
-        return Card(f"{name} that reads few tokens of a video: {method}", "video-text-to-text", facts, code, (method,))
+        return card(self.host)
 
     def facts(self) -> dict[str, str]:
         """Rows of a card: the host, what it is given, and what of that its language model reads."""
-        costs = self.host.costs()
-        height, width = costs.frame
-        ours = "by the data" if costs.tokens is None else costs.tokens
-        return {
-            "method": self.host.config()["method"],
-            "host": type(self.host.model).__name__,
-            "frames": str(self.host.num_frames),
-            "visual tokens of a video": f"{ours}; {costs.native_tokens} in the host's own way",
-            "GFLOPs of the tower": f"{costs.tower:.4g}; {costs.native_tower:.4g} in the host's own way",
-            "counted for frames of": f"{height} x {width} pixels",
-            **self.host.facts(),
-        }
+        return facts(self.host)
 
     def save_merging(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes what belongs to the compression alone: tempme.json, and tempme.safetensors if anything was learnt.
@@ -455,45 +428,7 @@ class Compressed(Shareable):
         Args:
             state: weights of `merging`, where its own are partitioned (ZeRO-3) or half precision.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        config = {"version": VERSION, "model": type(self.host.model).__name__, **self.host.config()}
-        if self.host.frames_at_once is not None:
-            config["frames_at_once"] = self.host.frames_at_once
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        state = self.merging.state_dict() if state is None else state
-        if state:
-            weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_manifest(directory)
-
-    def load_merging(self, directory: str | Path) -> None:
-        """Reads the weights that `save_merging` wrote.
-
-        Raises:
-            ValueError: they do not fit.
-        """
-        file = Path(directory) / WEIGHTS_FILE
-        state = read_safetensors(file) if file.is_file() else {}
-        if trouble := misfits(self.merging.state_dict(), state):
-            raise FolderError(f"{file} does not fit the schedule of {CONFIG_FILE}: {trouble}")
-        self.merging.load_state_dict(state)
-
-
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """What `save_merging` wrote to tempme.json, without the version.
-
-    Raises:
-        ValueError: there is none.
-        ConfigError: it is none, names no model, or is of a newer version.
-    """
-    file = Path(directory) / CONFIG_FILE
-    if not file.is_file():
-        raise ValueError(f"expected {CONFIG_FILE} in {directory}, as save_pretrained of a compressed model writes it")
-    config = require_version(read_json(file), file)
-    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
-        raise ConfigError(f"{file}: expected an object with 'model', the name of a class; got {shown(config)}")
-    return config
+        save_merging(self.host, Path(directory), state)
 
 
 def _takes_encoder_outputs(model: nn.Module) -> bool:

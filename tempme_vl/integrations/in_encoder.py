@@ -20,7 +20,8 @@ from tempme_vl.backbones.base import TowerShape
 from tempme_vl.compressors import COMPRESSORS, FrameFeatures, KeptFeatures
 from tempme_vl.compressors.base import Reading
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.integrations.base import Costs, Host, Keep, Request, SampledVideo, VisualTokens, input_device, running
+from tempme_vl.integrations.base import Costs, Host, Keep, Request, SampledVideo, VisualTokens
+from tempme_vl.integrations.devices import input_device, running
 from tempme_vl.integrations.parts import check_apart, check_reduces_parts, encode_by_parts, join_features
 from tempme_vl.integrations.places import in_frame
 from tempme_vl.integrations.readings import Watch, pooling_head, read_videos

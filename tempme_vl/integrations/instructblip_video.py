@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempme_vl.integrations.base import Request, SampledVideo, VisualTokens, own_weights
+from tempme_vl.integrations.base import Request, SampledVideo, VisualTokens
+from tempme_vl.integrations.devices import own_weights
 from tempme_vl.integrations.in_encoder import InEncoderHost
 from tempme_vl.integrations.parts import check_no_gradient, cut_up, frame_size, frames_of_parts
 from tempme_vl.integrations.videos import without_start

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tempme_vl.integrations.base import VisualTokens, listed, own_weights
+from tempme_vl.integrations.base import VisualTokens, listed
+from tempme_vl.integrations.devices import own_weights
 from tempme_vl.integrations.in_encoder import InEncoderHost, append, grid_side, per_frame
 
 

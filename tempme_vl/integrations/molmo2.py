@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tempme_vl.compressors import FrameFeatures, KeptFeatures
 from tempme_vl.compressors.base import Grid
-from tempme_vl.integrations.base import Feed, Request, SampledVideo, VisualTokens, as_input, listed, pooled
+from tempme_vl.integrations.base import Feed, Request, SampledVideo, VisualTokens, listed, pooled
+from tempme_vl.integrations.devices import as_input
 from tempme_vl.integrations.post_encoder import PostEncoderHost
 from tempme_vl.integrations.videos import assumed
 

@@ -20,17 +20,8 @@ from tempme_vl.compressors import Clip, FrameFeatures, KeptFeatures, by_frame
 from tempme_vl.compressors.base import Grid, Reading
 from tempme_vl.compressors.dtd import pixels_of_patches
 from tempme_vl.integrations import in_tower
-from tempme_vl.integrations.base import (
-    Costs,
-    Host,
-    Request,
-    SampledVideo,
-    VisualTokens,
-    as_input,
-    listed,
-    pooled,
-    running,
-)
+from tempme_vl.integrations.base import Costs, Host, Request, SampledVideo, VisualTokens, listed, pooled
+from tempme_vl.integrations.devices import as_input, running
 from tempme_vl.integrations.in_tower import InTower
 from tempme_vl.integrations.parts import KeptPart, blank, frame_size, join_kept, same_size
 from tempme_vl.integrations.post_encoder import PostEncoderHost, clip_seconds

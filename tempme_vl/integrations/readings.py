@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tempme_vl.compressors.base import Reading
-from tempme_vl.integrations.base import own_weights
+from tempme_vl.integrations.devices import own_weights
 from tempme_vl.merging import TokenMerger
 from tempme_vl.state import AttentionContext, TokenState
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from tempme_vl.compressors import FrameFeatures, KeptFeatures
 from tempme_vl.compressors.base import Grid
-from tempme_vl.integrations.base import SampledVideo, VisualTokens, as_input, pooled
+from tempme_vl.integrations.base import SampledVideo, VisualTokens, pooled
+from tempme_vl.integrations.devices import as_input
 from tempme_vl.integrations.post_encoder import PostEncoderHost
 
 

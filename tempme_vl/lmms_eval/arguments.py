@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tempme_vl.integrations import Compressed, compress, load_compressed, load_host
-from tempme_vl.integrations.compressed import CONFIG_FILE
+from tempme_vl.integrations.folder import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 1024  # where a task says nothing; the harness's own models take as many

@@ -24,7 +24,8 @@ from transformers import BatchFeature, GenerationConfig
 from tempme_vl.card import PLACE, Card, write_card
 from tempme_vl.hub import Shareable, find_folder, is_hub_id, split_options
 from tempme_vl.integrations import Compressed, Feed, Host, load_compressed, load_host
-from tempme_vl.integrations.compressed import IGNORED, read_config
+from tempme_vl.integrations.compressed import IGNORED
+from tempme_vl.integrations.folder import read_config
 from tempme_vl.integrations.videos import without_start
 from tempme_vl.manifest import FolderError, check_manifest, errors_in, write_manifest
 from tempme_vl.messages import few
