@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tempme_vl.backbones.base import Backbone, BlockAdapter, TowerConfig, TowerShape
-from tempme_vl.backbones.divided import held_once, once
 from tempme_vl.card import PLACE, Card
 from tempme_vl.configs import FrontendConfig, ModelConfig, facts, tower_name
 from tempme_vl.families import FAMILIES, find_family, split_name
 from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import PAPER, Counting, LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
-from tempme_vl.pooling import FramePlace, real_frames
+from tempme_vl.outputs import Readout, read_out
+from tempme_vl.pooling import FramePlace
 from tempme_vl.pretrained import CONFIG_FILE, build, load_any, refuse_added_modules, save_model
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.schema import ConfigError, read
@@ -122,54 +122,8 @@ class VisualFrontend(Shareable, nn.Module):
                 f"the modules of method {self.schedule.method!r} leave (clips, tokens of a clip, prefix) = {found}; "
                 f"its schedule says {planned}"
             )
-        if self.shape.divided:
-            return self._output_of_divided(state, frame_mask)
-        tokens, size = (rearrange(t, "(b c) n d -> b (c n) d", c=state.num_clips) for t in (state.x, state.size))
-        frames = self._embed_frames(state)
-        video = None if state.video_tokens is None else self.head(self.norm(state.video_tokens))
-        pooled = self.tuned(frames, frame_mask, video, state.clip_of)
-        source = _source_of_video(state)
-        real = None if frame_mask is None else real_frames(frame_mask, frames.shape[1], state.clip_of)
-        return FrontendOutput(tokens, pooled, size, frames, source, real)
-
-    def _output_of_divided(self, state: TokenState, frame_mask: Tensor | None) -> FrontendOutput:
-        """With the video's CLS token once, and one embedding, of the mean of all tokens whose frames are real."""
-        clips, prefix = state.num_clips, state.num_prefix
-        tokens, size = once(state.x, clips, prefix), once(state.size, clips, prefix)
-        size = torch.cat([torch.ones_like(size[:, :prefix]), size[:, prefix:]], 1)
-        x = self.norm(tokens)
-        if frame_mask is None:
-            video = x.mean(1, keepdim=True)
-        else:
-            real = real_frames(frame_mask, clips, state.clip_of).repeat_interleave(state.x.shape[1] - prefix, 1)
-            counted = torch.cat([real.new_ones(len(real), prefix), real], 1).unsqueeze(2).to(x.dtype)
-            video = (x * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
-        frames, source = self.head(video), _source_of_video(state)
-        pooled = self.tuned(frames, None, None)
-        if source is not None:
-            source = held_once(source, clips, state.x.shape[1], prefix, self.schedule.tokens)
-        return FrontendOutput(tokens, pooled, size, frames, source)
-
-    def _embed_frames(self, state: TokenState) -> Tensor:
-        """Projected embeddings, one a frame: (B, F, E), or (B, C, E) where clips hold several frames.
-
-        Each frame's CLS token in a tower that pools by it, however much was merged. Else the clip's normed tokens, CLS
-        and registers left out, by their mean or by attention, where a token of size s counts as s tokens.
-        """
-        clips, prefix = state.num_clips, state.num_prefix
-        if self.shape.pooling == "cls":
-            frames = prefix - state.num_inserted
-            cls = state.x[:, : frames : self.shape.num_prefix]  # registers stand behind their frame's CLS token
-            return self.head(rearrange(self.norm(cls), "(b c) f d -> b (c f) d", c=clips))
-        x, size = self.norm(state.x[:, prefix:]), state.size[:, prefix:]
-        parts, whole = clips, self.schedule.frames * (self.shape.tokens - self.shape.num_prefix)
-        if clips * x.shape[1] == whole:  # every frame still has its own tokens, whether or not it attended to others
-            parts = self.schedule.frames
-            x, size = (rearrange(t, "r (f n) d -> (r f) n d", f=parts // clips) for t in (x, size))
-        if self.shape.pooling == "attention":
-            return self.head(x, size if state.merged else None).unflatten(0, (-1, parts))
-        size = size.to(x.dtype)
-        return self.head(((x * size).sum(dim=1) / size.sum(dim=1)).unflatten(0, (-1, parts)))
+        tower = Readout(self.norm, self.head, self.shape, self.schedule)
+        return read_out(state, frame_mask, tower, self.tuned)
 
     def preprocess(self, video: str | Path | np.ndarray, sampling: str = "fps1") -> Tensor:
         """A video as this tower's input: (F, 3, S, S) float32, F = schedule.frames; torch.stack makes a batch.
@@ -458,16 +412,6 @@ class VisualFrontend(Shareable, nn.Module):
             config = FrontendConfig.from_dict(settings["frontend"], place)
             state = {k.removeprefix("frontend."): v for k, v in state.items() if k.startswith("frontend.")}
         return build(lambda: cls.from_config(config, place), state, directory)
-
-
-def _source_of_video(state: TokenState) -> Tensor | None:
-    """Which of a video's tokens, its clips' one after the other, holds each input token, -1 for none: (B, S)."""
-    if state.source is None:
-        return None
-    clip = torch.arange(state.num_clips, device=state.source.device).view(1, -1, 1)
-    source = state.source.unflatten(0, (-1, state.num_clips))
-    source = torch.where(source < 0, source, source + clip * state.x.shape[1])
-    return source.flatten(1, 2) if state.clip_of is None else source.amax(1)
 
 
 def create_frontend(

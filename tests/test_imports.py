@@ -84,12 +84,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "scheduling": {"merging", "backbones"},
     "pooling": {"state"},
+    "outputs": {"state", "pooling", "merging", "backbones"},
     "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries", "hub"},
     "families": {"backbones", "text", "registries", "pretrained", "weights", "manifest", "schema", "libraries", "hub"},
     "configs": {"backbones", "families", "merging", "messages", "pretrained", "scheduling", "schema"},
     "frontend": {
         *("state", "merging", "backbones", "families", "scheduling", "pretrained", "schema", "messages", "data"),
-        *("card", "configs", "hub", "pooling"),
+        *("card", "configs", "hub", "pooling", "outputs"),
     },
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains
