@@ -28,7 +28,7 @@ def run() -> tuple[Column, list[str]]:
     """The column of this environment, and the tests that failed."""
     column = {"Python": platform.python_version()}
     for requirement in requires("tempme_vl") or ():
-        name, rest = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()  # type: ignore[union-attr]
+        name, rest = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
         if "extra ==" not in rest:
             column[name] = version(name).split("+")[0]
     with tempfile.TemporaryDirectory() as folder:

@@ -226,6 +226,6 @@ def test_questions_that_are_not_asked_in_lists_or_pairs(folders: dict[str, Path]
         (([video], [QUESTION], None, 1, 0), "batch_size must be at least 1; got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            qa.best_answers(*given)  # type: ignore[arg-type]
+            qa.best_answers(*given)
     with pytest.raises(ValueError, match="this head chooses among options, but the question has none"):
         VideoQA.from_pretrained(folders["choice"]).best_answers(["no such file"], [QUESTION])

@@ -55,11 +55,11 @@ def test_unknown_names_and_other_types_are_refused() -> None:
         assert isinstance(e.value, UnknownName)
     assert numbers.get("ten") is None
     with pytest.raises(ValueError, match="expected a int as the number 'ten'; got str"):
-        numbers.register("ten", "10")  # type: ignore[arg-type]
+        numbers.register("ten", "10")
     kinds: Registry[type[int]] = Registry("kind", "tempme_vl.of_tests", int, {})
     kinds.register("bool", bool)
     with pytest.raises(ValueError, match="expected a int as the kind 'str'; got type"):
-        kinds.register("str", str)  # type: ignore[arg-type]
+        kinds.register("str", str)
 
 
 def test_what_lies_in_another_module_is_imported_when_it_is_asked_for(package: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import open_clip
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tempme_vl import MergeSchedule, VisualFrontend
@@ -127,3 +128,17 @@ def coded_frontend(schedule: MergeSchedule) -> VisualFrontend:
     return VisualFrontend(
         Backbone(_CodedEmbed(schedule.frames, side), blocks, nn.Identity(), nn.Identity(), shape), schedule
     ).double()
+
+
+def qwen_tower(config_class: Any, attention: str = "sdpa", **sizes: Any) -> nn.Module:
+    """The vision tower of one of Qwen's models. Alone it has no public class in all versions of transformers, so it is
+    taken from a whole model.
+
+    Args:
+        config_class: of the whole model.
+        sizes: of the tower.
+    """
+    text = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32}
+    text |= {"hidden_size": 32, "intermediate_size": 32}
+    config = config_class(vision_config=sizes, text_config=text)
+    return transformers.AutoModel.from_config(config, attn_implementation=attention).visual.eval()

@@ -29,6 +29,9 @@ from tempme_vl.state import at_least_float32
 _NEIGHBOURS = 4  # of a density
 
 
+Rule = Literal["llava_onevision", "llava_video", "qwen2_5_vl"]
+
+
 @dataclass(frozen=True)
 class Options:
     """retention: share of each frame's tokens, rounded down, that a segment's budget counts for each of its frames.
@@ -52,7 +55,7 @@ class Options:
     context: Share = 0.4
     anchor_step: Size = 4
     own: Share = 0.6
-    rule: Literal["llava_onevision", "llava_video", "qwen2_5_vl"] = "llava_onevision"
+    rule: Rule = "llava_onevision"
     ignore: Share = 0.95
 
 

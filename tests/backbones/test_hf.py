@@ -16,7 +16,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
-from towers import random_video
+from towers import qwen_tower, random_video
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -631,7 +631,7 @@ QWEN = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 64, 
     ("tower", "message"),
     [
         (
-            lambda: qwen_tower(),
+            lambda: qwen_tower(transformers.Qwen2_5_VLConfig, **QWEN),
             r"^Qwen2_5_VisionTransformer\w+ \(transformers \d.*rotates .* behind it; towers that can",
         ),
         (lambda: unknown("DINOv3ViTModel", **WIDE), r"^DINOv3ViTModel .*rotates queries and keys by position"),
@@ -654,13 +654,6 @@ QWEN = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 64, 
 def test_towers_that_would_go_wrong_are_refused(tower: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         backbone_of(tower())
-
-
-def qwen_tower() -> nn.Module:
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
-    return Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLVisionConfig(**QWEN))
 
 
 @pytest.mark.parametrize(

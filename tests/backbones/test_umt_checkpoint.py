@@ -270,7 +270,7 @@ def test_text_without_cross_attention_needs_a_fusion_layer() -> None:
 
 def test_unknown_target() -> None:
     with pytest.raises(ValueError, match="retrieval, qa, vision; got 'captioning'"):
-        convert(pretraining(), "captioning")  # type: ignore[arg-type]
+        convert(pretraining(), "captioning")
 
 
 @pytest.mark.parametrize(

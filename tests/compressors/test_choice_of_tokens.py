@@ -180,10 +180,10 @@ BUDGET = {"retention": 0.34, "context": 0.4, "anchor_step": 3}  # 16 of 49 token
     ],
 )
 def test_fastvid_spreads_the_budget_of_a_segment(
-    rule: str, frames: list[int], salient: list[int], context: list[int]
+    rule: fastvid.Rule, frames: list[int], salient: list[int], context: list[int]
 ) -> None:
     alike = torch.tensor([0.99, 0.5, 0.99, 0.94, 0.9, 0.93, 0.96, 0.99, 0.6, 0.99])
-    options = fastvid.Options(**BUDGET, rule=rule)  # type: ignore[arg-type]
+    options = fastvid.Options(**BUDGET, rule=rule)
     found = fastvid.budgets(range(2, 9), alike, 49, options)
     assert list(found) == list(frames)
     assert [budget.salient for budget in found.values()] == salient
@@ -206,8 +206,8 @@ def test_fastvid_for_qwen_keeps_fewer_where_nothing_moves() -> None:
         ("llava_onevision", 0.03, 0.4, (1, 0)),
     ],
 )
-def test_fastvid_on_one_frame(rule: str, retention: float, context: float, budget: tuple[int, int]) -> None:
-    options = fastvid.Options(retention, context=context, rule=rule)  # type: ignore[arg-type]
+def test_fastvid_on_one_frame(rule: fastvid.Rule, retention: float, context: float, budget: tuple[int, int]) -> None:
+    options = fastvid.Options(retention, context=context, rule=rule)
     ((frame, of),) = fastvid.budgets(range(1), torch.ones(0), 49, options).items()
     assert (frame, of.salient, of.context) == (0, *budget)
 
@@ -224,12 +224,12 @@ def test_fastvid_cuts_where_frames_differ_and_at_least_so_often() -> None:
     ("rule", "step", "alone"), [("llava_onevision", 1, True), ("llava_onevision", 3, False), ("llava_video", 1, False)]
 )
 def test_fastvid_takes_context_from_the_segment_or_where_every_frame_is_an_anchor_from_the_frame(
-    rule: str, step: int, alone: bool
+    rule: fastvid.Rule, step: int, alone: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x, attention = torch.randn(3, 10, 6, generator=generator), torch.rand(3, 10, generator=generator)
     summary = torch.ones(3, 2)  # one segment
-    options = fastvid.Options(0.4, 1, context=0.5, anchor_step=step, rule=rule)  # type: ignore[arg-type]
+    options = fastvid.Options(0.4, 1, context=0.5, anchor_step=step, rule=rule)
 
     def last(frames: Tensor) -> Tensor:
         left = fastvid.compress(FrameFeatures(frames, (2, 5), summary=(summary, attention)), options)
@@ -251,13 +251,13 @@ def test_fastvid_mixes_a_centre_with_the_mean_of_what_is_like_it() -> None:
 
 @pytest.mark.parametrize("rule", ["llava_onevision", "llava_video", "qwen2_5_vl"])
 @pytest.mark.parametrize("retention", [0.1, 0.45, 0.8, 1.0])
-def test_fastvid_leaves_no_more_than_its_share(rule: str, retention: float) -> None:
+def test_fastvid_leaves_no_more_than_its_share(rule: fastvid.Rule, retention: float) -> None:
     generator = torch.Generator().manual_seed(0)
     for frames in (1, 2, 7, 16):
         x = torch.randn(frames, 12, 5, generator=generator)
         attention = torch.rand(frames, 12, generator=generator)
         features = FrameFeatures(x, (3, 4), summary=(x.mean(dim=1), attention))
-        left = fastvid.compress(features, fastvid.Options(retention, 3, rule=rule))  # type: ignore[arg-type]
+        left = fastvid.compress(features, fastvid.Options(retention, 3, rule=rule))
         assert 0 < len(left.x) <= frames * int(12 * retention)
         assert left.source.tolist() == sorted(set(left.source.tolist()))
 

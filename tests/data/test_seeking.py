@@ -127,7 +127,7 @@ def test_a_damaged_picture_is_the_one_of_the_whole_stream(tmp_path: Path, place:
 
 def test_a_frame_that_the_decoder_calls_damaged_is_not_believed() -> None:
     with pytest.raises(Unsure):
-        list(seeking._checked([SimpleNamespace(pts=3, is_corrupt=True)], None, [3]))  # type: ignore[list-item]
+        list(seeking._checked([SimpleNamespace(pts=3, is_corrupt=True)], None, [3]))
 
 
 def test_frames_that_come_out_in_another_order_are_not_believed(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Asked(Samples):
 def trainer_of(output: Path, stage: str, batch_size: int = BATCH, precision: str = "fp32") -> Trainer:
     """TESTA's tiny model with a queue of three steps, its negatives the most similar ones and not drawn."""
     distributed.initialize()
-    retrieval.draw_negatives = lambda weights, generator=None, own=None: weights.argmax(1)  # type: ignore[assignment]
+    retrieval.draw_negatives = lambda weights, generator=None, own=None: weights.argmax(1)
     torch.manual_seed(0)
     model = create_retrieval_model("testa:tiny", vocabulary=WORDS, queue=3 * BATCH, momentum=0.8, **MERGING)
     assert isinstance(model, TestaRetrievalModel)

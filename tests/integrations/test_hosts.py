@@ -211,7 +211,7 @@ def test_a_tower_that_peft_trains_as_a_copy_is_the_one_that_runs(name: str) -> N
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in compressed.merging.parameters())
         wrapped.zero_grad()
     assert all(new is old for new, old in zip(before.merging.parameters(), positions, strict=True))
-    assert before.host.frontend.grad_checkpointing  # type: ignore[attr-defined]
+    assert before.host.frontend.grad_checkpointing
     with torch.no_grad():
         for copy in copies.values():
             copy.add_(0.05 * torch.randn_like(copy))

@@ -49,7 +49,7 @@ def kit(name: str) -> Any:
 
 @cache
 def shared(name: str) -> tuple[Any, Any]:
-    return kit(name).build(name)  # type: ignore[no-any-return]
+    return kit(name).build(name)
 
 
 def compressed_by(name: str, method: str, feed: Any = None) -> Compressed:
@@ -125,7 +125,7 @@ def last_logits(compressed: Compressed, *asked: Any) -> Tensor:
 def new_words(compressed: Compressed, text: Any, videos: Any, images: Any, **options: Any) -> Tensor:
     options = {"max_new_tokens": NEW_WORDS, "do_sample": False, **options}
     with torch.no_grad():
-        return compressed.generate(**compressed.prepare(text, videos, images=images), **options)  # type: ignore[no-any-return]
+        return compressed.generate(**compressed.prepare(text, videos, images=images), **options)
 
 
 # ---- the host's own

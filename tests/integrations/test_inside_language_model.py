@@ -411,7 +411,7 @@ def test_both_ways_into_the_model(name: str) -> None:
     for feed in tiny.feeds(name):
         compressed = compress(
             *host(name), "framefusion", test_where.FRAMES, "behind", feed=feed, **METHODS["framefusion"]
-        )  # type: ignore[arg-type]
+        )
         words.append(compressed.generate(**prepared(compressed, name), **WORDS))
         assert len(set(compressed.layer_tokens[0])) > 1
     assert all(torch.equal(each, words[0]) for each in words)

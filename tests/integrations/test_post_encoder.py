@@ -126,7 +126,7 @@ def test_tokens_that_the_host_drops_by_itself_stay(name: str) -> None:
     model, processor = shared(name)
     compressed, still = compressed_by(name, "none"), tiny.video(0, 1).repeat(tiny.FRAMES, axis=0)
     own = processor(text=[prompt(name)], videos=[still], return_tensors="pt")
-    frame = compressed.host.count(32, 32)[0] // tiny.FRAMES  # type: ignore[attr-defined]
+    frame = compressed.host.count(32, 32)[0] // tiny.FRAMES
     assert (own["input_ids"] == compressed.host.token_id).sum() == frame + tiny.FRAMES - 1
     whole = native_inputs(name, [prompt(name)], [still])
     logits = compressed(**compressed.prepare(prompt(name), [still])).logits
@@ -322,12 +322,12 @@ def test_counts_are_the_predicted_ones(name: str, method: str) -> None:
     assert f"{host.costs().native_tokens}" in shown and f"{host.costs().tokens}" in shown
     for height, width in ((32, 32), (20, 48)):
         video = np.random.default_rng(0).integers(0, 256, (tiny.FRAMES, height, width, 3), dtype=np.uint8)
-        native, ours = host.count(height, width)  # type: ignore[attr-defined]
+        native, ours = host.count(height, width)
         ids = row_of(compressed, prompt(name), video)
         assert ids.count(host.token_id) == ours < native
         assert (native_inputs(name, [prompt(name)], [video])["input_ids"] == host.token_id).sum() == native
     if method == "tempme":
-        assert host.count(32, 32)[1] <= 0.35 * host.count(32, 32)[0]  # type: ignore[attr-defined]
+        assert host.count(32, 32)[1] <= 0.35 * host.count(32, 32)[0]
 
 
 @pytest.mark.parametrize(("name", "feed"), FEEDS)
@@ -336,7 +336,7 @@ def test_gradients_reach_the_tower(name: str, feed: Any) -> None:
     text, videos = [prompt(name, "why *"), prompt(name)], [tiny.video(0), tiny.video(1)]
     loss = compressed(**compressed.prepare(text, videos, labels=["two dogs run", "red"])).loss
     loss.backward()
-    tower = compressed.host.tower  # type: ignore[attr-defined]
+    tower = compressed.host.tower
     blocks = ("layer.0.", "layers.0.", "blocks.0.")
     first = next(p for key, p in tower.named_parameters() if any(block in key for block in blocks))
     assert torch.isfinite(loss) and first.grad is not None and first.grad.abs().max() > 0
@@ -459,7 +459,7 @@ def test_kept_tokens_have_the_positions_that_the_host_gives_them(name: str) -> N
     inputs = compressed.prepare([prompt(name), "why"], [[still], []], fps=1.0)
     places = torch.tensor(row_of(compressed, prompt(name), still, fps=1.0)) == compressed.host.token_id
     positions = inputs["position_ids"][:, 0, places]
-    rows, columns = compressed.host.grid(32, 32)  # type: ignore[attr-defined]
+    rows, columns = compressed.host.grid(32, 32)
     clips = tiny.FRAMES // 2 // 2
     assert places.sum() == clips * rows * columns
     grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
@@ -502,7 +502,7 @@ def test_a_transformers_that_gives_all_frames_one_time_is_refused(name: str, mon
     def timeless(self: Any, ids: Tensor, second_per_grid_ts: Any = None, **options: Any) -> Any:
         return own(self, ids, second_per_grid_ts=torch.zeros(len(ids)), **options)
 
-    timeless.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    timeless.__signature__ = inspect.signature(own)
     monkeypatch.setattr(type(model.model), "get_rope_index", timeless)
     with pytest.raises(ValueError, match=r"a minute apart 0 positions apart and not 120 .*update transformers"):
         compress(model, processor, "none")

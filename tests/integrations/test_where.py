@@ -141,7 +141,7 @@ def test_cls_tokens_stand_in_front_of_their_frames() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"where is one of 'auto', 'tower', 'behind'; got 0.5"):
-        compress(*model_of("VideoLlava"), "tempme", FRAMES, 0.5)  # type: ignore[arg-type]
+        compress(*model_of("VideoLlava"), "tempme", FRAMES, 0.5)
     with pytest.raises(ValueError, match="num_frames counts the frames of every video, 1 or more; got 0"):
         compress(*model_of("VideoLlava"), "tempme", 0)
     with pytest.raises(ValueError, match="give a budget or a number of tokens"):

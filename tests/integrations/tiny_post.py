@@ -98,7 +98,7 @@ def smolvlm() -> tuple[Any, Any]:
             "eleven",
             "twelve",
         ]
-        module.num2words = words.__getitem__  # type: ignore[attr-defined]
+        module.num2words = words.__getitem__
     config = transformers.SmolVLMConfig(
         vision_config={
             "hidden_size": 32,

@@ -137,7 +137,7 @@ def test_a_small_budget_takes_more_steps() -> None:
 )
 def test_budgets_that_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tube_plan(8, 8, 4, **options)  # type: ignore[arg-type]
+        tube_plan(8, 8, 4, **options)
 
 
 @pytest.mark.parametrize("steps", [[(2, 2, 1), (1, 4, 1)], [(0, 4, 1), (1, 6, 1)], [(0, 1, 1)], [(0, 2, -1)]])

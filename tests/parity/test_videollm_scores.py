@@ -10,6 +10,7 @@ import transformers
 from parity.cases import FOLDER, Case, assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
+from towers import qwen_tower
 
 from tempme_vl.backbones import hf
 from tempme_vl.frontend import VisualFrontend
@@ -22,7 +23,7 @@ QWEN = [case for case in CASES if str(case).startswith("scores_qwen")]  # none i
 SIGLIP = [case for case in CASES if str(case).startswith("scores_siglip")]
 
 
-def qwen_tower(case: Case) -> Any:
+def tower_of(case: Case) -> Any:
     given, weights = case.config["config"], case.group("w.")
     sizes: dict[str, Any] = {
         "depth": given["depth"],
@@ -32,19 +33,15 @@ def qwen_tower(case: Case) -> Any:
         "patch_size": given["patch"],
     }
     if "window" in given:
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as Tower
-
         kind: Any = transformers.Qwen2_5_VLConfig
         sizes |= {"window_size": given["window"], "fullatt_block_indexes": given["fullatt"]}
         sizes["intermediate_size"] = len(weights["blocks.0.mlp.gate_proj.weight"])
     else:
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel as Tower
-
         kind = transformers.Qwen3VLConfig
         sizes |= {"deepstack_visual_indexes": given["deepstack"]}
         sizes |= {"num_position_embeddings": given["num_position_embeddings"]}
         sizes["intermediate_size"] = len(weights["blocks.0.mlp.linear_fc1.weight"])
-    model = Tower._from_config(type(kind().vision_config)(**sizes)).eval()
+    model = qwen_tower(kind, **sizes)
     model.load_state_dict(weights)
     return model
 
@@ -53,7 +50,7 @@ def qwen_tower(case: Case) -> Any:
 @torch.no_grad()
 def test_qwen(case: Case) -> None:
     grid, expected, tolerance = case.config["config"]["grid_thw"], case.tensors, case.config["tol"]
-    tower = qwen_tower(case)
+    tower = tower_of(case)
     with watched(tower) as seen:
         output = tower(expected["in.pixels"], grid_thw=torch.tensor([grid]))
     x = output.pooler_output

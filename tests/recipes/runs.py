@@ -218,13 +218,13 @@ def train(recipe: str, arguments: list[str], die_at: int | None = None, number: 
             os.kill(os.getpid(), number)
         return update(self, *args)
 
-    Trainer.update = deadly  # type: ignore[method-assign]
+    Trainer.update = deadly
     start_recipe(COMMANDS[recipe], arguments)
 
 
 def train_on_rendered(arguments: list[str]) -> None:
     """The video QA recipe on the embedded data set as --data-root holds it, whatever its size."""
-    motion.render_motion = lambda root: root  # type: ignore[assignment, misc]
+    motion.render_motion = lambda root: root
     start_recipe(VIDEOQA, arguments)
 
 
@@ -238,5 +238,5 @@ def train_on_nan(recipe: str, arguments: list[str], bad_step: int) -> None:
 
         return update(self, batch, loss)
 
-    Trainer.update = broken  # type: ignore[method-assign]
+    Trainer.update = broken
     start_recipe(COMMANDS[recipe], arguments)

@@ -101,7 +101,7 @@ def test_what_umt_weighs_is_a_share_of_the_options() -> None:
         ([0.1, 0.0, 0.0], [0.0, 1.0, 0.0], 1),
         ([0.0, 0.0, 0.0], [0.0, 0.0, 1.0], 2),
     ):
-        model._encode = lambda *_, m=match, s=similarity: (torch.tensor(s), torch.tensor(m))  # type: ignore[method-assign]
+        model._encode = lambda *_, m=match, s=similarity: (torch.tensor(s), torch.tensor(m))
         scores = model._scores({}, asked)
         shares = 0.7 * torch.tensor(match).softmax(0) + 0.3 * (torch.tensor(similarity) / temperature).softmax(0)
         torch.testing.assert_close(scores[0], shares)

@@ -154,5 +154,5 @@ def _into_log(log: Path, env: dict[str, str], function: Callable[..., Any], args
     with log.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=True)
     function(*args)

@@ -136,7 +136,7 @@ def test_gradient_caching_sees_the_same_dropout_twice_and_gives_the_gradient_of_
     assert len(second) == chunks == engine.steps
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert len({tuple((part == 0).flatten().tolist()) for part in first}) == chunks
-    cached = {name: weight.grad.clone() for name, weight in model.named_parameters()}  # type: ignore[union-attr]
+    cached = {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
     # the whole batch at once, with the very masks
     model.zero_grad()
