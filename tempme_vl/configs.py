@@ -12,7 +12,7 @@ from tempme_vl.merging import MergeSchedule
 from tempme_vl.messages import shown
 from tempme_vl.pretrained import SavedConfig
 from tempme_vl.scheduling import tower_gflops
-from tempme_vl.schema import ConfigError, read, write
+from tempme_vl.schema import ConfigError, read
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FrontendConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data; `from_dict` is the way back."""
-        return {**write(self.tower), "schedule": self.schedule.to_dict()}
+        return {**self.tower.to_dict(), "schedule": self.schedule.to_dict()}
 
     @classmethod
     def from_dict(cls, data: object, place: str) -> FrontendConfig:

@@ -138,7 +138,13 @@ def qwen_tower(config_class: Any, attention: str = "sdpa", **sizes: Any) -> nn.M
         config_class: of the whole model.
         sizes: of the tower.
     """
-    text = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32}
-    text |= {"hidden_size": 32, "intermediate_size": 32}
+    text: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 32,
+    }
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    text |= {"hidden_size": 32, "intermediate_size": 32, "rope_parameters": rotary, "rope_scaling": rotary}
     config = config_class(vision_config=sizes, text_config=text)
     return transformers.AutoModel.from_config(config, attn_implementation=attention).visual.eval()

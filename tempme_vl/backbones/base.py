@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tempme_vl import kernels
 from tempme_vl.backbones.attention import attend
 from tempme_vl.costs import BlockCost
-from tempme_vl.schema import Range, Size
+from tempme_vl.schema import Range, Size, write
 from tempme_vl.state import AttentionContext, TokenState
 
 Pool = Literal["cls", "mean", "attention", "all"]
@@ -89,6 +89,10 @@ class TowerConfig:
 
     family: str
     preprocess: Preprocessing
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON data. peft before 0.18 asks the configuration of any model for it."""
+        return write(self)
 
 
 class QueryValueBias(nn.Module):
