@@ -221,7 +221,7 @@ class InEncoderHost(Host):
 
     def config(self) -> dict[str, Any]:
         if self.reduction is not None:
-            return saved_behind(self.reduction, self.num_frames)
+            return {"where": "behind", **saved_behind(self.reduction, self.num_frames)}
         return {"method": self.method, "schedule": self.frontend.schedule.to_dict()}
 
     def pixels(self, videos: Sequence[SampledVideo]) -> Tensor:

@@ -129,7 +129,7 @@ class _Saved:
 def saved_behind(made: Reduction, num_frames: int) -> dict[str, Any]:
     """JSON data for `saved_request`."""
     limits = {name: value for name, value in asdict(made.keep).items() if value is not None}
-    return {"method": made.method, "where": "behind", "num_frames": num_frames, "options": dict(made.given), **limits}
+    return {"method": made.method, "num_frames": num_frames, "options": dict(made.given), **limits}
 
 
 def saved_request(config: Mapping[str, Any]) -> Request:
