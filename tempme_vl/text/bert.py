@@ -11,7 +11,7 @@ H heads of width Dh = D / H; others as in `tempme_vl.state`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,18 +30,16 @@ from tempme_vl.text.bert_layer import (
 )
 
 
-class BertTextEncoder(TextEncoder):
-    """Embeddings and the layers before the first fusion layer; random weights, N(0, 0.02) as BERT's."""
+class BertEncoder(TextEncoder):
+    """Words through BERT's layers, in all kinds of BERT here."""
 
-    def __init__(self, shape: BertShape):
-        super().__init__(shape.positions)
-        self.shape = shape
-        self.embeddings = BertEmbeddings(shape)
-        self.layers = nn.ModuleList(BertLayer(shape) for _ in range(shape.fusion_layer))
-        self.apply(partial(initialise, std=shape.init_std))
+    def __init__(self, positions: int, embeddings: BertEmbeddings, layers: Iterable[BertLayer]):
+        super().__init__(positions)
+        self.embeddings = embeddings
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """States of words, padded ones included.
+        """States of the words of texts alone, padded ones included.
 
         Args:
             ids: (B, L) int64; [CLS], words, padding.
@@ -61,6 +59,15 @@ class BertTextEncoder(TextEncoder):
 
     def input_side(self) -> nn.Module:
         return self.embeddings
+
+
+class BertTextEncoder(BertEncoder):
+    """Embeddings and the layers before the first fusion layer; random weights, N(0, 0.02) as BERT's."""
+
+    def __init__(self, shape: BertShape):
+        super().__init__(shape.positions, BertEmbeddings(shape), (BertLayer(shape) for _ in range(shape.fusion_layer)))
+        self.shape = shape
+        self.apply(partial(initialise, std=shape.init_std))
 
 
 @dataclass(frozen=True)

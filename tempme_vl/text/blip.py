@@ -16,12 +16,11 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tempme_vl.fit import misfits
 from tempme_vl.schema import Layers, Range, Share, Size
-from tempme_vl.text.base import TextEncoder
-from tempme_vl.text.bert import VideoKeys, video_keys
+from tempme_vl.text.bert import BertEncoder, VideoKeys, video_keys
 from tempme_vl.text.bert_layer import PAD, BertEmbeddings, BertLayer, attention_mask, initialise, run_layer
 from tempme_vl.text.decoder import BertDecoder, TiedWords
 
@@ -115,39 +114,19 @@ def started(ids: Tensor, first: int) -> Tensor:
     return torch.cat([torch.full_like(ids[..., :1], first), ids[..., 1:]], -1)
 
 
-class BlipTextEncoder(TextEncoder):
+class BlipTextEncoder(BertEncoder):
     """Embeddings and layers, each with cross-attention; random weights, N(0, 0.02) as BERT's."""
 
     def __init__(self, shape: BlipShape):
-        super().__init__(shape.positions)
-        self.shape = shape
-        self.embeddings = BertEmbeddings(shape)
+        embeddings = BertEmbeddings(shape)
         # a decoder of pre-training projects onto the same table
-        self.embeddings.word_embeddings = TiedWords(shape.vocab_size, shape.width, padding_idx=PAD)
+        embeddings.word_embeddings = TiedWords(shape.vocab_size, shape.width, padding_idx=PAD)
         layers = [BertLayer(shape, cross=True) for _ in range(shape.layers)]
         for layer in layers:
             layer.crossattention.read_width(shape.cross_width)
-        self.layers = nn.ModuleList(layers)
+        super().__init__(shape.positions, embeddings, layers)
+        self.shape = shape
         self.apply(partial(initialise, std=shape.init_std))
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """States of the words of texts alone.
-
-        Args:
-            ids: (B, L) int64; [CLS], words, [SEP], padding.
-            mask: (B, L), nonzero for real words; each row starts with a real one ([CLS]).
-
-        Returns:
-            (B, L, D) states; the first word's is what stands for the text.
-
-        Raises:
-            ValueError: see `TextEncoder.check`.
-        """
-        self.check(ids, mask)
-        x, words = self.embeddings(ids), attention_mask(mask)
-        for layer in self.layers:
-            x = run_layer(layer, self.grad_checkpointing, x, words)
-        return x
 
     def keys_values(self, tokens: Tensor, size: Tensor | None = None) -> VideoKeys:
         """Keys and values of videos, once for all their texts; see `tempme_vl.text.bert.BertFusion.keys_values`."""
@@ -176,9 +155,6 @@ class BlipTextEncoder(TextEncoder):
         for layer, *seen in zip(self.layers, keys.keys, keys.values, strict=True):
             x = run_layer(layer, self.grad_checkpointing, x, words, seen, keys.bias)
         return x
-
-    def input_side(self) -> nn.Module:
-        return self.embeddings
 
 
 def tie(decoder: BertDecoder, text: BlipTextEncoder) -> None:
