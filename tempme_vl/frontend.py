@@ -21,6 +21,7 @@ from tempme_vl.families import FAMILIES, find_family, split_name
 from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import PAPER, Counting, LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
+from tempme_vl.normalize import normalize
 from tempme_vl.outputs import Readout, read_out
 from tempme_vl.pooling import FramePlace
 from tempme_vl.pretrained import CONFIG_FILE, build, load_any, refuse_added_modules, save_model
@@ -96,17 +97,19 @@ class VisualFrontend(Shareable, nn.Module):
         """Encodes videos (TempMe, section 3).
 
         Args:
-            video: (B, F, 3, H, W) normalised frames, F = schedule.frames, H = W = shape.image_size.
+            video: (B, F, 3, H, W) frames, F = schedule.frames, H = W = shape.image_size: normalised, or as uint8, which
+                are normalised here by `preprocessing`.
             frame_mask: (B, F), nonzero for real frames; padding frames take part in matching and attention and
                 are left out of `pooled` only, as in the paper's code. Default: all real. In a tower that does not
                 pool by CLS tokens a joined clip counts as real if one of its frames is.
             trace_source: also say which input tokens every output token holds.
 
         Raises:
-            ValueError: a video or mask of another shape, or pixels as whole numbers, which nothing has normalised.
+            ValueError: a video or mask of another shape, whole numbers other than uint8, or uint8 in a front end whose
+                preprocessing is not known.
         """
         self._check(video, frame_mask)
-        x = self.embed(video.flatten(0, 1))
+        x = self.embed(self._normalised(video).flatten(0, 1))
         schedule = self.schedule
         start = x, schedule.clips, self.shape.num_prefix, trace_source, schedule.proportional
         state = TokenState.start(*start, frame_mask=frame_mask)
@@ -180,13 +183,20 @@ class VisualFrontend(Shareable, nn.Module):
                 f"expected video (B, F, 3, H, W) with (F, 3, H, W) = {expected}; got {tuple(video.shape)}. Sample "
                 f"{expected[0]} frames and resize them to {side} px, or create the front end with other num_frames"
             )
-        if not video.is_floating_point():
+        if not video.is_floating_point() and video.dtype != torch.uint8:
             raise ValueError(
-                f"expected normalised frames of a floating dtype; got {video.dtype}. Resize and normalise raw frames "
-                "first: frontend.preprocess(frames) of one video's (T, H, W, 3), or its file"
+                f"expected normalised frames of a floating dtype, or uint8 of 0 to 255; got {video.dtype}. "
+                "frontend.preprocess takes one video's raw frames (T, H, W, 3), or its file"
             )
         if frame_mask is not None and frame_mask.shape != video.shape[:2]:
             raise ValueError(f"expected frame_mask {tuple(video.shape[:2])}; got {tuple(frame_mask.shape)}")
+
+    def _normalised(self, video: Tensor) -> Tensor:
+        if video.dtype != torch.uint8:
+            return video
+        if self.config is None:
+            raise ValueError("uint8 frames are normalised by the tower's `config`: give VisualFrontend one")
+        return normalize(video, self.config.preprocess.mean, self.config.preprocess.std)
 
     def _recompute(self) -> bool:
         return self.grad_checkpointing and torch.is_grad_enabled()

@@ -348,7 +348,7 @@ def _shown(frontend: VisualFrontend) -> str:
 
 
 def _reader(frontend: VisualFrontend, sampling: str, timeout: float | None) -> VideoReader:
-    transform = VideoTransform(frontend.preprocessing)
+    transform = VideoTransform(frontend.preprocessing, normalize=False)
     return VideoReader(frontend.schedule.frames, transform, sampling=sampling, timeout=timeout, on_broken="raise")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,6 +18,7 @@ from tempme_vl.backbones.base import Backbone, BlockAdapter, Pool, TowerShape
 from tempme_vl.backbones.open_clip import load_clip
 from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.backbones.timm import backbone_of as timm_backbone
+from tempme_vl.data.transforms import CLIP_MEAN, CLIP_STD
 from tempme_vl.pooling import masked_mean
 from tempme_vl.state import AttentionContext
 
@@ -347,12 +349,23 @@ def test_a_front_end_of_unknown_origin_cannot_be_saved(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
-def test_raw_pixels_are_refused(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_other_whole_numbers_are_refused(dtype: torch.dtype) -> None:
     frontend = tiny_frontend(tempme_schedule())
-    message = rf"expected normalised frames of a floating dtype; got {dtype}. Resize and normalise raw frames first: "
-    with pytest.raises(ValueError, match=message + r"frontend.preprocess\(frames\)"):
+    with pytest.raises(ValueError, match=rf"normalised frames of a floating dtype, or uint8 of 0 to 255; got {dtype}"):
         frontend(torch.ones(2, 6, 3, 32, 32, dtype=dtype))
+
+
+def test_uint8_is_normalised_by_the_front_end() -> None:
+    frontend = tiny_frontend(tempme_schedule()).eval()
+    frames = np.random.default_rng(0).integers(0, 256, (2, 6, 32, 32, 3), np.uint8)
+    expected = torch.stack([frontend.preprocess(video) for video in frames])
+    by_hand = (frames / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+    torch.testing.assert_close(expected, torch.from_numpy(by_hand).float().permute(0, 1, 4, 2, 3), rtol=0, atol=1e-6)
+    raw = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
+    assert torch.equal(frontend(raw).tokens, frontend(expected).tokens)
+    with pytest.raises(ValueError, match="normalised by the tower's `config`"):
+        VisualFrontend(visual_backbone(load_clip("tiny").clip.visual), tempme_schedule())(raw)
 
 
 class _RegisterEmbed(nn.Module):

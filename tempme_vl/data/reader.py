@@ -29,8 +29,8 @@ class VideoInput(NamedTuple):
     """What a reader gives.
 
     Attributes:
-        video: (F, 3, S, S) float32.
-        valid: whether the frames are real; black ones stand for a video that could not be read.
+        video: (F, 3, S, S) float32, or uint8 as the reader's transform has it.
+        valid: whether the frames are real; zeros stand for a video that could not be read.
         times: (F,) float32, seconds after the video's start (`Video.start`, or the file's first frame), never falling.
             A frame that began before the start and is still shown there has time 0. Invalid frames are 1 s apart.
     """
@@ -51,7 +51,7 @@ class VideoReader:
         timeout: seconds a decoder may take before it is ended; None decodes in this process without a limit.
         backend: "auto", "pyav" or "decord", see `read_frames`.
         memory_gib: GiB that reading one video may take, see `read_frames`; None: no limit.
-        on_broken: "raise" a VideoError, or "record" it in `broken_log` and give black, invalid frames.
+        on_broken: "raise" a VideoError, or "record" it in `broken_log` and give invalid frames of zeros.
         broken_log: JSON lines, one for each broken video that a process meets; see `BrokenLog`.
         cache: "memory", a folder, or None: keeps the resized frames of videos that are sampled the same every time.
             It is the main speed-up of training: decoding costs far more than everything else here. "memory" is shared
@@ -94,7 +94,7 @@ class VideoReader:
             self._kept = memory_cache(int(self.cache_gib * 2**30))
 
     def __call__(self, video: Video, rng: np.random.Generator | None = None) -> VideoInput:
-        """The video's frames (F, 3, S, S) float32, whether they are real, and `.times` (F,) in seconds.
+        """The video's frames (F, 3, S, S) float32 or uint8, whether they are real, and `.times` (F,) in seconds.
 
         Args:
             rng: draws random sampling and augmentation; None for evaluation.
@@ -109,8 +109,7 @@ class VideoReader:
             if self.on_broken == "raise":
                 raise
             self._broken().add(video, error.cause)
-            size = self.transform.preprocess.image_size
-            return VideoInput(torch.zeros(self.num_frames, 3, size, size), False, torch.arange(self.num_frames).float())
+            return VideoInput(self.transform.blank(self.num_frames), False, torch.arange(self.num_frames).float())
         if self.on_broken == "record":
             self._broken().remove(video)
         return VideoInput(self.transform(pixels, rng), True, torch.from_numpy(times).float())

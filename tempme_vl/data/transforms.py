@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tempme_vl.data.pictures import Fit, fit_picture
+from tempme_vl.normalize import normalize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,6 +51,8 @@ class Preprocess:
 class VideoTransform:
     """(F, H, W, 3) uint8 frames -> (F, 3, S, S) float32, normalised.
 
+    `normalize`: False leaves uint8, a quarter of the bytes, for whom normalises where the model is
+    (`VisualFrontend.forward`).
     `augment`:
       "none"         evaluation; equal to `open_clip.image_transform(S, is_train=False)` on each frame.
       "randaugment"  resized as above, then RandAugment with TempMe's magnitude 7, 4 operations, noise 0.5.
@@ -59,6 +62,7 @@ class VideoTransform:
 
     preprocess: Preprocess = Preprocess()
     augment: str = "none"
+    normalize: bool = True
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -66,16 +70,26 @@ class VideoTransform:
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
         """`rng` is needed, and used, by the augmentations only."""
+        frames = torch.from_numpy(np.ascontiguousarray(self._fit(pixels, rng))).permute(0, 3, 1, 2).contiguous()
+        return normalize(frames, self.preprocess.mean, self.preprocess.std) if self.normalize else frames
+
+    def blank(self, num_frames: int) -> torch.Tensor:
+        """Zeros, as frames of a video that cannot be read."""
+        size = self.preprocess.image_size
+        return torch.zeros(num_frames, 3, size, size, dtype=torch.float32 if self.normalize else torch.uint8)
+
+    def _fit(self, pixels: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """(F, S, S, 3) uint8."""
         if self.augment == "none":
-            return normalize(resize(pixels, self.preprocess), self.preprocess)
+            return resize(pixels, self.preprocess)
         if rng is None:
             raise ValueError(f"augmentation {self.augment!r} needs a numpy Generator; see sampling.sample_generator")
         from tempme_vl.data.augment import rand_augment, random_crop_flip  # which import torchvision
 
         if self.augment == "randaugment":
-            return normalize(rand_augment(resize(pixels, self.preprocess), rng), self.preprocess)
+            return rand_augment(resize(pixels, self.preprocess), rng)
         _check_pixels(pixels)
-        return normalize(random_crop_flip(pixels, self.preprocess, rng), self.preprocess)
+        return random_crop_flip(pixels, self.preprocess, rng)
 
 
 def resize(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
@@ -87,13 +101,6 @@ def resize(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     if pixels.shape[1:3] == (preprocess.image_size, preprocess.image_size):
         return pixels
     return np.stack([fit_picture(frame, preprocess.fit) for frame in pixels])
-
-
-def normalize(pixels: np.ndarray, preprocess: Preprocess) -> torch.Tensor:
-    """(F, S, S, 3) uint8 -> (F, 3, S, S) float32: scaled to [0, 1], less the mean, over the deviation."""
-    x_FCHW = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).contiguous().float().div_(255)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
-    return x_FCHW.sub_(mean).div_(std)
 
 
 def _check_pixels(pixels: np.ndarray) -> None:

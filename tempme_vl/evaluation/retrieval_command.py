@@ -64,7 +64,7 @@ def evaluate(
     with own_log() as log:
         reader = VideoReader(
             model.frontend.schedule.frames,
-            VideoTransform(model.frontend.preprocessing),
+            VideoTransform(model.frontend.preprocessing, normalize=False),
             sampling=sampling,
             timeout=decode_timeout(options),
             on_broken=options.on_broken,

@@ -40,8 +40,8 @@ def main(options: Options) -> None:
     max_words = model.text.max_words(options.max_words or train.max_words)
     model.input = Inputs(options.sampling, max_words)
     tokenizer = model.words.tokenizer(max_words)
-    reader = video_reader(options, model.frontend.schedule.frames, VideoTransform(preprocess))
-    train_reader = replace(reader, transform=VideoTransform(preprocess, options.augment))
+    reader = video_reader(options, model.frontend.schedule.frames, VideoTransform(preprocess, normalize=False))
+    train_reader = replace(reader, transform=VideoTransform(preprocess, options.augment, normalize=False))
 
     trainer = Trainer(
         model,

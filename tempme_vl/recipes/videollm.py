@@ -10,7 +10,6 @@ import torch
 
 from tempme_vl.data.questions import TrainQuestions, most_options
 from tempme_vl.data.reader import VideoReader
-from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.videollm.ask import as_they_are, ask
 from tempme_vl.evaluation.videoqa import accuracy
@@ -42,8 +41,8 @@ def main(options: Options) -> None:
     source = prepare_host(options, train)
     model = build_model(options, source, dtype).to(device)
     host = model.compressed.host
-    reader = video_reader(options, host.num_frames, VideoTransform(as_they_are(options.image_size)))
-    train_reader = replace(reader, transform=VideoTransform(as_they_are(options.image_size), options.augment))
+    reader = video_reader(options, host.num_frames, as_they_are(options.image_size))
+    train_reader = replace(reader, transform=as_they_are(options.image_size, options.augment))
 
     trainer = Trainer(
         model,

@@ -36,8 +36,8 @@ def main(options: Options) -> None:
     answers = answer_vocabulary(train, options.num_answers) if listed else ()
     model = build_model(options, train, answers).to(device)
     preprocess = model.frontend.preprocessing
-    reader = video_reader(options, model.frontend.schedule.frames, VideoTransform(preprocess))
-    train_reader = replace(reader, transform=VideoTransform(preprocess, options.augment))
+    reader = video_reader(options, model.frontend.schedule.frames, VideoTransform(preprocess, normalize=False))
+    train_reader = replace(reader, transform=VideoTransform(preprocess, options.augment, normalize=False))
 
     trainer = Trainer(
         model,

@@ -42,6 +42,16 @@ def test_mean_and_deviation_are_open_clips_and_can_be_changed():
     assert torch.equal(ours[0], theirs(Image.fromarray(pixels[0])))
 
 
+@pytest.mark.parametrize("augment", ["none", "randaugment", "crop_flip"])
+def test_uint8_is_what_is_normalised(augment):
+    how = Preprocess(32)
+    raw, ready = (VideoTransform(how, augment, n)(video(), sample_generator(0, 0, 0)) for n in (False, True))
+    assert raw.dtype == torch.uint8 and raw.shape == ready.shape == (3, 3, 32, 32) and raw.is_contiguous()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
+    assert torch.equal(ready, (raw.float() / 255 - mean) / std)
+    assert VideoTransform(how, normalize=False).blank(2).dtype == torch.uint8
+
+
 def test_resized_frames_can_be_cached():
     preprocess = Preprocess(32)
     pixels = video()

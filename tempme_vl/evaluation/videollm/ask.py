@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.retrieval import EvalVideos
-from tempme_vl.data.transforms import Preprocess
+from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.encode import encode_all
 from tempme_vl.tasks.videollm import VideoLLM
@@ -37,9 +37,9 @@ class Asked:
     layer_tokens: tuple[float, ...] = ()
 
 
-def as_they_are(image_size: int) -> Preprocess:
-    """Square frames with pixels of 0 to 255: a host's own preprocessing does the rest."""
-    return Preprocess(image_size, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+def as_they_are(image_size: int, augment: str = "none") -> VideoTransform:
+    """Square uint8 frames: a host's own preprocessing does the rest."""
+    return VideoTransform(Preprocess(image_size), augment, normalize=False)
 
 
 class NumberedVideos(Dataset):

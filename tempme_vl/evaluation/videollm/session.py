@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from tempme_vl.data.reader import VideoReader
-from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.videoqa import QASplit
 from tempme_vl.evaluation.measure import device_name
 from tempme_vl.evaluation.options import VideoLLMCompareOptions
@@ -79,7 +78,7 @@ class Session:
     def _reader(self) -> VideoReader:
         return VideoReader(
             1,
-            VideoTransform(as_they_are(1)),
+            as_they_are(1),
             timeout=decode_timeout(self.options),
             on_broken="record",
             broken_log=self.store.folder / BROKEN_FILE,
@@ -88,7 +87,7 @@ class Session:
 
     def reader(self, host: LoadedHost, inputs: Inputs) -> VideoReader:
         """Of the frames that a case is given."""
-        transform = VideoTransform(as_they_are(inputs.image_size))
+        transform = as_they_are(inputs.image_size)
         return replace(self._reader, num_frames=inputs.num_frames, transform=transform, sampling=host.sampling)
 
     @staticmethod
