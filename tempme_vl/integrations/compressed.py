@@ -20,6 +20,7 @@ from tempme_vl.integrations.base import Feed, Host, VisualTokens
 from tempme_vl.integrations.costs import cost_table, decoder_layers
 from tempme_vl.integrations.devices import input_device
 from tempme_vl.integrations.folder import card, facts, save_merging
+from tempme_vl.integrations.generation import check_parts
 from tempme_vl.integrations.images import ImageInput, as_image
 from tempme_vl.integrations.layers import PLACES, InsideLayers
 from tempme_vl.integrations.places import Visuals, by_modality, check_placed, check_places, video_places, with_images
@@ -327,9 +328,10 @@ class Compressed(Shareable):
 
         Raises:
             ValueError: see `tempme_vl.integrations.layers.InsideLayers.running`; no cache for a method that works
-                inside the language model.
+                inside the language model; prefill_chunk_size in a transformers that mixes features up (`check_parts`).
         """
         target = self._target
+        check_parts(target, inputs)
         prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         self.host.remember(inputs)
         if "inputs_embeds" in inputs and next(target.parameters()).is_meta:  # offloaded

@@ -4,7 +4,7 @@ number in every layer, so that features go in beside the numbers and in no other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import ClassVar
 
@@ -24,6 +24,11 @@ class Gemma4Host(PostEncoderHost):
     projector: ClassVar[tuple[str, ...]] = ("embed_vision",)
     feeds: ClassVar[tuple[Feed, ...]] = ("encoder_outputs",)
 
+    @staticmethod
+    def _positions(values: Mapping[str, Tensor]) -> Tensor:
+        """(T, P, 2) of the frames of all videos; transformers 5.18 has an axis of videos in front."""
+        return values["video_position_ids"].flatten(0, -3)
+
     @property
     def _pooling(self) -> int:
         """Patches of a token's side."""
@@ -36,7 +41,7 @@ class Gemma4Host(PostEncoderHost):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         values = self.preprocess([torch.zeros(1, 3, height, width, dtype=torch.uint8)])
-        return self._grid(values["video_position_ids"][0])
+        return self._grid(self._positions(values)[0])
 
     def attended(self, grid: tuple[int, int]) -> tuple[int, float]:
         patches = self.processor.video_processor.max_soft_tokens * self._pooling**2  # with padding
@@ -44,10 +49,10 @@ class Gemma4Host(PostEncoderHost):
 
     def features(self, videos: Sequence[SampledVideo]) -> list[FrameFeatures]:
         values = self.preprocess([video.frames for video in videos])
-        names = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
-        given = {name: as_input(values[name], self.tower) for name in names}
+        names = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")  # the last: not in 5.18
+        given = {name: as_input(values[name], self.tower) for name in names if name in values}
         output = pooled(self.model.model.get_video_features(**given))
-        first = values["video_position_ids"].unflatten(0, (len(videos), -1))[:, 0]
+        first = self._positions(values).unflatten(0, (len(videos), -1))[:, 0]
         return [
             FrameFeatures(x.unflatten(0, (-1, prod(self._grid(positions)))), self._grid(positions))
             for x, positions in zip(output, first, strict=True)

@@ -209,6 +209,8 @@ def feeds(name: str) -> list[str]:
     return ["encoder_outputs", "embeddings"]
 
 
+READS_IN_PARTS = Version(transformers.__version__) >= Version("5.23")  # older ones write other words: refused
+
 # what a table of versions says of hosts with one way in
 ONE_WAY = {
     "embeddings": "video features go in by `inputs_embeds` alone",
