@@ -327,8 +327,8 @@ class Host(ABC):
         return self.processor.tokenizer(without_start(text, self.processor.tokenizer))["input_ids"]
 
     def encoder_output(self, tokens: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
-        """What stands in mm_encoder_outputs for the videos of a batch, in order. Made anew for every call: beam search
-        expands it in place."""
+        """What stands in mm_encoder_outputs for the videos of a batch, those of a prompt as one (`joined`). Made anew
+        for every call: beam search expands it in place."""
         rows = [t.features for t in tokens]
         same = len({len(row) for row in rows}) == 1
         # hosts count all tokens, however they are grouped
@@ -392,7 +392,8 @@ class Host(ABC):
         return {}
 
     def image_output(self, images: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
-        """What stands in mm_encoder_outputs for the images of a batch, where videos have a modality of their own."""
+        """What stands in mm_encoder_outputs for the images of a batch, those of a prompt as one, where videos have a
+        modality of their own."""
         return self.encoder_output(images)
 
     def extra_inputs(
@@ -423,8 +424,16 @@ class Host(ABC):
         del inputs  # most models remember nothing
 
 
+def joined(visuals: Sequence[VisualTokens]) -> VisualTokens:
+    """All visuals of a prompt as one. Beams repeat what belongs to a prompt, and transformers 5.18, and GLM's models
+    later too, repeat each visual by itself, behind which are then the features of another."""
+    deeper = [visual.extra["deeper"] for visual in visuals if "deeper" in visual.extra]
+    extra = {"deeper": [torch.cat(level) for level in zip(*deeper, strict=True)]} if deeper else {}
+    return VisualTokens(torch.cat([visual.features for visual in visuals]), extra)
+
+
 def listed(tokens: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
-    """What stands in mm_encoder_outputs of models that join features by torch.cat: a list, one for each visual."""
+    """What stands in mm_encoder_outputs of models that join features by torch.cat: a list, one for each prompt."""
     return BaseModelOutputWithPooling(pooler_output=[t.features for t in tokens])  # type: ignore[arg-type]
 
 

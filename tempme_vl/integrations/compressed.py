@@ -16,11 +16,11 @@ from transformers import BatchFeature
 
 from tempme_vl.card import Card, may_write, write_card
 from tempme_vl.hub import Shareable
-from tempme_vl.integrations.base import Feed, Host, VisualTokens
+from tempme_vl.integrations.base import Feed, Host, VisualTokens, joined
 from tempme_vl.integrations.costs import cost_table, decoder_layers
 from tempme_vl.integrations.devices import input_device
 from tempme_vl.integrations.folder import card, facts, save_merging
-from tempme_vl.integrations.generation import check_parts
+from tempme_vl.integrations.generation import check_generation
 from tempme_vl.integrations.images import ImageInput, as_image
 from tempme_vl.integrations.layers import PLACES, InsideLayers
 from tempme_vl.integrations.places import Visuals, by_modality, check_placed, check_places, video_places, with_images
@@ -274,7 +274,10 @@ class Compressed(Shareable):
         visuals = {name: of_one_kind for name, of_one_kind in visuals.items() if of_one_kind.flat}
         if self.feed == "encoder_outputs":
             makers: dict[str, Any] = {"image": self.host.image_output, self.host.modality: self.host.encoder_output}
-            outputs = {name: makers[name](of_one_kind.flat) for name, of_one_kind in visuals.items()}
+            outputs = {
+                name: makers[name]([joined(group) for group in of_one_kind.groups if group])
+                for name, of_one_kind in visuals.items()
+            }
             return {"input_ids": input_ids, "mm_encoder_outputs": outputs}
         words = input_ids
         for of_one_kind in visuals.values():  # a placeholder may lie outside the table of words
@@ -328,10 +331,10 @@ class Compressed(Shareable):
 
         Raises:
             ValueError: see `tempme_vl.integrations.layers.InsideLayers.running`; no cache for a method that works
-                inside the language model; prefill_chunk_size in a transformers that mixes features up (`check_parts`).
+                inside the language model; or what this transformers mixes up (`check_generation`).
         """
         target = self._target
-        check_parts(target, inputs)
+        check_generation(target, inputs)
         prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         self.host.remember(inputs)
         if "inputs_embeds" in inputs and next(target.parameters()).is_meta:  # offloaded

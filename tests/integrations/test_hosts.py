@@ -136,13 +136,20 @@ def test_prompts_with_several_videos_and_with_none(name: str, feed: Any) -> None
     assert (swapped[0] - batch[0]).abs().max() > 1e-3
     words = tiny.new_tokens(compressed, text[1], [])  # no video at all
     assert torch.equal(words, tiny.new_tokens(compressed, text, videos)[1:2])
+    if tiny.mixes_up(compressed.prepare(text, videos, fps=1.0)):
+        with pytest.raises(ValueError, match=r"mixes up the visual tokens .*num_beams=2"):
+            tiny.new_tokens(compressed, text, videos, num_beams=2)
+        return
     beams = tiny.new_tokens(compressed, text, videos, num_beams=2)
-    assert torch.equal(beams[2:], tiny.new_tokens(compressed, text[2], videos[2], num_beams=2))
+    apart = [tiny.new_tokens(compressed, t, [v], num_beams=2) for t, v in zip(text, videos, strict=True)]
+    assert torch.equal(beams, torch.cat(apart))
 
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_feeds_give_the_same_or_are_refused(name: str, record_property: Callable[[str, object], None]) -> None:
     one, other = compressed_by(name, "tempme"), compressed_by(name, "tempme", "embeddings")
+    several = ["what <video> and <video> why"], [[tiny.video(0), tiny.video(1)]]
+    assert torch.equal(*(tiny.new_tokens(way, *several, num_beams=3) for way in (one, other)))
     assert one.feed == tiny.feeds(name)[0]
     if one.feed == other.feed:
         record_property("note", tiny.ONE_WAY["embeddings"])

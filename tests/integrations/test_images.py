@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.utils import send_to_device
 from integrations import tiny, tiny_post
-from integrations.tiny import NEW_WORDS, READS_IN_PARTS
+from integrations.tiny import NEW_WORDS, READS_IN_PARTS, mixes_up
 from PIL import Image
 from torch import Tensor
 
@@ -184,6 +184,10 @@ def test_a_batch_equals_single_calls(name: str, feed: Any) -> None:
         single = last_logits(compressed, each, [own_videos], [own_images])
         torch.testing.assert_close(batch[row], single[0], rtol=0, atol=1e-4)
     for options in ({}, {"num_beams": 3}):
+        if options and mixes_up(compressed.prepare(text, videos, images=images, fps=1.0)):
+            with pytest.raises(ValueError, match=r"mixes up the visual tokens .*num_beams=3"):
+                new_words(compressed, text, videos, images, **options)
+            continue
         together = new_words(compressed, text, videos, images, **options)
         apart = [new_words(compressed, each, [v], [i], **options) for each, v, i in rows]
         assert torch.equal(together, torch.cat(apart))
@@ -256,7 +260,7 @@ def test_inputs_that_others_make_anew(name: str) -> None:
     if READS_IN_PARTS:
         assert torch.equal(compressed.generate(**inputs, **options, prefill_chunk_size=7), written)
     else:
-        with pytest.raises(ValueError, match="expected no prefill_chunk_size; got 7"):
+        with pytest.raises(ValueError, match="and writes other words; got prefill_chunk_size=7"):
             compressed.generate(**inputs, **options, prefill_chunk_size=7)
 
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.utils import send_to_device
 from integrations import tiny_post as tiny
-from integrations.tiny import NEW_WORDS, ONE_WAY, READS_IN_PARTS, native_words, new_tokens
+from integrations.tiny import NEW_WORDS, ONE_WAY, READS_IN_PARTS, mixes_up, native_words, new_tokens
 from integrations.tiny_post import NEEDS, NEW, PLACED
 from torch import Tensor
 
@@ -232,7 +232,7 @@ def test_inputs_that_others_make_anew(name: str, feed: Any) -> None:
         written = compressed.generate(**compressed.prepare(text[1], videos[1:], fps=1.0), **options)
         inputs = compressed.prepare(text[1], videos[1:], fps=1.0)
         if not READS_IN_PARTS:
-            with pytest.raises(ValueError, match=r"expected no prefill_chunk_size; got 7\. Leave it out"):
+            with pytest.raises(ValueError, match=r"and writes other words; got prefill_chunk_size=7"):
                 compressed.generate(**inputs, **options, prefill_chunk_size=7)
             return
         same = torch.equal(compressed.generate(**inputs, **options, prefill_chunk_size=7), written)
@@ -297,6 +297,10 @@ def test_prompts_with_several_videos_and_with_none(name: str, feed: Any) -> None
     swapped = last_logits(compressed, text[0], [videos[0][::-1]])
     assert (swapped[0] - batch[0]).abs().max() > 1e-3
     for options in ({}, {"num_beams": 2}):
+        if options and mixes_up(compressed.prepare(text, videos, fps=1.0)):
+            with pytest.raises(ValueError, match=r"mixes up the visual tokens .*num_beams=2"):
+                new_tokens(compressed, text, videos, **options)
+            continue
         together = new_tokens(compressed, text, videos, **options)
         apart = [new_tokens(compressed, t, [v], **options) for t, v in zip(text, videos, strict=True)]
         assert torch.equal(together, torch.cat(apart))
@@ -312,6 +316,8 @@ def test_feeds_give_the_same_or_are_refused(name: str, record_property: Callable
             compressed_by(name, "tempme", missing)
         return
     one, other = (compressed_by(name, "tempme", feed) for feed in ("encoder_outputs", "embeddings"))
+    pair = [prompt(name, "what * and * why")], [[tiny.video(0), tiny.video(1, side=20)]]
+    assert torch.equal(*(new_tokens(way, *pair, num_beams=3) for way in (one, other)))
     text, videos = [prompt(name, "why *"), prompt(name)], [tiny.video(0), tiny.video(1)]
     torch.testing.assert_close(last_logits(one, text, videos), last_logits(other, text, videos), rtol=0, atol=1e-6)
     for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -209,7 +209,16 @@ def feeds(name: str) -> list[str]:
     return ["encoder_outputs", "embeddings"]
 
 
-READS_IN_PARTS = Version(transformers.__version__) >= Version("5.23")  # older ones write other words: refused
+# older ones write other words: refused
+READS_IN_PARTS = Version(transformers.__version__) >= Version("5.23")
+BEAMS_BY_TOKEN = Version(transformers.__version__) >= Version("5.19")
+
+
+def mixes_up(inputs: Mapping[str, Any]) -> bool:
+    """Whether this transformers would repeat tokens one by one for beams."""
+    outputs = inputs.get("mm_encoder_outputs", {}).values()
+    return not BEAMS_BY_TOKEN and any(output.pooler_output[0].shape[0] == 1 for output in outputs)
+
 
 # what a table of versions says of hosts with one way in
 ONE_WAY = {
