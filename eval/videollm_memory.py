@@ -3,6 +3,7 @@
 Towers at their released widths (Qwen2.5-VL 7B; CLIP ViT-L/14 of Video-LLaVA 7B) with random weights, TempMe inside,
 and behind each a language model of one narrow layer, which does not run. Every number is of a process of its own:
     python eval/videollm_memory.py --blocks 2                     # on a CPU, minutes
+    python eval/videollm_memory.py --no-whole --frames 64 512     # all blocks on a CPU, half an hour
     python eval/videollm_memory.py --device cuda --dtype bfloat16 # all blocks
 """
 
@@ -42,7 +43,9 @@ class Options:
     """Of the tower; default: all. What one makes is gone before the next runs, but weights stay."""
     frames: tuple[int, ...] = (64, 128, 256, 512)
     at_once: int = 32
-    """Frames that the tower sees at a time, beside all."""
+    """Frames that the tower sees at a time."""
+    whole: bool = True
+    """Also all frames at once."""
     side: int = 224
     """Pixels of a side of the frames. Video-LLaVA's tower has 224."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -64,7 +67,7 @@ class Point:
 
 def main(options: Options) -> None:
     at_least(1, blocks=options.blocks, at_once=options.at_once, side=options.side, threads=options.threads)
-    ways = (None, options.at_once)
+    ways = (None, options.at_once) if options.whole else (options.at_once,)
     context = multiprocessing.get_context("spawn")
     rows: list[dict[str, Any]] = []
     for frames in options.frames:
