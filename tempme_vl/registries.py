@@ -110,6 +110,7 @@ DATASETS: Registry[DataSet] = Registry(
         "msvd_qa": "tempme_vl.data.msvd_qa:DATASET",
         "activitynet_qa": "tempme_vl.data.activitynet_qa:DATASET",
         "jsonl": "tempme_vl.data.own:DATASET",
+        "pairs": "tempme_vl.data.pairs:DATASET",
     },
 )
 

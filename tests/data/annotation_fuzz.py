@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tempme_vl.data import jsonl, videoqa
-from tempme_vl.data.datasets import load_questions, load_split
+from tempme_vl.data.datasets import Source, load_questions, load_split
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.videoqa import QASplit
 
@@ -228,6 +228,14 @@ CASES: dict[str, Case] = {
         },
         lambda root: jsonl.read_caption_lines(root / "mine.jsonl", root / "videos"),
         {**OF_CLIPS, ("*", "caption"): "text", ("*", "captions"): "texts"},
+    ),
+    "pairs": Case(
+        {
+            "a.json": document([{"path": f"a/{i}.mp4", "caption": text} for i, text in enumerate(SENTENCES)]),
+            "b.json": document([{"image": "b/1.jpg", "caption": "a café"}, {"image": "b/2.PNG", "caption": "5 犬"}]),
+        },
+        lambda root: Source("pairs", None, root / "videos", root).captions(),
+        {(): "list", ("*",): "object", ("*", "path"): "path", ("*", "image"): "path", ("*", "caption"): "text"},
     ),
     "jsonl questions": Case(
         {
