@@ -249,6 +249,7 @@ def config_of(
     )
 
 
+_TIMES, _SCALING = "embed.time_embed", ".scale.temporal_scaling"
 # what a file need not have: BLIP's has no frames, and that of question answering no projection
 _OPTIONAL = (".temporal_fc.", ".scale.", "embed.time_embed", "head.")
 
@@ -309,12 +310,29 @@ def load_tower(
     if pretrained is None:
         return backbone, saved_config(config)
     if export := find_export(pretrained):
-        times = {key: resize_times(v, num_frames) for key, v in export.state.items() if key.endswith("time_embed")}
-        export = replace(export, state={**export.state, **times})
-        backbone.clip_positions = load_exported_tower(backbone, saved_config(config), export, ("num_frames",))
+        export = replace(export, state=_fitted(export.state, num_frames, backbone))
+        differing = "num_frames", "temporal_scaling"
+        backbone.clip_positions = load_exported_tower(backbone, saved_config(config), export, differing)
     else:
         _log.info("%s: %s", pretrained, load(backbone, read_checkpoint(pretrained), pretrained))
     return backbone, saved_config(config)
+
+
+def _fitted(state: Mapping[str, Tensor], frames: int, backbone: Backbone) -> dict[str, Tensor]:
+    """A folder's weights for a tower of so many frames: their positions resized; the factors of frames that
+    pre-training has left out where the tower has none, and as they start where the folder has none of as many."""
+    fitted = {
+        key: resize_times(value, frames) if key.endswith(_TIMES) else value
+        for key, value in state.items()
+        if not key.endswith(_SCALING)
+    }
+    front = next((key.removesuffix(_TIMES) for key in state if key.endswith(_TIMES)), "")
+    for name, own in backbone.state_dict().items():
+        if name.endswith(_SCALING):
+            key = front + name.replace(_SCALING, f".block{_SCALING}")
+            given = state.get(key, own)
+            fitted[key] = given if given.shape == own.shape else own
+    return fitted
 
 
 def build_tower(config: Config) -> Backbone:

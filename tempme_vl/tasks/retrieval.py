@@ -27,8 +27,9 @@ from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import LogitScale, Pairs, gather_ids, gather_rows, readable
 from tempme_vl.tasks.similarity.base import PairContext, SimilarityHead
 from tempme_vl.tasks.similarity.mean import MeanHead
+from tempme_vl.tasks.testa.create import create_testa_retrieval_model
 from tempme_vl.tasks.testa.model import CONTRAST, ContrastOptions
-from tempme_vl.tasks.testa.retrieval import TestaRetrievalConfig, TestaRetrievalModel, create_testa_retrieval_model
+from tempme_vl.tasks.testa.retrieval import TestaRetrievalConfig, TestaRetrievalModel
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalConfig, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.tokenizers import CLIPWords, Words

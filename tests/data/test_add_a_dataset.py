@@ -122,7 +122,7 @@ def test_commands_know_it_of_an_installed_package(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
         return re.sub(r"\s+", "", done.stdout + done.stderr)
 
-    assert "pairs,toy,bad}" in ask("--help")  # one that cannot be imported spoils no other
+    assert "jsonl,toy,bad}" in ask("--help")  # one that cannot be imported spoils no other
     assert "datasetbad'ofof-others(no_such_module:DATASET)cannotbeimported" in ask("--dataset", "bad").replace(
         "'bad", "bad"
     )
