@@ -91,7 +91,7 @@ def color(number: int) -> str:
     return COLORS[number % len(COLORS)]
 
 
-def draw(frames: np.ndarray, regions: Sequence[Region], grid: int, side: int = 224) -> Image.Image:
+def draw_regions(frames: np.ndarray, regions: Sequence[Region], grid: int, side: int = 224) -> Image.Image:
     """Frames beside each other with the patches of regions coloured; what is in no region stays as it is.
 
     Args:

@@ -13,7 +13,7 @@ from tempme_vl.command import above_zero, at_least
 from tempme_vl.data.stills import is_still, read_still
 from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.video import read_frames
-from tempme_vl.evaluation.ground import Region, color, draw, find_regions
+from tempme_vl.evaluation.ground import Region, color, draw_regions, find_regions
 from tempme_vl.evaluation.ground_options import GroundOptions
 from tempme_vl.reports import finish, format_columns, write_whole
 from tempme_vl.tasks.retrieval import AnyRetrievalModel, load_retrieval_model
@@ -31,7 +31,7 @@ def main(options: GroundOptions) -> None:
     regions = find_regions(model, video, options.phrase, options.regions)
     shape = model.frontend.shape
     grid = shape.image_size // shape.patch_size
-    picture = draw(frames, regions, grid, options.side)
+    picture = draw_regions(frames, regions, grid, options.side)
     report = {
         "video": str(options.video),
         "phrase": options.phrase,

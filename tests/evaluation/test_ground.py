@@ -17,7 +17,7 @@ from tempme_vl.data.motion import MoveVideo, Thing, render_frames
 from tempme_vl.data.rendered import write_video
 from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.video import read_frames
-from tempme_vl.evaluation.ground import GAP, Region, draw, find_regions, patch_owners
+from tempme_vl.evaluation.ground import GAP, Region, draw_regions, find_regions, patch_owners
 from tempme_vl.evaluation.ground_options import GROUND
 from tempme_vl.tasks.retrieval import AnyRetrievalModel, create_retrieval_model, load_retrieval_model
 from tempme_vl.text.tokenizers import word_vocabulary
@@ -107,14 +107,14 @@ def test_what_is_drawn_are_the_patches_of_the_best_tokens(kind: str, video: Path
         for frame, place in (owners == token).nonzero()
     }
     assert {tuple(patch) for region in report["regions"] for patch in region["patches"]} == expected
-    assert painted(Image.open(out), draw(pixels, [], GRID, SIDE), frames) == expected
+    assert painted(Image.open(out), draw_regions(pixels, [], GRID, SIDE), frames) == expected
     assert (report["phrase"], len(report["times"]), report["grid"]) == (PHRASE, frames, [GRID, GRID])
 
 
 def test_each_region_has_its_colour_and_frames_are_enlarged() -> None:
     frames = np.full((9, 8, 8, 3), 255, np.uint8)
     regions = [Region(0, 0.5, ((0, 0, 1),)), Region(1, 0.4, ((8, 1, 0),))]
-    picture = np.asarray(draw(frames, regions, 2, side=15))
+    picture = np.asarray(draw_regions(frames, regions, 2, side=15))
     assert picture.shape == (16 * 2 + GAP, (16 + GAP) * 8 - GAP, 3)  # eight in a row, twice as large
     first, second = picture[0, 8], picture[16 + GAP + 8, 0]
     assert first.tolist() == [141, 182, 212] and second.tolist() == [232, 164, 173]  # half white
