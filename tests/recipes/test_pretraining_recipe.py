@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from recipes.runs import Case, assert_same_checkpoint, latest, losses
+from recipes.test_recipes import stop_through_launcher
 from safetensors import safe_open
+from training.processes import RECIPES
 
 from tempme_vl.data.datasets import load_split
 from tempme_vl.recipes.options.pretraining import PRETRAINING
@@ -120,3 +122,18 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit_and_others_start_from_it(
     word = model.text.embeddings.word_embeddings.weight
     for other in (retrieval.text, asked.head.questions.text, asked.head.decoder):
         assert torch.equal(other.embeddings.word_embeddings.weight, word)
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_through_the_launcher_resume_bit_for_bit(pairs: Path, data: Path, tmp_path: Path) -> None:
+    whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
+    options = {"annotations": pairs, "epochs": 100, "save_every": 4, "resume": "auto", "workers": 1}
+    options["deepspeed_config"] = RECIPES / "ds" / "zero2.json"
+    resumed = CASE.arguments(data, parts, **options)
+    stopped_at = stop_through_launcher(CASE.recipe, parts, resumed, log)
+    assert latest(parts) == f"step-{stopped_at:08d}"
+    stop = ["--max-steps", str(stopped_at + 2)]
+    assert CASE.run(log, [*resumed, *stop], world=2) == [0, 0], log.read_text()
+    assert CASE.run(log, [*CASE.arguments(data, whole, **options), *stop], world=2) == [0, 0]
+    assert_same_checkpoint(whole, parts)
+    assert losses(whole) == losses(parts)
