@@ -402,6 +402,12 @@ def test_what_was_pre_trained_is_saved_and_starts_all_others(tmp_path: Path) -> 
         model.reset_copies()
         torch.manual_seed(1)
         assert torch.equal(first, model(batch)["caption"])
+    read = load_retrieval_model(tmp_path).eval()
+    assert isinstance(read, TestaRetrievalModel)
+    given = {name: batch[name] for name in ("text_ids", "text_mask")}
+    with torch.no_grad():
+        assert torch.equal(read(given)["text"], model.encode_text(batch["text_ids"], batch["text_mask"]))
+        assert torch.equal(read.encode_video(batch["video"])[0], model.encode_video(batch["video"])[0])
     retrieval = create_testa_retrieval_model("testa:tiny", WORDS, str(tmp_path), "none", 2 * FRAMES)
     assert retrieval.frontend.schedule.frames == 2 * FRAMES
     assert not any(name.endswith("temporal_scaling") for name in retrieval.state_dict())

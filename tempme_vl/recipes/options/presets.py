@@ -113,6 +113,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             **_TINY_TESTA,
             **_PRETRAINING,
             "contrast_options": ("queue=48",),
+            "epochs": 2,
             "max_words": 12,
             "warmup_steps": 20,
         },

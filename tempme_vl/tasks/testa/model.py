@@ -99,6 +99,7 @@ class MatchingModel(Shareable, TunableModel):
 
     Attributes:
         folder_config: of its folders.
+        also_read: of folders of other models that have all of it.
         distill: how much of a target of contrast the copies say, from the next step on.
         ramp_epochs: after how many epochs that is the options' `distill`.
     """
@@ -106,6 +107,7 @@ class MatchingModel(Shareable, TunableModel):
     lora_parts = ("frontend", "text")
     ramp_epochs: ClassVar[int] = 1
     folder_config: ClassVar[type[MatchingConfig]]
+    also_read: ClassVar[tuple[type[MatchingConfig], ...]] = ()
 
     def __init__(
         self,
@@ -272,7 +274,7 @@ class MatchingModel(Shareable, TunableModel):
                 `tempme_vl.hub.find_folder`.
         """
         directory = find_folder(source, **hub)
-        config, state = load_model(directory, cls.folder_config)
+        config, state = load_model(directory, cls.folder_config, *cls.also_read)
         vocabulary = load_vocabulary(directory, config.text.vocab_size)
 
         def make() -> M:
@@ -283,7 +285,7 @@ class MatchingModel(Shareable, TunableModel):
 
     @staticmethod
     def complete_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All of the model's weights, of those that a folder holds."""
+        """The model's weights, all of them and no others, of those that a folder holds."""
         return dict(state)
 
     def is_saved(self, name: str) -> bool:

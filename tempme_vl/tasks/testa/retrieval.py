@@ -12,6 +12,7 @@ from torch import Tensor
 from tempme_vl.tasks.losses import draw_negatives, gather_rows, matching_loss, negative_weights
 from tempme_vl.tasks.testa.contrast import Contrast, Sides, contrast, gather_shared, positives, rank
 from tempme_vl.tasks.testa.model import Candidates, MatchingConfig, MatchingModel, readable_video
+from tempme_vl.tasks.testa.pretraining import TestaPretrainingConfig
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,15 @@ class TestaRetrievalModel(MatchingModel):
 
     __test__ = False
     folder_config = TestaRetrievalConfig
+    also_read = (TestaPretrainingConfig,)
     candidates: ClassVar[int] = 128
     fine_video_parts: ClassVar[tuple[str, ...]] = ("tokens",)
     fine_text_parts: ClassVar[tuple[str, ...]] = ("text_ids", "text_mask")
     adds_similarity: ClassVar[bool] = True
+
+    @staticmethod
+    def complete_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in state.items() if not key.startswith("decoder.")}
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encodes what a batch holds of either side; with both sides it also matches them with hard negatives.
