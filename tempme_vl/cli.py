@@ -12,17 +12,19 @@ from typing import Any
 from tempme_vl import __version__
 from tempme_vl.command import ending, run
 from tempme_vl.command_line import Command
+from tempme_vl.evaluation.ground_options import GROUND
 from tempme_vl.evaluation.options import COMPARE, EFFICIENCY, EVAL_RETRIEVAL, EVAL_VIDEOQA, VIDEOLLM_COMPARE
 from tempme_vl.recipes.demo import DEMO
 from tempme_vl.recipes.options.cache import CACHE_BUILD
+from tempme_vl.recipes.options.pretraining import PRETRAINING
 from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL
 from tempme_vl.recipes.options.videollm import VIDEOLLM
 from tempme_vl.recipes.options.videoqa import VIDEOQA
 
 MODULE = "tempme_vl.cli"
 COMMANDS: tuple[Command[Any], ...] = (
-    *(RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM),
-    *(EVAL_RETRIEVAL, EVAL_VIDEOQA),
+    *(RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM, PRETRAINING),
+    *(EVAL_RETRIEVAL, EVAL_VIDEOQA, GROUND),
     *(COMPARE, VIDEOLLM_COMPARE, EFFICIENCY, CACHE_BUILD, DEMO),
 )
 

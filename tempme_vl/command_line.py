@@ -50,6 +50,7 @@ class Command(Generic[T]):
         defaults: (arguments) -> the options' defaults that differ from those of the dataclass.
         checked: (options) -> the options; raises ValueError for those that miss each other.
         without: fields of the dataclass that this command does not offer.
+        positional: fields that are given by their place, without a name; all of them must be.
         summary: what it is for, if not what the docstring of the options says first.
     """
 
@@ -61,6 +62,7 @@ class Command(Generic[T]):
     checked: Callable[[T], T] = lambda options: options
     without: Collection[str] = ()
     summary: str = ""
+    positional: Sequence[str] = ()
 
     def parse(self, arguments: Sequence[str] | None = None, module: str | None = None) -> T:
         """Options of a command line; --help is printed and ends the process.
@@ -75,13 +77,16 @@ class Command(Generic[T]):
         arguments = sys.argv[1:] if arguments is None else arguments
         text = self._examples(module)
         said = inspect.cleandoc(self.options.__doc__ or "").partition("\n\n")
-        parser = _Parser(self._program(module), f"{self.about}{said[1]}{said[2]}", text)
+        program = " ".join([self._program(module), *map(str.upper, self.positional)])
+        parser = _Parser(program, f"{self.about}{said[1]}{said[2]}", text)
         defaults = self.defaults(arguments)
         hints, texts = get_type_hints(self.options, include_extras=True), _texts(self.options)
+        for name in self.positional:
+            parser.add_argument(name, metavar=name.upper(), type=hints[name], help=texts.get(name, ""))
         for group, members in _groups(self.options):
             section = parser.add_argument_group(group) if group else parser
             for field in members:
-                if (name := field.name) not in self.without:
+                if (name := field.name) not in (*self.without, *self.positional):
                     _add(section, field, hints[name], texts.get(name, ""), defaults.get(name, field.default))
         return self.checked(self.options(**{**defaults, **parser.read(arguments)}))
 

@@ -170,7 +170,7 @@ class VisualFrontend(Shareable, nn.Module):
             values: (B, M, ...), in the order of `FrontendOutput.tokens`, of all clips or of some.
         """
         last = self.schedule.layer_counts[-1]
-        if self.shape.divided:
+        if self.shape.pooling == "all":  # one prefix for the video
             return values[:, last.prefix :]
         by_clip = rearrange(values, "b (c n) ... -> b c n ...", n=last.out)
         return rearrange(by_clip[:, :, last.prefix :], "b c n ... -> b (c n) ...")
@@ -324,7 +324,7 @@ class VisualFrontend(Shareable, nn.Module):
                 time starts as a copy of the attention within frames, and does nothing.
             heads: attention heads (width // 64 in public models).
             schedule: becomes one for such attention.
-            attention: "divided", or "apart" (`tempme_vl.backbones.testa.TestaConfig`).
+            attention: "divided", "apart" or "joint" (`tempme_vl.backbones.testa.TestaConfig`).
 
         Raises:
             ValueError: weights of another family, missing keys, or a schedule for another tower.
@@ -332,7 +332,8 @@ class VisualFrontend(Shareable, nn.Module):
         from tempme_vl.families.testa import tower_from_testa
 
         backbone, config = tower_from_testa(state, heads, image_size, schedule.frames, attention)
-        return cls(backbone, replace(schedule, divided=backbone.shape.divided), config)
+        shape = backbone.shape
+        return cls(backbone, replace(schedule, joint=shape.joint, divided=shape.divided), config)
 
     def openai_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tower's weights under open_clip's names, bit for bit; merging parameters are left out.
@@ -450,8 +451,8 @@ def create_frontend(
             the encoder; options of the method that are not given are chosen for it (`schedule_for`).
         options: those of the method (`make_schedule`) and of the family: for UMT, mode="per_frame" (frames apart, the
             default) or "joint" and positions="image" or "joint" (`tempme_vl.backbones.umt.UMTConfig`); for TESTA,
-            attention="divided" or "apart" and temporal_scaling (`tempme_vl.backbones.testa.TestaConfig`); for hf and
-            timm, layer and image_size (`load_tower` in `tempme_vl.backbones.hf` and `.timm`).
+            attention="divided", "apart" or "joint" and temporal_scaling (`tempme_vl.backbones.testa.TestaConfig`); for
+            hf and timm, layer and image_size (`load_tower` in `tempme_vl.backbones.hf` and `.timm`).
 
     Raises:
         ValueError: see `split_name`, the family's loader and `schedule_for`.

@@ -35,8 +35,8 @@ def read_out(state: TokenState, frame_mask: Tensor | None, tower: Readout, place
         frame_mask: (B, F), nonzero for real frames; None for all.
         place: where frames become a video.
     """
-    if tower.shape.divided:
-        return _of_divided(state, frame_mask, tower, place)
+    if tower.shape.pooling == "all":
+        return _with_one_prefix(state, frame_mask, tower, place)
     tokens, size = (rearrange(t, "(b c) n d -> b (c n) d", c=state.num_clips) for t in (state.x, state.size))
     frames = embed_frames(state, tower)
     video = None if state.video_tokens is None else tower.head(tower.norm(state.video_tokens))
@@ -45,7 +45,7 @@ def read_out(state: TokenState, frame_mask: Tensor | None, tower: Readout, place
     return FrontendOutput(tokens, pooled, size, frames, source_of_video(state), real)
 
 
-def _of_divided(state: TokenState, frame_mask: Tensor | None, tower: Readout, place: FramePlace) -> FrontendOutput:
+def _with_one_prefix(state: TokenState, frame_mask: Tensor | None, tower: Readout, place: FramePlace) -> FrontendOutput:
     """With the video's CLS token once, and one embedding, of the mean of all tokens whose frames are real."""
     clips, prefix = state.num_clips, state.num_prefix
     tokens, size = once(state.x, clips, prefix), once(state.size, clips, prefix)
@@ -58,8 +58,11 @@ def _of_divided(state: TokenState, frame_mask: Tensor | None, tower: Readout, pl
         counted = torch.cat([real.new_ones(len(real), prefix), real], 1).unsqueeze(2).to(x.dtype)
         video = (x * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
     frames, source = tower.head(video), source_of_video(state)
-    if source is not None:
+    if source is not None and tower.shape.divided:
         source = held_once(source, clips, state.x.shape[1], prefix, tower.schedule.tokens)
+    elif source is not None:  # patch by patch, the frames of each
+        places = source[:, prefix:].unflatten(1, (-1, tower.schedule.frames))
+        source = torch.cat([source[:, :prefix], places.transpose(1, 2).flatten(1)], 1)
     return FrontendOutput(tokens, place(frames, None, None), size, frames, source)
 
 

@@ -22,6 +22,7 @@ from tempme_vl.tasks.qa import VideoQAModel, load_qa_model
 from tempme_vl.tasks.qa.zero_shot import ZeroShotQA
 from tempme_vl.tasks.retrieval import AnyRetrievalModel, RetrievalConfig, RetrievalModel, load_retrieval_model
 from tempme_vl.tasks.similarity.base import in_blocks
+from tempme_vl.tasks.testa.pretraining import TestaPretrainingConfig
 from tempme_vl.tasks.testa.retrieval import TestaRetrievalConfig
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalConfig
 
@@ -110,7 +111,8 @@ class VideoQA:
                 `tempme_vl.hub.find_folder`.
         """
         directory = find_folder(source, **hub)
-        if load_kind(directory) in (RetrievalConfig.kind, UMTRetrievalConfig.kind, TestaRetrievalConfig.kind):
+        kinds = RetrievalConfig, UMTRetrievalConfig, TestaRetrievalConfig, TestaPretrainingConfig
+        if load_kind(directory) in [config.kind for config in kinds]:
             return cls(ZeroShotQA(load_retrieval_model(directory), answers), device, timeout)
         if answers:
             raise ValueError(f"the model in {directory} has its own answers; only a retrieval model needs them given")

@@ -104,10 +104,13 @@ DATASETS: Registry[DataSet] = Registry(
         "activitynet": "tempme_vl.data.activitynet:DATASET",
         "didemo": "tempme_vl.data.didemo:DATASET",
         "lsmdc": "tempme_vl.data.lsmdc:DATASET",
+        "queryd": "tempme_vl.data.queryd:DATASET",
+        "condensed_movies": "tempme_vl.data.condensed_movies:DATASET",
         "msrvtt_qa": "tempme_vl.data.msrvtt_qa:DATASET",
         "msvd_qa": "tempme_vl.data.msvd_qa:DATASET",
         "activitynet_qa": "tempme_vl.data.activitynet_qa:DATASET",
         "jsonl": "tempme_vl.data.own:DATASET",
+        "pairs": "tempme_vl.data.pairs:DATASET",
     },
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -116,7 +117,8 @@ assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     lines = done.stdout.splitlines()
     options = [number for number, line in enumerate(lines) if line.startswith("  --")]
-    assert len(options) == len(fields(command.options)) - len(command.without)
+    assert len(options) == len(fields(command.options)) - len(command.without) - len(command.positional)
+    assert all(f"\n  {name.upper()} " in done.stdout for name in command.positional)
     for number in options:  # its text is on the same line, or on the next
         beside = len(lines[number].split("  ")) > 2
         assert beside or lines[number + 1].startswith(" " * 20), lines[number]
@@ -137,7 +139,7 @@ def test_a_script_is_the_command(name: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_examples_can_be_read_and_what_runs_is_there(command: Command[Any]) -> None:
     for example in command.examples:
-        command.parse(example.options.split())
+        command.parse(shlex.split(example.options))
     assert callable(command.load())
 
 

@@ -34,7 +34,7 @@ from tempme_vl.weights.exports import find_export, load_exported_tower, tower_pa
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["divided", "apart"]
+Kind = Literal["divided", "apart", "joint"]
 Frames = Annotated[int, Range(1, 10_000)]
 
 
@@ -47,8 +47,8 @@ class TestaConfig:
         num_frames: F; each has a position of its own.
         temporal_scaling: whether each frame has a learnt factor in the attention over time, as in TESTA's
             pre-training; frames then cannot merge.
-        attention: "divided", or "apart" for frames that know nothing of each other: BLIP's own ViT, each frame with its
-            CLS token.
+        attention: "divided"; "apart" for frames that know nothing of each other: BLIP's own ViT, each frame with its
+            CLS token; or "joint" for all tokens of a video in one attention, as the paper compares TESTA with ToMe.
         init_std: deviation of random weights; None for 1 / sqrt(fan-in), with which a small model learns in minutes.
     """
 
@@ -106,6 +106,9 @@ def model_config(
 class TestaEmbed(nn.Module):
     """Patches, their positions and their frame's, and a CLS token: (B*F, 3, H, W) -> (B*F, 1 + L, D).
 
+    If joint (B, 1 + L*F, D), the patches of all frames at one place together, as in TESTA's code: ToMe halves them by
+    their order.
+
     Images of another size than the tower's get the nearest positions, as in TESTA's code.
     """
 
@@ -115,16 +118,17 @@ class TestaEmbed(nn.Module):
         self.proj = PatchProjection(3, width, config.patch_size, stride=config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, width))
-        self.divided = config.attention == "divided"
-        if self.divided:
+        self.joint, self.timed = config.attention == "joint", config.attention != "apart"
+        if self.timed:
             self.time_embed = nn.Parameter(torch.zeros(1, config.num_frames, width))
 
     def forward(self, images: Tensor) -> Tensor:
         grid = self.proj(images.to(self.proj.weight.dtype))
         patches = grid.flatten(2).transpose(1, 2) + self._positions(*grid.shape[-2:])
-        if self.divided:
+        if self.timed:
             times = self.time_embed.squeeze(0)[:, None]
-            patches = (patches.unflatten(0, (-1, len(times))) + times).flatten(0, 1)
+            patches = patches.unflatten(0, (-1, len(times))) + times
+            patches = patches.transpose(1, 2).flatten(1, 2) if self.joint else patches.flatten(0, 1)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
         return torch.cat([cls, patches], dim=1)
 
@@ -159,7 +163,8 @@ def build(config: TestaConfig) -> Backbone:
             embed_dim=config.embed_dim or config.width,
             mlp_ratio=config.mlp_ratio,
             norm_pre=False,
-            pool="all" if divided else None,
+            joint=config.attention == "joint",
+            pool=None if config.attention == "apart" else "all",
             divided=divided,
         ),
     )
@@ -249,6 +254,7 @@ def config_of(
     )
 
 
+_TIMES, _SCALING = "embed.time_embed", ".scale.temporal_scaling"
 # what a file need not have: BLIP's has no frames, and that of question answering no projection
 _OPTIONAL = (".temporal_fc.", ".scale.", "embed.time_embed", "head.")
 
@@ -309,12 +315,29 @@ def load_tower(
     if pretrained is None:
         return backbone, saved_config(config)
     if export := find_export(pretrained):
-        times = {key: resize_times(v, num_frames) for key, v in export.state.items() if key.endswith("time_embed")}
-        export = replace(export, state={**export.state, **times})
-        backbone.clip_positions = load_exported_tower(backbone, saved_config(config), export, ("num_frames",))
+        export = replace(export, state=_fitted(export.state, num_frames, backbone))
+        differing = "num_frames", "temporal_scaling"
+        backbone.clip_positions = load_exported_tower(backbone, saved_config(config), export, differing)
     else:
         _log.info("%s: %s", pretrained, load(backbone, read_checkpoint(pretrained), pretrained))
     return backbone, saved_config(config)
+
+
+def _fitted(state: Mapping[str, Tensor], frames: int, backbone: Backbone) -> dict[str, Tensor]:
+    """A folder's weights for a tower of so many frames: their positions resized; the factors of frames that
+    pre-training has left out where the tower has none, and as they start where the folder has none of as many."""
+    fitted = {
+        key: resize_times(value, frames) if key.endswith(_TIMES) else value
+        for key, value in state.items()
+        if not key.endswith(_SCALING)
+    }
+    front = next((key.removesuffix(_TIMES) for key in state if key.endswith(_TIMES)), "")
+    for name, own in backbone.state_dict().items():
+        if name.endswith(_SCALING):
+            key = front + name.replace(_SCALING, f".block{_SCALING}")
+            given = state.get(key, own)
+            fitted[key] = given if given.shape == own.shape else own
+    return fitted
 
 
 def build_tower(config: Config) -> Backbone:

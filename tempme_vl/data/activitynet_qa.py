@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from tempme_vl.data.activitynet import VIDEO_FOLDERS
 from tempme_vl.data.dataset import DataSet, Place, Texts
 from tempme_vl.data.splits import find_annotations
 from tempme_vl.data.videoqa import QASplit, make_questions, read_question_file
 
-VIDEO_FOLDERS = ("Activity_Videos", "Videos")
-
 
 def read_split(place: Place, split: str) -> QASplit:
-    """Reads {split}_q.json and {split}_a.json: 32,000 / 18,000 / 8,000 questions on 3,200 / 1,800 / 800 videos."""
+    """Reads {split}_q.json and {split}_a.json, joined by their question ids: 32,000 / 18,000 / 8,000 questions on 3,200
+    / 1,800 / 800 videos, whose files are v_NAME.mp4 or .webm.
+    """
     names = [f"{split}_q.json", f"{split}_a.json"]
     path, _ = find_annotations(place.root, names, ("activitynet_qa", "dataset"))
     questions = read_question_file(path)

@@ -6,7 +6,7 @@ per video, so that all frames are changed alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,6 +106,29 @@ RAND_AUGMENT: dict[str, _Operation] = {
 }
 
 
+# what else is drawn in pre-training
+_OTHERS: dict[str, _Operation] = {
+    "identity": lambda frames, x, sign: frames,
+    "flip": lambda frames, x, sign: frames.flip(-1),
+}
+_MOVES = ("brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+OF_VIDEOS = ("identity", "contrast", *_MOVES, "flip")  # TESTA's
+OF_PICTURES = ("identity", "autocontrast", "equalize", *_MOVES)  # BLIP's
+
+
+def few_operations(
+    pixels: np.ndarray, rng: np.random.Generator, operations: Sequence[str], magnitude: float
+) -> np.ndarray:
+    """RandAugment as in pre-training: two of these operations, at this magnitude. (F, H, W, 3) uint8 -> the same."""
+    return rand_augment(pixels, rng, magnitude=magnitude, num_operations=2, magnitude_std=0.0, operations=operations)
+
+
+def random_square(pixels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """One random square of the frames. (F, H, W, 3) -> (F, size, size, 3)."""
+    top, left = (int(rng.integers(length - size + 1)) for length in pixels.shape[1:3])
+    return pixels[:, top : top + size, left : left + size]
+
+
 def rand_augment(
     pixels: np.ndarray,
     rng: np.random.Generator,
@@ -114,21 +137,22 @@ def rand_augment(
     num_operations: int = 4,
     magnitude_std: float = 0.5,
     probability: float = 0.5,
+    operations: Sequence[str] = tuple(RAND_AUGMENT),
 ) -> np.ndarray:
     """RandAugment with the same operations and strengths for all frames. (F, H, W, 3) uint8 -> the same shape.
 
-    `num_operations` operations of `RAND_AUGMENT` are drawn with replacement, each applied with `probability` at a
-    magnitude (0 to 10) drawn from N(magnitude, magnitude_std).
+    `num_operations` of the `operations` are drawn with replacement, each applied with `probability` at a magnitude (0
+    to 10) drawn from N(magnitude, magnitude_std).
     """
     x_FCHW = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).contiguous()
-    names = list(RAND_AUGMENT)
-    for choice in rng.integers(len(names), size=num_operations):
+    known = RAND_AUGMENT | _OTHERS
+    for choice in rng.integers(len(operations), size=num_operations):
         # Drawn even where unused, so that each operation consumes the same random numbers.
         apply = rng.random() < probability
         strength = float(np.clip(rng.normal(magnitude, magnitude_std), 0, 10)) / 10
         sign = 1 if rng.random() < 0.5 else -1
         if apply:
-            x_FCHW = RAND_AUGMENT[names[choice]](x_FCHW, strength, sign)
+            x_FCHW = known[operations[choice]](x_FCHW, strength, sign)
     return x_FCHW.permute(0, 2, 3, 1).contiguous().numpy()
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from tempme_vl.data.broken import BrokenLog, broken_videos
 from tempme_vl.data.frame_cache import FrameCache, memory_cache
 from tempme_vl.data.frame_files import Entry
+from tempme_vl.data.sampling import RANDOM
 from tempme_vl.data.splits import Video
+from tempme_vl.data.stills import is_still, read_still
 from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.data.video import BACKENDS, VideoError, read_frames
 
@@ -58,6 +60,7 @@ class VideoReader:
             with the workers of this process; a folder, which may lie in /dev/shm, with all that are given it. Or a
             `FrameCache` with settings of its own.
         cache_gib: GiB that "memory" may take; further videos are decoded each time.
+        pictures: pixels to input of files that are pictures, whose frames are all the same; default: as of videos.
 
     Raises:
         ValueError: on_broken is neither, "record" without a broken_log, or limits that are not positive.
@@ -73,6 +76,7 @@ class VideoReader:
     cache: str | Path | FrameCache | None = None
     cache_gib: float = 4.0
     memory_gib: float | None = 2.0
+    pictures: VideoTransform | None = None
     # copies by dataclasses.replace share these
     _kept: FrameCache | None = field(default=None, repr=False)
     _log: BrokenLog | None = field(default=None, repr=False)
@@ -112,7 +116,7 @@ class VideoReader:
             return VideoInput(self.transform.blank(self.num_frames), False, torch.arange(self.num_frames).float())
         if self.on_broken == "record":
             self._broken().remove(video)
-        return VideoInput(self.transform(pixels, rng), True, torch.from_numpy(times).float())
+        return VideoInput(self._transform(video)(pixels, rng), True, torch.from_numpy(times).float())
 
     def keep(self, video: Video) -> Outcome:
         """Puts the frames that evaluation reads of a video into the cache, unless they are there undamaged.
@@ -132,8 +136,8 @@ class VideoReader:
 
     def _pixels(self, video: Video, rng: np.random.Generator | None) -> Entry:
         """Frames (F, H, W, 3) uint8 and their times (F,) float64, from the cache where they are there."""
-        random_frames = rng is not None and self.sampling == "segment"
-        if self._kept is None or random_frames or self.transform.augment == "crop_flip":
+        random_frames = rng is not None and self.sampling in RANDOM
+        if self._kept is None or random_frames or not self._transform(video).keeps_frames:
             return self._decode(video, rng)
         return self._from_cache(video, self._kept)[0]
 
@@ -149,6 +153,9 @@ class VideoReader:
             return entry, "made" if cache.put(key, *entry) else "left out"
 
     def _decode(self, video: Video, rng: np.random.Generator | None) -> Entry:
+        fit = self._transform(video).fit
+        if is_still(video.path):
+            return read_still(video.path, self.num_frames, fit, self.memory_gib)
         frames = read_frames(
             video.path,
             self.num_frames,
@@ -158,11 +165,13 @@ class VideoReader:
             backend=self.backend,
             timeout=self.timeout,
             memory_gib=self.memory_gib,
-            # crops are taken of frames as they are
-            fit=None if self.transform.augment == "crop_flip" else self.transform.preprocess.fit,
+            fit=fit,
             rng=rng,
         )
         return frames.pixels, np.maximum(frames.times - (video.start or 0.0), 0.0)
+
+    def _transform(self, video: Video) -> VideoTransform:
+        return self.pictures if self.pictures is not None and is_still(video.path) else self.transform
 
     def _key(self, video: Video) -> str:
         """Everything the cached pixels depend on; a file that changes gets another key."""

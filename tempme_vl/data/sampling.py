@@ -50,6 +50,18 @@ def segment_random(num_raw: int, num_frames: int, rng: np.random.Generator) -> n
     return rng.integers(low, high, endpoint=True)
 
 
+def head_and_tail(num_raw: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """As many random frames of the first half as of the second (TESTA's pre-training). (num_frames,) int64.
+
+    An odd number has one more of the second. They are distinct where a half holds that many.
+    """
+    _check(num_raw, num_frames)
+    middle, few = num_raw // 2, num_frames // 2
+    halves = ((0, max(1, middle), few), (middle, num_raw, num_frames - few))
+    drawn = [low + rng.choice(high - low, count, replace=count > high - low) for low, high, count in halves]
+    return np.sort(np.concatenate(drawn)).astype(np.int64)
+
+
 def _segments(num_raw: int, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
     """First and last frame of each segment; a segment shorter than one frame still holds the one it starts in."""
     _check(num_raw, num_frames)
@@ -75,5 +87,10 @@ def _uniform(num_raw: int, fps: float, num_frames: int, rng: np.random.Generator
     return uniform(num_raw, num_frames)
 
 
-# Only "segment" has a random variant; it is taken when a generator is given (training).
-SAMPLING: dict[str, Sampler] = {"fps1": _fps1, "segment": _segment, "uniform": _uniform}
+def _headtail(num_raw: int, fps: float, num_frames: int, rng: np.random.Generator | None) -> np.ndarray:
+    return segment_middle(num_raw, num_frames) if rng is None else head_and_tail(num_raw, num_frames, rng)
+
+
+SAMPLING: dict[str, Sampler] = {"fps1": _fps1, "segment": _segment, "uniform": _uniform, "headtail": _headtail}
+# these have a random variant, which is taken when a generator is given (training)
+RANDOM = frozenset({"segment", "headtail"})

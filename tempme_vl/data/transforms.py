@@ -5,7 +5,7 @@ Letters: F frames, H W raw size, S image size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from tempme_vl.normalize import normalize
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-AUGMENTATIONS = ("none", "randaugment", "crop_flip")
+AUGMENTATIONS = ("none", "randaugment", "crop_flip", "crop_augment", "crop_flip_augment")
+_WIDER = 8 / 7  # of the frames' side, what "crop_augment" cuts squares from: 256 for 224 pixels
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class VideoTransform:
       "randaugment"  resized as above, then RandAugment with TempMe's magnitude 7, 4 operations, noise 0.5.
       "crop_flip"    random crop of 50 to 100% of the area scaled to S x S, then a horizontal flip in half of the
                      videos (UMT). Must not be used where captions tell left from right: a flip makes them wrong.
+      "crop_augment" what TESTA pre-trains videos with: a random square of frames squashed to 8/7 of the side, then 2
+                     operations of RandAugment at magnitude 5, flips among them.
+      "crop_flip_augment"  what BLIP and TESTA pre-train pictures with: as "crop_flip", then 2 at magnitude 7.
     """
 
     preprocess: Preprocess = Preprocess()
@@ -70,7 +74,7 @@ class VideoTransform:
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
         """`rng` is needed, and used, by the augmentations only."""
-        frames = torch.from_numpy(np.ascontiguousarray(self._fit(pixels, rng))).permute(0, 3, 1, 2).contiguous()
+        frames = torch.from_numpy(np.ascontiguousarray(self._fitted(pixels, rng))).permute(0, 3, 1, 2).contiguous()
         return normalize(frames, self.preprocess.mean, self.preprocess.std) if self.normalize else frames
 
     def blank(self, num_frames: int) -> torch.Tensor:
@@ -78,18 +82,40 @@ class VideoTransform:
         size = self.preprocess.image_size
         return torch.zeros(num_frames, 3, size, size, dtype=torch.float32 if self.normalize else torch.uint8)
 
-    def _fit(self, pixels: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    def _fitted(self, pixels: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         """(F, S, S, 3) uint8."""
         if self.augment == "none":
             return resize(pixels, self.preprocess)
         if rng is None:
             raise ValueError(f"augmentation {self.augment!r} needs a numpy Generator; see sampling.sample_generator")
-        from tempme_vl.data.augment import rand_augment, random_crop_flip  # which import torchvision
+        from tempme_vl.data import augment  # which imports torchvision
 
         if self.augment == "randaugment":
-            return rand_augment(resize(pixels, self.preprocess), rng)
+            return augment.rand_augment(resize(pixels, self.preprocess), rng)
         _check_pixels(pixels)
-        return random_crop_flip(pixels, self.preprocess, rng)
+        if self.augment == "crop_augment":
+            pixels = augment.random_square(resize(pixels, self._wider), self.preprocess.image_size, rng)
+            return augment.few_operations(pixels, rng, augment.OF_VIDEOS, 5)
+        pixels = augment.random_crop_flip(pixels, self.preprocess, rng)
+        if self.augment == "crop_flip_augment":
+            pixels = augment.few_operations(pixels, rng, augment.OF_PICTURES, 7)
+        return pixels
+
+    @property
+    def fit(self) -> Fit | None:
+        """What a decoder can do of it; None for frames as they are, which are cropped in other ways each time."""
+        if self.augment == "crop_augment":
+            return self._wider.fit
+        return self.preprocess.fit if self.keeps_frames else None
+
+    @property
+    def keeps_frames(self) -> bool:
+        """Whether it begins with the same frames each time, which can be kept."""
+        return self.augment in ("none", "randaugment")
+
+    @property
+    def _wider(self) -> Preprocess:
+        return replace(self.preprocess, image_size=round(_WIDER * self.preprocess.image_size), resize="squash")
 
 
 def resize(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:

@@ -20,6 +20,7 @@ from tempme_vl.data.files import (
     as_id,
     as_text,
     as_texts,
+    check_distinct,
     csv_rows,
     each_object,
     errors_at,
@@ -122,7 +123,8 @@ def read_questions(path: str | Path, split: str | None = None) -> QASplit:
     - .csv: `video,question,answer,qid`, further columns ignored (MSRVTT-QA; its `type` is the video's category)
     - .jsonl: as `read_question_lines`; `split` keeps the lines of that split
     - .json: `[{"id", "video_id", "question", "answer"}]` (MSRVTT-QA, MSVD-QA), or ActivityNet-QA's questions
-      NAME_q.json, `[{"question_id", "video_name", "question"}]`, whose answers are read from NAME_a.json beside it
+      NAME_q.json, `[{"question_id", "video_name", "question"}]`, whose answers are read from NAME_a.json beside it,
+      in whatever order
 
     The name of the result is folder/file. AnnotationError names the file and the line or entry.
     """
@@ -193,15 +195,16 @@ def read_question_file(path: Path) -> list[Question]:
         )
     answers_path = path.with_name(path.name.removesuffix("_q.json") + "_a.json")
     answers = _entries(answers_path)
+    check_distinct(str(path), "question_id", entries)
+    check_distinct(str(answers_path), "question_id", answers)
     if len(entries) != len(answers):
         raise AnnotationError(f"{path} has {len(entries)} questions, {answers_path} {len(answers)} answers")
-    answer_of = iter(answers)
+    answer_of = {str(answer.get("question_id")): answer for answer in answers}
 
     def read(entry: dict[str, Any]) -> Question:
-        answer = next(answer_of)
-        ids = entry.get("question_id"), answer.get("question_id")
-        if ids[0] != ids[1]:
-            raise ValueError(f"question_id {shown(ids[0])}, but {shown(ids[1])} in {answers_path}")
+        answer = answer_of.get(str(entry.get("question_id")))
+        if answer is None:
+            raise ValueError(f"question_id {shown(entry.get('question_id'))} has no answer in {answers_path}")
         return question_of({**entry, **answer}, ("video_name", "question", "answer", "question_id"))
 
     return list(each_object(str(path), entries, read))

@@ -77,6 +77,11 @@ def make_schedule(
             f"method {method!r} does not work on a tower of divided attention, whose frames stay apart and share their "
             f"CLS token; choose one of {able}"
         )
+    if joint and prefix and not (record.joint and record.divided):
+        able = ", ".join(name for name, other in METHODS.items() if other.joint and other.divided)
+        raise ValueError(
+            f"method {method!r} does not work on a joint encoder whose frames share a CLS token; choose one of {able}"
+        )
     _check_attention(method, prefix)
     options = record.own_names(options)
     unknown = sorted(set(options) - set(record.option_names))

@@ -72,7 +72,8 @@ class Method:
             knobs in the order in which they are set.
         joint: whether it works on frames that attend jointly.
         divided: whether it works on towers of divided attention (`MergeSchedule.divided`), where its step before
-            attention is told of the attention that frames have paid each other.
+            attention is told of the attention that frames have paid each other; with `joint`, also on joint towers with
+            a CLS token of the video, whose tokens are in order of their places, the frames of each together.
         also: other names of options that are taken as well, as a paper or its code has them.
         matching: (plan, count, width, width of a head) -> multiply-accumulates in one block, beside the tower's own.
         divided_matching: the same on a tower of divided attention, where it is another number.

@@ -25,6 +25,11 @@ class Encoder:
     joint: bool = False
     divided: bool = False
 
+    @property
+    def clip_tokens(self) -> int:
+        """Tokens of a clip in front of the first block."""
+        return _of_video(self.frames, self.tokens, self.prefix, True) if self.joint else self.tokens
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -78,7 +83,8 @@ class MergeSchedule:
         tokens: N, tokens of a frame at the start, CLS and registers included.
         plan: one `LayerPlan` a block.
         prefix: P, tokens of a frame that never merge, in front of its patches: CLS, where there is one, and registers.
-        joint: all frames are one clip from the start (UMT's joint space-time attention), and not F clips.
+        joint: all frames are one clip from the start (UMT's joint space-time attention), and not F clips; a prefix is
+            the video's then (TESTA's).
         proportional: whether a token counts in attention as many times as its size.
         settings: what the modules need to know beside the plan: names and plain values, ascending by name.
         divided: in each block the frames attend to each other at each place first, and then within themselves; the
@@ -110,11 +116,8 @@ class MergeSchedule:
                 f"a schedule needs at least 1 frame, 1 patch token and 1 layer; "
                 f"got frames={self.frames}, tokens={self.tokens} with {self.prefix} CLS, layers={len(self.plan)}"
             )
-        if self.joint and (self.prefix or any(plan.join is not None for plan in self.plan)):
-            raise ValueError(
-                "a joint encoder's frames are one clip from the start, without CLS tokens of their own: give prefix=0 "
-                "and no layers that join clips"
-            )
+        if self.joint and any(plan.join is not None for plan in self.plan):
+            raise ValueError("a joint encoder's frames are one clip from the start: give no layers that join clips")
         clips = self.clips
         for layer, plan in enumerate(self.plan):
             join = 1 if plan.join is None else plan.join
@@ -211,7 +214,7 @@ class MergeSchedule:
     @property
     def layer_counts(self) -> list[LayerCount]:
         """Counts at each step of each block."""
-        clips, tokens, counts = self.clips, self.tokens * (self.frames // self.clips), []
+        clips, tokens, counts = self.clips, self.input_tokens if self.joint else self.tokens, []
         cls, inserted = self.prefix, 0
         for plan in self.plan:
             join = plan.join or 1
@@ -244,7 +247,7 @@ class MergeSchedule:
     @property
     def input_tokens(self) -> int:
         """Tokens of the video in front of the first block."""
-        return _of_video(self.frames, self.tokens, self.prefix, self.divided)
+        return _of_video(self.frames, self.tokens, self.prefix, self.divided or self.joint)
 
     @property
     def pooled_prefixes(self) -> int:
@@ -383,6 +386,6 @@ class _Saved:
         return MergeSchedule(self.method, *shape, self.proportional, settings, self.divided)
 
 
-def _of_video(clips: int, tokens: int, prefix: int, divided: bool) -> int:
+def _of_video(clips: int, tokens: int, prefix: int, shared: bool) -> int:
     """Tokens of so many clips, which share their prefix or have one each."""
-    return clips * (tokens - prefix) + prefix if divided else clips * tokens
+    return clips * (tokens - prefix) + prefix if shared else clips * tokens

@@ -43,8 +43,7 @@ def knobs(encoder: Encoder, kind: LimitKind) -> list[list[Knob]]:
         each, more = divmod(pairs, layers)
         return [each + 1] * more + [each] * (layers - more) if more else each
 
-    tokens = encoder.tokens * (encoder.frames if encoder.joint else 1)
-    return [[Knob("r", 0, layers * ((tokens - encoder.prefix) // 2), spread)]]
+    return [[Knob("r", 0, layers * ((encoder.clip_tokens - encoder.prefix) // 2), spread)]]
 
 
 def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
@@ -53,7 +52,7 @@ def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
     Raises:
         ValueError: a negative or broken r, or not one number a block.
     """
-    plan, n = [], encoder.tokens * (encoder.frames if encoder.joint else 1)
+    plan, n = [], encoder.clip_tokens
     for pairs in pairs_by_block(options.r, encoder.layers):
         pairs = min(pairs, (n - encoder.prefix) // 2)
         n -= pairs

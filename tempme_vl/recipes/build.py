@@ -17,7 +17,8 @@ from tempme_vl.families import find_family
 from tempme_vl.merging import METHODS
 from tempme_vl.pretrained import VOCABULARY_FILE, load_vocabulary
 from tempme_vl.recipes.names import BROKEN_VIDEOS
-from tempme_vl.recipes.options.shared import MergeOptions, OptimizerOptions, RecipeOptions, VisualOptions
+from tempme_vl.recipes.options import pretraining
+from tempme_vl.recipes.options.shared import MergeOptions, OptimizerOptions, RecipeOptions, TowerOptions, VisualOptions
 from tempme_vl.text.tokenizers import bert_vocabulary, word_vocabulary
 from tempme_vl.training.optim import AdamWTempMe, BertAdam, parameter_groups
 
@@ -35,7 +36,7 @@ def merging(options: MergeOptions, usual_frames: int) -> dict[str, Any]:
     }
 
 
-def tower(options: VisualOptions, usual_frames: int) -> dict[str, Any]:
+def tower(options: VisualOptions | pretraining.Options, usual_frames: int) -> dict[str, Any]:
     """Keywords of `tempme_vl.create_frontend` beside the name."""
     return {
         **merging(options, usual_frames),
@@ -44,7 +45,7 @@ def tower(options: VisualOptions, usual_frames: int) -> dict[str, Any]:
     }
 
 
-def words_of(options: VisualOptions, texts: Sequence[str], vocabulary: str | None) -> tuple[str, ...]:
+def words_of(options: TowerOptions, texts: Sequence[str], vocabulary: str | None) -> tuple[str, ...]:
     """The words of a BERT text side: those of `vocabulary`, of the folder to go on from, or else of the texts."""
     if vocabulary is not None:
         return bert_vocabulary(vocabulary)

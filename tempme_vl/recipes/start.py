@@ -13,6 +13,7 @@ import torch
 from tempme_vl.command import at_least
 from tempme_vl.data.broken import MissingVideosError, check_videos
 from tempme_vl.recipes.names import MISSING_VIDEOS
+from tempme_vl.recipes.options import pretraining
 from tempme_vl.recipes.options.shared import RecipeOptions, VisualOptions
 from tempme_vl.reports import provenance, write_json, write_whole
 from tempme_vl.tasks.qa.options import LLMOptions
@@ -111,7 +112,7 @@ def content(split: Any) -> str:
     return hashlib.blake2b(json.dumps(split, default=plain).encode(), digest_size=8).hexdigest()
 
 
-def in_words(options: VisualOptions, model: TunableModel) -> str:
+def in_words(options: VisualOptions | pretraining.Options, model: TunableModel) -> str:
     """What becomes of a video's tokens, and its cost."""
     schedule = model.frontend.schedule
     clips, tokens = schedule.token_counts[-1]

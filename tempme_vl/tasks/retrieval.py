@@ -27,8 +27,10 @@ from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import LogitScale, Pairs, gather_ids, gather_rows, readable
 from tempme_vl.tasks.similarity.base import PairContext, SimilarityHead
 from tempme_vl.tasks.similarity.mean import MeanHead
+from tempme_vl.tasks.testa.create import create_testa_retrieval_model
 from tempme_vl.tasks.testa.model import CONTRAST, ContrastOptions
-from tempme_vl.tasks.testa.retrieval import TestaRetrievalConfig, TestaRetrievalModel, create_testa_retrieval_model
+from tempme_vl.tasks.testa.pretraining import TestaPretrainingConfig
+from tempme_vl.tasks.testa.retrieval import TestaRetrievalConfig, TestaRetrievalModel
 from tempme_vl.tasks.umt_retrieval import UMTRetrievalConfig, UMTRetrievalModel, create_umt_retrieval_model
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.tokenizers import CLIPWords, Words
@@ -328,7 +330,7 @@ def create_retrieval_model(
 
 
 def load_retrieval_model(source: str | Path, **hub: Unpack[HubOptions]) -> AnyRetrievalModel:
-    """Reads what `save_pretrained` of any of these models wrote.
+    """Reads what `save_pretrained` of any of these models wrote, or of TESTA's pre-training.
 
     Args:
         source, hub: a folder, or a name on the Hugging Face hub with its options (`VisualFrontend.from_pretrained`).
@@ -340,6 +342,7 @@ def load_retrieval_model(source: str | Path, **hub: Unpack[HubOptions]) -> AnyRe
     kinds: dict[str, type[AnyRetrievalModel]] = {
         UMTRetrievalConfig.kind: UMTRetrievalModel,
         TestaRetrievalConfig.kind: TestaRetrievalModel,
+        TestaPretrainingConfig.kind: TestaRetrievalModel,
     }
     return kinds.get(load_kind(directory), RetrievalModel).from_pretrained(directory)
 

@@ -24,6 +24,7 @@ from tempme_vl.text.bert import BertEncoder, VideoKeys, video_keys
 from tempme_vl.text.bert_layer import PAD, BertEmbeddings, BertLayer, attention_mask, initialise, run_layer
 from tempme_vl.text.decoder import BertDecoder, TiedWords
 
+_TIED = ("crossattention", "intermediate", "output")  # parts of a layer that a tied decoder shares
 DECODE, ENCODE = ADDED = ("[DEC]", "[ENC]")
 
 
@@ -172,8 +173,13 @@ def tie(decoder: BertDecoder, text: BlipTextEncoder) -> None:
         )
     decoder.embeddings = text.embeddings
     for layer, other in zip(decoder.layers, text.layers, strict=True):
-        for part in ("crossattention", "intermediate", "output"):
+        for part in _TIED:
             setattr(layer, part, getattr(other, part))
+
+
+def is_tied(name: str) -> bool:
+    """Whether `tie` made a decoder's weight the encoder's of the same name."""
+    return re.match(rf"embeddings\.|layers\.\d+\.({'|'.join(_TIED)})\.", name) is not None
 
 
 def text_to_public(text: BlipTextEncoder) -> dict[str, Tensor]:

@@ -59,7 +59,8 @@ class WordPieceTokenizer:
         vocab: all pieces; a piece's place is its number. From `bert_vocabulary` or `word_vocabulary`.
         max_words: pieces kept, [CLS] among them.
         end: append [SEP].
-        blip: keep that [SEP], and clean texts as `clean_caption`.
+        blip: keep that [SEP], and clean texts as `clean_caption`, or of questions as `clean_question`.
+        question: texts are questions.
 
     Raises:
         ValueError: max_words below 2, or a vocabulary with a piece twice, without a special token or [PAD] in front.
@@ -69,6 +70,7 @@ class WordPieceTokenizer:
     max_words: int = 32
     end: bool = False
     blip: bool = False
+    question: bool = False
 
     def __post_init__(self) -> None:
         if self.max_words < 2:
@@ -85,8 +87,8 @@ class WordPieceTokenizer:
         self._start, self._end = numbers[START], numbers[END]
 
     def __call__(self, text: str) -> tuple[Tensor, Tensor]:
-        clean = clean_caption(text) if self.blip else clean_text(text)
-        pieces = self._tokenizer.encode(clean, add_special_tokens=False).ids
+        of_blip = clean_question if self.question else clean_caption
+        pieces = self._tokenizer.encode((of_blip if self.blip else clean_text)(text), add_special_tokens=False).ids
         if self.blip:
             pieces = pieces[: self.max_words - 1 - self.end]
         words = [self._start, *pieces, *([self._end] if self.end else [])][: self.max_words]
@@ -187,6 +189,12 @@ def clean_caption(text: str) -> str:
     return " ".join(text.lower().translate(_BLANKS).split())
 
 
+def clean_question(text: str) -> str:
+    """TESTA's form of questions: lower case, some punctuation deleted."""
+    return " ".join(text.lower().translate(_OF_QUESTIONS).split())
+
+
+_OF_QUESTIONS = str.maketrans("", "", '.!"()*#:;~')
 _BLANKS = str.maketrans('!"()*#~', "       ")
 _CLEANING = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 

@@ -41,9 +41,10 @@ class TrainConfig:
     """Share of the steps in which the rate rises; it then falls along a cosine to lr_floor of its peak."""
     lr_floor: float = 0.0
     """Share of its peak that the rate ends at."""
-    schedule: Literal["cosine", "cosine_from_zero", "cosine_whole"] = "cosine"
+    schedule: Literal["cosine", "cosine_from_zero", "cosine_whole", "by_epoch"] = "cosine"
     """cosine_from_zero: TempMe's, its first step has rate 0; cosine_whole: CLIP4Clip's, whose cosine is that of the
-    whole run, so that the rate drops where the warm-up ends."""
+    whole run, so that the rate drops where the warm-up ends; by_epoch: TESTA's in pre-training, which starts at a fifth
+    of the peak and falls by 5 percent after each epoch."""
     clip_grad: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

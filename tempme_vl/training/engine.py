@@ -37,7 +37,7 @@ from tempme_vl.training.checkpoint import (
 from tempme_vl.training.config import OURS, TrainConfig, deepspeed_config
 from tempme_vl.training.folder import claim
 from tempme_vl.training.log import RunLog
-from tempme_vl.training.optim import SCHEDULES
+from tempme_vl.training.optim import find_schedule
 from tempme_vl.training.sampler import StepSampler
 from tempme_vl.training.whole import WholeState
 
@@ -121,9 +121,7 @@ class Trainer:
                 f"{type(optimizer).__name__} clips every tensor by itself, but ZeRO and bf16 join them: "
                 "use --precision fp32 and a DeepSpeed file of ZeRO stage 0 (recipes/ds/zero0.json)"
             )
-        if config.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}; got {config.schedule!r}")
-        factor, steps = SCHEDULES[config.schedule], max(1, self.total_steps)
+        factor, steps = find_schedule(config.schedule, config.epochs), max(1, self.total_steps)
         self._lock = claim(config.output)
         checkpoint = self._resumed()
         for group in optimizer.param_groups:

@@ -36,7 +36,7 @@ class Export:
 
     @property
     def kind(self) -> str:
-        """Which model was saved: frontend, retrieval, umt_retrieval, testa_retrieval or video_qa."""
+        """Which model was saved: frontend, retrieval, umt_retrieval, testa_retrieval, testa_pretraining or video_qa."""
         return self.config["kind"]
 
     @property

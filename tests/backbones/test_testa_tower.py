@@ -11,10 +11,12 @@ from counting import Counter
 from torch import Tensor, nn
 
 from tempme_vl import MergeSchedule, VisualFrontend, create_frontend
+from tempme_vl.backbones.base import BlockAdapter
 from tempme_vl.backbones.divided import DividedBlock
 from tempme_vl.backbones.testa import from_public_names, to_public_names
-from tempme_vl.merging import FVCORE, make_schedule
-from tempme_vl.state import TokenState
+from tempme_vl.frontend import MergedBlock
+from tempme_vl.merging import FVCORE, LayerMerge, make_schedule
+from tempme_vl.state import AttentionContext, TokenState
 
 FRAMES = 6
 WAYS = [
@@ -162,8 +164,55 @@ def test_frames_apart_know_nothing_of_each_other() -> None:
     second = frontend(x)
     assert torch.equal(first.frames[:, :3], second.frames[:, :3]) and not torch.equal(first.frames, second.frames)
     assert first.tokens.shape[1] == 17 * FRAMES
-    with pytest.raises(ValueError, match="unknown attention 'joint'; expected one of divided, apart"):
-        create_frontend("testa:tiny", method="none", attention="joint")
+    with pytest.raises(ValueError, match="unknown attention 'both'; expected one of divided, apart, joint"):
+        create_frontend("testa:tiny", method="none", attention="both")
+
+
+@pytest.mark.parametrize(("method", "options"), [("none", {}), ("tome", {"r": 7})])
+@torch.no_grad()
+def test_all_frames_together_hold_every_patch_once(method: str, options: dict[str, int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    frontend = create_frontend("testa:tiny", method=method, num_frames=FRAMES, attention="joint", **options)
+    frontend = frontend.double().eval()
+    left = 1 + 16 * FRAMES - 6 * options.get("r", 0)
+    assert (frontend.schedule.input_tokens, frontend.schedule.output_tokens) == (1 + 16 * FRAMES, left)
+    output = frontend(video(), trace_source=True)
+    assert output.tokens.shape[1] == left and output.frames.shape[1] == 1 and output.source is not None
+    assert (output.source[:, 0] == 0).all() and (output.source[:, 1:] > 0).all()
+    assert torch.equal(F.one_hot(output.source, left).sum(1), output.size.squeeze(2).long())
+    assert torch.equal(frontend.patches(output.size), output.size[:, 1:])
+    frontend.save_pretrained(tmp_path)
+    assert torch.equal(VisualFrontend.from_pretrained(tmp_path).double().eval()(video()).pooled, output.pooled)
+
+
+@torch.no_grad()
+def test_the_source_of_a_patch_is_the_token_that_it_changes() -> None:
+    """Without blocks between, as the embedding puts patches in order of their places."""
+    torch.manual_seed(0)
+    frontend = create_frontend("testa:tiny", method="none", num_frames=FRAMES, attention="joint").double().eval()
+    frontend.blocks = torch.nn.ModuleList(MergedBlock(Still(), LayerMerge()) for _ in frontend.blocks)
+    x = video()
+    before = frontend(x, trace_source=True)
+    x[:, 3, :, 8:16, 24:] += 1  # the eighth of 16 patches of the fourth frame
+    changed = (frontend(x).tokens != before.tokens).any(2)
+    assert before.source is not None
+    assert changed[0].nonzero().tolist() == [[int(before.source[0, 1 + 3 * 16 + 7])]] and changed.sum() == len(x)
+
+
+class Still(BlockAdapter):
+    """Does nothing."""
+
+    def attention_step(self, state: TokenState) -> tuple[TokenState, AttentionContext]:  # type: ignore[override]
+        return state, AttentionContext(state.x.unsqueeze(1))
+
+    def mlp_step(self, state: TokenState) -> TokenState:  # type: ignore[override]
+        return state
+
+
+@pytest.mark.parametrize("method", ["random", "uniform", "pool", "sta", "testa", "tempme"])
+def test_methods_that_know_of_frames_are_refused_where_all_are_together(method: str) -> None:
+    with pytest.raises(ValueError, match=rf"method '{method}' .*(choose one of none, tome|one clip)"):
+        create_frontend("testa:tiny", method=method, num_frames=FRAMES, attention="joint", budget=0.7)
 
 
 def test_names_of_other_models_are_refused() -> None:

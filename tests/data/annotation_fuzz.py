@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tempme_vl.data import jsonl, videoqa
-from tempme_vl.data.datasets import load_questions, load_split
+from tempme_vl.data.datasets import Source, load_questions, load_split
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.videoqa import QASplit
 
@@ -70,6 +70,7 @@ class Case:
     read: Callable[[Path], Any]
     kinds: dict[Node, str] = field(default_factory=dict)
     id_column: int = 0  # of the csv
+    caption_a_row: bool = False  # of the csv, and not a video or a question
 
 
 SENTENCES = texts(6)
@@ -163,6 +164,31 @@ CASES: dict[str, Case] = {
             ("*", "annotation_id"): "id",
         },
     ),
+    "didemo/jsonl": Case(
+        {"test.jsonl": lines(*({"clip_name": f"{i // 2}@N_{i // 2}", "caption": t} for i, t in enumerate(SENTENCES)))},
+        lambda root: load_split("didemo", root, "test"),
+        {("*",): "object", ("*", "clip_name"): "text", ("*", "caption"): "text"},
+    ),
+    "condensed_movies": Case(
+        {
+            "train_val_challf0.csv": table(
+                ("year", "videoid", "split", "caption"),
+                *((2011, f"-x{i}", "val", text) for i, text in enumerate(SENTENCES)),
+            )
+        },
+        lambda root: load_split("condensed_movies", root, "val"),
+        id_column=1,
+        caption_a_row=True,
+    ),
+    "activitynet/list": Case(
+        {
+            "val.json": document(
+                [{"video": f"v_{i}.mp4", "caption": [text, "It ends."]} for i, text in enumerate(SENTENCES)]
+            )
+        },
+        lambda root: load_split("activitynet", root, "val_1"),
+        {("*",): "object", ("*", "video"): "text", ("*", "caption"): "texts"},
+    ),
     "activitynet": Case(
         {
             "val_1.json": document(
@@ -202,6 +228,14 @@ CASES: dict[str, Case] = {
         },
         lambda root: jsonl.read_caption_lines(root / "mine.jsonl", root / "videos"),
         {**OF_CLIPS, ("*", "caption"): "text", ("*", "captions"): "texts"},
+    ),
+    "pairs": Case(
+        {
+            "a.json": document([{"path": f"a/{i}.mp4", "caption": text} for i, text in enumerate(SENTENCES)]),
+            "b.json": document([{"image": "b/1.jpg", "caption": "a café"}, {"image": "b/2.PNG", "caption": "5 犬"}]),
+        },
+        lambda root: Source("pairs", None, root / "videos", root).captions(),
+        {(): "list", ("*",): "object", ("*", "path"): "path", ("*", "image"): "path", ("*", "caption"): "text"},
     ),
     "jsonl questions": Case(
         {
@@ -346,7 +380,8 @@ def check_whole(case: Case, files: dict[str, bytes], result: Any) -> None:
         if name.endswith(".csv") and "LSMDC" not in name:
             text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
             rows = sum(bool(line) for line in text.split("\n")) - 1
-            assert len(ids) + sum(text.count("\n") for text in said) == rows, f"{rows} rows of {name}"
+            read = said if case.caption_a_row else ids
+            assert len(read) + sum(text.count("\n") for text in said) == rows, f"{rows} rows of {name}"
 
 
 # ---- damage

@@ -163,8 +163,14 @@ def test_activitynet_joins_questions_and_answers(tmp_path):
         ("v_1QI_2", "v_1QI", ("no",)),
     ]
     assert [q.question_id for q in read_questions(path).questions] == ["v_1QI_1", "v_1QI_2"]
-    write_activitynet(tmp_path, ["a", "b"], ["b", "a"])
-    with pytest.raises(ValueError, match=r"test_q\.json, entry 0: question_id 'a', but 'b' in .*test_a\.json"):
+    write(tmp_path / "test_a.json", [{"answer": text, "question_id": i} for i, text in (("b", "yes"), ("a", "no"))])
+    write(path, [{"video_name": "1QI", "question": "is it", "question_id": i} for i in ("a", "b")])
+    assert [(q.question_id, q.answers) for q in read_questions(path).questions] == [("a", ("no",)), ("b", ("yes",))]
+    write_activitynet(tmp_path, ["a", "b"], ["b", "c"])
+    with pytest.raises(ValueError, match=r"test_q\.json, entry 0: question_id 'a' has no answer in .*test_a\.json"):
+        read_questions(path)
+    write_activitynet(tmp_path, ["a", "b"], ["b", "b"])
+    with pytest.raises(ValueError, match=r"test_a\.json: 1 values of 'question_id' occur more than once: b"):
         read_questions(path)
     write_activitynet(tmp_path, ["a", "b"], ["a"])
     with pytest.raises(ValueError, match=r"test_q\.json has 2 questions, .*test_a\.json 1 answers"):

@@ -79,6 +79,27 @@ def test_didemo_from_its_original_files(tmp_path):
         assert len(load_split("didemo", tmp_path, split).videos) == videos
 
 
+@pytest.mark.parametrize(
+    ("dataset", "split", "file", "count"),
+    [
+        ("didemo", "train", "train.jsonl", 8362),
+        ("didemo", "test", "test.jsonl", 1004),
+        ("activitynet", "train", "train.json", 10_009),
+        ("activitynet", "val_1", "val.json", 4_917),
+    ],
+)
+def test_the_layouts_of_testa_hold_the_same(tmp_path, dataset, split, file, count):
+    public = load_split(dataset, ROOT / dataset, split)
+    pairs = [(video.video_id, text) for video, (text,) in zip(public.videos, public.captions, strict=True)]
+    if dataset == "didemo":
+        (tmp_path / file).write_text("".join(json.dumps({"clip_name": i, "caption": t}) + "\n" for i, t in pairs))
+    else:
+        (tmp_path / file).write_text(json.dumps([{"video": f"{i}.mp4", "caption": [t]} for i, t in pairs]))
+    found = load_split(dataset, tmp_path, split)
+    assert len(found.videos) == count and found.captions == public.captions
+    assert [video.video_id for video in found.videos] == [video.video_id for video in public.videos]
+
+
 def test_lsmdc_format(tmp_path):
     (sample,) = (ROOT / "lsmdc").glob("*SAMPLE.csv")
     shutil.copy(sample, tmp_path / "LSMDC16_challenge_1000_publictect.csv")

@@ -32,7 +32,7 @@ def model_of(target: str, c: dict[str, Any], text: BlipShape, tower: TestaConfig
     if target == "retrieval":
         return TestaRetrievalModel(frontend, encoder, words, training=ContrastOptions(queue))
     if target == "pretrain":
-        return TestaPretrainingModel(frontend, encoder, words, ContrastOptions(queue))
+        return TestaPretrainingModel(frontend, encoder, words, training=ContrastOptions(queue))
     frontend.head = nn.Identity()  # question answering has no projection
     return nn.ModuleDict({"frontend": frontend, "text": encoder, "decoder": BertDecoder(text, text.layers)})
 

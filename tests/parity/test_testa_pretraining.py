@@ -33,7 +33,7 @@ def test_one_step_of_pretraining(case: Case) -> None:
     c, text = j["config"], text_of(case, j["config"]["heads"])
     frontend = tower_of(weights, c["vh"], c["img"], schedule_of(c, c["T"], c["vdepth"], c))
     options = ContrastOptions(c["queue"], c["momentum"], j["alpha"])
-    model = TestaPretrainingModel(frontend, text, words_of(case, text), options)
+    model = TestaPretrainingModel(frontend, text, words_of(case, text), training=options)
     # the file holds what is tied once, under the encoder's name
     whole = weights | {name: weights[kept] for name, kept in j["tied"].items()}
     converted = load_public(model, whole, queues=True)

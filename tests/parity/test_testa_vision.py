@@ -14,7 +14,7 @@ from parity.testa import in_reference_order, schedule_of, states_of, tokens_of, 
 from torch import Tensor
 
 from tempme_vl import VisualFrontend
-from tempme_vl.backbones.testa import build, model_config, to_public_names
+from tempme_vl.backbones.testa import Kind, build, model_config, to_public_names
 from tempme_vl.merging import FVCORE, METHODS, make_schedule
 from tempme_vl.scheduling import schedule_for, tower_gflops
 from tempme_vl.state import TokenState
@@ -22,23 +22,20 @@ from tempme_vl.state import TokenState
 VIDEO = find("testa", "testa_video*", without="variants")
 VARIANTS = find("testa", "testa_video*variants*", outside=True)
 PARTS = [(case, name) for case in VIDEO + VARIANTS for name in case.config["cases"]]
-# all tokens of a video in one attention, its CLS token among them, as no tower here has it; or frames apart
-OTHER_FORMS = ("joint_space_time", "space_only")
+# all tokens of a video in one attention, its CLS token among them; or frames apart
+OTHER_FORMS: dict[str, Kind] = {"joint_space_time": "joint", "space_only": "apart"}
 
 
-Kind = Literal["blocks", "times", "images", "other"]
-
-
-def kind_of(case: Case, name: str) -> Kind:
+def kind_of(case: Case, name: str) -> Literal["blocks", "times", "images", "other"]:
     """What a case is of: the tower as it is, other numbers of frames, other images, or another form."""
-    if name.startswith(OTHER_FORMS):
+    if name.startswith(tuple(OTHER_FORMS)):
         return "other"
     if "time_index" in case.config["cases"][name]:
         return "times"
     return "images" if f"in.video_{name}" in case.config.get("tensors", {}) else "blocks"
 
 
-def of_kind(kind: Kind) -> list[tuple[Case, str]]:
+def of_kind(kind: str) -> list[tuple[Case, str]]:
     return [(case, name) for case, name in PARTS if kind_of(case, name) == kind]
 
 
@@ -147,19 +144,19 @@ def test_positions_of_other_images(case: Case, name: str) -> None:
     assert_close(frontend.norm(tokens_of(state)), t[f"out.{name}.tokens"], "tokens")
 
 
-@pytest.mark.parametrize(
-    ("case", "name"), [pair for pair in of_kind("other") if pair[1].startswith("space_only")], ids=str
-)
+@pytest.mark.parametrize(("case", "name"), of_kind("other"), ids=str)
 @torch.no_grad()
-def test_frames_apart(case: Case, name: str) -> None:
+def test_frames_together_or_apart(case: Case, name: str) -> None:
     t, c, part = case.tensors, case.config["config"], case.config["cases"][name]
+    attention = next(kind for form, kind in OTHER_FORMS.items() if name.startswith(form))
     state = {key: value for key, value in case.group("w.").items() if "temporal_scaling" not in key}
-    shape = c["depth"], c["frames"], 1 + (c["img"] // c["patch"]) ** 2
+    shape = c["depth"], c["frames"], 1 + (c["img"] // c["patch"]) ** 2, 1, attention == "joint"
     options = {"r": part["r"], "proportional": part["prop_attn"]} if "r" in part else {}
     schedule = make_schedule("tome" if options else "none", *shape, **options)
-    frontend = tower_of(state, c["heads"], c["img"], schedule, "apart").double()
+    frontend = tower_of(state, c["heads"], c["img"], schedule, attention).double()
     output = frontend(t["in.video"].double().transpose(1, 2))
     assert_close(frontend.norm(output.tokens), t[f"out.{name}.tokens"], "tokens")
+    assert output.tokens.shape[1] == frontend.schedule.output_tokens
     if f"out.{name}.size" in t:
         assert torch.equal(output.size.flatten(), t[f"out.{name}.size"].flatten().double())
 
@@ -182,10 +179,15 @@ def test_gflops(case: Case) -> None:
 
     The original compares the CLS token with the other half, too; it never merges, and is left out here.
     """
-    with torch.device("meta"):
-        shape = replace(build(model_config("b16", 32)).shape, embed_dim=0)  # the counter saw no projection
+    with torch.device("meta"):  # the counter saw no projection
+        towers = (build(model_config("b16", 32, attention=kind)) for kind in ("divided", "joint"))
+        shape, joint = (replace(tower.shape, embed_dim=0) for tower in towers)
     compared = 0
     for row in case.config["rows"]:
+        if "joint" in row["name"]:
+            together = schedule_for("tome", 12, joint, 16, r=197 if "R=197" in row["name"] else 0)
+            assert together.output_tokens == row.get("final_tokens", 1 + 16 * 196)
+            assert tower_gflops(together, joint, FVCORE) == pytest.approx(row["gflops"], rel=1e-4)
         if "R_T" not in row:
             continue
         pruned = "pruning" in row["name"]

@@ -19,6 +19,7 @@ from tempme_vl.command_line import Command
 from tempme_vl.data import motion
 from tempme_vl.data.datasets import load_questions
 from tempme_vl.data.motion import render_motion
+from tempme_vl.recipes.options.pretraining import PRETRAINING
 from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL
 from tempme_vl.recipes.options.videollm import VIDEOLLM
 from tempme_vl.recipes.options.videoqa import VIDEOQA
@@ -28,7 +29,9 @@ from tempme_vl.tasks.videollm import load_video_llm
 from tempme_vl.training.engine import Trainer
 
 NUM_TEST = 8
-COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM)}
+COMMANDS: dict[str, Command[Any]] = {
+    command.name: command for command in (RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM, PRETRAINING)
+}
 UMT = {"model": "umt:tiny", "mode": "per_frame", "deepspeed_config": RECIPES / "ds" / "zero2.json"}
 
 

@@ -6,9 +6,12 @@ import copy
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,16 +19,23 @@ from tempme_vl import VideoRetrieval, create_frontend
 from tempme_vl.evaluation.rerank import second_stage
 from tempme_vl.tasks.qa.create import create_qa_model
 from tempme_vl.tasks.qa.model import load_qa_model
+from tempme_vl.tasks.qa.question import BlipQuestions
 from tempme_vl.tasks.qa.zero_shot import ZeroShotQA
 from tempme_vl.tasks.retrieval import create_retrieval_model, load_retrieval_model
-from tempme_vl.tasks.testa import TestaCaptioner, TestaPretrainingModel, TestaRetrievalModel
+from tempme_vl.tasks.testa import (
+    TestaCaptioner,
+    TestaPretrainingModel,
+    TestaRetrievalModel,
+    create_testa_pretraining_model,
+    create_testa_retrieval_model,
+)
 from tempme_vl.tasks.testa.contrast import FeatureQueue, Sides, ramp
 from tempme_vl.tasks.testa.model import ContrastOptions
 from tempme_vl.tasks.testa.public import load_public, to_public
 from tempme_vl.text import BertDecoder, BlipShape, BlipTextEncoder, blip_vocabulary
 from tempme_vl.text.beams import Writing, write
 from tempme_vl.text.blip import tie
-from tempme_vl.text.tokenizers import BlipWords, word_vocabulary
+from tempme_vl.text.tokenizers import BlipWords, clean_caption, clean_question, word_vocabulary
 
 TEXTS = ("a red ball moves left", "two dogs run", "a man, a hat", "the blue cube jumps")
 WORDS = word_vocabulary(TEXTS)
@@ -235,7 +245,9 @@ def test_pretraining_shares_layers_and_learns_captions() -> None:
     torch.manual_seed(0)
     frontend = create_frontend("testa:tiny", method="none", num_frames=FRAMES)
     shape = BlipShape.named("tiny", vocab_size=len(WORDS) + 2)
-    model = TestaPretrainingModel(frontend, BlipTextEncoder(shape), blip_vocabulary(WORDS), ContrastOptions(8)).train()
+    model = TestaPretrainingModel(
+        frontend, BlipTextEncoder(shape), blip_vocabulary(WORDS), training=ContrastOptions(8)
+    ).train()
     layer, other = model.decoder.layers[1], model.text.layers[1]
     assert layer.crossattention is other.crossattention and layer.attention is not other.attention
     optimizer, batch, captions = optimizer_of(model), batch_of(), []
@@ -340,3 +352,95 @@ def test_question_answering(tmp_path: Path) -> None:
     assert [free.text(row) for row in written["prediction"].tolist()] == ["red", "two dogs"]
     with pytest.raises(ValueError, match=r"a tower of TESTA has BLIP's texts.*rule='umt'"):
         create_qa_model("testa:tiny", WORDS, "decoder", **{**options, "rule": "umt"})
+
+
+# as the original cleans them, blanks aside
+CLEANED = {
+    "A man's dog (brown)  runs*fast!  ": ("a man's dog brown runs fast", "a man's dog brown runsfast"),
+    "HELLO~World #1: what; is. this?": ("hello world 1: what; is. this?", "helloworld 1 what is this?"),
+    'Don\'t "quote" me.': ("don't quote me.", "don't quote me"),
+}
+
+
+@pytest.mark.parametrize("text", CLEANED)
+def test_captions_and_questions_are_cleaned_in_their_own_ways(text: str) -> None:
+    assert (clean_caption(text), clean_question(text)) == CLEANED[text]
+    words = blip_vocabulary(word_vocabulary(["is this 1. it"]))
+    asked = BlipQuestions(BlipTextEncoder(BlipShape.named("tiny", vocab_size=len(words))), words, 6)
+    read = [words[number] for number in asked.tokenize("Is this 1.")[0].tolist()]
+    assert read == ["[CLS]", "is", "this", "1", "[SEP]", "[PAD]"]
+
+
+def pretraining_of(pretrained: str | None = None, frames: int = FRAMES, **options: Any) -> TestaPretrainingModel:
+    torch.manual_seed(0)
+    training = ContrastOptions(8)
+    return create_testa_pretraining_model("testa:tiny", WORDS, pretrained, "none", frames, training, **options)
+
+
+def test_what_was_pre_trained_is_saved_and_starts_all_others(tmp_path: Path) -> None:
+    model = pretraining_of(temporal_scaling=True).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    batch = batch_of()
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert not any(name.startswith(("momentum.", "queue.", "decoder.embeddings.")) for name in names)
+    loaded = TestaPretrainingModel.from_pretrained(tmp_path).eval()
+    assert loaded.decoder.embeddings is loaded.text.embeddings and loaded.options is None
+    with pytest.raises(ValueError, match="contrast wants momentum copies"):
+        loaded(batch)
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+    again = pretraining_of(str(tmp_path), temporal_scaling=True).eval()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        first = again(batch)["caption"]
+        assert torch.equal(again.momentum.copies["text_proj"].weight, again.text_proj.weight)
+        model.reset_copies()
+        torch.manual_seed(1)
+        assert torch.equal(first, model(batch)["caption"])
+    read = load_retrieval_model(tmp_path).eval()
+    assert isinstance(read, TestaRetrievalModel)
+    given = {name: batch[name] for name in ("text_ids", "text_mask")}
+    with torch.no_grad():
+        assert torch.equal(read(given)["text"], model.encode_text(batch["text_ids"], batch["text_mask"]))
+        assert torch.equal(read.encode_video(batch["video"])[0], model.encode_video(batch["video"])[0])
+    retrieval = create_testa_retrieval_model("testa:tiny", WORDS, str(tmp_path), "none", 2 * FRAMES)
+    assert retrieval.frontend.schedule.frames == 2 * FRAMES
+    assert not any(name.endswith("temporal_scaling") for name in retrieval.state_dict())
+    assert torch.equal(retrieval.text_proj.weight, model.text_proj.weight)
+    asked = create_qa_model("testa:tiny", WORDS, "decoder", ("red",), str(tmp_path), "none", FRAMES)
+    assert torch.equal(
+        asked.head.decoder.layers[1].attention.self.query.weight, model.decoder.layers[1].attention.self.query.weight
+    )
+    assert torch.equal(
+        asked.head.questions.text.embeddings.word_embeddings.weight, model.text.embeddings.word_embeddings.weight
+    )
+
+
+def test_pre_training_starts_from_retrieval_without_factors_of_frames(tmp_path: Path) -> None:
+    model = model_of()
+    model.save_pretrained(tmp_path)
+    started = pretraining_of(str(tmp_path), temporal_scaling=True)
+    assert torch.equal(started.text_proj.weight, model.text_proj.weight)
+    scales = [value for key, value in started.frontend.state_dict().items() if key.endswith("temporal_scaling")]
+    assert len(scales) == 6 and not any(scale.any() for scale in scales)
+
+
+def test_contrast_of_pre_training_is_that_of_retrieval_where_all_videos_differ() -> None:
+    pretraining, retrieval = pretraining_of(), model_of()
+    assert retrieval.queue.places == pretraining.queue.places
+    pretraining.queue.video.copy_(retrieval.queue.video)
+    pretraining.queue.text.copy_(retrieval.queue.text)
+    torch.manual_seed(3)
+    names = ("video", "text", "momentum_video", "momentum_text")
+    features = {name: F.normalize(torch.randn(4, 64), dim=1) for name in names} | {"temperature": torch.tensor(0.07)}
+    pretraining.distill = retrieval.distill = 0.3
+    ours = pretraining.contrast(features)
+    theirs = retrieval.contrast(features, {"video_id": torch.arange(4)})
+    assert torch.equal(ours.loss(), theirs.loss())
+    shared = retrieval.contrast(features, {"video_id": torch.tensor([0, 0, 1, 2])})
+    assert not torch.equal(ours.loss(), shared.loss())

@@ -28,6 +28,7 @@ SCRIPTS = {  # by the name of the command
     "train peft": "recipes/peft_msrvtt.py",
     "train videoqa": "recipes/videoqa.py",
     "train videollm": "recipes/videollm_lora.py",
+    "train pretraining": "recipes/pretrain.py",
     "eval retrieval": "eval/retrieval.py",
     "eval videoqa": "eval/videoqa.py",
     "compare": "eval/compare.py",

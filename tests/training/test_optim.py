@@ -9,7 +9,7 @@ import pytest
 import torch
 from training.models import small_model
 
-from tempme_vl.training.optim import parameter_groups, warmup_cosine
+from tempme_vl.training.optim import find_schedule, parameter_groups, warmup_cosine
 from tempme_vl.tuning import CLIP4Clip
 
 
@@ -50,3 +50,19 @@ def test_curve_without_warmup_and_with_a_floor() -> None:
     assert warmup_cosine(10, 10, 0.0, 0.1) == pytest.approx(0.1)
     assert warmup_cosine(5, 10, 0.0, 0.1) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
     assert warmup_cosine(0, 1, 1.0) == 1.0
+
+
+def test_the_curve_of_pre_training_falls_by_epochs() -> None:
+    """From 1e-6 to 5e-6 in 5000 steps, then 0.95 of it after every epoch, 5e-7 at the least."""
+    steps, epochs = 20_000, 60
+    curve = find_schedule("by_epoch", epochs)
+
+    def rate(step: int) -> float:
+        return 5e-6 * curve(step, steps * epochs, 5000 / (steps * epochs), 0.1)
+
+    assert [rate(step) for step in (0, 2500, 5000, steps - 1)] == pytest.approx([1e-6, 3e-6, 5e-6, 5e-6])
+    assert [rate(steps * epoch) for epoch in (1, 2)] == pytest.approx([4.75e-6, 4.5125e-6])
+    assert rate(3 * steps - 1) == rate(2 * steps)
+    assert rate(44 * steps) == pytest.approx(5e-6 * 0.95**44) and rate(45 * steps) == pytest.approx(5e-7)
+    with pytest.raises(ValueError, match=r"schedule is one of cosine, .*, by_epoch; got 'linear'"):
+        find_schedule("linear", 1)

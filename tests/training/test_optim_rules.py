@@ -78,7 +78,7 @@ def test_a_rule_that_looks_at_single_tensors_needs_them_whole(tmp_path: Path) ->
         (said,) = run(_refused, tmp_path, stage, precision, "cosine")
         assert "BertAdam clips every tensor by itself" in said and "zero0.json" in said
     (said,) = run(_refused, tmp_path, "zero0", "fp32", "linear")
-    assert "cosine_whole; got 'linear'" in said
+    assert "by_epoch; got 'linear'" in said
 
 
 def test_bertadam_clips_every_tensor_to_norm_1_by_itself() -> None:

@@ -104,8 +104,35 @@ _RETRIEVAL: dict[str, dict[str, Any]] = {
     "testa:tiny": {**_TINY_TESTA, "contrast_options": ("queue=48",), "precision": "fp32"},
     "testa:b16": {**_TESTA, "lr": 1e-5, "lr_new": 1e-5, "precision": "fp32"},
 }
+_PRETRAINING: dict[str, Any] = {"method": "none", "temporal_scaling": True, "precision": "fp32"}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "retrieval": _RETRIEVAL,
+    "pretraining": {
+        ANY: {},
+        "testa:tiny": {
+            **_TINY_TESTA,
+            **_PRETRAINING,
+            "contrast_options": ("queue=48",),
+            "epochs": 2,
+            "max_words": 12,
+            "warmup_steps": 20,
+        },
+        "testa:b16": {  # of 8 GPUs with 12 pairs each
+            **_TESTA,
+            **_PRETRAINING,
+            "contrast_options": ("queue=57600",),
+            "num_frames": 8,
+            "epochs": 20,
+            "batch_size": 96,
+            "lr": 5e-6,
+            "lr_new": 5e-6,
+            "schedule": "by_epoch",
+            "warmup_steps": 5000,
+            "lr_floor": 0.1,
+            "augment": "crop_augment",
+            "sampling": "headtail",
+        },
+    },
     "peft": {model: {**row, **_PEFT} for model, row in _RETRIEVAL.items()},
     "videoqa": {
         ANY: {

@@ -84,10 +84,12 @@ class TuningOptions:
 class ReadingOptions:
     """How videos are read."""
 
-    sampling: Literal["fps1", "uniform", "segment"] = "fps1"
-    """Which frames: one a second (TempMe), evenly, or UMT's segments."""
-    augment: Literal["none", "randaugment", "crop_flip"] = "randaugment"
-    """crop_flip mirrors videos: not where texts say left or right."""
+    sampling: Literal["fps1", "uniform", "segment", "headtail"] = "fps1"
+    """Which frames: one a second (TempMe), evenly, UMT's segments, or as many of the first half as of the second, as
+    TESTA pre-trains."""
+    augment: Literal["none", "randaugment", "crop_flip", "crop_augment"] = "randaugment"
+    """crop_flip mirrors videos, and so does crop_augment, TESTA's in pre-training: not where texts say left or
+    right."""
     on_broken: Literal["record", "raise"] = "record"
     """Videos that cannot be read: listed in OUTPUT/broken_videos.jsonl and counted, or an error."""
     most_missing: float = 0.1

@@ -20,6 +20,7 @@ from tempme_vl.frontend import VisualFrontend
 from tempme_vl.pretrained import CONFIG_FILE
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.heads import Head, Task
+from tempme_vl.weights.exports import Export
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,14 @@ class QAHead(Head, nn.Module):
     def complete_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The full weights from those that `save` gave, where a head keeps others elsewhere."""
         return dict(state)
+
+    def start_from(self, export: Export) -> bool:
+        """Starts from a folder of a model without a head, where that has what this one is made of; whether it has.
+
+        Raises:
+            ValueError: other words, or weights that do not fit.
+        """
+        return False
 
     def anew(self, folder: Path) -> Sequence[str]:
         """Beginnings of the names of weights that start anew where training goes on from a folder with such a head.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.testa_checkpoint import read_checkpoint
 from tempme_vl.families import split_name
+from tempme_vl.fit import load_strictly
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.manifest import errors_in
 from tempme_vl.merging import MergeSchedule
@@ -33,13 +34,14 @@ from tempme_vl.tasks.qa.options import DecoderOptions, Rule
 from tempme_vl.tasks.qa.question import BlipQuestions
 from tempme_vl.tasks.testa.captioning import SMOOTHING
 from tempme_vl.tasks.testa.model import TEXT_OF
+from tempme_vl.tasks.testa.pretraining import TestaPretrainingConfig, TestaPretrainingModel
 from tempme_vl.tasks.testa.public import load_public
 from tempme_vl.text import BertDecoder, BlipShape, BlipTextEncoder, QuestionKeys, blip_vocabulary
 from tempme_vl.text.beams import Writing
 from tempme_vl.text.beams import write as write_words
 from tempme_vl.text.bert_layer import PAD
 from tempme_vl.text.blip import DECODE, started, text_from_public
-from tempme_vl.weights.exports import find_export, part_of
+from tempme_vl.weights.exports import Export, find_export, part_of, require_vocabulary
 
 _log = logging.getLogger("tempme_vl.tasks")
 
@@ -72,6 +74,15 @@ class BlipDecoderHead(AnsweringHead):
 
     def own_vocabulary(self, vocabulary: tuple[str, ...]) -> tuple[str, ...]:
         return blip_vocabulary(vocabulary)
+
+    def start_from(self, export: Export) -> bool:
+        if export.kind != TestaPretrainingConfig.kind:
+            return False
+        require_vocabulary(export, self.questions.vocabulary)
+        state = TestaPretrainingModel.complete_state(export.state)
+        load_strictly(self.questions.text, part_of(state, "text."), f"the text side of {export.folder}")
+        load_strictly(self.decoder, part_of(state, "decoder."), f"the decoder of {export.folder}")
+        return True
 
     def _write(self, question: QuestionKeys, start: int, end: int, most: int) -> Tensor:
         first = question.mask.new_full((len(question), 1), start, dtype=torch.int64)

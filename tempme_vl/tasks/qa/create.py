@@ -41,7 +41,8 @@ def create_qa_model(
             (`tempme_vl.data.videoqa.answer_vocabulary`).
         pretrained: weights of the front end; of a UMT checkpoint in any form also the text side and the decoder, as
             far as it has them; of a question answering model's folder that this package wrote also the same head, with
-            that folder's vocabulary, but for a language model. What it lacks starts at random.
+            that folder's vocabulary, but for a language model; of TESTA's pre-training the text side and the decoder.
+            What it lacks starts at random.
         options: the head's own (`tempme_vl.tasks.qa.options`: text, text_pretrained and max_words of the classifier;
             these, rule, candidates and answer_words of the decoder; llm and others of the language model) and those of
             `tempme_vl.create_frontend`, as all others.
@@ -71,6 +72,8 @@ def _load_head(model: VideoQAModel, vocabulary: tuple[str, ...], export: Export)
     Raises:
         ValueError: other words, or weights that do not fit.
     """
+    if export.config.get("head") is None and model.head.start_from(export):
+        return
     if export.config.get("head") != model.head.name:
         theirs = export.config.get("head", "none")
         _log.warning("%s: its head is %s, so the %s starts anew", export.folder, theirs, model.head.name)

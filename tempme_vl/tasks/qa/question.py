@@ -119,7 +119,7 @@ class BlipQuestions(nn.Module):
 
     @cached_property
     def _tokenizer(self) -> WordPieceTokenizer:
-        return WordPieceTokenizer(self.vocabulary, self.max_words, end=True, blip=True)
+        return WordPieceTokenizer(self.vocabulary, self.max_words, end=True, blip=True, question=True)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recomputes the layers in the backward pass."""

@@ -8,23 +8,36 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tempme_vl.card import Card
+from tempme_vl.configs import ModelConfig
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import is_of_merging
+from tempme_vl.pretrained import CONFIG_FILE, build, load_model, load_vocabulary, save_model
 from tempme_vl.schema import Share, Size
 from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.cards import retrieval_card
+from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import Temperature, readable
 from tempme_vl.tasks.testa.contrast import FeatureQueue, Momentum, Sides, ramp
-from tempme_vl.text import BlipTextEncoder, VideoKeys
+from tempme_vl.text import BlipShape, BlipTextEncoder, VideoKeys
 from tempme_vl.text.tokenizers import BlipWords
 from tempme_vl.tuning.base import Tuning
 from tempme_vl.tuning.model import TunableModel
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tempme_vl.hub import HubOptions
+
+M = TypeVar("M", bound="MatchingModel")
 TEXT_OF = {"tiny": "tiny", "b16": "base"}  # the text encoder of each tower, as `BlipShape` names it
 
 
@@ -46,6 +59,14 @@ class ContrastOptions:
     all_ranks: bool = True
 
 
+@dataclass(frozen=True)
+class MatchingConfig(ModelConfig):
+    """config.json of a `MatchingModel`."""
+
+    text: BlipShape
+    input: Inputs
+
+
 CONTRAST = tuple(field.name for field in fields(ContrastOptions))
 
 
@@ -65,33 +86,40 @@ class Candidates:
     own: Tensor
 
 
-class MatchingModel(TunableModel):
+class MatchingModel(Shareable, TunableModel):
     """Video and text encoders with one embedding space, and a head that judges whether a text and a video match.
 
     Args:
         frontend: the visual tower; its normed tokens are what texts attend to.
         text: BLIP's encoder.
         vocabulary: the words that text ids stand for, in order, [DEC] and [ENC] the last.
+        input: how videos and texts were sampled and cut in training.
         training: to train it; None leaves out copies and queue.
         numbered: see `FeatureQueue`.
 
     Attributes:
+        folder_config: of its folders.
+        also_read: of folders of other models that have all of it.
         distill: how much of a target of contrast the copies say, from the next step on.
         ramp_epochs: after how many epochs that is the options' `distill`.
     """
 
     lora_parts = ("frontend", "text")
     ramp_epochs: ClassVar[int] = 1
+    folder_config: ClassVar[type[MatchingConfig]]
+    also_read: ClassVar[tuple[type[MatchingConfig], ...]] = ()
 
     def __init__(
         self,
         frontend: VisualFrontend,
         text: BlipTextEncoder,
         vocabulary: tuple[str, ...],
+        input: Inputs | None = None,
         training: ContrastOptions | None = None,
         numbered: bool = True,
     ):
         super().__init__()
+        self.input = input or Inputs("uniform", 64)
         width = text.shape.width
         self.frontend, self.text, self.words = frontend, text, BlipWords(vocabulary)
         self.text_proj, self.match_head = nn.Linear(width, frontend.shape.embed_dim), nn.Linear(width, 2)
@@ -210,6 +238,55 @@ class MatchingModel(TunableModel):
         """Recomputes the blocks of both encoders in the backward pass."""
         self.frontend.set_grad_checkpointing(enable)
         self.text.grad_checkpointing = enable
+
+    def require_copies(self) -> None:
+        """Raises:
+        ValueError: it was made without `training`.
+        """
+        if self.options is None:
+            raise ValueError("contrast wants momentum copies and a queue: create the model with `training` options")
+
+    def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes config.json, vocab.txt, model.safetensors, README.md; what tuning added is merged into plain weights,
+        and momentum copies and queue are left out.
+
+        Args:
+            state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
+        """
+        config = self.folder_config(self.frontend.full_config(), self.text.shape, self.input)
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.words.save(Path(directory))
+        save_model(directory, config, self.inference_state(state), self.card())
+
+    def card(self) -> Card:
+        """What is known of it, for people (`tempme_vl.card`)."""
+        return retrieval_card(self.frontend, self.input, self.tuning)
+
+    @classmethod
+    def from_pretrained(cls: type[M], source: str | Path, **hub: Unpack[HubOptions]) -> M:
+        """Reads what `save_pretrained` wrote.
+
+        Args:
+            source, hub: see `VisualFrontend.from_pretrained`.
+
+        Raises:
+            ValueError: a folder without the files, one of another kind of model, or weights that do not fit; or see
+                `tempme_vl.hub.find_folder`.
+        """
+        directory = find_folder(source, **hub)
+        config, state = load_model(directory, cls.folder_config, *cls.also_read)
+        vocabulary = load_vocabulary(directory, config.text.vocab_size)
+
+        def make() -> M:
+            frontend = VisualFrontend.from_config(config.frontend, f"{directory / CONFIG_FILE}, 'frontend'")
+            return cls(frontend, BlipTextEncoder(config.text), vocabulary, config.input)
+
+        return build(make, cls.complete_state(state), directory)
+
+    @staticmethod
+    def complete_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's weights, all of them and no others, of those that a folder holds."""
+        return dict(state)
 
     def is_saved(self, name: str) -> bool:
         """Whether a weight belongs to the model, and not to its training as copies and queue do."""

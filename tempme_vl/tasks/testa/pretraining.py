@@ -3,40 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import draw_negatives, gather_rows, matching_loss
 from tempme_vl.tasks.testa.captioning import caption_loss
 from tempme_vl.tasks.testa.contrast import Contrast, Sides, contrast
-from tempme_vl.tasks.testa.model import Candidates, ContrastOptions, MatchingModel, readable_video
+from tempme_vl.tasks.testa.model import Candidates, ContrastOptions, MatchingConfig, MatchingModel, readable_video
 from tempme_vl.text import BertDecoder, BlipTextEncoder
-from tempme_vl.text.blip import tie
+from tempme_vl.text.blip import is_tied, tie
+from tempme_vl.weights.exports import part_of
 
 LEAST = 1e-4  # of every negative's weight
 
 
-class TestaPretrainingModel(MatchingModel):
-    """See `MatchingModel`; and a decoder that writes captions, which shares all but its attention to words with the
-    text encoder."""
+@dataclass(frozen=True)
+class TestaPretrainingConfig(MatchingConfig):
+    """config.json of a `TestaPretrainingModel`."""
 
     __test__ = False
+    kind: ClassVar[str] = "testa_pretraining"
+    what: ClassVar[str] = "a pre-trained model of TESTA"
+
+
+class TestaPretrainingModel(MatchingModel):
+    """See `MatchingModel`; and a decoder that writes captions, which shares all but its attention to words with the
+    text encoder. In a folder what they share is there once, as the encoder's."""
+
+    __test__ = False
+    folder_config = TestaPretrainingConfig
     ramp_epochs = 2
 
     def __init__(
-        self, frontend: VisualFrontend, text: BlipTextEncoder, vocabulary: tuple[str, ...], training: ContrastOptions
+        self,
+        frontend: VisualFrontend,
+        text: BlipTextEncoder,
+        vocabulary: tuple[str, ...],
+        input: Inputs | None = None,
+        training: ContrastOptions | None = None,
     ):
-        super().__init__(frontend, text, vocabulary, training, numbered=False)
+        super().__init__(frontend, text, vocabulary, input, training, numbered=False)
         shape = text.shape
         self.decoder = BertDecoder(shape, shape.layers, shape.cross_width)
         tie(self.decoder, text)
 
+    def is_saved(self, name: str) -> bool:
+        part, _, rest = name.partition(".")
+        return super().is_saved(name) and not (part == "decoder" and is_tied(rest))
+
+    @staticmethod
+    def complete_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**state, **{f"decoder.{key}": value for key, value in part_of(state, "text.").items() if is_tied(key)}}
+
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `TestaRetrievalModel.forward` on a batch of both sides, without video_id; and caption, the scalar loss of
-        captions."""
+        captions.
+
+        Raises:
+            ValueError: a model without momentum copies.
+        """
+        self.require_copies()
         if self.training:
             self.follow()
         features = {"temperature": self.temperature()}

@@ -2,56 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tempme_vl.backbones.testa_checkpoint import read_checkpoint
-from tempme_vl.card import Card
-from tempme_vl.configs import ModelConfig
-from tempme_vl.families import split_name
-from tempme_vl.frontend import VisualFrontend, create_frontend
-from tempme_vl.hub import Shareable, find_folder
-from tempme_vl.pretrained import CONFIG_FILE, build, load_model, load_vocabulary, save_model
-from tempme_vl.tasks.cards import retrieval_card
-from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import draw_negatives, gather_rows, matching_loss, negative_weights
 from tempme_vl.tasks.testa.contrast import Contrast, Sides, contrast, gather_shared, positives, rank
-from tempme_vl.tasks.testa.model import TEXT_OF, Candidates, ContrastOptions, MatchingModel, readable_video
-from tempme_vl.tasks.testa.public import load_public
-from tempme_vl.text import BlipShape, BlipTextEncoder, blip_vocabulary
-from tempme_vl.weights.exports import find_export, load_exported_rest, require_vocabulary
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from tempme_vl.hub import HubOptions
-
-_log = logging.getLogger(__name__)
+from tempme_vl.tasks.testa.model import Candidates, MatchingConfig, MatchingModel, readable_video
+from tempme_vl.tasks.testa.pretraining import TestaPretrainingConfig
 
 
 @dataclass(frozen=True)
-class TestaRetrievalConfig(ModelConfig):
+class TestaRetrievalConfig(MatchingConfig):
     """config.json of a `TestaRetrievalModel`."""
 
     __test__ = False
     kind: ClassVar[str] = "testa_retrieval"
     what: ClassVar[str] = "a TESTA retrieval model"
-    text: BlipShape
-    input: Inputs
 
 
-class TestaRetrievalModel(Shareable, MatchingModel):
+class TestaRetrievalModel(MatchingModel):
     """See `MatchingModel`.
-
-    Args:
-        frontend, text, vocabulary, training: see there.
-        input: how videos and texts were sampled and cut in training.
 
     Attributes:
         candidates, fine_video_parts, fine_text_parts: of re-ranking, as a `SimilarityHead` with two stages has them.
@@ -59,21 +33,16 @@ class TestaRetrievalModel(Shareable, MatchingModel):
     """
 
     __test__ = False
+    folder_config = TestaRetrievalConfig
+    also_read = (TestaPretrainingConfig,)
     candidates: ClassVar[int] = 128
     fine_video_parts: ClassVar[tuple[str, ...]] = ("tokens",)
     fine_text_parts: ClassVar[tuple[str, ...]] = ("text_ids", "text_mask")
     adds_similarity: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        frontend: VisualFrontend,
-        text: BlipTextEncoder,
-        vocabulary: tuple[str, ...],
-        input: Inputs | None = None,
-        training: ContrastOptions | None = None,
-    ):
-        super().__init__(frontend, text, vocabulary, training)
-        self.input = input or Inputs("uniform", 64)
+    @staticmethod
+    def complete_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in state.items() if not key.startswith("decoder.")}
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encodes what a batch holds of either side; with both sides it also matches them with hard negatives.
@@ -111,8 +80,7 @@ class TestaRetrievalModel(Shareable, MatchingModel):
         Raises:
             ValueError: a model without momentum copies.
         """
-        if self.options is None:
-            raise ValueError("contrast wants momentum copies and a queue: create the model with `training` options")
+        self.require_copies()
         online = Sides(features["video"], features["text"])
         copies = Sides(features["momentum_video"], features["momentum_text"])
         labels = positives(batch["video_id"], self.queue.ids[0])
@@ -169,83 +137,3 @@ class TestaRetrievalModel(Shareable, MatchingModel):
             gather_rows, (features["momentum_video"], features["momentum_text"], batch["video_id"].long())
         )
         self.queue.put(Sides(video, text), ids)
-
-    def save_pretrained(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes config.json, vocab.txt, model.safetensors, README.md; what tuning added is merged into plain weights,
-        and momentum copies and queue are left out.
-
-        Args:
-            state: full weights when the module's own are partitioned (ZeRO-3) or half precision; default its own.
-        """
-        config = TestaRetrievalConfig(self.frontend.full_config(), self.text.shape, self.input)
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self.words.save(Path(directory))
-        save_model(directory, config, self.inference_state(state), self.card())
-
-    def card(self) -> Card:
-        """What is known of it, for people (`tempme_vl.card`)."""
-        return retrieval_card(self.frontend, self.input, self.tuning)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **hub: Unpack[HubOptions]) -> TestaRetrievalModel:
-        """Reads what `save_pretrained` wrote.
-
-        Args:
-            source, hub: see `VisualFrontend.from_pretrained`.
-
-        Raises:
-            ValueError: a folder without the files, one of another kind of model, or weights that do not fit; or see
-                `tempme_vl.hub.find_folder`.
-        """
-        directory = find_folder(source, **hub)
-        config, state = load_model(directory, TestaRetrievalConfig)
-        vocabulary = load_vocabulary(directory, config.text.vocab_size)
-
-        def make() -> TestaRetrievalModel:
-            frontend = VisualFrontend.from_config(config.frontend, f"{directory / CONFIG_FILE}, 'frontend'")
-            return cls(frontend, BlipTextEncoder(config.text), vocabulary, config.input)
-
-        return build(make, state, directory)
-
-
-def create_testa_retrieval_model(
-    name: str,
-    vocabulary: tuple[str, ...],
-    pretrained: str | None = None,
-    method: str = "testa",
-    num_frames: int = 32,
-    training: ContrastOptions | None = None,
-    **options: Any,
-) -> TestaRetrievalModel:
-    """TESTA's retrieval model by name ("testa:tiny", "testa:b16").
-
-    Args:
-        vocabulary: BERT's words in the order of their ids (`tempme_vl.text.tokenizers.bert_vocabulary` for public
-            weights); [DEC] and [ENC] are added where they are not there.
-        pretrained: a public file of BLIP or TESTA, or a folder that this package wrote, whose vocabulary it must be;
-            what it lacks starts at random. None for random weights. Momentum copies start as copies where it has none.
-        training: to train it, see `ContrastOptions`.
-        others: see `tempme_vl.create_frontend`.
-
-    Raises:
-        ValueError: see `tempme_vl.create_frontend`; or a vocabulary of another size than the checkpoint's.
-    """
-    family, model_name = split_name(name)
-    if family != "testa":
-        raise ValueError(f"expected one of TESTA's models, such as 'testa:b16'; got {name!r}")
-    frontend = create_frontend(name, pretrained, method, num_frames, **options)
-    words = blip_vocabulary(vocabulary)
-    shape = BlipShape.named(TEXT_OF[model_name], cross_width=frontend.shape.width, vocab_size=len(words))
-    model = TestaRetrievalModel(frontend, BlipTextEncoder(shape), words, training=training)
-    if pretrained is None:
-        return model
-    export = find_export(pretrained)
-    if export is None:
-        _log.info("%s: %s", pretrained, load_public(model, read_checkpoint(pretrained)))
-    elif export.kind == TestaRetrievalConfig.kind:
-        require_vocabulary(export, words)
-        load_exported_rest(model, export, ("momentum.", "queue."))
-        model.reset_copies()
-    else:
-        _log.warning("%s: a %s model has no text side for retrieval, which starts at random", pretrained, export.kind)
-    return model
