@@ -1,0 +1,101 @@
+"""Files of the indexed folder, as a server gives them to strangers: those that the index lists, and pictures of them."""
+
+from __future__ import annotations
+
+import io
+import mimetypes
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from tempme_vl.data.video import read_frames
+
+SECONDS = 20.0  # to decode one frame
+KEPT = 512  # pictures
+
+
+class NotListed(LookupError):
+    """A path that the index does not list, or whose file lies outside of the indexed folder."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A frame as a JPEG, and the size of the video's frames in pixels."""
+
+    jpeg: bytes
+    width: int
+    height: int
+
+
+class Media:
+    """Finds files by the paths of an index, and reads single frames of them.
+
+    Args:
+        folder: the indexed one.
+        listed: the paths below it that may be given out, asked each time since an index may change.
+    """
+
+    def __init__(self, folder: Path, listed: Callable[[], Collection[str]]) -> None:
+        self._folder, self._listed = folder.resolve(), listed
+        self._kept: OrderedDict[tuple[Path, int, float, int], Picture] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def file(self, path: str) -> Path:
+        """The file, with all links resolved.
+
+        Raises:
+            NotListed: the message names the path as it came, and tells nothing about what is on the disk.
+        """
+        if path in self._listed():
+            file = (self._folder / path).resolve()
+            if file.is_relative_to(self._folder) and file.is_file():
+                return file
+        raise NotListed(f"no video {path!r} in this index")
+
+    def picture(self, file: Path, time: float, width: int) -> Picture:
+        """The frame that is shown at a time, scaled to a width; kept in memory, since pages show the same ones again.
+
+        Args:
+            file: from `file`, or one of a visitor's own.
+            time: seconds after the first frame; behind the last frame, that one is taken.
+
+        Raises:
+            VideoError: a file that cannot be read.
+        """
+        key = file, file.stat().st_mtime_ns, round(time, 3), width
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        picture = _read(file, time, width)
+        with self._lock:
+            self._kept[key] = picture
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return picture
+
+
+def media_type(file: Path) -> str:
+    """Of a video; anything else is handed out as bytes, which no browser runs."""
+    guessed = mimetypes.guess_type(file.name)[0] or ""
+    return guessed if guessed.startswith("video/") else "application/octet-stream"
+
+
+def as_jpeg(image: Image.Image, width: int) -> bytes:
+    """A picture scaled to a width, never to a larger one."""
+    width = min(width, image.width)
+    height = max(1, round(image.height * width / image.width))
+    file = io.BytesIO()
+    image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=82)
+    return file.getvalue()
+
+
+def _read(file: Path, time: float, width: int) -> Picture:
+    # an interval that is shorter than a frame yields the frame shown at its start
+    frames = read_frames(file, 1, sampling="uniform", start=time, end=time + 1e-3, timeout=SECONDS)
+    image = Image.fromarray(frames.pixels[0])
+    return Picture(as_jpeg(image, width), image.width, image.height)

@@ -1,0 +1,99 @@
+// What a browser has to do itself; everything else is rendered by the server.
+"use strict";
+
+const one = (selector) => document.querySelector(selector);
+const all = (selector) => [...document.querySelectorAll(selector)];
+const video = one("video");
+
+// the number beside a slider
+document.addEventListener("input", ({ target }) => {
+  if (target.type === "range") target.nextElementSibling.value = target.value;
+});
+// switches and sliders of a search that is shown take effect at once
+one("#search").addEventListener("change", ({ target }) => {
+  if (document.body.classList.contains("asked") && ["range", "checkbox"].includes(target.type)) one("#search").requestSubmit();
+});
+// fields that are as by default stay out of the address
+one("#search").addEventListener("formdata", ({ formData }) => {
+  for (const [name, value] of [...formData]) if (value === "" || (name === "k" && value === "12")) formData.delete(name);
+});
+
+// parts of the page that come later: a form's answer goes into the element that it names
+async function load(form) {
+  const into = document.getElementById(form.dataset.into);
+  into.classList.add("loading");
+  try {
+    const answer = await fetch(`${form.getAttribute("action")}?${new URLSearchParams(new FormData(form))}`);
+    into.innerHTML = await answer.text();
+  } catch {
+    into.textContent = "The server does not answer.";
+  }
+  into.classList.remove("loading");
+  shade();
+}
+for (const form of all("form[data-into]")) {
+  form.addEventListener("submit", (event) => { event.preventDefault(); load(form); });
+  if (form.id === "tokens") { form.addEventListener("change", () => load(form)); load(form); }
+}
+
+// the shade over the video: that of the frame nearest to what is shown
+function shade() {
+  if (!video || !one("#highlight")) return;
+  const now = video.currentTime, { start, end } = video.dataset;
+  const frames = all(".frames [data-seek]");
+  const near = frames.reduce((best, frame) => !best || Math.abs(frame.dataset.seek - now) < Math.abs(best.dataset.seek - now) ? frame : best, null);
+  const inside = near && now >= start - 0.25 && now <= Number(end) + 0.25;
+  for (const frame of frames) frame.setAttribute("aria-pressed", String(inside && frame === near));
+  const overlay = one(".overlay"), size = one(".frames");
+  if (size) overlay.setAttribute("viewBox", `0 0 ${size.dataset.width} ${size.dataset.height}`);
+  overlay.firstElementChild.setAttribute("d", inside && one("#highlight").checked ? near.querySelector("path").getAttribute("d") : "");
+}
+if (video) {
+  for (const event of ["timeupdate", "seeked", "loadeddata"]) video.addEventListener(event, shade);
+  video.addEventListener("error", () => { one(".unplayable").hidden = false; });
+  one("#highlight")?.addEventListener("change", shade);
+  document.addEventListener("click", ({ target }) => {
+    const button = target.closest("[data-seek]");
+    if (button) { video.currentTime = button.dataset.seek; shade(); }
+  });
+}
+
+// keys: / searches, arrows go through the cards
+const cards = all(".card");
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.matches("input, video, textarea");
+  if (event.ctrlKey || event.metaKey || event.altKey || typing) return;
+  if (event.key === "/") { event.preventDefault(); one("[type=search]")?.select(); one("[type=search]")?.focus(); return; }
+  const across = cards.filter((card) => card.offsetTop === cards[0].offsetTop).length;
+  const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across }[event.key];
+  if (!step || !cards.length) return;
+  const from = cards.indexOf(document.activeElement);
+  const to = from < 0 ? cards.findIndex((card) => card.hasAttribute("aria-current")) + Math.sign(step) : from + step;
+  if (cards[to]) { event.preventDefault(); cards[to].focus(); }
+});
+one(".card[aria-current]")?.focus({ preventScroll: true, focusVisible: false });
+
+// pictures and videos to search by: chosen, dropped or pasted
+const file = one("[type=file]");
+function send() {
+  if (!file.files.length) return;
+  const most = Number(one("#upload").dataset.most);
+  if (file.files[0].size > most) { alert(`This file is larger than ${Math.floor(most / 2 ** 20)} MB.`); file.value = ""; return; }
+  document.body.classList.add("busy");
+  for (const [name, value] of new FormData(one("#search"))) {
+    if (["k", "where", "fine"].includes(name)) one("#upload").append(Object.assign(document.createElement("input"), { type: "hidden", name, value }));
+  }
+  one("#upload").submit();
+}
+file.addEventListener("change", send);
+for (const [event, on] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
+  document.addEventListener(event, (happened) => {
+    if (!happened.dataTransfer.types.includes("Files")) return;
+    happened.preventDefault();
+    document.body.classList.toggle("dropping", on);
+    if (event === "drop") { file.files = happened.dataTransfer.files; send(); }
+  });
+}
+document.addEventListener("paste", ({ clipboardData }) => {
+  if (clipboardData.files.length) { file.files = clipboardData.files; send(); }
+});
