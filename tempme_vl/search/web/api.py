@@ -12,15 +12,18 @@ from starlette.concurrency import run_in_threadpool
 
 from tempme_vl.search.web.interface import Fine
 from tempme_vl.search.web.media import as_jpeg, media_type
-from tempme_vl.search.web.models import Answers, Question, RegionsAnswer, SearchAnswer, Segment, Status
+from tempme_vl.search.web.models import Answers, Question, RegionsAnswer, SearchAnswer, Status
 from tempme_vl.search.web.site import Site
 
 LONGEST = 500  # characters of a text
 Text = Annotated[str, Query(max_length=LONGEST)]
 UploadId = Annotated[str, Query(max_length=64, description="of a file that was sent, instead of q")]
 Hits = Annotated[int, Query(ge=1, le=100)]
-Where = Annotated[str, Query(max_length=LONGEST, description="a filter, see docs/serve.md")]
+Where = Annotated[
+    str, Query(max_length=LONGEST, description="a filter in SQL, such as path LIKE 'kitchen/%' AND duration < 60")
+]
 Time = Annotated[float, Query(ge=0, le=1e6, description="seconds")]
+Number = Annotated[int, Query(ge=0, le=1 << 30, description="of the segment, as a search tells it")]
 Tokens = Annotated[int, Query(ge=1, le=64, description="the best ones")]
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 KEEP = {"cache-control": "private, max-age=3600"}
@@ -56,17 +59,14 @@ def _searching(router: APIRouter, site: Site) -> None:
 
     @router.get("/regions")
     async def regions(
-        path: str, start: Time, end: Time, q: Text = "", upload: UploadId = "", tokens: Tokens = 4
+        path: str, segment: Number, q: Text = "", upload: UploadId = "", tokens: Tokens = 4
     ) -> RegionsAnswer:
-        """Where the tokens of a segment that fit the query best come from."""
-        segment = Segment(path=path, start=start, end=end)
-        return await site.regions(q, site.upload(upload) if upload else None, segment, tokens)
+        """Where the tokens of a segment that are nearest to the query come from."""
+        return await site.regions(q, site.upload(upload) if upload else None, path, segment, tokens)
 
     @router.post("/ask")
     async def ask(asked: Question) -> Answers:
         """Answers to a question about segments, if the server was given a model for it."""
-        if site.engine.asker is None:
-            raise HTTPException(404, "no question answering model: start the server with --qa CHECKPOINT")
         return await site.ask(asked)
 
 

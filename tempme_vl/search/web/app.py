@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -15,7 +14,7 @@ from tempme_vl.search.web.api import api
 from tempme_vl.search.web.engine import Asker, Busy, Engine
 from tempme_vl.search.web.interface import Index
 from tempme_vl.search.web.limits import guard
-from tempme_vl.search.web.media import Media, NotListed
+from tempme_vl.search.web.media import Media, NotThere
 from tempme_vl.search.web.page import pages
 from tempme_vl.search.web.reindexing import Reindexing
 from tempme_vl.search.web.site import Site
@@ -25,9 +24,8 @@ FORM = 1 << 12  # bytes of a form around a file
 
 
 def create_app(
-    folder: Path,
     index: Index,
-    build: Callable[[], Index],
+    build: Callable[[], str],
     *,
     asker: Asker | None = None,
     token: str | None = None,
@@ -37,16 +35,15 @@ def create_app(
     """The server of an index: REST below /api, a page at /.
 
     Args:
-        folder: with the videos.
-        build: what reindexing does.
+        build: brings it up to date, and says what it did.
         asker: answers questions; None: nobody does.
         token: that reindexing asks for; None: it is refused.
         max_upload: bytes of a file.
         hosts: names under which the server may be asked; "*" for any.
     """
     engine = Engine(index, asker)
-    media, uploads = Media(folder, lambda: engine.index.paths), Uploads()
-    site = Site(engine, media, uploads, Reindexing(engine, build), token, max_upload)
+    media, uploads = Media(index), Uploads()
+    site = Site(engine, media, uploads, Reindexing(build), token, max_upload)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -59,7 +56,7 @@ def create_app(
     app.include_router(api(site))
     pages(app, site)
     guard(app, hosts, dict.fromkeys(("/api/search", "/search"), max_upload + FORM))
-    for kind, status in ((NotListed, 404), (Busy, 503), (ValueError, 400)):
+    for kind, status in ((NotThere, 404), (Busy, 503), (ValueError, 400)):
         app.add_exception_handler(kind, _answers(status))
     return app
 

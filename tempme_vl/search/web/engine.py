@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tempme_vl.data.splits import Video
-from tempme_vl.search.web.interface import BestPatches, Fine, Found, Index, Query
+from tempme_vl.search.hits import Hit, Hits
+from tempme_vl.search.web.interface import Fine, Index, Query
+
+if TYPE_CHECKING:
+    from tempme_vl.search.locate import Location
 
 T = TypeVar("T")
 WAITING = 256  # requests; more are refused
@@ -31,7 +35,9 @@ class Busy(RuntimeError):
 class Asker(Protocol):
     """Answers questions about videos, as `tempme_vl.pipeline.VideoQA` does."""
 
-    def best_answers(self, videos: Sequence[str | Path | Video], questions: Sequence[str]) -> list[list[ScoredText]]:
+    def best_answers(
+        self, videos: Sequence[str | Path | Video], questions: Sequence[str]
+    ) -> Sequence[Sequence[ScoredText]]:
         """The best answers to each question."""
 
 
@@ -61,7 +67,6 @@ class Engine:
     """Runs an index, and a question answering model if there is one.
 
     Args:
-        index: may be exchanged while the server runs.
         asker: None: questions are not answered.
     """
 
@@ -69,33 +74,34 @@ class Engine:
         self.index, self.asker = index, asker
         self._thread = ThreadPoolExecutor(1, "tempme_vl-model")
         self._waiting = 0
-        self._kept: OrderedDict[Search, tuple[Sequence[Found], Mapping[str, float]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, Search], Hits] = OrderedDict()
 
-    async def search(self, query: Query, how: Search) -> tuple[Sequence[Found], Times, bool]:
+    async def search(self, query: Query, how: Search) -> tuple[Hits, Times, bool]:
         """The hits, the times of each stage, and whether both were kept from before.
 
         The last searches are kept, since a page asks again when one of its hits is opened.
 
         Raises:
-            ValueError: see `Index.search`.
+            ValueError: see `SearchIndex.search`.
             Busy: too many requests.
         """
 
-        def work() -> tuple[Sequence[Found], Mapping[str, float], bool]:
-            if kept := how in self._kept:
-                self._kept.move_to_end(how)
+        def work() -> tuple[Hits, bool]:
+            key = self.index.version, how
+            if kept := key in self._kept:
+                self._kept.move_to_end(key)
             else:
-                self._kept[how] = self.index.search(query, how.k, how.where, how.fine)
+                self._kept[key] = self.index.search(query, how.k, how.where, how.fine)
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
-            return (*self._kept[how], kept)
+            return self._kept[key], kept
 
-        (hits, stages, kept), times = await self._run(work)
-        return hits, times | dict(stages), kept
+        (hits, kept), times = await self._run(work)
+        return hits, times | {name: 1e3 * seconds for name, seconds in hits.seconds.items()}, kept
 
-    async def regions(self, query: Query, found: Found, tokens: int) -> tuple[Sequence[BestPatches], Times]:
-        """Where the best tokens come from; raises as `search`."""
-        return await self._run(lambda: self.index.regions(query, found, tokens), "regions")
+    async def locate(self, query: Query, hit: Hit, top: int) -> tuple[Location, Times]:
+        """Where the nearest tokens of a segment come from; raises as `search`."""
+        return await self._run(lambda: self.index.locate(query, hit, top), "locate")
 
     async def ask(self, question: str, videos: Sequence[Video]) -> tuple[list[ScoredText], Times]:
         """The best answer about each of the videos; raises VideoError too."""
@@ -103,15 +109,6 @@ class Engine:
         assert asker is not None
         answers, times = await self._run(lambda: asker.best_answers(videos, [question] * len(videos)), "answering")
         return [best for best, *_ in answers], times
-
-    def exchange(self, index: Index) -> None:
-        """Another index from now on; raises Busy."""
-
-        def work() -> None:
-            self.index = index
-            self._kept.clear()
-
-        self._thread.submit(work).result()
 
     def close(self) -> None:
         """Ends the thread; what waits is not answered."""

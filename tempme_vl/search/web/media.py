@@ -1,4 +1,4 @@
-"""Files of the indexed folder, as a server gives them to strangers: those that the index lists, and pictures of them."""
+"""Files of the indexed folder, as a server gives them away: those that the index lists, and pictures of them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import io
 import mimetypes
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from tempme_vl.data.video import read_frames
+from tempme_vl.search.files import inside
+from tempme_vl.search.web.interface import Index
 
 SECONDS = 20.0  # to decode one frame
 KEPT = 512  # pictures
 
 
-class NotListed(LookupError):
-    """A path that the index does not list, or whose file lies outside of the indexed folder."""
+class NotThere(LookupError):
+    """What is asked for is not here, or not for visitors."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,11 @@ class Media:
     """Finds files by the paths of an index, and reads single frames of them.
 
     Args:
-        folder: the indexed one.
-        listed: the paths below it that may be given out, asked each time since an index may change.
+        index: whose paths may be given out.
     """
 
-    def __init__(self, folder: Path, listed: Callable[[], Collection[str]]) -> None:
-        self._folder, self._listed = folder.resolve(), listed
+    def __init__(self, index: Index) -> None:
+        self._index = index
         self._kept: OrderedDict[tuple[Path, int, float, int], Picture] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -48,13 +49,14 @@ class Media:
         """The file, with all links resolved.
 
         Raises:
-            NotListed: the message names the path as it came, and tells nothing about what is on the disk.
+            NotThere: the message tells nothing about what is on the disk.
         """
-        if path in self._listed():
-            file = (self._folder / path).resolve()
-            if file.is_relative_to(self._folder) and file.is_file():
-                return file
-        raise NotListed(f"no video {path!r} in this index")
+        if path in self._index.paths:
+            with suppress(ValueError):  # a link that leads out of the folder
+                file = inside(self._index.root, path).resolve()
+                if file.is_file():
+                    return file
+        raise NotThere(f"no video {path!r} in this index")
 
     def picture(self, file: Path, time: float, width: int) -> Picture:
         """The frame that is shown at a time, scaled to a width; kept in memory, since pages show the same ones again.

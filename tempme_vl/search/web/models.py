@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import BaseModel, Field
 
 
@@ -15,10 +13,13 @@ class Segment(BaseModel):
     end: float = Field(ge=0, description="seconds")
 
 
-class Hit(Segment):
+class HitFound(Segment):
     """A segment that was found."""
 
-    score: float = Field(description="the higher the better")
+    segment: int = Field(description="its number in the file")
+    score: float = Field(description="the higher the better, -1 to 1; by it hits are ranked")
+    coarse: float = Field(description="of the first stage")
+    duration: float = Field(description="of the file, in seconds")
 
 
 class Answered(BaseModel):
@@ -30,24 +31,26 @@ class Answered(BaseModel):
 class SearchAnswer(Answered):
     """The best segments, the best first."""
 
-    hits: list[Hit]
+    hits: list[HitFound]
     kept: bool = Field(description="whether hits and times are those of the same search shortly before")
     upload: str | None = Field(None, description="names the file that was sent, for a while, instead of q")
 
 
 class PatchFrame(BaseModel):
-    """The parts of one frame that the best tokens were merged from."""
+    """The parts of one frame that the nearest tokens hold."""
 
     time: float = Field(description="seconds of the video")
+    score: float = Field(description="of the best token that holds something of it")
     boxes: list[tuple[float, float, float, float]] = Field(description="left, top, width, height in pixels")
 
 
 class RegionsAnswer(Answered):
-    """Where the best tokens of a segment come from."""
+    """Where the tokens of a segment that are nearest to the query come from."""
 
     width: int = Field(description="of the video's frames, in pixels")
     height: int
-    frames: list[PatchFrame]
+    scores: list[float] = Field(description="of the tokens, the nearest first")
+    frames: list[PatchFrame] = Field(description="those of which these tokens hold something, in order")
 
 
 class Question(BaseModel):
@@ -74,8 +77,8 @@ class Status(BaseModel):
     """What is served."""
 
     videos: int
-    index: dict[str, Any] = Field(description="rows, model and versions, as the index tells them")
+    index: dict[str, str | int | float] = Field(description="rows, model and versions, as the index tells them")
     tokens: bool = Field(description="whether there are single tokens, for fine=maxsim and for regions")
     questions: bool = Field(description="whether POST /api/ask answers")
     max_upload_bytes: int
-    reindexing: str = Field(description="'no', 'running', or what the last one ended with")
+    reindexing: str = Field(description="'not asked for', 'running', or what the last one did")

@@ -5,10 +5,11 @@ The little that a browser has to do itself (the shade over a playing video, keys
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, Query, Request, UploadFile
+from fastapi import FastAPI, File, Form, Query, UploadFile
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader
 from starlette.concurrency import run_in_threadpool
@@ -16,9 +17,9 @@ from starlette.staticfiles import StaticFiles
 
 from tempme_vl.data.video import VideoError
 from tempme_vl.search.web import views
-from tempme_vl.search.web.api import LONGEST, Hits, Text, Time, Tokens, UploadId, Where
+from tempme_vl.search.web.api import LONGEST, Hits, Number, Text, Time, Tokens, UploadId, Where
 from tempme_vl.search.web.interface import Fine
-from tempme_vl.search.web.media import NotListed
+from tempme_vl.search.web.media import NotThere
 from tempme_vl.search.web.models import Question, SearchAnswer, Segment
 from tempme_vl.search.web.overlay import svg_shade
 from tempme_vl.search.web.site import Site
@@ -51,17 +52,22 @@ def _search_page(app: FastAPI, site: Site, shown: Any) -> None:
         q: Text = "", upload: UploadId = "", k: Hits = 12, where: Where = "", fine: Fine = "none", hit: Chosen = None
     ) -> HTMLResponse:
         state = State(q.strip(), upload, k, where.strip(), fine, hit)
-        name, problem, answer = "", "", SearchAnswer(hits=[], kept=False, times={})
+        name, problem, code = "", "", 200
+        answer = SearchAnswer(hits=[], kept=False, times={}, upload=None)
         try:
             sent = site.upload(upload) if upload else None
             name = sent.name if sent else ""
             if state.asked:
                 answer = await site.search(state.q, sent, k, state.where, fine)
-        except (NotListed, ValueError) as error:
-            problem = _in_words(error)
-        values = views.results(state, answer) if state.asked else views.browsed(site.engine.index.paths[:BROWSED])
+        except (NotThere, ValueError) as error:
+            problem, code = _in_words(error), _code(error)
+        values = (
+            views.results(state, answer)
+            if state.asked
+            else views.browsed(list(islice(site.engine.index.paths, BROWSED)))
+        )
         values |= {"problem": problem, "status": site.status(), "facts": views.facts(site.status())}
-        return shown("page.html", 400 if problem else 200, form=views.form(state, name), asked=state.asked, **values)
+        return shown("page.html", code, form=views.form(state, name), asked=state.asked, **values)
 
     @app.post("/search", include_in_schema=False)
     async def send(
@@ -77,15 +83,14 @@ def _search_page(app: FastAPI, site: Site, shown: Any) -> None:
 def _fragments(app: FastAPI, site: Site, shown: Any) -> None:
     @app.get("/regions", include_in_schema=False)
     async def regions(
-        request: Request, path: str, start: Time, end: Time, q: Text = "", upload: UploadId = "", tokens: Tokens = 4
+        path: str, segment: Number, q: Text = "", upload: UploadId = "", tokens: Tokens = 4
     ) -> HTMLResponse:
         try:
-            sent = site.upload(upload) if upload else None
-            found = await site.regions(q, sent, Segment(path=path, start=start, end=end), tokens)
-        except (NotListed, ValueError) as error:
-            return shown("problem.html", 400, problem=_in_words(error))
+            found = await site.regions(q, site.upload(upload) if upload else None, path, segment, tokens)
+        except (NotThere, ValueError) as error:
+            return shown("problem.html", _code(error), problem=_in_words(error))
         size = found.width, found.height
-        frames = [views.Frame.of(path, one.time, svg_shade(one.boxes, *size)) for one in found.frames if one.boxes]
+        frames = [views.Frame.of(path, one.time, svg_shade(one.boxes, *size)) for one in found.frames]
         return shown("strip.html", width=size[0], height=size[1], frames=frames, times=views.timed(found.times))
 
     @app.get("/ask", include_in_schema=False)
@@ -95,10 +100,14 @@ def _fragments(app: FastAPI, site: Site, shown: Any) -> None:
         try:
             asked = Question(question=question, segments=[Segment(path=path, start=start, end=end)])
             said = await site.ask(asked)
-        except (NotListed, ValueError) as error:
-            return shown("problem.html", 400, problem=_in_words(error))
+        except (NotThere, ValueError) as error:
+            return shown("problem.html", _code(error), problem=_in_words(error))
         (best,) = said.answers
         return shown("answer.html", answer=best.answer, score=f"{best.score:.0%}", times=views.timed(said.times))
+
+
+def _code(error: Exception) -> int:
+    return 404 if isinstance(error, NotThere) else 400
 
 
 def _in_words(error: Exception) -> str:

@@ -1,13 +1,10 @@
-"""Building an index anew while the one that is there goes on to answer."""
+"""Bringing an index up to date while it goes on to answer."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable
-
-from tempme_vl.search.web.engine import Engine
-from tempme_vl.search.web.interface import Index
 
 _log = logging.getLogger(__name__)
 
@@ -16,11 +13,11 @@ class Reindexing:
     """At most one at a time, in a thread of its own.
 
     Args:
-        build: reads the videos that are new or changed, and opens the index.
+        build: does it, and says what it did.
     """
 
-    def __init__(self, engine: Engine, build: Callable[[], Index]) -> None:
-        self.state, self._engine, self._build = "no", engine, build
+    def __init__(self, build: Callable[[], str]) -> None:
+        self.state, self._build = "not asked for", build
         self._lock = threading.Lock()
 
     def start(self) -> bool:
@@ -33,10 +30,9 @@ class Reindexing:
 
     def _run(self) -> None:
         try:
-            self._engine.exchange(self._build())
-            self.state = "done"
-        except Exception as error:  # a thread's own would be lost
+            self.state = self._build()
+        except Exception:  # a thread's own would be lost
             _log.exception("reindexing failed")
-            self.state = f"failed: {error}"
+            self.state = "failed; the server's log says why"
         finally:
             self._lock.release()

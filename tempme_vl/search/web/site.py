@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from starlette.concurrency import run_in_threadpool
 
 from tempme_vl.data.splits import Video
+from tempme_vl.search.hits import Hit
 from tempme_vl.search.web.engine import Engine, Search
 from tempme_vl.search.web.interface import Fine, Query
-from tempme_vl.search.web.media import Media, NotListed
+from tempme_vl.search.web.media import Media, NotThere
 from tempme_vl.search.web.models import (
     Answer,
     Answers,
-    Hit,
+    HitFound,
     PatchFrame,
     Question,
     RegionsAnswer,
     SearchAnswer,
-    Segment,
     Status,
 )
 from tempme_vl.search.web.overlay import boxes
@@ -47,46 +46,54 @@ class Site:
         """A file that was sent.
 
         Raises:
-            NotListed: it is no longer kept.
+            NotThere: it is no longer kept.
         """
         if upload := self.uploads.get(upload_id):
             return upload
-        raise NotListed(f"no upload {upload_id!r}; it is kept for a while only: send the file again")
+        raise NotThere(f"no upload {upload_id!r}; it is kept for a while only: send the file again")
 
     async def search(self, q: str, upload: Upload | None, k: int, where: str = "", fine: Fine = "none") -> SearchAnswer:
         """The best segments for a text or, if there is one, for an upload.
 
         Raises:
-            ValueError: neither of them, or see `Index.search`.
+            ValueError: neither of them, or see `SearchIndex.search`.
         """
         key, query = await self._query(q, upload)
         hits, times, kept = await self.engine.search(query, Search(key, k, where.strip() or None, fine))
-        found = [Hit(path=hit.path, start=hit.start, end=hit.end, score=hit.score) for hit in hits]
+        found = [HitFound.model_validate(vars(hit)) for hit in hits]
         return SearchAnswer(hits=found, times=times, kept=kept, upload=upload.id if upload else None)
 
-    async def regions(self, q: str, upload: Upload | None, segment: Segment, tokens: int) -> RegionsAnswer:
-        """Where the best tokens of a segment come from.
+    async def regions(self, q: str, upload: Upload | None, path: str, segment: int, tokens: int) -> RegionsAnswer:
+        """Where the nearest tokens of a segment come from.
 
         Raises:
-            ValueError: as `search`, or an index without tokens.
-            NotListed: a path that the index does not have.
+            ValueError: as `search`, or see `SearchIndex.locate`.
+            NotThere: a path that the index does not have.
+            VideoError: a file that cannot be read.
         """
-        file = self.media.file(segment.path)
+        file = self.media.file(path)
         _, query = await self._query(q, upload)
-        found = SimpleNamespace(path=segment.path, start=segment.start, end=segment.end, score=0.0)
-        frames, times = await self.engine.regions(query, found, tokens)
-        picture = await run_in_threadpool(self.media.picture, file, segment.start, 320)
-        size, crops = (picture.width, picture.height), self.engine.index.crops
-        placed = [PatchFrame(time=frame.time, boxes=boxes(frame.mask, *size, crops)) for frame in frames]
-        return RegionsAnswer(width=size[0], height=size[1], frames=placed, times=times)
+        hit = Hit(path, 0.0, 0.0, 0.0, 0.0, segment, 0.0, 0)  # which it is, its path and number say
+        found, times = await self.engine.locate(query, hit, tokens)
+        first = await run_in_threadpool(self.media.picture, file, float(found.times[0]), 240)
+        size = first.width, first.height
+        marks, heat = found.patches.max(axis=0), found.heat()
+        frames = [
+            PatchFrame(time=float(at), score=float(warm.max()), boxes=boxes(mask, *size, found.resize))
+            for at, mask, warm in zip(found.times, marks, heat, strict=True)
+            if mask.any()
+        ]
+        return RegionsAnswer(width=size[0], height=size[1], scores=found.scores.tolist(), frames=frames, times=times)
 
     async def ask(self, asked: Question) -> Answers:
         """What the question answering model says about each segment.
 
         Raises:
-            NotListed: as `regions`.
+            NotThere: as `regions`, or the server has no such model.
             VideoError: a file that cannot be read.
         """
+        if self.engine.asker is None:
+            raise NotThere("no question answering model: start the server with --qa CHECKPOINT")
         videos = [Video(one.path, self.media.file(one.path), one.start, one.end) for one in asked.segments]
         said, times = await self.engine.ask(asked.question, videos)
         answers = [

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from tempme_vl.search.web.interface import Fine
-from tempme_vl.search.web.models import Hit, SearchAnswer, Status
+from tempme_vl.search.web.models import HitFound, SearchAnswer, Status
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,8 @@ def results(state: State, answer: SearchAnswer) -> dict[str, Any]:
 
 def facts(status: Status) -> list[tuple[str, str]]:
     """What the foot of the page tells of the index."""
-    plain = {name: value for name, value in status.index.items() if isinstance(value, str | int | float)}
-    return [
-        ("videos", f"{status.videos:,}"),
-        *((name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in plain.items()),
-    ]
+    plain = {"videos": status.videos, **status.index}
+    return [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in plain.items()]
 
 
 def timed(times: Mapping[str, float]) -> str:
@@ -151,10 +148,10 @@ def timed(times: Mapping[str, float]) -> str:
     return " · ".join(f"{name} {_milliseconds(time)}" for name, time in times.items() if time >= 0.05)
 
 
-def span(hit: Hit) -> str:
+def span(hit: HitFound) -> str:
     """From when to when."""
     exact = not (hit.start.is_integer() and hit.end.is_integer())
-    return f"{clock(hit.start, exact)} – {clock(hit.end, exact)}"
+    return f"{clock(hit.start, exact)} \N{EN DASH} {clock(hit.end, exact)}"
 
 
 def clock(seconds: float, exact: bool = True) -> str:
@@ -165,8 +162,8 @@ def clock(seconds: float, exact: bool = True) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{second}" if minutes >= 60 else f"{minutes}:{second}"
 
 
-def _player(state: State, hit: Hit, rank: int, links: Sequence[str]) -> Player:
-    asks = {"path": hit.path, "start": str(hit.start), "end": str(hit.end), "q": state.q, "upload": state.upload}
+def _player(state: State, hit: HitFound, rank: int, links: Sequence[str]) -> Player:
+    asks = {"path": hit.path, "segment": str(hit.segment), "q": state.q, "upload": state.upload}
     name, folder = _names(hit.path)
     return Player(
         path=hit.path,
