@@ -18,12 +18,14 @@ from tempme_vl.recipes.options.cache import CACHE_BUILD
 from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL
 from tempme_vl.recipes.options.videollm import VIDEOLLM
 from tempme_vl.recipes.options.videoqa import VIDEOQA
+from tempme_vl.search.options import COMMANDS as SEARCHING
 
 MODULE = "tempme_vl.cli"
 COMMANDS: tuple[Command[Any], ...] = (
     *(RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM),
     *(EVAL_RETRIEVAL, EVAL_VIDEOQA),
     *(COMPARE, VIDEOLLM_COMPARE, EFFICIENCY, CACHE_BUILD, DEMO),
+    *SEARCHING,
 )
 
 

@@ -3,7 +3,9 @@
 A field `merge_layers: tuple[int, ...] | None = None` is the option --merge-layers 2 3 4, the text below it its help.
 Classes of options are joined by inheritance: each that declares fields is a group of the help, headed by the first line
 of its docstring. A field `Annotated[str, REGISTRY]` is one of the registry's names, those registered meanwhile
-included. Reading options and --help import only what the options do, so that no module of options needs torch.
+included; one with the metadata FIRST_WORD is written without its name, in front of the options, and `short("-k")` gives
+an option one letter. Reading options and --help import only what the options do, so that no module of options needs
+torch.
 """
 
 from __future__ import annotations
@@ -27,6 +29,12 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, get_args
 T = TypeVar("T")
 WORDS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 WIDEST = 110  # columns of a help, in wider terminals too
+FIRST_WORD: Mapping[str, Any] = {"first_word": True}  # metadata of a field
+
+
+def short(letter: str) -> dict[str, Any]:
+    """Metadata of a field whose option is also written so, "-k"."""
+    return {"short": letter}
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Command(Generic[T]):
         arguments = sys.argv[1:] if arguments is None else arguments
         text = self._examples(module)
         said = inspect.cleandoc(self.options.__doc__ or "").partition("\n\n")
-        parser = _Parser(self._program(module), f"{self.about}{said[1]}{said[2]}", text)
+        parser = _Parser(self._program(module), self._usage(), f"{self.about}{said[1]}{said[2]}", text)
         defaults = self.defaults(arguments)
         hints, texts = get_type_hints(self.options, include_extras=True), _texts(self.options)
         for group, members in _groups(self.options):
@@ -96,6 +104,12 @@ class Command(Generic[T]):
     def about(self) -> str:
         """What it is for."""
         return self.summary or inspect.cleandoc(self.options.__doc__ or "").partition("\n\n")[0]
+
+    def _usage(self) -> str:
+        """As argparse wants it."""
+        words = [field for field in fields(self.options) if field.metadata.get("first_word")]
+        shown = [one.name.upper() if one.default is MISSING else f"[{one.name.upper()}]" for one in words]
+        return " ".join(["%(prog)s", *shown, "[options]"])
 
     def _program(self, module: str | None) -> str:
         return sys.argv[0] if module is None else f"tempme-vl {self.name}"
@@ -126,11 +140,11 @@ def first_look(arguments: Sequence[str], names: Sequence[str], several: Sequence
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, program: str, description: str, examples: str):
+    def __init__(self, program: str, usage: str, description: str, examples: str):
         wrapped = [textwrap.fill(paragraph, _width()) for paragraph in description.split("\n\n")]
         super().__init__(
             program,
-            "%(prog)s [options]",
+            usage,
             "\n\n".join(wrapped),
             examples,
             formatter_class=_Help,
@@ -205,7 +219,15 @@ def _add(section: Any, field: Field[Any], hint: Any, text: str, default: Any) ->
     elif default is not None and default is not False and default != ():
         text = f"{text} (default: {_shown(default)})"
     name = f"--{field.name.replace('_', '-')}"
-    section.add_argument(name, dest=field.name, default=argparse.SUPPRESS, help=text.strip().replace("%", "%%"), **how)
+    shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.strip().replace("%", "%%")}
+    if field.metadata.get("first_word"):
+        needed = how.pop("required", False)
+        section.add_argument(
+            field.name, **how | {"nargs": None if needed else "?", "metavar": field.name.upper()}, **shared
+        )
+    else:
+        letters = [letter for letter in [field.metadata.get("short")] if letter]
+        section.add_argument(*letters, name, dest=field.name, **shared, **how)
 
 
 def _names(kind: Any) -> tuple[str, ...]:

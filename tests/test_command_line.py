@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +14,7 @@ import pytest
 from training.processes import ROOT, SCRIPTS
 
 from tempme_vl.cli import COMMANDS
-from tempme_vl.command_line import Command, Example
+from tempme_vl.command_line import FIRST_WORD, Command, Example, short
 from tempme_vl.merging import METHODS
 from tempme_vl.recipes.options.presets import SETTING
 from tempme_vl.recipes.options.shared import MergeOptions
@@ -115,7 +117,7 @@ assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     lines = done.stdout.splitlines()
-    options = [number for number, line in enumerate(lines) if line.startswith("  --")]
+    options = [number for number, line in enumerate(lines) if re.match(r"  (-\w \w+, )?--|  [A-Z]+ ", line)]
     assert len(options) == len(fields(command.options)) - len(command.without)
     for number in options:  # its text is on the same line, or on the next
         beside = len(lines[number].split("  ")) > 2
@@ -137,7 +139,7 @@ def test_a_script_is_the_command(name: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_examples_can_be_read_and_what_runs_is_there(command: Command[Any]) -> None:
     for example in command.examples:
-        command.parse(example.options.split())
+        command.parse(shlex.split(example.options))
     assert callable(command.load())
 
 
@@ -170,3 +172,35 @@ def test_names_of_a_registry_are_read_anew(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         command.parse(["--help"])
     assert "--thing {one,two}" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words in front of options."""
+
+    place: Path = field(metadata=FIRST_WORD)
+    text: str = field(default="all", metadata=FIRST_WORD)
+    k: int = field(default=3, metadata=short("-k"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["a/b"], Words(Path("a/b"))),
+        (["a/b", "some words", "-k", "4"], Words(Path("a/b"), "some words", 4)),
+        (["--k=5", "a/b"], Words(Path("a/b"), k=5)),
+    ],
+)
+def test_words_stand_in_front_of_options(given: list[str], expected: Words) -> None:
+    assert Command("look in", Words, print).parse(given) == expected
+
+
+def test_a_missing_word_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    command = Command("look in", Words, print)
+    with pytest.raises(ValueError, match="are required: place"):
+        command.parse(["-k", "4"])
+    with pytest.raises(ValueError, match="unknown: third"):
+        command.parse(["first", "second", "third"])
+    with pytest.raises(SystemExit):
+        command.parse(["--help"], "tempme_vl.cli")
+    assert capsys.readouterr().out.startswith("usage: tempme-vl look in PLACE [TEXT] [options]\n")
