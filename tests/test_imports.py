@@ -103,7 +103,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
     "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports"} | COMMANDS,
-    "search": CORE | {"tasks", "pipeline", "data", "reports"} | COMMANDS,
+    "search": CORE | {"__init__", "tasks", "pipeline", "data", "reports"} | COMMANDS,
     # the command, which knows all others
     "cli": {"__init__", "command", "command_line", "recipes", "evaluation", "search"},
     "lmms_eval": {"integrations", "libraries"},
@@ -117,7 +117,7 @@ TYPES: dict[str, set[str]] = {
     "tuning": {"frontend"},
 }
 SCRIPTS = ("recipes", "eval")
-EXTRAS = {"lmms_eval", "lancedb", "pyarrow"}  # of pyproject.toml, and perhaps not installed
+EXTRAS = {"lmms_eval", "lancedb", "pyarrow", "fastapi", "starlette", "uvicorn"}  # of pyproject.toml, and perhaps not installed
 HEAVY = {"deepspeed", "peft", "timm", "decord", "lancedb", "pyarrow"}  # and not always needed
 
 
@@ -216,7 +216,7 @@ def absent(*modules):
     found = set(modules) & set(sys.modules)
     assert not found, found
 
-HEAVY = ("deepspeed", "peft", "decord", "accelerate", "lancedb", "pyarrow")
+HEAVY = ("deepspeed", "peft", "decord", "accelerate", "lancedb", "pyarrow", "fastapi")
 TOWERS = ("open_clip", "timm", "transformers", "torchvision", "torch._dynamo")
 import tempme_vl
 absent("torch", "numpy", "tokenizers")
