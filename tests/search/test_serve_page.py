@@ -83,7 +83,7 @@ def test_a_filter_that_cannot_be_used_is_told(client: TestClient) -> None:
 def test_a_picture_leads_to_its_own_page(client: TestClient) -> None:
     file = io.BytesIO()
     Image.new("RGB", (40, 30), (20, 200, 30)).save(file, "PNG")
-    sent = {"file": ('my <leaf>.png', file.getvalue())}
+    sent = {"file": ("my <leaf>.png", file.getvalue())}
     answer = client.post("/search", files=sent, data={"k": "3", "where": "path <> 'y more/green leaf.mp4'"})
     assert answer.history[0].status_code == 303 and answer.url.params["k"] == "3"
     assert [label.split(",")[0] for label in cards(answer.text)] == [f"{n}: green leaf.mp4" for n in (1, 2, 3)]

@@ -150,7 +150,7 @@ def timed(times: Mapping[str, float]) -> str:
 
 def span(hit: HitFound) -> str:
     """From when to when."""
-    exact = not (hit.start.is_integer() and hit.end.is_integer())
+    exact = any(abs(seconds - round(seconds)) >= 0.05 for seconds in (hit.start, hit.end))
     return f"{clock(hit.start, exact)} \N{EN DASH} {clock(hit.end, exact)}"
 
 

@@ -37,24 +37,34 @@ for (const form of all("form[data-into]")) {
 }
 
 // the shade over the video: that of the frame nearest to what is shown
+const frames = () => all(".frames [data-seek]");
+const distance = (frame) => Math.abs(frame.dataset.seek - shown());
+const shown = () => (video.error ? still : video.currentTime); // a file that the browser cannot play is shown in stills
+let still = Number(video?.dataset.start);
+
 function shade() {
-  if (!video || !one("#highlight")) return;
-  const now = video.currentTime, { start, end } = video.dataset;
-  const frames = all(".frames [data-seek]");
-  const near = frames.reduce((best, frame) => !best || Math.abs(frame.dataset.seek - now) < Math.abs(best.dataset.seek - now) ? frame : best, null);
-  const inside = near && now >= start - 0.25 && now <= Number(end) + 0.25;
-  for (const frame of frames) frame.setAttribute("aria-pressed", String(inside && frame === near));
-  const overlay = one(".overlay"), size = one(".frames");
-  if (size) overlay.setAttribute("viewBox", `0 0 ${size.dataset.width} ${size.dataset.height}`);
-  overlay.firstElementChild.setAttribute("d", inside && one("#highlight").checked ? near.querySelector("path").getAttribute("d") : "");
+  if (!video || !one(".frames")) return;
+  const inside = shown() >= video.dataset.start - 0.25 && shown() <= Number(video.dataset.end) + 0.25;
+  const near = inside && frames().reduce((best, frame) => (best && distance(best) <= distance(frame) ? best : frame), null);
+  for (const frame of frames()) frame.setAttribute("aria-pressed", String(frame === near));
+  const { width, height } = one(".frames").dataset;
+  one(".overlay").setAttribute("viewBox", `0 0 ${width} ${height}`);
+  one(".overlay path").setAttribute("d", near && one("#highlight").checked ? near.querySelector("path").getAttribute("d") : "");
+}
+function seek(button) {
+  still = Number(button.dataset.seek);
+  const image = button.querySelector("img");
+  if (!video.error) video.currentTime = still;
+  else if (image) video.poster = image.src.replace(/width=\d+/, "width=960");
+  shade();
 }
 if (video) {
   for (const event of ["timeupdate", "seeked", "loadeddata"]) video.addEventListener(event, shade);
-  video.addEventListener("error", () => { one(".unplayable").hidden = false; });
+  video.addEventListener("error", () => { video.controls = false; one(".unplayable").hidden = false; shade(); });
   one("#highlight")?.addEventListener("change", shade);
   document.addEventListener("click", ({ target }) => {
     const button = target.closest("[data-seek]");
-    if (button) { video.currentTime = button.dataset.seek; shade(); }
+    if (button) seek(button);
   });
 }
 
