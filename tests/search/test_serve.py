@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,17 +82,21 @@ def picture(color: tuple[int, int, int]) -> bytes:
 
 
 def request(
-    app: Any, method: str, path: str, headers: list[tuple[bytes, bytes]], more: Callable[[], bytes] | None = None
+    app: Any, method: str, path: str, headers: list[tuple[bytes, bytes]], pieces: Iterable[bytes] = (b"",)
 ) -> tuple[int, bytes]:
     """Status and content of an address as it stands, which clients would put in order first.
 
     Args:
-        more: gives pieces of a body that has no end.
+        pieces: of the body, taken as the application asks for them.
     """
     sent: list[dict[str, Any]] = []
+    coming = iter(pieces)
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": more() if more else b"", "more_body": more is not None}
+        piece = next(coming, None)
+        if piece is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": piece, "more_body": method == "POST"}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -177,19 +181,20 @@ def test_a_file_that_is_too_large_is_refused(client: TestClient) -> None:
 
 @pytest.mark.parametrize("told", [None, "999999999999", "-5", "many"])
 def test_no_more_is_read_than_may_come(index: FakeIndex, told: str | None) -> None:
-    """Of a body without a length, or with a wrong one, of pieces without end."""
+    """Of a body without a length, or with a wrong one, of forty pieces."""
     app = create_app(index, str, max_upload=MOST)
     piece, taken = 50_000, 0
     start = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n'
 
-    def more() -> bytes:
+    def pieces() -> Iterator[bytes]:
         nonlocal taken
-        taken += 1
-        return start if taken == 1 else bytes(piece)
+        for one in [start, *[bytes(piece)] * 40]:
+            taken += 1
+            yield one
 
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
     headers += [] if told is None else [(b"content-length", told.encode())]
-    status, _ = request(app, "POST", "/api/search", headers, more)
+    status, _ = request(app, "POST", "/api/search", headers, pieces())
     assert status == 413
     assert taken == 0 if told is not None else 4 <= taken <= MOST // piece + 3
 
