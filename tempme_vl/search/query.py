@@ -168,7 +168,7 @@ class SearchIndex:
             return
         facts = {name: rows.column(name).to_numpy() for name in FACTS}
         facts["path"] = facts["path"].astype(str)
-        np.savez(target, vectors=_vectors(rows), allow_pickle=False, **facts)
+        np.savez(target, vectors=_vectors(rows), **facts)
 
     def _check(self, k: int, candidates: int, fine: str, exact: bool) -> None:
         if k < 1 or candidates < 1:
