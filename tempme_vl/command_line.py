@@ -83,7 +83,7 @@ class Command(Generic[T]):
         arguments = sys.argv[1:] if arguments is None else arguments
         text = self._examples(module)
         said = inspect.cleandoc(self.options.__doc__ or "").partition("\n\n")
-        parser = _Parser(self._program(module), self._usage(), f"{self.about}{said[1]}{said[2]}", text)
+        parser = _Parser(self._program(module), _usage(self.options), f"{self.about}{said[1]}{said[2]}", text)
         defaults = self.defaults(arguments)
         hints, texts = get_type_hints(self.options, include_extras=True), _texts(self.options)
         for group, members in _groups(self.options):
@@ -104,12 +104,6 @@ class Command(Generic[T]):
     def about(self) -> str:
         """What it is for."""
         return self.summary or inspect.cleandoc(self.options.__doc__ or "").partition("\n\n")[0]
-
-    def _usage(self) -> str:
-        """As argparse wants it."""
-        words = [field for field in fields(self.options) if field.metadata.get("first_word")]
-        shown = [one.name.upper() if one.default is MISSING else f"[{one.name.upper()}]" for one in words]
-        return " ".join(["%(prog)s", *shown, "[options]"])
 
     def _program(self, module: str | None) -> str:
         return sys.argv[0] if module is None else f"tempme-vl {self.name}"
@@ -258,6 +252,13 @@ def _hyphens(arguments: Sequence[str]) -> list[str]:
         f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else f"{name}{equals}{value}"
         for name, equals, value in split
     ]
+
+
+def _usage(kind: type[Any]) -> str:
+    """As argparse wants it."""
+    words = [field for field in fields(kind) if field.metadata.get("first_word")]
+    shown = [one.name.upper() if one.default is MISSING else f"[{one.name.upper()}]" for one in words]
+    return " ".join(["%(prog)s", *shown, "[options]"])
 
 
 def _groups(kind: type[Any]) -> list[tuple[str, list[Field[Any]]]]:

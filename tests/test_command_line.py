@@ -197,7 +197,7 @@ def test_words_stand_in_front_of_options(given: list[str], expected: Words) -> N
 
 def test_a_missing_word_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     command = Command("look in", Words, print)
-    with pytest.raises(ValueError, match="are required: place"):
+    with pytest.raises(ValueError, match="are required: PLACE"):
         command.parse(["-k", "4"])
     with pytest.raises(ValueError, match="unknown: third"):
         command.parse(["first", "second", "third"])

@@ -99,7 +99,8 @@ def _frames(
 
 def _within(parts: Sequence[Part], duration: float) -> list[Part]:
     """Parts of a file that turns out to be shorter; one that begins behind its end is left out."""
-    return [Part(part.start, min(part.end, duration)) for part in parts if part.start < duration]
+    least = 1e-6  # seconds; times of both listings differ by rounding
+    return [Part(part.start, min(part.end, duration)) for part in parts if part.start < duration - least]
 
 
 def _deadline(seconds: float | None) -> float | None:

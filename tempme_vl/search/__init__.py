@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tempme_vl.search.answers import Answer, ask
     from tempme_vl.search.embed import Embedder, Query
     from tempme_vl.search.hits import Hit, Hits
     from tempme_vl.search.index import IndexReport, build
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tempme_vl.search.store import IndexFolderError
 
 __all__ = [
+    "Answer",
     "Embedder",
     "Hit",
     "Hits",
@@ -31,11 +33,13 @@ __all__ = [
     "Location",
     "Query",
     "SearchIndex",
+    "ask",
     "build",
     "open",
 ]
 
 _HOMES = {
+    "answers": ("Answer", "ask"),
     "embed": ("Embedder", "Query"),
     "hits": ("Hit", "Hits"),
     "index": ("IndexReport", "build"),

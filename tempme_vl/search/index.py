@@ -19,8 +19,9 @@ from tempme_vl.command import above_zero, at_least
 from tempme_vl.data.decoder_process import DecoderProcess
 from tempme_vl.data.parts import FrameParts, Part, read_parts
 from tempme_vl.data.video import Frames
+from tempme_vl.hub import find_folder
 from tempme_vl.search.decoding import Decoded, decode_all
-from tempme_vl.search.embed import Embedder
+from tempme_vl.search.embed import Embedder, fingerprint
 from tempme_vl.search.files import Found, Problem, VideoFile, find_videos, inside
 from tempme_vl.search.options import IndexOptions
 from tempme_vl.search.segments import Segments
@@ -87,14 +88,17 @@ def build_index(options: IndexOptions, embedder: Embedder | None = None) -> Inde
     at_least(1, batch_size=options.batch_size, workers=options.workers)
     above_zero(decode_timeout=options.decode_timeout, memory=options.memory)
     found = find_videos(options.folder, options.out)
-    embedder = embedder or Embedder.from_pretrained(_checkpoint(options), options.device)
-    store = _store(options, embedder)
+    if not (options.out / SETTINGS_FILE).is_file():
+        embedder = embedder or Embedder.from_pretrained(_checkpoint(options), options.device)
+        Store.create(options.out, _new_settings(options, embedder))
+    store = Store(options.out)
+    _check(options, store, embedder)
     with store.alone():
         return _bring_up_to_date(options, store, embedder, found, begun)
 
 
 def _bring_up_to_date(
-    options: IndexOptions, store: Store, embedder: Embedder, found: Found, begun: float
+    options: IndexOptions, store: Store, embedder: Embedder | None, found: Found, begun: float
 ) -> IndexReport:
     there = store.files()
     if there and not found.files:
@@ -110,7 +114,9 @@ def _bring_up_to_date(
     if removed:
         _log.info("%d files are gone, and their segments with them", len(removed))
     writing = _Writing(store, {file.path for file in wanted if file.path in there})
-    _embed_all(options, store.settings, embedder, wanted, writing)
+    if wanted:
+        embedder = embedder or Embedder.from_pretrained(options.checkpoint or store.settings.checkpoint, options.device)
+        _embed_all(options, store.settings, embedder, wanted, writing)
     broken |= writing.broken
     store.drop([file.path for file in broken if file.path in there])
     store.write_broken(broken)
@@ -181,14 +187,7 @@ def _embed_all(
     writing: _Writing,
 ) -> None:
     read = partial(_read, options, settings, embedder)
-    bar = tqdm(
-        total=sum(file.size for file in files) or 1,
-        desc="indexing",
-        unit="B",
-        unit_scale=True,
-        file=sys.stderr,
-        disable=not files,
-    )
+    bar = tqdm(total=sum(file.size for file in files), desc="indexing", unit="B", unit_scale=True, file=sys.stderr)
     segments = 0
     with bar:
         for some in _in_batches(decode_all(files, read, options.workers), options.batch_size):
@@ -295,26 +294,28 @@ def _read(
 
 
 def _checkpoint(options: IndexOptions) -> str:
-    """Raises IndexFolderError where nothing says which model."""
-    if options.checkpoint is not None:
-        return options.checkpoint
-    if not (options.out / SETTINGS_FILE).is_file():
+    """Of a new index. Raises IndexFolderError where nothing says which."""
+    if options.checkpoint is None:
         raise IndexFolderError(f"{options.out} is no index yet: give the model that is to make it, --checkpoint DIR")
-    return Store(options.out).settings.checkpoint
+    return options.checkpoint
 
 
-def _store(options: IndexOptions, embedder: Embedder) -> Store:
-    """The index, made where there is none.
-
-    Raises:
-        IndexFolderError: it was made otherwise.
-    """
+def _check(options: IndexOptions, store: Store, embedder: Embedder | None) -> None:
+    """Raises IndexFolderError: an index was made otherwise."""
+    if embedder is not None:
+        check_model(store, embedder.source, embedder.fingerprint)
+    else:
+        source = options.checkpoint or store.settings.checkpoint
+        check_model(store, source, fingerprint(find_folder(source)))
+    for name in ("tokens", "segment_seconds", "overlap"):
+        given, made = getattr(options, name), getattr(store.settings, name)
+        if given is not None and given != made:
+            option = f"--{name.replace('_', '-')}"
+            raise IndexFolderError(
+                f"{options.out} was made with {option} {made}; got {given}. Leave it out, or make a new index in "
+                "another folder"
+            )
     root = str(options.folder.resolve())
-    if not (options.out / SETTINGS_FILE).is_file():
-        return Store.create(options.out, _new_settings(options, embedder, root))
-    store = Store(options.out)
-    check_model(store, embedder)
-    _check_options(options, store.settings)
     if root != store.settings.root:
         if not options.moved:
             raise IndexFolderError(
@@ -322,10 +323,9 @@ def _store(options: IndexOptions, embedder: Embedder) -> Store:
                 "another place, say --moved; else give another --out"
             )
         store.move(root)
-    return store
 
 
-def _new_settings(options: IndexOptions, embedder: Embedder, root: str) -> IndexSettings:
+def _new_settings(options: IndexOptions, embedder: Embedder) -> IndexSettings:
     default = Segments()
     segments = Segments(
         default.seconds if options.segment_seconds is None else options.segment_seconds,
@@ -337,7 +337,7 @@ def _new_settings(options: IndexOptions, embedder: Embedder, root: str) -> Index
             "this model pools its tokens by attention: single ones are not in the space of texts; give --tokens none"
         )
     return IndexSettings(
-        root=root,
+        root=str(options.folder.resolve()),
         checkpoint=embedder.source,
         fingerprint=embedder.fingerprint,
         width=embedder.width,
@@ -349,23 +349,16 @@ def _new_settings(options: IndexOptions, embedder: Embedder, root: str) -> Index
     )
 
 
-def check_model(store: Store, embedder: Embedder) -> None:
-    """Raises IndexFolderError for another model than the one that made an index."""
-    theirs, settings = embedder.fingerprint, store.settings
+def check_model(store: Store, source: str, theirs: str) -> None:
+    """Raises IndexFolderError for another model than the one that made an index.
+
+    Args:
+        source, theirs: where the model comes from, and its fingerprint.
+    """
+    settings = store.settings
     if theirs != settings.fingerprint:
         raise IndexFolderError(
             f"{store.folder} was made by another model: expected the one of {settings.checkpoint} as it was then "
-            f"({settings.fingerprint[:12]}); got {embedder.source} ({theirs[:12]}), whose vectors cannot be compared "
-            "with those. Give that model as --checkpoint, or make a new index in another folder"
+            f"({settings.fingerprint[:12]}); got {source} ({theirs[:12]}), whose vectors cannot be compared with "
+            "those. Give that model as --checkpoint, or make a new index in another folder"
         )
-
-
-def _check_options(options: IndexOptions, settings: IndexSettings) -> None:
-    for name in ("tokens", "segment_seconds", "overlap"):
-        given, made = getattr(options, name), getattr(settings, name)
-        if given is not None and given != made:
-            option = f"--{name.replace('_', '-')}"
-            raise IndexFolderError(
-                f"{options.out} was made with {option} {made}; got {given}. Leave it out, or make a new index in "
-                "another folder"
-            )

@@ -81,6 +81,53 @@ class SearchOptions:
     """Print a JSON list."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """Vectors of texts, videos and pictures, by a retrieval model: one each, L2-normalised, in one space."""
+
+    checkpoint: str
+    """Folder of a retrieval model, or its name on the Hugging Face hub."""
+    out: Path
+    """The .npz file: texts (T,) and text_vectors (T, E), files (V,) and file_vectors (V, E), float32."""
+    texts: tuple[str, ...] = ()
+    """Texts."""
+    files: tuple[Path, ...] = ()
+    """Videos, whole, and pictures; those that cannot be read are listed and left out."""
+    device: str | None = None
+    """Default: a GPU where there is one."""
+    json: bool = False
+    """Print the report as JSON."""
+
+
+@dataclass(frozen=True)
+class AskOptions:
+    """Answer a question by the segments of an index that fit it best."""
+
+    index: Path = field(metadata=FIRST_WORD)
+    """Folder of the index."""
+    question: str = field(metadata=FIRST_WORD)
+    """What to answer."""
+    qa_checkpoint: str
+    """Folder of a question answering model, or its name on the Hugging Face hub; or of a retrieval model, which chooses
+    among --answers."""
+    k: int = field(default=3, metadata=short("-k"))
+    """Segments that are asked."""
+    find: str | None = None
+    """What to search for. Default: the question."""
+    answers: tuple[str, ...] = ()
+    """Choose among these. Default: the model's own answers, or what it writes."""
+    where: str | None = None
+    """Only segments that this holds of, as in tempme-vl search."""
+    fine: Literal["none", "maxsim"] = "none"
+    """As in tempme-vl search."""
+    checkpoint: str | None = None
+    """Where the model of the index lies now. Default: where it lay."""
+    device: str | None = None
+    """Default: a GPU where there is one."""
+    json: bool = False
+    """Print a JSON list."""
+
+
 INDEX = Command(
     "index",
     IndexOptions,
@@ -104,4 +151,26 @@ SEARCH = Command(
         Example("in one folder, in two stages", '/data/index "a dog" --where "path LIKE \'pets/%\'" --fine maxsim'),
     ),
 )
-COMMANDS = (INDEX, SEARCH)
+EMBED = Command(
+    "embed",
+    EmbedOptions,
+    "tempme_vl.search.commands:embed",
+    (
+        Example(
+            "texts and videos",
+            "--checkpoint runs/demo/tempme-seed0/best --texts 'a dog' 'a cat' --files a.mp4 b.mp4 --out vectors.npz",
+        ),
+    ),
+)
+ASK = Command(
+    "ask",
+    AskOptions,
+    "tempme_vl.search.commands:ask",
+    (
+        Example(
+            "the three best segments",
+            "/data/index 'what color is the car' --qa-checkpoint runs/motion-decoder-tempme/best",
+        ),
+    ),
+)
+COMMANDS = (INDEX, SEARCH, EMBED, ASK)

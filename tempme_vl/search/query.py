@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -75,12 +75,12 @@ class SearchIndex:
         """
         given = self._checkpoint or self.settings.checkpoint
         embedder = given if isinstance(given, Embedder) else Embedder.from_pretrained(given, self._device)
-        check_model(self.store, embedder)
+        check_model(self.store, embedder.source, embedder.fingerprint)
         return embedder
 
     def search(
         self,
-        query: Query,
+        query: Query | EmbeddedQuery,
         k: int = 10,
         where: str | None = None,
         fine: Fine = "none",
@@ -91,7 +91,7 @@ class SearchIndex:
 
         Args:
             query: a text (str); a video, a Path or a part of one, `tempme_vl.data.splits.Video(name, path, start,
-                end)`; or a picture of Pillow.
+                end)`; a picture of Pillow; or what `embedder.query` made of one of these.
             k: the most hits.
             where: only segments of which this holds, in SQL, over `path`, `segment`, `start`, `end`, `duration`
                 (seconds), `size` (bytes), `modified` (nanoseconds since 1970).
@@ -105,12 +105,14 @@ class SearchIndex:
                 for.
         """
         self._check(k, candidates, fine, exact)
+        if not isinstance(query, EmbeddedQuery):
+            _ = self.embedder  # reading a model is no part of searching
         begun = time.perf_counter()
         embedded = query if isinstance(query, EmbeddedQuery) else self.embedder.query(query)
         between = time.perf_counter()
         most = max(k, candidates) if fine == "maxsim" else k
         rows = self._nearest(embedded.vector, most, where, exact)
-        hits = [Hit(score=row["coarse"], **row) for row in rows.drop_columns("_rowid").to_pylist()]
+        hits = _sorted(Hit(score=row["coarse"], **row) for row in rows.drop_columns("_rowid").to_pylist())
         seconds = {"embed": between - begun, "coarse": time.perf_counter() - between}
         if fine == "maxsim":
             between = time.perf_counter()
@@ -118,7 +120,7 @@ class SearchIndex:
             seconds["fine"] = time.perf_counter() - between
         return Hits(hits[:k], seconds)
 
-    def locate(self, query: Query, hit: Hit, top: int = 5) -> Location:
+    def locate(self, query: Query | EmbeddedQuery, hit: Hit, top: int = 5) -> Location:
         """Where a query was found: the merged tokens of a hit that are nearest to it, with their frames and patches.
 
         Args:
@@ -129,7 +131,7 @@ class SearchIndex:
             IndexFolderError: an index without tokens, or the segment is not there any more.
         """
         self._require_tokens()
-        parts = self._parts(self.embedder.query(query))
+        parts = self._parts(query if isinstance(query, EmbeddedQuery) else self.embedder.query(query))
         found = self.store.table.search().where(select_of(hit.path, hit.segment)).limit(1).to_arrow().to_pylist()
         if not found:
             raise IndexFolderError(f"segment {hit.segment} of {hit.path} is not in the index any more; search again")
@@ -166,7 +168,7 @@ class SearchIndex:
             return
         facts = {name: rows.column(name).to_numpy() for name in FACTS}
         facts["path"] = facts["path"].astype(str)
-        np.savez(target, vectors=_vectors(rows), allow_pickle=False, **facts)
+        np.savez(target, vectors=_vectors(rows), **facts)
 
     def _check(self, k: int, candidates: int, fine: str, exact: bool) -> None:
         if k < 1 or candidates < 1:
@@ -218,11 +220,16 @@ class SearchIndex:
             tokens = unpack_tokens(row["tokens"], settings.width, settings.tokens)
             scores[row["path"], row["segment"]] = max_sim_of(parts, tokens)
         ranked = [replace(hit, score=scores[hit.path, hit.segment]) for hit in hits]
-        return sorted(ranked, key=lambda hit: -hit.score)
+        return _sorted(ranked)
 
     def _parts(self, query: EmbeddedQuery) -> np.ndarray:
         assert query.parts is not None, "an index has tokens only where its model has"
         return query.parts
+
+
+def _sorted(hits: Iterable[Hit]) -> list[Hit]:
+    """The best first; equal ones by their names."""
+    return sorted(hits, key=lambda hit: (-hit.score, hit.path, hit.segment))
 
 
 def _vectors(rows: Any) -> np.ndarray:

@@ -39,9 +39,11 @@ class ServeOptions:
     or any with another --host."""
     checkpoint: str | None = None
     """Where the model of the index lies now. Default: where it lay."""
-    qa: str | None = None
+    qa_checkpoint: str | None = None
     """Folder of a question answering model, or its name on the Hugging Face hub: it answers what visitors ask about
-    hits."""
+    hits. Or of a retrieval model, which chooses among --answers."""
+    answers: tuple[str, ...] = ()
+    """Those that a retrieval model as --qa-checkpoint chooses among."""
     device: str | None = None
     """Of both models. Default: a GPU where there is one."""
     max_upload_mb: int = 64
@@ -69,6 +71,8 @@ def build_app(options: ServeOptions) -> FastAPI:
     at_least(1, max_upload_mb=options.max_upload_mb)
     if not 0 <= options.port < 1 << 16:
         raise ValueError(f"--port must be from 0 to {(1 << 16) - 1}; got {options.port}")
+    if options.answers and options.qa_checkpoint is None:
+        raise ValueError("--answers needs --qa-checkpoint, a retrieval model")
     if options.token == "":
         raise ValueError("--token must not be empty; leave it out to refuse reindexing")
     from tempme_vl.search.store import MissingPackageError
@@ -83,7 +87,9 @@ def build_app(options: ServeOptions) -> FastAPI:
     index = open_index(options.index, options.checkpoint, options.device)
     served = Served(index)
     _ = index.embedder  # now, not with the first request: a model that does not fit ends the command
-    asker = None if options.qa is None else VideoQA.from_pretrained(options.qa, device=index.embedder.device)
+    asker = None
+    if options.qa_checkpoint is not None:
+        asker = VideoQA.from_pretrained(options.qa_checkpoint, options.answers, index.embedder.device)
     print(f"{len(index)} segments of {len(served.paths)} videos: http://{_address(options)}", flush=True)
     return create_app(
         served,
@@ -112,7 +118,7 @@ SERVE = Command(
     main,
     (
         Example("on this machine", "/data/index --port 8000"),
-        Example("with answers to questions", "/data/index --qa runs/motion-decoder-tempme/best"),
+        Example("with answers to questions", "/data/index --qa-checkpoint runs/motion-decoder-tempme/best"),
         Example("for others, who may also bring the index up to date", "/data/index --host 0.0.0.0 --token SECRET"),
     ),
 )

@@ -128,9 +128,20 @@ class Store:
         return cls(folder)
 
     def _open(self) -> lancedb.table.Table:
+        """A table that a process left before its first version is made anew."""
         database = _lancedb().connect(self.folder, read_consistency_interval=timedelta(0))
+        place = self.folder / f"{TABLE}.lance"
         with self._errors():
-            return database.create_table(TABLE, schema=self._schema(), exist_ok=True)
+            if not any((place / "_versions").glob("*.manifest")):
+                mode = "overwrite" if place.exists() else "create"
+                return database.create_table(TABLE, schema=self._schema(), mode=mode)
+            try:
+                return database.open_table(TABLE)
+            except (OSError, RuntimeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise IndexFolderError(
+                    f"the table in {self.folder} cannot be opened ({reason}): delete the folder and index again"
+                ) from error
 
     def move(self, root: str) -> None:
         """Says where the folder of the videos lies now."""

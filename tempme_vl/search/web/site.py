@@ -93,7 +93,7 @@ class Site:
             VideoError: a file that cannot be read.
         """
         if self.engine.asker is None:
-            raise NotThere("no question answering model: start the server with --qa CHECKPOINT")
+            raise NotThere("no question answering model: start the server with --qa-checkpoint")
         videos = [Video(one.path, self.media.file(one.path), one.start, one.end) for one in asked.segments]
         said, times = await self.engine.ask(asked.question, videos)
         answers = [
