@@ -238,11 +238,8 @@ def test_files_that_are_gone_or_broken(client: TestClient, root: Path) -> None:
 
 def test_a_thumbnail_is_the_frame_of_that_time(client: TestClient) -> None:
     for path, color in COLORS.items():
-        for time, expected in ((0, color), (3.9, color), (4, (255, 255, 255)), (100, None)):
+        for time, expected in ((0, color), (3.9, color), (4, (255, 255, 255)), (100, (255, 255, 255))):
             answer = client.get("/api/thumbnail", params={"path": path, "time": time, "width": 48})
-            if expected is None:
-                assert answer.status_code == 400
-                continue
             image = Image.open(io.BytesIO(answer.content))
             assert image.size == (48, 32)
             assert np.abs(np.asarray(image).reshape(-1, 3).mean(0) - expected).max() < 12

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from tempme_vl.data.video import read_frames
 from tempme_vl.search.files import inside
 from tempme_vl.search.web.interface import Index
+from tempme_vl.search.web.stills import read_still
 
-SECONDS = 20.0  # to decode one frame
 KEPT = 512  # pictures
 
 
@@ -97,7 +96,5 @@ def as_jpeg(image: Image.Image, width: int) -> bytes:
 
 
 def _read(file: Path, time: float, width: int) -> Picture:
-    # an interval that is shorter than a frame yields the frame shown at its start
-    frames = read_frames(file, 1, sampling="uniform", start=time, end=time + 1e-3, timeout=SECONDS)
-    image = Image.fromarray(frames.pixels[0])
+    image = Image.fromarray(read_still(file, time))
     return Picture(as_jpeg(image, width), image.width, image.height)
