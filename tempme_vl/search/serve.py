@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +34,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     """Address that is listened on; 0.0.0.0 for all of this machine's."""
     port: int = 8000
-    """Port."""
+    """Port; 0 for any that is free."""
     names: tuple[str, ...] = ()
     """Names that a browser may ask this server by, others are refused; * for any. Default: localhost and its addresses,
     or any with another --host."""
@@ -57,20 +58,21 @@ def main(options: ServeOptions) -> None:
     """Serves until it is interrupted.
 
     Raises:
-        ValueError: options that it cannot be, or see `tempme_vl.search.open`.
+        ValueError: options that it cannot be, a port that is taken, or see `tempme_vl.search.open`.
         MissingPackageError: an optional package is not installed.
     """
-    application = build_app(options)
-    import uvicorn
+    with _listening(options) as listener:
+        application = build_app(options)
+        import uvicorn
 
-    uvicorn.run(application, host=options.host, port=options.port, log_level="warning", server_header=False)
+        print(f"http://{_address(options.host, listener.getsockname()[1])} (Ctrl-C ends it)", flush=True)
+        server = uvicorn.Server(uvicorn.Config(application, log_level="warning", server_header=False))
+        server.run(sockets=[listener])
 
 
 def build_app(options: ServeOptions) -> FastAPI:
     """The application, with its models loaded; raises as `main`."""
     at_least(1, max_upload_mb=options.max_upload_mb)
-    if not 0 <= options.port < 1 << 16:
-        raise ValueError(f"--port must be from 0 to {(1 << 16) - 1}; got {options.port}")
     if options.answers and options.qa_checkpoint is None:
         raise ValueError("--answers needs --qa-checkpoint, a retrieval model")
     if options.token == "":
@@ -90,7 +92,7 @@ def build_app(options: ServeOptions) -> FastAPI:
     asker = None
     if options.qa_checkpoint is not None:
         asker = VideoQA.from_pretrained(options.qa_checkpoint, options.answers, index.embedder.device)
-    print(f"{len(index)} segments of {len(served.paths)} videos: http://{_address(options)}", flush=True)
+    print(f"{len(index)} segments of {len(served.paths)} videos", flush=True)
     return create_app(
         served,
         served.bring_up_to_date,
@@ -108,8 +110,19 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _address(options: ServeOptions) -> str:
-    return f"[{options.host}]:{options.port}" if ":" in options.host else f"{options.host}:{options.port}"
+def _listening(options: ServeOptions) -> socket.socket:
+    """Opened before models are loaded, so that a port that is taken is told at once."""
+    if not 0 <= options.port < 1 << 16:
+        raise ValueError(f"--port must be from 0, any that is free, to {(1 << 16) - 1}; got {options.port}")
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server((options.host, options.port), family=family, backlog=1024)
+    except OSError as error:
+        raise ValueError(f"--host {options.host} --port {options.port} cannot be listened on: {error}") from error
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 SERVE = Command(

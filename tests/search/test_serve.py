@@ -19,6 +19,7 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 from search.fake_index import COLORS, FakeIndex, FakeQA, write_videos
 
+from tempme_vl.search.web import engine
 from tempme_vl.search.web.app import create_app
 
 MOST = 200_000  # bytes of an upload
@@ -332,6 +333,12 @@ def test_fifty_requests_at_once_get_what_each_alone_gets(client: TestClient, ind
         assert [(hit["path"], hit["score"]) for hit in answer.json()["hits"]] == [
             (one.path, one.score) for one in alone
         ]
+
+
+def test_a_line_that_is_too_long_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "WAITING", 0)
+    refused = client.get("/api/search", params={"q": "red"})
+    assert refused.status_code == 503 and "try again later" in refused.json()["detail"]
 
 
 def test_status(client: TestClient) -> None:

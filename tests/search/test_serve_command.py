@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,8 @@ def client(made: Path, model: Path) -> TestClient:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"port": 70_000}, "--port must be from 0 to 65535; got 70000"),
+        ({"port": 70_000}, "--port must be from 0, any that is free, to 65535; got 70000"),
+        ({"host": "203.0.113.7", "port": 0}, "--host 203.0.113.7 --port 0 cannot be listened on"),
         ({"max_upload_mb": 0}, "--max-upload-mb must be 1 or more"),
         ({"token": ""}, "--token must not be empty"),
         ({"answers": ("a",)}, "--answers needs --qa-checkpoint"),
@@ -44,7 +46,16 @@ def client(made: Path, model: Path) -> TestClient:
 )
 def test_options_that_cannot_be_are_refused(made: Path, given: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        build_app(replace(ServeOptions(made), **given))
+        serve.main(replace(ServeOptions(made), **given))
+
+
+def test_a_port_that_is_taken_is_told_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit) as end:
+            main(["serve", "nothing", "--port", str(port)])
+    assert end.value.code == 2
+    assert f"--port {port} cannot be listened on" in capsys.readouterr().err
 
 
 def test_what_is_not_installed_is_named(
@@ -52,7 +63,7 @@ def test_what_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("uvicorn", "multipart") else name)
     with pytest.raises(SystemExit) as end:
-        main(["serve", str(made)])
+        main(["serve", str(made), "--port", "0"])
     assert end.value.code == 2
     assert "needs uvicorn, multipart: pip install 'tempme_vl[search]'" in capsys.readouterr().err
 

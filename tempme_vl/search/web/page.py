@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 from tempme_vl.data.video import VideoError
 from tempme_vl.search.web import views
 from tempme_vl.search.web.api import LONGEST, Hits, Number, Text, Time, Tokens, UploadId, Where
+from tempme_vl.search.web.engine import Busy
 from tempme_vl.search.web.interface import Fine
 from tempme_vl.search.web.media import NotThere
 from tempme_vl.search.web.models import Question, SearchAnswer, Segment
@@ -59,7 +60,7 @@ def _search_page(app: FastAPI, site: Site, shown: Any) -> None:
             name = sent.name if sent else ""
             if state.asked:
                 answer = await site.search(state.q, sent, k, state.where, fine)
-        except (NotThere, ValueError) as error:
+        except (NotThere, Busy, ValueError) as error:
             problem, code = _in_words(error), _code(error)
         values = (
             views.results(state, answer)
@@ -87,7 +88,7 @@ def _fragments(app: FastAPI, site: Site, shown: Any) -> None:
     ) -> HTMLResponse:
         try:
             found = await site.regions(q, site.upload(upload) if upload else None, path, segment, tokens)
-        except (NotThere, ValueError) as error:
+        except (NotThere, Busy, ValueError) as error:
             return shown("problem.html", _code(error), problem=_in_words(error))
         size = found.width, found.height
         frames = [views.Frame.of(path, one.time, svg_shade(one.boxes, *size)) for one in found.frames]
@@ -100,14 +101,14 @@ def _fragments(app: FastAPI, site: Site, shown: Any) -> None:
         try:
             asked = Question(question=question, segments=[Segment(path=path, start=start, end=end)])
             said = await site.ask(asked)
-        except (NotThere, ValueError) as error:
+        except (NotThere, Busy, ValueError) as error:
             return shown("problem.html", _code(error), problem=_in_words(error))
         (best,) = said.answers
         return shown("answer.html", answer=best.answer, score=f"{best.score:.0%}", times=views.timed(said.times))
 
 
 def _code(error: Exception) -> int:
-    return 404 if isinstance(error, NotThere) else 400
+    return 404 if isinstance(error, NotThere) else 503 if isinstance(error, Busy) else 400
 
 
 def _in_words(error: Exception) -> str:
