@@ -197,7 +197,8 @@ class Store:
         with self._errors():
             if ann and not self.has_ann:
                 self.table.create_index(metric="dot", index_type="IVF_FLAT", vector_column_name="vector")
-            if ann or self.table.stats()["fragment_stats"]["num_small_fragments"] > _MOST_FILES:
+            stats: Any = self.table.stats()  # a dictionary, whatever its annotation
+            if ann or stats["fragment_stats"]["num_small_fragments"] > _MOST_FILES:
                 self.table.optimize(cleanup_older_than=_KEPT)
 
     @property
