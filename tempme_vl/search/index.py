@@ -31,7 +31,6 @@ from tempme_vl.search.tokens import pack_source, pack_tokens
 _log = logging.getLogger(__name__)
 
 COMMIT_SECONDS, COMMIT_ROWS = 5.0, 512  # what is embedded is written at the latest then, whole files at a time
-TIDY_COMMITS = 100
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,7 @@ def _bring_up_to_date(
     broken |= writing.broken
     store.drop([file.path for file in broken if file.path in there])
     store.write_broken(broken)
-    if writing.commits or removed or options.ann:
-        store.tidy(options.ann)
+    store.tidy(options.ann)
     changed = sorted(path for path in writing.written if path in there)
     return IndexReport(
         added=sorted(set(writing.written) - set(changed)),
@@ -153,7 +151,6 @@ class _Writing:
     whole: list[Row] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
     broken: dict[VideoFile, str] = field(default_factory=dict)
-    commits: int = 0
     since: float = field(default_factory=time.monotonic)
 
     def add(self, file: VideoFile, rows: Sequence[Row], last: bool) -> None:
@@ -173,9 +170,7 @@ class _Writing:
             self.store.put(self.whole, [path for path in paths if path in self.replaced])
             self.written += paths
             self.whole = []
-            self.commits += 1
-            if self.commits % TIDY_COMMITS == 0:
-                self.store.tidy()
+            self.store.tidy()
         self.since = time.monotonic()
 
 

@@ -34,6 +34,7 @@ FACTS = ("path", "segment", "start", "end", "duration", "size", "modified")
 """Columns that a filter can name."""
 _FULL = ("No space left on device", "os error 28", "File too large", "os error 27", "Disk quota", "os error 122")
 _KEPT = timedelta(hours=1)  # old versions, which another process may be reading
+_MOST_FILES = 100  # of a table, each of which a search opens
 _AT_ONCE = 500  # names in one filter
 
 
@@ -188,7 +189,7 @@ class Store:
                 self.table.delete(_any_of(paths[first : first + _AT_ONCE]))
 
     def tidy(self, ann: bool = False) -> None:
-        """Brings many small files of the table together, and removes what older versions need alone.
+        """Brings the table's files together where there are many, and removes what only versions of an hour ago need.
 
         Args:
             ann: make LanceDB's index of the vectors (IVF_FLAT), or bring it up to date.
@@ -196,7 +197,9 @@ class Store:
         with self._errors():
             if ann and not self.has_ann:
                 self.table.create_index(metric="dot", index_type="IVF_FLAT", vector_column_name="vector")
-            self.table.optimize(cleanup_older_than=_KEPT)
+            stats: Any = self.table.stats()  # a dictionary, whatever its annotation
+            if ann or stats["fragment_stats"]["num_small_fragments"] > _MOST_FILES:
+                self.table.optimize(cleanup_older_than=_KEPT)
 
     @property
     def has_ann(self) -> bool:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluation.predict_runs import TEMPME
 
 from tempme_vl.data.rendered import FPS, write_video
 from tempme_vl.search.embed import Embedder
@@ -49,6 +48,8 @@ def render_folder(root: Path) -> Path:
 
 
 def save_model(folder: Path, seed: int = 0, **more: Any) -> Path:
+    from evaluation.predict_runs import TEMPME  # which imports what a run does not need
+
     torch.manual_seed(seed)
     create_retrieval_model("open_clip:tiny", None, **{**TEMPME, **more}).save_pretrained(folder)
     return folder
