@@ -117,7 +117,8 @@ TYPES: dict[str, set[str]] = {
     "tuning": {"frontend"},
 }
 SCRIPTS = ("recipes", "eval")
-EXTRAS = {"lmms_eval", "lancedb", "pyarrow", "fastapi", "starlette", "uvicorn"}  # of pyproject.toml, and perhaps not installed
+# of pyproject.toml, and perhaps not installed
+EXTRAS = {"lmms_eval", "lancedb", "pyarrow", "fastapi", "starlette", "uvicorn"}
 HEAVY = {"deepspeed", "peft", "timm", "decord", "lancedb", "pyarrow"}  # and not always needed
 
 

@@ -11,11 +11,14 @@ document.addEventListener("input", ({ target }) => {
 });
 // switches and sliders of a search that is shown take effect at once
 one("#search").addEventListener("change", ({ target }) => {
-  if (document.body.classList.contains("asked") && ["range", "checkbox"].includes(target.type)) one("#search").requestSubmit();
+  const shown = document.body.classList.contains("asked");
+  if (shown && ["range", "checkbox"].includes(target.type)) one("#search").requestSubmit();
 });
 // fields that are as by default stay out of the address
 one("#search").addEventListener("formdata", ({ formData }) => {
-  for (const [name, value] of [...formData]) if (value === "" || (name === "k" && value === "12")) formData.delete(name);
+  for (const [name, value] of [...formData]) {
+    if (value === "" || (name === "k" && value === "12")) formData.delete(name);
+  }
 });
 
 // parts of the page that come later: a form's answer goes into the element that it names
@@ -45,11 +48,13 @@ let still = Number(video?.dataset.start);
 function shade() {
   if (!video || !one(".frames")) return;
   const inside = shown() >= video.dataset.start - 0.25 && shown() <= Number(video.dataset.end) + 0.25;
-  const near = inside && frames().reduce((best, frame) => (best && distance(best) <= distance(frame) ? best : frame), null);
+  const nearer = (best, frame) => (best && distance(best) <= distance(frame) ? best : frame);
+  const near = inside && frames().reduce(nearer, null);
   for (const frame of frames()) frame.setAttribute("aria-pressed", String(frame === near));
   const { width, height } = one(".frames").dataset;
   one(".overlay").setAttribute("viewBox", `0 0 ${width} ${height}`);
-  one(".overlay path").setAttribute("d", near && one("#highlight").checked ? near.querySelector("path").getAttribute("d") : "");
+  const path = near && one("#highlight").checked ? near.querySelector("path").getAttribute("d") : "";
+  one(".overlay path").setAttribute("d", path);
 }
 function seek(button) {
   still = Number(button.dataset.seek);
@@ -73,7 +78,12 @@ const cards = all(".card");
 document.addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, video, textarea");
   if (event.ctrlKey || event.metaKey || event.altKey || typing) return;
-  if (event.key === "/") { event.preventDefault(); one("[type=search]")?.select(); one("[type=search]")?.focus(); return; }
+  if (event.key === "/") {
+    event.preventDefault();
+    one("[type=search]")?.select();
+    one("[type=search]")?.focus();
+    return;
+  }
   const across = cards.filter((card) => card.offsetTop === cards[0].offsetTop).length;
   const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across }[event.key];
   if (!step || !cards.length) return;
@@ -88,10 +98,15 @@ const file = one("[type=file]");
 function send() {
   if (!file.files.length) return;
   const most = Number(one("#upload").dataset.most);
-  if (file.files[0].size > most) { alert(`This file is larger than ${Math.floor(most / 2 ** 20)} MB.`); file.value = ""; return; }
+  if (file.files[0].size > most) {
+    alert(`This file is larger than ${Math.floor(most / 2 ** 20)} MB.`);
+    file.value = "";
+    return;
+  }
   document.body.classList.add("busy");
   for (const [name, value] of new FormData(one("#search"))) {
-    if (["k", "where", "fine"].includes(name)) one("#upload").append(Object.assign(document.createElement("input"), { type: "hidden", name, value }));
+    const field = Object.assign(document.createElement("input"), { type: "hidden", name, value });
+    if (["k", "where", "fine"].includes(name)) one("#upload").append(field);
   }
   one("#upload").submit();
 }
