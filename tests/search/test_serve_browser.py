@@ -51,7 +51,8 @@ def nothing_goes_wrong(browser: Chromium, address: str) -> Iterator[None]:
     browser.run("1")
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert asked and all(url.startswith((address, "about:", "data:")) for url in asked), asked
-    assert not [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    wrong = [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    assert not wrong, wrong
 
 
 def test_by_keys_alone_a_hit_is_found_and_played(browser: Chromium, address: str) -> None:
