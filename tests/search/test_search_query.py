@@ -17,6 +17,8 @@ from tempme_vl.data.splits import Video
 from tempme_vl.data.video import VideoError, read_frames
 from tempme_vl.search import Embedder, IndexFolderError, SearchIndex
 from tempme_vl.search.embed import EmbeddedQuery
+from tempme_vl.search.files import VideoFile
+from tempme_vl.search.store import Row, Store
 
 TEXTS = ["a red ball moves left", "two things in turn", "a square"]
 
@@ -170,6 +172,11 @@ def test_where_a_picture_is_in_a_hit(index: SearchIndex, videos: Path) -> None:
     assert best.heat().max() <= best.scores[0] and ((best.heat() != 0) == best.patches.any(axis=0)).all()
 
 
+def test_names_with_quotes_are_names(index: SearchIndex) -> None:
+    hit = index.search("a ball", where="segment = 1 AND path LIKE 'd''%'")[0]
+    assert hit.path == "d'quoted.mp4" and index.locate("a ball", hit).times[0] >= 1.0
+
+
 def test_the_nearest_token_is_where_the_query_is(index: SearchIndex, videos: Path) -> None:
     hit = index.search(videos / "a.mp4")[0]
     query = index.embedder.query(videos / "a.mp4")
@@ -227,6 +234,30 @@ def test_approximate_search(videos: Path, embedder: Embedder, tmp_path: Path) ->
     near, exact = (index.search("a ball", k=3, exact=exact) for exact in (False, True))
     assert near and {hit.path for hit in near} <= {hit.path for hit in index.search("a ball", k=7)}
     assert near[0].score == pytest.approx(exact[0].score, abs=1e-6)
+
+
+def test_exact_search_misses_nothing_beside_an_index_of_the_vectors(
+    made: Path, embedder: Embedder, tmp_path: Path
+) -> None:
+    store = Store.create(tmp_path / "index", Store(made).settings)
+    vectors = np.random.default_rng(0).normal(size=(600, embedder.width)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    times = np.zeros(4, np.float32)
+    files = [VideoFile(f"{number}.mp4", 1, 1) for number in range(600)]
+    store.put(
+        [Row(file, 0, 0.0, 1.0, 1.0, vector, b"", b"", times) for file, vector in zip(files, vectors, strict=True)], []
+    )
+    store.table.create_index(
+        metric="dot", index_type="IVF_FLAT", vector_column_name="vector", num_partitions=64
+    )  # of which a search looks into some
+    index = tempme_vl.search.open(tmp_path / "index", embedder)
+    missed = 0
+    for query in np.random.default_rng(1).normal(size=(20, embedder.width)).astype(np.float32):
+        query /= np.linalg.norm(query)
+        best = {files[number].path for number in np.argsort(-(vectors @ query))[:10]}
+        assert {hit.path for hit in index.search(EmbeddedQuery(query, None), k=10)} == best
+        missed += len(best - {hit.path for hit in index.search(EmbeddedQuery(query, None), k=10, exact=False)})
+    assert missed > 0
 
 
 def test_rows_are_exported(index: SearchIndex, tmp_path: Path) -> None:
