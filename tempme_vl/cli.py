@@ -20,12 +20,15 @@ from tempme_vl.recipes.options.pretraining import PRETRAINING
 from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL
 from tempme_vl.recipes.options.videollm import VIDEOLLM
 from tempme_vl.recipes.options.videoqa import VIDEOQA
+from tempme_vl.search.options import COMMANDS as SEARCHING
+from tempme_vl.search.serve import SERVE
 
 MODULE = "tempme_vl.cli"
 COMMANDS: tuple[Command[Any], ...] = (
     *(RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM, PRETRAINING),
     *(EVAL_RETRIEVAL, EVAL_VIDEOQA, GROUND),
     *(COMPARE, VIDEOLLM_COMPARE, EFFICIENCY, CACHE_BUILD, DEMO),
+    *(*SEARCHING, SERVE),
 )
 
 

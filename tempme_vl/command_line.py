@@ -3,7 +3,9 @@
 A field `merge_layers: tuple[int, ...] | None = None` is the option --merge-layers 2 3 4, the text below it its help.
 Classes of options are joined by inheritance: each that declares fields is a group of the help, headed by the first line
 of its docstring. A field `Annotated[str, REGISTRY]` is one of the registry's names, those registered meanwhile
-included. Reading options and --help import only what the options do, so that no module of options needs torch.
+included; one with the metadata FIRST_WORD is written without its name, in front of the options, and `short("-k")` gives
+an option one letter. Reading options and --help import only what the options do, so that no module of options needs
+torch.
 """
 
 from __future__ import annotations
@@ -27,6 +29,12 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, get_args
 T = TypeVar("T")
 WORDS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 WIDEST = 110  # columns of a help, in wider terminals too
+FIRST_WORD: Mapping[str, Any] = {"first_word": True}  # metadata of a field
+
+
+def short(letter: str) -> dict[str, Any]:
+    """Metadata of a field whose option is also written so, "-k"."""
+    return {"short": letter}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,6 @@ class Command(Generic[T]):
         defaults: (arguments) -> the options' defaults that differ from those of the dataclass.
         checked: (options) -> the options; raises ValueError for those that miss each other.
         without: fields of the dataclass that this command does not offer.
-        positional: fields that are given by their place, without a name; all of them must be.
         summary: what it is for, if not what the docstring of the options says first.
     """
 
@@ -62,7 +69,6 @@ class Command(Generic[T]):
     checked: Callable[[T], T] = lambda options: options
     without: Collection[str] = ()
     summary: str = ""
-    positional: Sequence[str] = ()
 
     def parse(self, arguments: Sequence[str] | None = None, module: str | None = None) -> T:
         """Options of a command line; --help is printed and ends the process.
@@ -77,16 +83,13 @@ class Command(Generic[T]):
         arguments = sys.argv[1:] if arguments is None else arguments
         text = self._examples(module)
         said = inspect.cleandoc(self.options.__doc__ or "").partition("\n\n")
-        program = " ".join([self._program(module), *map(str.upper, self.positional)])
-        parser = _Parser(program, f"{self.about}{said[1]}{said[2]}", text)
+        parser = _Parser(self._program(module), _usage(self.options), f"{self.about}{said[1]}{said[2]}", text)
         defaults = self.defaults(arguments)
         hints, texts = get_type_hints(self.options, include_extras=True), _texts(self.options)
-        for name in self.positional:
-            parser.add_argument(name, metavar=name.upper(), type=hints[name], help=texts.get(name, ""))
         for group, members in _groups(self.options):
             section = parser.add_argument_group(group) if group else parser
             for field in members:
-                if (name := field.name) not in (*self.without, *self.positional):
+                if (name := field.name) not in self.without:
                     _add(section, field, hints[name], texts.get(name, ""), defaults.get(name, field.default))
         return self.checked(self.options(**{**defaults, **parser.read(arguments)}))
 
@@ -131,11 +134,11 @@ def first_look(arguments: Sequence[str], names: Sequence[str], several: Sequence
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, program: str, description: str, examples: str):
+    def __init__(self, program: str, usage: str, description: str, examples: str):
         wrapped = [textwrap.fill(paragraph, _width()) for paragraph in description.split("\n\n")]
         super().__init__(
             program,
-            "%(prog)s [options]",
+            usage,
             "\n\n".join(wrapped),
             examples,
             formatter_class=_Help,
@@ -210,7 +213,15 @@ def _add(section: Any, field: Field[Any], hint: Any, text: str, default: Any) ->
     elif default is not None and default is not False and default != ():
         text = f"{text} (default: {_shown(default)})"
     name = f"--{field.name.replace('_', '-')}"
-    section.add_argument(name, dest=field.name, default=argparse.SUPPRESS, help=text.strip().replace("%", "%%"), **how)
+    shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.strip().replace("%", "%%")}
+    if field.metadata.get("first_word"):
+        needed = how.pop("required", False)
+        section.add_argument(
+            field.name, **how | {"nargs": None if needed else "?", "metavar": field.name.upper()}, **shared
+        )
+    else:
+        letters = [letter for letter in [field.metadata.get("short")] if letter]
+        section.add_argument(*letters, name, dest=field.name, **shared, **how)
 
 
 def _names(kind: Any) -> tuple[str, ...]:
@@ -241,6 +252,13 @@ def _hyphens(arguments: Sequence[str]) -> list[str]:
         f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else f"{name}{equals}{value}"
         for name, equals, value in split
     ]
+
+
+def _usage(kind: type[Any]) -> str:
+    """As argparse wants it."""
+    words = [field for field in fields(kind) if field.metadata.get("first_word")]
+    shown = [one.name.upper() if one.default is MISSING else f"[{one.name.upper()}]" for one in words]
+    return " ".join(["%(prog)s", *shown, "[options]"])
 
 
 def _groups(kind: type[Any]) -> list[tuple[str, list[Field[Any]]]]:

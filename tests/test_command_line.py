@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ import pytest
 from training.processes import ROOT, SCRIPTS
 
 from tempme_vl.cli import COMMANDS
-from tempme_vl.command_line import Command, Example
+from tempme_vl.command_line import FIRST_WORD, Command, Example, short
 from tempme_vl.merging import METHODS
 from tempme_vl.recipes.options.presets import SETTING
 from tempme_vl.recipes.options.shared import MergeOptions
@@ -116,9 +117,8 @@ assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     lines = done.stdout.splitlines()
-    options = [number for number, line in enumerate(lines) if line.startswith("  --")]
-    assert len(options) == len(fields(command.options)) - len(command.without) - len(command.positional)
-    assert all(f"\n  {name.upper()} " in done.stdout for name in command.positional)
+    options = [number for number, line in enumerate(lines) if re.match(r"  (-\w \w+, )?--|  [A-Z]+ ", line)]
+    assert len(options) == len(fields(command.options)) - len(command.without)
     for number in options:  # its text is on the same line, or on the next
         beside = len(lines[number].split("  ")) > 2
         assert beside or lines[number + 1].startswith(" " * 20), lines[number]
@@ -172,3 +172,35 @@ def test_names_of_a_registry_are_read_anew(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         command.parse(["--help"])
     assert "--thing {one,two}" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words in front of options."""
+
+    place: Path = field(metadata=FIRST_WORD)
+    text: str = field(default="all", metadata=FIRST_WORD)
+    k: int = field(default=3, metadata=short("-k"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["a/b"], Words(Path("a/b"))),
+        (["a/b", "some words", "-k", "4"], Words(Path("a/b"), "some words", 4)),
+        (["--k=5", "a/b"], Words(Path("a/b"), k=5)),
+    ],
+)
+def test_words_stand_in_front_of_options(given: list[str], expected: Words) -> None:
+    assert Command("look in", Words, print).parse(given) == expected
+
+
+def test_a_missing_word_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    command = Command("look in", Words, print)
+    with pytest.raises(ValueError, match="are required: PLACE"):
+        command.parse(["-k", "4"])
+    with pytest.raises(ValueError, match="unknown: third"):
+        command.parse(["first", "second", "third"])
+    with pytest.raises(SystemExit):
+        command.parse(["--help"], "tempme_vl.cli")
+    assert capsys.readouterr().out.startswith("usage: tempme-vl look in PLACE [TEXT] [options]\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,65 +86,159 @@ def read_frames(
         ValueError: an argument is wrong.
     """
     _check_arguments(num_frames, sampling, start, end, backend, timeout, memory_gib)
-    _check_file(path)
-    deadline = None
-    if timeout is not None:
-        _start_decoder(path)
-        deadline = time.monotonic() + timeout
-
-    memory = None if memory_gib is None else int(memory_gib * 2**30)
-    # absolute: FFmpeg takes what stands before a colon for a protocol
-    common = {"path": os.path.abspath(path), "memory": memory}
+    reading = open_file(path, backend, memory_gib, fit, limited=timeout is not None)
+    deadline = None if timeout is None else time.monotonic() + timeout
 
     def read(exact: bool) -> Frames:
-        info, rows = _call("index", deadline, exact=exact, **common)
-        listed = Listed(*rows)
-        times = listed.times
-        first, last = _frame_range(times, info["fps"], start, end)
-        indices = first + SAMPLING[sampling](last - first, info["fps"], num_frames, rng)
-        unique, inverse = np.unique(indices, return_inverse=True)
-        doubts = {"decord": info["decord_doubt"]}
-        wanted = unique.tolist()
-        arguments = {"indices": wanted, "places": listed.places(wanted)}
-        arguments |= {"num_raw": len(times), "fit": fit, **common}
-        used, pixels = _decode(BACKENDS[backend], doubts, deadline, arguments)
-        if len(unique) < num_frames:
-            check_memory(0, 0, num_frames * pixels[0].nbytes, memory)
-            pixels = pixels[inverse]
-        return Frames(pixels, indices, times[indices], info["fps"], used)
+        listing = reading.listing(exact, deadline)
+        return reading.frames(listing, listing.sample(num_frames, sampling, start, end, rng), deadline)
 
-    try:
+    with errors_of(path, timeout):
         try:
             return read(exact=False)
         except decoder.ShortStream:
             # Some packets hold no frame of their own (field pictures, hidden references, a header that promises
             # a little too much): count the frames by decoding them.
             return read(exact=True)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The frames of a file in the order they are shown, found without decoding them unless it says `exact`.
+
+    Attributes:
+        fps: average raw frames a second.
+        doubts: why a backend could give other pixels than PyAV, by its name; "": it does not.
+    """
+
+    frames: Listed
+    fps: float
+    doubts: Mapping[str, str]
+
+    @property
+    def duration(self) -> float:
+        """Seconds until the last frame has been shown."""
+        return float(self.frames.times[-1]) + 1 / self.fps
+
+    def sample(
+        self,
+        num_frames: int,
+        sampling: str,
+        start: float | None = None,
+        end: float | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """(num_frames,) int64, sorted: the frames that `sampling` chooses among those shown in [start, end) seconds.
+
+        Raises:
+            DecodeError: the file ends before `start`.
+        """
+        first, last = _frame_range(self.frames.times, self.fps, start, end)
+        return first + SAMPLING[sampling](last - first, self.fps, num_frames, rng)
+
+
+@dataclass(frozen=True)
+class FileReading:
+    """A file, and how its frames are read. Deadlines are monotonic seconds; None: none, and in this process.
+
+    Attributes:
+        path: absolute.
+        memory: bytes that reading may take.
+        process: the decoder that is asked where there is a deadline.
+    """
+
+    path: str
+    backends: tuple[str, ...]
+    memory: int | None
+    fit: Fit | None
+    process: DecoderProcess
+
+    def listing(self, exact: bool, deadline: float | None) -> Listing:
+        """Raises DecodeError."""
+        info, rows = self._call("index", deadline, exact=exact)
+        return Listing(Listed(*rows), info["fps"], {"decord": info["decord_doubt"]})
+
+    def frames(self, listing: Listing, indices: np.ndarray, deadline: float | None) -> Frames:
+        """The frames at sorted indices, which may repeat. Raises DecodeError."""
+        unique, inverse = np.unique(indices, return_inverse=True)
+        wanted = unique.tolist()
+        arguments = {"indices": wanted, "places": listing.frames.places(wanted)}
+        arguments |= {"num_raw": len(listing.frames.times), "fit": self.fit}
+        used, pixels = self._decode(listing.doubts, deadline, arguments)
+        if len(unique) < len(indices):
+            check_memory(0, 0, len(indices) * pixels[0].nbytes, self.memory)
+            pixels = pixels[inverse]
+        return Frames(pixels, indices, listing.frames.times[indices], listing.fps, used)
+
+    def _decode(
+        self, doubts: Mapping[str, str], deadline: float | None, arguments: dict[str, Any]
+    ) -> tuple[str, np.ndarray]:
+        """The name of the first backend that succeeds, and its pixels. The last one's error names all causes."""
+        causes: list[str] = []
+        for backend in self.backends:
+            last = backend == self.backends[-1]
+            share = deadline if deadline is None or last else (time.monotonic() + deadline) / 2
+            try:
+                if doubts.get(backend):
+                    raise DecodeError(f"not exact, since {doubts[backend]}")
+                return backend, self._call("frames", share, backend=backend, **arguments)[1]
+            except (TooLarge, decoder.ShortStream):
+                raise  # not this backend's fault
+            except DecodeError as error:
+                causes.append(f"{backend}: {error}")
+                if last:
+                    raise type(error)("; ".join(causes)) from error
+        raise AssertionError("no backend")
+
+    def _call(self, name: str, deadline: float | None, **arguments: Any) -> decoder.Answer:
+        """One handler of decoder.py, in this process or, with a deadline, in the decoder's."""
+        arguments |= {"path": self.path, "memory": self.memory}
+        if deadline is None:
+            return decoder.HANDLERS[name](**arguments)
+        return self.process.call(name, max(deadline - time.monotonic(), 0.001), **arguments)
+
+
+def open_file(
+    path: str | Path,
+    backend: str,
+    memory_gib: float | None,
+    fit: Fit | None,
+    limited: bool,
+    process: DecoderProcess | None = None,
+) -> FileReading:
+    """What reads a regular file; other arguments as in `read_frames`.
+
+    Args:
+        limited: there will be deadlines: starts the decoder before the clock, since a fresh interpreter's imports are
+            not the video's fault.
+        process: the decoder to ask; default: this process' own.
+
+    Raises:
+        VideoError: there is no such file, or the decoder does not start.
+    """
+    _check_file(path)
+    process = process or _decoder_process
+    if limited:
+        with errors_of(path):
+            process.start()
+    memory = None if memory_gib is None else int(memory_gib * 2**30)
+    # absolute: FFmpeg takes what stands before a colon for a protocol
+    return FileReading(os.path.abspath(path), BACKENDS[backend], memory, fit, process)
+
+
+@contextmanager
+def errors_of(path: str | Path, timeout: float | None = None) -> Iterator[None]:
+    """Makes what goes wrong in decoding a VideoError of this file.
+
+    Args:
+        timeout: the limit that is named.
+    """
+    try:
+        yield
     except DecoderTimeout as error:
         raise VideoError(path, f"decoding did not finish within {timeout:g} s") from error
     except DecodeError as error:
         raise VideoError(path, str(error)) from error
-
-
-def _decode(
-    backends: tuple[str, ...], doubts: dict[str, str], deadline: float | None, arguments: dict[str, Any]
-) -> tuple[str, np.ndarray]:
-    """The name of the first backend that succeeds, and its pixels. The last one's error names all causes."""
-    causes: list[str] = []
-    for backend in backends:
-        last = backend == backends[-1]
-        share = deadline if deadline is None or last else (time.monotonic() + deadline) / 2
-        try:
-            if doubts.get(backend):
-                raise DecodeError(f"not exact, since {doubts[backend]}")
-            return backend, _call("frames", share, backend=backend, **arguments)[1]
-        except (TooLarge, decoder.ShortStream):
-            raise  # not this backend's fault
-        except DecodeError as error:
-            causes.append(f"{backend}: {error}")
-            if last:
-                raise type(error)("; ".join(causes)) from error
-    raise AssertionError("no backend")
 
 
 def _check_file(path: str | Path) -> None:
@@ -155,21 +251,6 @@ def _check_file(path: str | Path) -> None:
         raise VideoError(path, (getattr(error, "strerror", None) or str(error)) + hint) from error
     if kind != stat.S_IFREG:
         raise VideoError(path, f"expected a video file; it is {kinds.get(kind, 'a device')}")
-
-
-def _start_decoder(path: str | Path) -> None:
-    """Before the clock starts: a fresh interpreter's imports are not the video's fault."""
-    try:
-        _decoder_process.start()
-    except DecodeError as error:
-        raise VideoError(path, str(error)) from error
-
-
-def _call(name: str, deadline: float | None, **arguments: Any) -> decoder.Answer:
-    """One handler of decoder.py, in this process or, with a deadline (monotonic seconds), in the decoder's."""
-    if deadline is None:
-        return decoder.HANDLERS[name](**arguments)
-    return _decoder_process.call(name, max(deadline - time.monotonic(), 0.001), **arguments)
 
 
 def _frame_range(times: np.ndarray, fps: float, start: float | None, end: float | None) -> tuple[int, int]:

@@ -27,7 +27,7 @@ def main(options: GroundOptions) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_retrieval_model(options.checkpoint).to(device).eval()
     frames, times = read(options, model)
-    video = VideoTransform(model.frontend.preprocessing)(frames).to(device)
+    video = VideoTransform(model.frontend.preprocessing, normalize=False)(frames).to(device)
     regions = find_regions(model, video, options.phrase, options.regions)
     shape = model.frontend.shape
     grid = shape.image_size // shape.patch_size

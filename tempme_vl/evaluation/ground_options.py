@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tempme_vl.command_line import Command, Example
+from tempme_vl.command_line import FIRST_WORD, Command, Example
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class GroundOptions:
     no code was published: that single tokens are compared, projected as the video is, is this package's reading.
     """
 
-    video: Path
+    video: Path = field(metadata=FIRST_WORD)
     """A video, or a picture as a still one."""
-    phrase: str
+    phrase: str = field(metadata=FIRST_WORD)
     """What is looked for."""
     checkpoint: Path
     """Folder that a retrieval model's save_pretrained wrote, such as a training run's OUTPUT/best."""
@@ -45,5 +45,4 @@ GROUND = Command(
         Example("TempMe's tokens", 'a.mp4 "a red square" --checkpoint runs/motion-tempme/best --out a.png'),
         Example("one region of TESTA's", 'a.mp4 "a dog" --checkpoint runs/testa/best --out a.png --regions 1'),
     ),
-    positional=("video", "phrase"),
 )

@@ -1,0 +1,229 @@
+"""A retrieval checkpoint as an index uses it: one vector a segment or query, and merged tokens in the space of texts.
+
+Letters: B segments, F frames of N0 input tokens (CLS first), M merged tokens, L words, E embedding width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from tempme_vl.data.splits import Video
+from tempme_vl.data.transforms import VideoTransform
+from tempme_vl.hub import find_folder
+from tempme_vl.manifest import CARD_FILE, MANIFEST_FILE, READ
+from tempme_vl.pipeline import VideoRetrieval
+from tempme_vl.schema import read_json
+from tempme_vl.state import FrontendOutput
+from tempme_vl.tasks.similarity.base import token_embeddings
+from tempme_vl.tasks.similarity.max_sim import MaxSimHead
+
+Query = str | Path | Video | Image.Image
+"""A text; a video file or a part of one, `Video(name, path, start, end)`; or a picture of Pillow."""
+
+
+class Embedded(NamedTuple):
+    """Segments, on the CPU.
+
+    Attributes:
+        vectors: (B, E) float32, L2-normalised.
+        tokens: (B, M, E) float32, L2-normalised; None of a tower whose single tokens are not in the space of texts.
+        source: (B, F, N0) int64, the merged token that holds each input token, -1 for none.
+    """
+
+    vectors: np.ndarray
+    tokens: np.ndarray | None
+    source: np.ndarray
+
+
+class EmbeddedQuery(NamedTuple):
+    """A query, on the CPU.
+
+    Attributes:
+        vector: (E,) float32, L2-normalised.
+        parts: (L, E) float32, L2-normalised: what looks for its nearest merged token. A text's words where the model's
+            head compares these, else the text itself; a video's merged tokens. None where there are none to find.
+    """
+
+    vector: np.ndarray
+    parts: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What merged tokens stand for: F frames of `prefix` tokens and `grid` x `grid` patches, row by row.
+
+    Attributes:
+        resize: "shortest", the patches cover a frame's central square; "squash", they cover all of it.
+    """
+
+    frames: int
+    prefix: int
+    grid: int
+    resize: str
+
+    @property
+    def tokens(self) -> int:
+        """N0."""
+        return self.prefix + self.grid**2
+
+
+class Embedder:
+    """A retrieval model with what reads its videos and texts.
+
+    Args:
+        retrieval: the model.
+        fingerprint: of the folder it comes from, see `fingerprint`.
+        source: that folder, or its name on the Hugging Face hub.
+    """
+
+    def __init__(self, retrieval: VideoRetrieval, fingerprint: str, source: str):
+        self.retrieval, self.fingerprint, self.source = retrieval, fingerprint, source
+        self.model, self.device = retrieval.model, retrieval.device
+        frontend = self.model.frontend
+        self.transform: VideoTransform = retrieval.reader.transform
+        self.sampling: str = self.model.input.sampling
+        self.width = frontend.shape.embed_dim
+        shape = frontend.shape
+        grid = shape.image_size // shape.patch_size
+        self.layout = Layout(frontend.schedule.frames, shape.num_prefix, grid, self.transform.preprocess.resize)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device | None = None, timeout: float | None = 60.0
+    ) -> Embedder:
+        """Reads the folder of a retrieval model, or of one on the Hugging Face hub.
+
+        Args:
+            device: default: a GPU where there is one.
+            timeout: seconds that decoding a query may take.
+
+        Raises:
+            ValueError: see `VideoRetrieval.from_pretrained`.
+        """
+        folder = find_folder(source)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        local = str(Path(folder).resolve()) if Path(source).is_dir() else str(source)
+        return cls(VideoRetrieval.from_pretrained(folder, device, timeout), fingerprint(folder), local)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether single merged tokens are in the space of texts."""
+        return self.model.frontend.shape.pooling != "attention"
+
+    def __repr__(self) -> str:
+        return f"Embedder({self.retrieval!r}, {self.fingerprint[:12]})"
+
+    @torch.inference_mode()
+    def videos(self, video: Tensor) -> Embedded:
+        """Embeds (B, F, 3, S, S) uint8, or normalised."""
+        batch = {"video": video.to(self.device), "frame_mask": torch.ones(video.shape[:2], device=self.device)}
+        with _traced(self.model.frontend) as outputs:
+            pooled = self.model(batch)["video"].float()
+        (output,) = outputs
+        tokens = None
+        if self.has_tokens:
+            tokens = _numpy(F.normalize(token_embeddings(self.model.frontend, output), dim=-1))
+        assert output.source is not None
+        return Embedded(_numpy(_mean(pooled)), tokens, self._by_frame(output.source))
+
+    def query(self, query: Query) -> EmbeddedQuery:
+        """Embeds what is looked for.
+
+        Raises:
+            VideoError: a file that cannot be read.
+            ValueError: an empty text, or something else.
+        """
+        if isinstance(query, str):
+            return self.text(query)
+        if isinstance(query, Image.Image):
+            picture = np.asarray(query.convert("RGB"))
+            frames = self.transform(picture[None]).expand(self.layout.frames, -1, -1, -1)
+        elif isinstance(query, Path | Video):
+            video = query if isinstance(query, Video) else Video(query.name, query)
+            frames = self.retrieval.reader(video).video
+        else:
+            raise ValueError(f"expected a text, a picture of Pillow, a Path or a Video; got {type(query).__name__}")
+        embedded = self.videos(frames[None])
+        return EmbeddedQuery(embedded.vectors[0], None if embedded.tokens is None else embedded.tokens[0])
+
+    def text(self, text: str) -> EmbeddedQuery:
+        """Embeds a text. Raises ValueError for an empty one."""
+        if not text.strip():
+            raise ValueError("expected a text to search for; got an empty one")
+        found = self.retrieval.encode_text([text])
+        if found.ndim == 2:
+            vector = F.normalize(found, dim=-1)
+            return EmbeddedQuery(vector[0].numpy(), vector.numpy() if self.has_tokens else None)
+        words = found[0, self.retrieval.tokenizer(text)[1].bool()]
+        head = self.retrieval.head
+        vector = _mean(words[None])
+        of_tokens = isinstance(head, MaxSimHead) and head.told.of == "tokens"
+        parts = words if of_tokens else vector
+        return EmbeddedQuery(vector[0].numpy(), parts.numpy() if self.has_tokens else None)
+
+    def _by_frame(self, source: Tensor) -> np.ndarray:
+        """(B, F, N0) of a trace, in which a tower of divided attention counts the prefix once."""
+        frames, prefix, tokens = self.layout.frames, self.layout.prefix, self.layout.tokens
+        if source.shape[1] != frames * tokens:
+            shared = source[:, None, :prefix].expand(-1, frames, -1)
+            source = torch.cat([shared, source[:, prefix:].unflatten(1, (frames, -1))], 2)
+        return source.reshape(-1, frames, tokens).cpu().numpy()
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 of what makes a saved model: the hashes of all that is read of its folder, without the card.
+
+    Those of its manifest where it has one, which loading the model compares with the files.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST_FILE).exists():
+        entries = read_json(folder / MANIFEST_FILE)["files"]
+        hashes = {name: str(entry["sha256"]) for name, entry in entries.items()}
+    else:
+        names = sorted({path.name for pattern in READ for path in folder.glob(pattern)} - {MANIFEST_FILE})
+        hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    hashes.pop(CARD_FILE, None)
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _mean(vectors: Tensor) -> Tensor:
+    """(B, E), L2-normalised, of vectors (B, E), or of several of each, (B, K, E)."""
+    return F.normalize(vectors if vectors.ndim == 2 else vectors.mean(1), dim=-1)
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
+
+
+@contextmanager
+def _traced(frontend: nn.Module) -> Iterator[list[FrontendOutput]]:
+    """Makes a front end trace inside of a model's own call, and takes what it gives."""
+    outputs: list[FrontendOutput] = []
+
+    def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "trace_source": True}
+
+    def take(module: nn.Module, args: Any, output: FrontendOutput) -> None:
+        outputs.append(output)
+
+    hooks = (
+        frontend.register_forward_pre_hook(trace, with_kwargs=True),
+        frontend.register_forward_hook(take),
+    )
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

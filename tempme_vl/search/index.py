@@ -1,0 +1,359 @@
+"""Building an index and bringing it up to date."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tempme_vl.command import above_zero, at_least
+from tempme_vl.data.decoder_process import DecoderProcess
+from tempme_vl.data.parts import FrameParts, Part, read_parts
+from tempme_vl.data.video import Frames
+from tempme_vl.hub import find_folder
+from tempme_vl.search.decoding import Decoded, decode_all
+from tempme_vl.search.embed import Embedder, fingerprint
+from tempme_vl.search.files import Found, Problem, VideoFile, find_videos, inside
+from tempme_vl.search.options import IndexOptions
+from tempme_vl.search.segments import Segments
+from tempme_vl.search.store import SETTINGS_FILE, IndexFolderError, IndexSettings, Row, Store
+from tempme_vl.search.tokens import pack_source, pack_tokens
+
+_log = logging.getLogger(__name__)
+
+COMMIT_SECONDS, COMMIT_ROWS = 5.0, 512  # what is embedded is written at the latest then, whole files at a time
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What became of a folder.
+
+    Attributes:
+        added, changed, removed: paths of files, relative to the folder.
+        unchanged: how many files were there already.
+        broken: files that cannot be read, those of earlier runs included, and what else was not taken.
+        others: how many files have endings of no video.
+        files, segments: in the index now.
+        seconds: that it took.
+        ann: whether there is an index of the vectors.
+    """
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+    unchanged: int
+    broken: list[Problem]
+    others: int
+    files: int
+    segments: int
+    seconds: float
+    ann: bool
+
+
+def build(
+    folder: str | Path, out: str | Path, checkpoint: str | Path | Embedder | None = None, **options: Any
+) -> IndexReport:
+    """Indexes the videos of a folder, or brings its index up to date.
+
+    Args:
+        folder: the videos.
+        out: the index.
+        checkpoint: of a retrieval model, or one that is loaded; default: the model of the index.
+        options: others of `IndexOptions`.
+
+    Raises:
+        IndexFolderError: the index was made otherwise, by another model or of another folder, or another process writes
+            to it.
+        ValueError: no such folder, or options that it cannot be.
+        OSError: no space is left; what was written stays.
+    """
+    given = checkpoint if isinstance(checkpoint, Embedder) else None
+    name = None if checkpoint is None or given else str(checkpoint)
+    return build_index(IndexOptions(Path(folder), Path(out), name, **options), given)
+
+
+def build_index(options: IndexOptions, embedder: Embedder | None = None) -> IndexReport:
+    """`build` of the command's options."""
+    begun = time.perf_counter()
+    at_least(1, batch_size=options.batch_size, workers=options.workers)
+    above_zero(decode_timeout=options.decode_timeout, memory=options.memory)
+    found = find_videos(options.folder, options.out)
+    if not (options.out / SETTINGS_FILE).is_file():
+        embedder = embedder or Embedder.from_pretrained(_checkpoint(options), options.device)
+        Store.create(options.out, _new_settings(options, embedder))
+    store = Store(options.out)
+    _check(options, store, embedder)
+    with store.alone():
+        return _bring_up_to_date(options, store, embedder, found, begun)
+
+
+def _bring_up_to_date(
+    options: IndexOptions, store: Store, embedder: Embedder | None, found: Found, begun: float
+) -> IndexReport:
+    there = store.files()
+    if there and not found.files:
+        raise IndexFolderError(
+            f"{options.folder} holds no video any more, and {options.out} has {len(there)}: is it not mounted? To "
+            "empty the index, delete its folder"
+        )
+    removed = sorted(path for path in there if found.vanished(path))
+    store.drop(removed)
+    known = {} if options.retry_broken else store.broken()
+    broken = {file: known[file] for file in found.files if file in known}
+    wanted = [file for file in found.files if there.get(file.path) != file and file not in broken]
+    if removed:
+        _log.info("%d files are gone, and their segments with them", len(removed))
+    writing = _Writing(store, {file.path for file in wanted if file.path in there})
+    if wanted:
+        embedder = embedder or Embedder.from_pretrained(options.checkpoint or store.settings.checkpoint, options.device)
+        _embed_all(options, store.settings, embedder, wanted, writing)
+    broken |= writing.broken
+    store.drop([file.path for file in broken if file.path in there])
+    store.write_broken(broken)
+    store.tidy(options.ann)
+    changed = sorted(path for path in writing.written if path in there)
+    return IndexReport(
+        added=sorted(set(writing.written) - set(changed)),
+        changed=changed,
+        removed=removed,
+        unchanged=len(found.files) - len(wanted) - len(broken) + len(writing.broken),
+        broken=[*(Problem(file.path, why) for file, why in broken.items()), *found.problems],
+        others=found.others,
+        files=len(store.files()),
+        segments=store.table.count_rows(),
+        seconds=time.perf_counter() - begun,
+        ann=store.has_ann,
+    )
+
+
+@dataclass
+class _Writing:
+    """Rows on their way: those of a file wait until all are there, and are written with others'.
+
+    Attributes:
+        replaced: paths that have rows already.
+        rows: of files that are not whole yet.
+        whole: of files that are, to be written.
+    """
+
+    store: Store
+    replaced: set[str]
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    whole: list[Row] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+    broken: dict[VideoFile, str] = field(default_factory=dict)
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, file: VideoFile, rows: Sequence[Row], last: bool) -> None:
+        self.rows.setdefault(file.path, []).extend(rows)
+        if last:
+            self.whole += self.rows.pop(file.path)
+            if len(self.whole) >= COMMIT_ROWS or time.monotonic() - self.since >= COMMIT_SECONDS:
+                self.commit()
+
+    def fail(self, file: VideoFile, reason: str) -> None:
+        self.rows.pop(file.path, None)
+        self.broken[file] = reason
+
+    def commit(self) -> None:
+        if self.whole:
+            paths = list(dict.fromkeys(row.file.path for row in self.whole))
+            self.store.put(self.whole, [path for path in paths if path in self.replaced])
+            self.written += paths
+            self.whole = []
+            self.store.tidy()
+        self.since = time.monotonic()
+
+
+def _embed_all(
+    options: IndexOptions,
+    settings: IndexSettings,
+    embedder: Embedder,
+    files: Sequence[VideoFile],
+    writing: _Writing,
+) -> None:
+    read = partial(_read, options, settings, embedder)
+    bar = tqdm(total=sum(file.size for file in files), desc="indexing", unit="B", unit_scale=True, file=sys.stderr)
+    segments = 0
+    with bar:
+        for some in _in_batches(decode_all(files, read, options.workers), options.batch_size):
+            rows = _rows(some, settings, embedder)
+            for one, own in zip(some, rows, strict=True):
+                if one.error:
+                    writing.fail(one.file, one.error)
+                else:
+                    writing.add(one.file, own, one.last)
+                segments += len(own)
+                if one.last:
+                    bar.update(one.file.size)
+            bar.set_postfix_str(f"{len(writing.written)} of {len(files)} files written, {segments} segments")
+        writing.commit()
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Some segments of a file that wait for the model; `last`: no more of the file come."""
+
+    file: VideoFile
+    parts: tuple[Part, ...]
+    first: int
+    frames: tuple[Frames, ...]
+    duration: float
+    last: bool
+    error: str = ""
+
+
+def _in_batches(decoded: Iterator[Decoded], size: int) -> Iterator[list[_Waiting]]:
+    """Of segments of one file or several, so many at once; what cannot be read comes along."""
+    waiting: list[_Waiting] = []
+    numbers: dict[str, int] = {}  # of segments that have come
+    for one in decoded:
+        for piece in _pieces(one, numbers, size):
+            if waiting and sum(len(other.parts) for other in waiting) + len(piece.parts) > size:
+                yield waiting
+                waiting = []
+            waiting.append(piece)
+    if waiting:
+        yield waiting
+
+
+def _pieces(one: Decoded, numbers: dict[str, int], size: int) -> Iterator[_Waiting]:
+    """At most `size` segments each."""
+    done = numbers.get(one.file.path, 0)
+    if one.parts is None:
+        yield _Waiting(one.file, (), done, (), 0.0, True, one.error)
+        return
+    parts, frames, duration, last = one.parts
+    for at in range(0, max(1, len(parts)), size):
+        ends = at + size >= len(parts)
+        yield _Waiting(one.file, parts[at : at + size], done + at, frames[at : at + size], duration, last and ends)
+    numbers[one.file.path] = done + len(parts)
+
+
+def _rows(some: Sequence[_Waiting], settings: IndexSettings, embedder: Embedder) -> list[list[Row]]:
+    """The rows of each."""
+    frames = [frames for one in some for frames in one.frames]
+    if not frames:
+        return [[] for _ in some]
+    embedded = embedder.videos(torch.stack([embedder.transform(each.pixels) for each in frames]))
+    number = 0
+    rows: list[list[Row]] = []
+    for one in some:
+        own = []
+        for at, (part, read) in enumerate(zip(one.parts, one.frames, strict=True)):
+            tokens = b"" if embedded.tokens is None else pack_tokens(embedded.tokens[number], settings.tokens)
+            own.append(
+                Row(
+                    file=one.file,
+                    segment=one.first + at,
+                    start=part.start,
+                    end=part.end,
+                    duration=one.duration,
+                    vector=embedded.vectors[number],
+                    tokens=tokens,
+                    source=pack_source(embedded.source[number]) if settings.tokens != "none" else b"",
+                    times=read.times.astype(np.float32),
+                )
+            )
+            number += 1
+        rows.append(own)
+    return rows
+
+
+def _read(
+    options: IndexOptions,
+    settings: IndexSettings,
+    embedder: Embedder,
+    file: VideoFile,
+    process: DecoderProcess,
+) -> Iterator[FrameParts]:
+    return read_parts(
+        inside(options.folder, file.path),
+        settings.frames,
+        Segments(settings.segment_seconds, settings.overlap).of,
+        sampling=settings.sampling,
+        timeout=options.decode_timeout,
+        memory_gib=options.memory,
+        fit=embedder.transform.preprocess.fit,
+        process=process,
+    )
+
+
+def _checkpoint(options: IndexOptions) -> str:
+    """Of a new index. Raises IndexFolderError where nothing says which."""
+    if options.checkpoint is None:
+        raise IndexFolderError(f"{options.out} is no index yet: give the model that is to make it, --checkpoint DIR")
+    return options.checkpoint
+
+
+def _check(options: IndexOptions, store: Store, embedder: Embedder | None) -> None:
+    """Raises IndexFolderError: an index was made otherwise."""
+    if embedder is not None:
+        check_model(store, embedder.source, embedder.fingerprint)
+    else:
+        source = options.checkpoint or store.settings.checkpoint
+        check_model(store, source, fingerprint(find_folder(source)))
+    for name in ("tokens", "segment_seconds", "overlap"):
+        given, made = getattr(options, name), getattr(store.settings, name)
+        if given is not None and given != made:
+            option = f"--{name.replace('_', '-')}"
+            raise IndexFolderError(
+                f"{options.out} was made with {option} {made}; got {given}. Leave it out, or make a new index in "
+                "another folder"
+            )
+    root = str(options.folder.resolve())
+    if root != store.settings.root:
+        if not options.moved:
+            raise IndexFolderError(
+                f"{options.out} is the index of {store.settings.root}; got {root}. If that is the same folder in "
+                "another place, say --moved; else give another --out"
+            )
+        store.move(root)
+
+
+def _new_settings(options: IndexOptions, embedder: Embedder) -> IndexSettings:
+    default = Segments()
+    segments = Segments(
+        default.seconds if options.segment_seconds is None else options.segment_seconds,
+        default.overlap if options.overlap is None else options.overlap,
+    )
+    tokens = options.tokens or ("float16" if embedder.has_tokens else "none")
+    if tokens != "none" and not embedder.has_tokens:
+        raise ValueError(
+            "this model pools its tokens by attention: single ones are not in the space of texts; give --tokens none"
+        )
+    return IndexSettings(
+        root=str(options.folder.resolve()),
+        checkpoint=embedder.source,
+        fingerprint=embedder.fingerprint,
+        width=embedder.width,
+        **asdict(embedder.layout),
+        sampling=embedder.sampling,
+        segment_seconds=segments.seconds,
+        overlap=segments.overlap,
+        tokens=tokens,
+    )
+
+
+def check_model(store: Store, source: str, theirs: str) -> None:
+    """Raises IndexFolderError for another model than the one that made an index.
+
+    Args:
+        source, theirs: where the model comes from, and its fingerprint.
+    """
+    settings = store.settings
+    if theirs != settings.fingerprint:
+        raise IndexFolderError(
+            f"{store.folder} was made by another model: expected the one of {settings.checkpoint} as it was then "
+            f"({settings.fingerprint[:12]}); got {source} ({theirs[:12]}), whose vectors cannot be compared with "
+            "those. Give that model as --checkpoint, or make a new index in another folder"
+        )

@@ -1,0 +1,59 @@
+"""Where in a hit the query was found: the merged tokens that are nearest to it, their frames and patches.
+
+Letters: T tokens that are named, F frames, G patches a side, L parts of the query, M merged tokens, E their width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tempme_vl.search.embed import Layout
+
+
+@dataclass(frozen=True)
+class Location:
+    """The merged tokens of a segment that are nearest to a query, the nearest first.
+
+    Attributes:
+        tokens: (T,) int64, their numbers among the segment's.
+        scores: (T,) float32, the highest cosine of each with a part of the query.
+        times: (F,) float32, seconds after the file's first frame, of the frames that were looked at.
+        frames: (T, F) bool, of which frames each token holds something.
+        patches: (T, F, G, G) bool, which patches it holds, row by row; none of a CLS token that held nothing else.
+        resize: "shortest": the patches cover a frame's central square; "squash": all of it.
+    """
+
+    tokens: np.ndarray
+    scores: np.ndarray
+    times: np.ndarray
+    frames: np.ndarray
+    patches: np.ndarray
+    resize: str
+
+    def heat(self) -> np.ndarray:
+        """(F, G, G) float32: of each patch the score of the best of these tokens that holds it; 0 where none does."""
+        scored = np.where(self.patches, self.scores[:, None, None, None], -np.inf).max(axis=0, initial=-np.inf)
+        return np.where(np.isfinite(scored), scored, 0.0).astype(np.float32)
+
+
+def max_sim_of(parts: np.ndarray, tokens: np.ndarray) -> float:
+    """The mean over a query's parts (L, E) of each one's highest cosine with a token (M, E)."""
+    return float((parts @ tokens.T).max(axis=1).mean())
+
+
+def locate(
+    parts: np.ndarray, tokens: np.ndarray, source: np.ndarray, times: np.ndarray, layout: Layout, top: int
+) -> Location:
+    """The tokens (M, E) that are nearest to a query's parts (L, E).
+
+    Args:
+        source: (F, N0), which token holds each input token.
+        top: T, or as many as there are.
+    """
+    scores = (parts @ tokens.T).max(axis=0)
+    best = np.argsort(-scores, kind="stable")[:top]
+    holds = source[None] == best[:, None, None]  # (T, F, N0)
+    patches = holds[:, :, layout.prefix :].reshape(len(best), layout.frames, layout.grid, layout.grid)
+    return Location(best, scores[best].astype(np.float32), times, holds.any(axis=2), patches, layout.resize)

@@ -1,0 +1,238 @@
+"""Searching an index: a first stage over the vectors of all segments, and a second over the tokens of the best."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tempme_vl.search.embed import EmbeddedQuery, Embedder, Query
+from tempme_vl.search.files import inside
+from tempme_vl.search.hits import Hit, Hits
+from tempme_vl.search.index import check_model
+from tempme_vl.search.locate import Location, locate, max_sim_of
+from tempme_vl.search.store import FACTS, IndexFolderError, Store, select_of
+from tempme_vl.search.tokens import unpack_source, unpack_tokens
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Fine = Literal["none", "maxsim"]
+_SHOWN = ["path", "segment", "start", "end", "duration", "size"]
+
+
+def open(
+    folder: str | Path,
+    checkpoint: str | Path | Embedder | None = None,
+    device: str | None = None,
+    root: str | Path | None = None,
+) -> SearchIndex:
+    """The index that `tempme-vl index` or `build` made. The model is read when it is first needed.
+
+    Args:
+        checkpoint: where the model lies now, or one that is loaded; default: where it lay.
+        device: of the model; default: a GPU where there is one.
+        root: where the folder of the videos lies now.
+
+    Raises:
+        IndexFolderError: no index, or a damaged one.
+    """
+    return SearchIndex(Store(folder), checkpoint, device, None if root is None else Path(root))
+
+
+class SearchIndex:
+    """An index of videos; what other processes add to it is found too.
+
+    Args:
+        store: the rows.
+        others: see `open`.
+    """
+
+    def __init__(self, store: Store, checkpoint: str | Path | Embedder | None, device: str | None, root: Path | None):
+        self.store, self.settings = store, store.settings
+        self.root = root or Path(self.settings.root)
+        self._checkpoint, self._device = checkpoint, device
+
+    def __len__(self) -> int:
+        """Segments."""
+        return int(self.store.table.count_rows())
+
+    def __repr__(self) -> str:
+        return f"SearchIndex({str(self.store.folder)!r}, {len(self)} segments of videos in {str(self.root)!r})"
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The model.
+
+        Raises:
+            IndexFolderError: it is not the one that made the index.
+        """
+        given = self._checkpoint or self.settings.checkpoint
+        embedder = given if isinstance(given, Embedder) else Embedder.from_pretrained(given, self._device)
+        check_model(self.store, embedder.source, embedder.fingerprint)
+        return embedder
+
+    def search(
+        self,
+        query: Query | EmbeddedQuery,
+        k: int = 10,
+        where: str | None = None,
+        fine: Fine = "none",
+        candidates: int = 100,
+        exact: bool = True,
+    ) -> Hits:
+        """The segments that are nearest to a query, the best first.
+
+        Args:
+            query: a text (str); a video, a Path or a part of one, `tempme_vl.data.splits.Video(name, path, start,
+                end)`; a picture of Pillow; or what `embedder.query` made of one of these.
+            k: the most hits.
+            where: only segments of which this holds, in SQL, over `path`, `segment`, `start`, `end`, `duration`
+                (seconds), `size` (bytes), `modified` (nanoseconds since 1970).
+            fine: "maxsim" ranks the best candidates by their merged tokens.
+            candidates: that the second stage ranks, or k where that is more.
+            exact: False searches through LanceDB's index of the vectors, which may miss some.
+
+        Raises:
+            VideoError: a query file that cannot be read.
+            ValueError: numbers below 1, an empty text, a filter that cannot be read, or an index without what is asked
+                for.
+        """
+        self._check(k, candidates, fine, exact)
+        if not isinstance(query, EmbeddedQuery):
+            _ = self.embedder  # reading a model is no part of searching
+        begun = time.perf_counter()
+        embedded = query if isinstance(query, EmbeddedQuery) else self.embedder.query(query)
+        between = time.perf_counter()
+        most = max(k, candidates) if fine == "maxsim" else k
+        rows = self._nearest(embedded.vector, most, where, exact)
+        hits = _sorted(Hit(score=row["coarse"], **row) for row in rows.drop_columns("_rowid").to_pylist())
+        seconds = {"embed": between - begun, "coarse": time.perf_counter() - between}
+        if fine == "maxsim":
+            between = time.perf_counter()
+            hits = self._by_tokens(embedded, hits, rows.column("_rowid").to_pylist())
+            seconds["fine"] = time.perf_counter() - between
+        return Hits(hits[:k], seconds)
+
+    def locate(self, query: Query | EmbeddedQuery, hit: Hit, top: int = 5) -> Location:
+        """Where a query was found: the merged tokens of a hit that are nearest to it, with their frames and patches.
+
+        Args:
+            query, hit: of a search.
+            top: how many tokens.
+
+        Raises:
+            IndexFolderError: an index without tokens, or the segment is not there any more.
+        """
+        self._require_tokens()
+        parts = self._parts(query if isinstance(query, EmbeddedQuery) else self.embedder.query(query))
+        found = self.store.table.search().where(select_of(hit.path, hit.segment)).limit(1).to_arrow().to_pylist()
+        if not found:
+            raise IndexFolderError(f"segment {hit.segment} of {hit.path} is not in the index any more; search again")
+        (row,) = found
+        layout = self.settings.layout
+        source = unpack_source(row["source"], layout.frames, layout.tokens)
+        tokens = unpack_tokens(row["tokens"], self.settings.width, self.settings.tokens)
+        return locate(parts, tokens, source, np.asarray(row["times"], np.float32), layout, top)
+
+    def file(self, hit: Hit | str) -> Path:
+        """The file of a hit, or of a path in the index.
+
+        Raises:
+            ValueError: it leads out of the folder that was indexed.
+        """
+        return inside(self.root, hit if isinstance(hit, str) else hit.path)
+
+    def export(self, path: str | Path) -> None:
+        """Writes all rows to a file: .npz with vectors (S, E) float32 and columns `path`, `segment`, `start`, `end`,
+        `duration`, `size`, `modified` (S,); or .parquet with tokens and sources, too, as they are stored.
+
+        Raises:
+            ValueError: another ending.
+        """
+        target = Path(path)
+        if target.suffix not in (".npz", ".parquet"):
+            raise ValueError(f"expected a file .npz or .parquet; got {target}")
+        rows = self.store.table.to_arrow().sort_by([("path", "ascending"), ("segment", "ascending")])
+        if target.suffix == ".parquet":
+            import pyarrow.parquet
+
+            told = {"tempme_vl": json.dumps({"fingerprint": self.settings.fingerprint, "tokens": self.settings.tokens})}
+            pyarrow.parquet.write_table(rows.replace_schema_metadata(told), target)
+            return
+        facts = {name: rows.column(name).to_numpy() for name in FACTS}
+        facts["path"] = facts["path"].astype(str)
+        np.savez(target, vectors=_vectors(rows), **facts)
+
+    def _check(self, k: int, candidates: int, fine: str, exact: bool) -> None:
+        if k < 1 or candidates < 1:
+            raise ValueError(f"expected k and candidates of 1 or more; got {k} and {candidates}")
+        if fine not in ("none", "maxsim"):
+            raise ValueError(f"fine must be 'none' or 'maxsim'; got {fine!r}")
+        if fine == "maxsim":
+            self._require_tokens()
+        if not exact and not self.store.has_ann:
+            raise IndexFolderError(f"{self.store.folder} has no index of its vectors; run tempme-vl index with --ann")
+
+    def _require_tokens(self) -> None:
+        if self.settings.tokens == "none":
+            raise IndexFolderError(
+                f"{self.store.folder} keeps no merged tokens; index into another folder with --tokens float16 or int8"
+            )
+
+    def _nearest(self, vector: np.ndarray, most: int, where: str | None, exact: bool) -> pa.Table:
+        """The first stage's rows, the nearest first, with "coarse" and LanceDB's "_rowid"."""
+        import pyarrow as pa
+
+        search: Any = self.store.table.search(vector, vector_column_name="vector")  # one of LanceDB's several builders
+        search = search.distance_type("dot").limit(most)
+        if exact:
+            search = search.bypass_vector_index()
+        if where is not None:
+            search = search.where(where, prefilter=True)
+        try:
+            rows = search.select([*_SHOWN, "_distance"]).with_row_id(True).to_arrow()
+        except (ValueError, RuntimeError, OSError) as error:
+            if where is None:
+                raise
+            reason = str(error).partition("\n")[0].partition(", /")[0]
+            raise ValueError(
+                f"the filter {where!r} cannot be used: {reason}. It may name {', '.join(FACTS)}, as in "
+                "\"path LIKE 'kitchen/%' AND duration < 60\""
+            ) from error
+        cosines = 1.0 - rows.column("_distance").to_numpy()
+        return rows.drop_columns("_distance").append_column("coarse", pa.array(cosines.astype(np.float64)))
+
+    def _by_tokens(self, query: EmbeddedQuery, hits: Sequence[Hit], numbers: Sequence[int]) -> list[Hit]:
+        """The second stage."""
+        parts, settings = self._parts(query), self.settings
+        if not hits:
+            return []
+        taken = self.store.table.take_row_ids(list(numbers)).select(["path", "segment", "tokens"]).to_arrow()
+        scores: dict[tuple[str, int], float] = {}
+        for row in taken.to_pylist():
+            tokens = unpack_tokens(row["tokens"], settings.width, settings.tokens)
+            scores[row["path"], row["segment"]] = max_sim_of(parts, tokens)
+        ranked = [replace(hit, score=scores[hit.path, hit.segment]) for hit in hits]
+        return _sorted(ranked)
+
+    def _parts(self, query: EmbeddedQuery) -> np.ndarray:
+        assert query.parts is not None, "an index has tokens only where its model has"
+        return query.parts
+
+
+def _sorted(hits: Iterable[Hit]) -> list[Hit]:
+    """The best first; equal ones by their names."""
+    return sorted(hits, key=lambda hit: (-hit.score, hit.path, hit.segment))
+
+
+def _vectors(rows: Any) -> np.ndarray:
+    """(S, E) float32."""
+    column = rows.column("vector").combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), -1)
