@@ -83,31 +83,49 @@ def killed_after(videos: str, model: str, out: str, commits: int) -> None:
 
 
 def killed_at(videos: str, model: str, out: str, shares: list[float]) -> None:
-    """Prints the rows of a whole run, and those after a kill at each share of its time and after a run behind it."""
+    """Prints the rows of a whole run, and those after a kill at each share of the time since its first file was
+    written, and after a run behind it."""
     torch.set_num_threads(1)
     embedder = Embedder.from_pretrained(model, "cpu")
-    begun = time.monotonic()
-    whole = _child(_index, videos, embedder, Path(out) / "whole")
-    seconds = time.monotonic() - begun
+    whole, seconds = _child(_index, videos, embedder, Path(out) / "whole")
     found = []
     for number, share in enumerate(shares):
         folder = Path(out) / str(number)
-        begun = time.monotonic()
-        killed = _start(_index, videos, embedder, folder)
-        time.sleep(max(0.0, begun + share * seconds - time.monotonic()))
-        os.kill(killed[0], signal.SIGKILL)
-        os.waitpid(killed[0], 0)
-        then = _child(lambda at: rows_of(at) if (at / "index.json").is_file() else [], folder)
-        found.append([then, _child(_index, videos, embedder, folder)])
+        killed, _ = _start(_index, videos, embedder, folder)
+        while not _begun(folder).exists():
+            time.sleep(0.001)
+        time.sleep(share * seconds)
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+        found.append(_child(_gone_on, videos, embedder, folder))
     print(json.dumps([whole, found]))
 
 
-def _index(videos: str, embedder: Embedder, folder: Path) -> list[list[Any]]:
-    from tempme_vl.search import index
+def _begun(folder: Path) -> Path:
+    """There as soon as the first file's rows are about to be written."""
+    return folder.with_name(f"{folder.name}.begun")
 
+
+def _index(videos: str, embedder: Embedder, folder: Path) -> tuple[list[list[Any]], float]:
+    """The rows, and the seconds since `_begun`."""
+    from tempme_vl.search import index, store
+
+    put, times = store.Store.put, []
+
+    def timed(self: store.Store, *given: Any) -> None:
+        _begun(folder).touch()
+        times.append(time.monotonic())
+        put(self, *given)
+
+    store.Store.put = timed  # type: ignore[method-assign]
     index.COMMIT_SECONDS = 0.0  # a commit a file
     index.build(videos, folder, embedder, batch_size=1, **SETTINGS)
-    return rows_of(folder)
+    return rows_of(folder), time.monotonic() - times[0] if times else 0.0
+
+
+def _gone_on(videos: str, embedder: Embedder, folder: Path) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The rows before and after a further run."""
+    return rows_of(folder), _index(videos, embedder, folder)[0]
 
 
 def _start(work: Any, *given: Any) -> tuple[int, int]:

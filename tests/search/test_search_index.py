@@ -200,7 +200,7 @@ def test_a_killed_process_loses_and_doubles_nothing(
 
 @pytest.mark.slow
 def test_no_moment_of_a_kill_does_harm(videos: Path, model: Path, tmp_path: Path) -> None:
-    shares = [f"{number / 20:.2f}" for number in range(1, 21)]
+    shares = [f"{(number / 20) ** 2:.4f}" for number in range(20)]
     done = subprocess.run([sys.executable, RUNS, videos, model, tmp_path, *shares], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     whole, found = json.loads(done.stdout)
