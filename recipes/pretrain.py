@@ -1,6 +1,6 @@
 """Pre-training of TESTA on pictures and videos with texts: contrast, matching and captions.
 
-A first try, on any machine (renders its own small data set; some 3 s a step on one CPU core, 250 steps):
+A first try, on any machine (renders its own small data set; 250 steps of some seconds each on a CPU core):
     deepspeed recipes/pretrain.py
 
 TESTA's setting, from BLIP, on 8 GPUs (not yet measured):
