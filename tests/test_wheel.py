@@ -77,9 +77,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "tempme_vl", source / "tempme_vl", ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], check=True)
-    shutil.rmtree(source)
     (wheel,) = wheels.glob("*.whl")
-    assert {"tempme_vl/py.typed", "tempme_vl/training/ds/zero1.json"} <= set(zipfile.ZipFile(wheel).namelist())
+    files = {path.relative_to(source).as_posix() for path in (source / "tempme_vl").rglob("*") if path.is_file()}
+    assert "tempme_vl/search/web/templates/page.html" in files and files <= set(zipfile.ZipFile(wheel).namelist())
+    shutil.rmtree(source)
 
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"

@@ -193,10 +193,10 @@ def render_motion(
     """
     orders = {"num_order_train": num_order_train, "num_order_val": num_order_val, "num_order_test": num_order_test}
     rendering = Rendering("motion", VERSION, seed, num_train, num_test, tuple(orders.items()))
-    return render(root, rendering, partial(_draw_videos, seed, num_train, num_test, *orders.values()))
+    return render(root, rendering, partial(draw_motion, seed, num_train, num_test, *orders.values()))
 
 
-def _draw_videos(
+def draw_motion(
     seed: int, num_train: int, num_test: int, num_order_train: int, num_order_val: int, num_order_test: int
 ) -> list[Entry]:
     """All videos in the order of their numbers: retrieval training, retrieval test, then the order videos."""

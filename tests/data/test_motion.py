@@ -110,7 +110,7 @@ def test_objects_stay_in_view():
         frames = render_frames(video).astype(float)
         return np.abs(frames - motion.BACKGROUNDS[video.background]).sum((1, 2, 3))
 
-    for _, video in motion._draw_videos(0, 100, 0, 20, 0, 0):
+    for _, video in motion.draw_motion(0, 100, 0, 20, 0, 0):
         visible = area(video)
         if isinstance(video, MoveVideo):
             assert visible.min() > 0.9 * visible.max()
@@ -162,15 +162,15 @@ def test_captions_of_one_video_say_what_it_was_rendered_from():
 
 
 def test_all_test_captions_differ():
-    entries = motion._draw_videos(0, 1, 96, 0, 0, 0)
+    entries = motion.draw_motion(0, 1, 96, 0, 0, 0)
     captions = {video.captions()[0] for split, video in entries if split == "test"}
     assert len(captions) == 96
     with pytest.raises(ValueError, match="only 96"):
-        motion._draw_videos(0, 1, 97, 0, 0, 0)
+        motion.draw_motion(0, 1, 97, 0, 0, 0)
 
 
 def test_train_directions_are_balanced_and_independent_of_the_place():
-    entries = motion._draw_videos(0, 4000, 0, 0, 0, 0)
+    entries = motion.draw_motion(0, 4000, 0, 0, 0, 0)
     moves = [video for _, video in entries if isinstance(video, MoveVideo)]
     counts = Counter(video.direction for video in moves)
     assert min(counts.values()) > 900
