@@ -24,6 +24,14 @@ def uniform(num_raw: int, num_frames: int) -> np.ndarray:
     return np.linspace(0, num_raw - 1, num_frames).astype(np.int64)
 
 
+def strided(num_raw: int, num_frames: int) -> np.ndarray:
+    """Frame i * N / F of N, rounded down: the last is one step before the end (TESTA's nlvl_uniform; what its code
+    calls uniform cuts the step off, too, so that of 191 frames 96 are all of the first half). (num_frames,) int64.
+    """
+    _check(num_raw, num_frames)
+    return np.arange(num_frames, dtype=np.int64) * num_raw // num_frames
+
+
 def frames_per_second(num_raw: int, fps: float, num_frames: int) -> np.ndarray:
     """One frame a second, the rule of TempMe's code.
 
@@ -87,10 +95,20 @@ def _uniform(num_raw: int, fps: float, num_frames: int, rng: np.random.Generator
     return uniform(num_raw, num_frames)
 
 
+def _strided(num_raw: int, fps: float, num_frames: int, rng: np.random.Generator | None) -> np.ndarray:
+    return strided(num_raw, num_frames)
+
+
 def _headtail(num_raw: int, fps: float, num_frames: int, rng: np.random.Generator | None) -> np.ndarray:
     return segment_middle(num_raw, num_frames) if rng is None else head_and_tail(num_raw, num_frames, rng)
 
 
-SAMPLING: dict[str, Sampler] = {"fps1": _fps1, "segment": _segment, "uniform": _uniform, "headtail": _headtail}
+SAMPLING: dict[str, Sampler] = {
+    "fps1": _fps1,
+    "segment": _segment,
+    "uniform": _uniform,
+    "strided": _strided,
+    "headtail": _headtail,
+}
 # these have a random variant, which is taken when a generator is given (training)
 RANDOM = frozenset({"segment", "headtail"})

@@ -48,7 +48,7 @@ class RetrievalOptions(DataOptions, LoadingOptions):
     dataset: Annotated[str, CAPTIONED]
     split: str | None = None
     """Default: the test split (msrvtt test_1k, activitynet val_1); of jsonl without any splits all videos."""
-    sampling: Literal["fps1", "uniform", "segment", "headtail"] | None = None
+    sampling: Literal["fps1", "uniform", "segment", "strided", "headtail"] | None = None
     """Which frames. Default: as in training."""
     dual_softmax: bool = False
     """Reweight scores by a softmax over all queries of the split; named in the report."""
@@ -197,7 +197,7 @@ class VideoLLMCompareOptions(DataOptions, LoadingOptions):
     """Of a video. Default: as the host was trained, or 8."""
     image_size: int | None = None
     """Side in pixels of the square frames that the host's own preprocessing gets. Default: as trained, or 224."""
-    sampling: Literal["uniform", "fps1", "segment", "headtail"] | None = None
+    sampling: Literal["uniform", "fps1", "segment", "strided", "headtail"] | None = None
     """Which frames. Default: as trained, or uniform."""
     prompt: str | None = None
     """With {question} and the host's placeholder. Default: as trained, or the host's chat format."""

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from tempme_vl.schema import LEFT_OUT, Range, Size
 
 VIDEOLLM_FILE = "videollm.json"  # of a trained video-language model, its `HostInput` among other things
-Sampling = Literal["uniform", "fps1", "segment", "headtail"]  # the names of `tempme_vl.data.sampling.SAMPLING`
+Sampling = Literal[
+    "uniform", "fps1", "segment", "strided", "headtail"
+]  # the names of `tempme_vl.data.sampling.SAMPLING`
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tempme_vl.data import sampling
-from tempme_vl.data.sampling import SAMPLING, frames_per_second, segment_middle, segment_random
+from tempme_vl.data.sampling import SAMPLING, frames_per_second, segment_middle, segment_random, strided
 
 
 @pytest.mark.parametrize("name", SAMPLING)
@@ -27,6 +27,12 @@ def test_one_frame_a_second():
     assert frames_per_second(300, 29.97, 12).tolist() == np.linspace(0, 299, 12).astype(int).tolist()
     # Below one frame a second the stride stays at least one.
     assert frames_per_second(5, 0.4, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_strided_frames_end_a_step_before_the_last():
+    assert strided(191, 4).tolist() == [0, 47, 95, 143]
+    assert strided(300, 3).tolist() == [0, 100, 200]
+    assert strided(3, 4).tolist() == [0, 0, 1, 2]
 
 
 def test_segment_middle_is_in_the_middle_and_segment_random_stays_inside_its_segment():

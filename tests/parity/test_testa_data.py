@@ -13,6 +13,7 @@ import pytest
 from parity.cases import find
 
 from tempme_vl.data.datasets import load_split
+from tempme_vl.data.sampling import strided
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.text.tokenizers import clean_caption, clean_question
 from tempme_vl.training.optim import warmup_cosine
@@ -86,3 +87,11 @@ def test_layouts(case: Any, name: str, write: Callable[..., RetrievalSplit], lim
 def test_rates_of_epochs(case: Any) -> None:
     expected = case.config["lr_1e-5_10_epochs"]
     assert [1e-5 * warmup_cosine(epoch, 10, 0.0) for epoch in range(10)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_frames(case: Any) -> None:
+    rows = case.config["frame_indices"]
+    assert len(rows) > 10
+    for row in rows:
+        assert strided(row["frames"], row["num"]).tolist() == row["nlvl_uniform"], row["frames"]

@@ -30,8 +30,8 @@ class CacheOptions(DataOptions):
     """Of a data set with both, whose videos. Default: captions, where it has them."""
     num_frames: int | None = None
     """Of a video. Default: what is usual for the data set, or 12."""
-    sampling: Literal["fps1", "uniform", "segment"] = "fps1"
-    """Which frames: one a second (TempMe), evenly, or the middles of UMT's segments, as evaluation has it."""
+    sampling: Literal["fps1", "uniform", "segment", "strided"] = "fps1"
+    """Which frames: one a second (TempMe), evenly, the middles of UMT's segments, as evaluation has it, or TESTA's."""
     image_size: int = 224
     """Side of the frames, as the model's."""
     resize: Literal["shortest", "squash"] = "shortest"

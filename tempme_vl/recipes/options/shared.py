@@ -84,9 +84,9 @@ class TuningOptions:
 class ReadingOptions:
     """How videos are read."""
 
-    sampling: Literal["fps1", "uniform", "segment", "headtail"] = "fps1"
-    """Which frames: one a second (TempMe), evenly, UMT's segments, or as many of the first half as of the second, as
-    TESTA pre-trains."""
+    sampling: Literal["fps1", "uniform", "segment", "strided", "headtail"] = "fps1"
+    """Which frames: one a second (TempMe), evenly, UMT's segments; strided, evenly but one step short of the end, as
+    TESTA means it; headtail, as many of the first half as of the second, as TESTA pre-trains."""
     augment: Literal["none", "randaugment", "crop_flip", "crop_augment"] = "randaugment"
     """crop_flip mirrors videos, and so does crop_augment, TESTA's in pre-training: not where texts say left or
     right."""
