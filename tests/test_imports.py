@@ -103,8 +103,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
     "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports"} | COMMANDS,
+    "export": CORE | {"tasks", "reports"} | COMMANDS,
     # the command, which knows all others
-    "cli": {"__init__", "command", "command_line", "recipes", "evaluation"},
+    "cli": {"__init__", "command", "command_line", "recipes", "evaluation", "export"},
     "lmms_eval": {"integrations", "libraries"},
     # side shelves, which know no model and not each other
     "data": {"messages", "registries"},
