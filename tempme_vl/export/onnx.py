@@ -68,8 +68,9 @@ def to_onnx(side: Side, batch: int | None) -> ModelProto:
 
 def write_onnx(model: ModelProto, about: str, file: Path) -> None:
     """Writes a graph with what it says of itself."""
-    entry = model.metadata_props.add()
-    entry.key, entry.value = KEY, about
+    from onnx import helper
+
+    helper.set_model_props(model, {KEY: about})
     file.write_bytes(model.SerializeToString())
 
 
