@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tempme_vl.command import at_least
-from tempme_vl.export.onnx import Arrays, ExportError, run_onnx, to_onnx, write_onnx
-from tempme_vl.export.openvino import run_openvino, write_openvino
+from tempme_vl.export.onnx import ExportError, Runner, load_onnx, to_onnx, write_onnx
+from tempme_vl.export.openvino import load_openvino, write_openvino
 from tempme_vl.export.options import ExportOptions, FormatName, Part
 from tempme_vl.export.sides import Exportable, Side, TextSide, VideoSide, about
 from tempme_vl.frontend import VisualFrontend
@@ -35,17 +35,17 @@ TOLERANCE = 1e-4  # of an output's largest value
 
 @dataclass(frozen=True)
 class Format:
-    """A file's form: its suffix, what must be installed, and what writes and runs it."""
+    """A file's form: its suffix, what must be installed, and what writes and loads it."""
 
     suffix: str
     packages: tuple[str, ...]
     write: Callable[[ModelProto, str, Path], None]
-    run: Callable[[Path, Arrays], Arrays]
+    load: Callable[[Path], Runner]
 
 
 FORMATS: Mapping[FormatName, Format] = {
-    "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), write_onnx, run_onnx),
-    "openvino": Format(".xml", ("onnx", "onnxscript", "openvino"), write_openvino, run_openvino),
+    "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), write_onnx, load_onnx),
+    "openvino": Format(".xml", ("onnx", "onnxscript", "openvino"), write_openvino, load_openvino),
 }
 
 
@@ -104,7 +104,7 @@ def export_model(
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as beside:
         made = Path(beside) / file.name
         way.write(graph, about(side, shapes, batch_size), made)
-        found = differences(side, lambda inputs: way.run(made, inputs), batch_size)
+        found = differences(side, way.load(made), batch_size)
         if wrong := {name: value for name, value in found.items() if not value <= TOLERANCE}:
             raise ExportError(
                 f"{format} makes other outputs of {side} than torch: {wrong}, as shares of their largest value; "
@@ -115,7 +115,7 @@ def export_model(
     return Exported(file, shapes, found)
 
 
-def differences(side: Side, run: Callable[[Arrays], Arrays], batch: int | None) -> dict[str, float]:
+def differences(side: Side, run: Runner, batch: int | None) -> dict[str, float]:
     """By output, the largest difference from torch on random inputs, as a share of the output's largest value.
 
     Two draws count. One whose matches hang on rounding, so that torch in float64 makes others, says nothing of the

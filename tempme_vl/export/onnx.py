@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Arrays = Mapping[str, np.ndarray]
+Runner = Callable[[Arrays], Arrays]  # inputs by name to outputs by name
 
 LARGEST = 2**31 - 2**24  # bytes of weights: a file of ONNX holds 2 GiB
 KEY = "tempme_vl"  # of what a file says of itself
@@ -74,13 +75,19 @@ def write_onnx(model: ModelProto, about: str, file: Path) -> None:
     file.write_bytes(model.SerializeToString())
 
 
-def run_onnx(file: Path, inputs: Arrays) -> Arrays:
-    """What onnxruntime makes of inputs on a CPU, by name."""
+def load_onnx(file: Path, threads: int | None = None) -> Runner:
+    """A file in onnxruntime on the CPU.
+
+    Args:
+        threads: default: onnxruntime's choice.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+    return lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
 def _named(model: ModelProto) -> ModelProto:

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tempme_vl.export.onnx import KEY, Arrays
+from tempme_vl.export.onnx import KEY, Arrays, Runner
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -26,10 +26,19 @@ def write_openvino(model: ModelProto, about: str, file: Path) -> None:
     openvino.save_model(converted, file, compress_to_fp16=False)
 
 
-def run_openvino(file: Path, inputs: Arrays) -> Arrays:
-    """What OpenVINO makes of inputs on a CPU, in float32, by name."""
+def load_openvino(file: Path, threads: int | None = None) -> Runner:
+    """A file in OpenVINO on the CPU, in float32.
+
+    Args:
+        threads: default: OpenVINO's choice.
+    """
     import openvino
 
-    compiled = openvino.Core().compile_model(file, "CPU", EXACT)
-    made = compiled(dict(inputs))
-    return {output.get_any_name(): made[output] for output in compiled.outputs}
+    limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(file, "CPU", {**EXACT, **limit})
+
+    def run(inputs: Arrays) -> Arrays:
+        made = compiled(dict(inputs))
+        return {output.get_any_name(): made[output] for output in compiled.outputs}
+
+    return run

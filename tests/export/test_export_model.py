@@ -22,7 +22,7 @@ from tempme_vl.backbones import timm as timm_family
 from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.export import exporting
 from tempme_vl.export.exporting import FORMATS, differences, export_model
-from tempme_vl.export.onnx import ExportError, to_onnx
+from tempme_vl.export.onnx import ExportError, Runner, to_onnx
 from tempme_vl.export.options import EXPORT
 from tempme_vl.export.sides import Side, VideoSide, fingerprint
 from tempme_vl.frontend import merge_in
@@ -53,7 +53,7 @@ def assert_as_in_torch(frontend: VisualFrontend, folder: Path, batch: int | None
         for name, way in FORMATS.items():
             file = folder / f"{name}{way.suffix}"
             way.write(graph, "{}", file)
-            made = way.run(file, {"pixels": video.numpy()})
+            made = way.load(file)({"pixels": video.numpy()})
             for field in ("tokens", "size", "pooled"):
                 value = torch.from_numpy(made[field])
                 torch.testing.assert_close(value, getattr(expected, field), rtol=0, atol=2e-5)
@@ -155,7 +155,7 @@ def test_equal_values_keep_their_order(tmp_path: Path) -> None:
         way.write(graph, "{}", tmp_path / f"a{way.suffix}")
         for seed in range(3):
             (numbers,) = sorts.example(4, seed)
-            made = way.run(tmp_path / f"a{way.suffix}", {"numbers": numbers.numpy()})
+            made = way.load(tmp_path / f"a{way.suffix}")({"numbers": numbers.numpy()})
             for output, value in sorts.named(numbers).items():
                 assert np.array_equal(made[output], value.numpy()), (name, output)
 
@@ -179,7 +179,7 @@ def test_the_command_writes_a_file_that_says_what_it_is(
     assert "pixels (1, 2, 3, 32, 32)" in shown and "video (1, 64)" in shown and "largest difference from torch" in shown
     assert sorted(path.name for path in file.parent.iterdir()) == ["video.bin", "video.xml"]
     video = random_video(FRAMES, videos=1)
-    made = FORMATS["openvino"].run(file, {"pixels": video.numpy()})
+    made = FORMATS["openvino"].load(file)({"pixels": video.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(made["video"]), model.encode_video(video), rtol=0, atol=1e-5)
     said = json.loads(openvino.Core().read_model(file).get_rt_info("tempme_vl").value)
@@ -200,7 +200,7 @@ def test_any_number_of_texts(saved: Path, tmp_path: Path) -> None:
     assert set(told.differences) == {"text"} and 0 < told.differences["text"] < 1e-5
     tokenize = model.words.tokenizer(words)
     ids, mask = (torch.stack(parts) for parts in zip(*map(tokenize, ["a dog", "two red balls fall", ""]), strict=True))
-    made = FORMATS["onnx"].run(told.file, {"text_ids": ids.numpy(), "text_mask": mask.numpy()})
+    made = FORMATS["onnx"].load(told.file)({"text_ids": ids.numpy(), "text_mask": mask.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(made["text"]), model.encode_text(ids, mask), rtol=0, atol=1e-5)
     about = onnxruntime.InferenceSession(told.file).get_modelmeta().custom_metadata_map["tempme_vl"]
@@ -220,10 +220,11 @@ def test_a_file_with_other_outputs_does_not_stay(tmp_path: Path, monkeypatch: py
     file = tmp_path / "a.onnx"
     file.write_text("an older one")
 
-    def off(path: Path, inputs: Any) -> Any:
-        return {name: value * 1.001 for name, value in FORMATS["onnx"].run(path, inputs).items()}
+    def off(path: Path) -> Runner:
+        load = FORMATS["onnx"].load(path)
+        return lambda inputs: {name: value * 1.001 for name, value in load(inputs).items()}
 
-    monkeypatch.setattr(exporting, "FORMATS", {"onnx": replace(FORMATS["onnx"], run=off)})
+    monkeypatch.setattr(exporting, "FORMATS", {"onnx": replace(FORMATS["onnx"], load=off)})
     said = r"makes other outputs of the video side of .*'tokens': 0\.00[01].*at most 0\.0001"
     with pytest.raises(ExportError, match=said):
         export_model(create_frontend(TINY, method="none", num_frames=1), file)
