@@ -14,6 +14,7 @@ from tempme_vl.command import ending, run
 from tempme_vl.command_line import Command
 from tempme_vl.evaluation.ground_options import GROUND
 from tempme_vl.evaluation.options import COMPARE, EFFICIENCY, EVAL_RETRIEVAL, EVAL_VIDEOQA, VIDEOLLM_COMPARE
+from tempme_vl.export.options import EXPORT
 from tempme_vl.recipes.demo import DEMO
 from tempme_vl.recipes.options.cache import CACHE_BUILD
 from tempme_vl.recipes.options.pretraining import PRETRAINING
@@ -27,7 +28,7 @@ MODULE = "tempme_vl.cli"
 COMMANDS: tuple[Command[Any], ...] = (
     *(RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM, PRETRAINING),
     *(EVAL_RETRIEVAL, EVAL_VIDEOQA, GROUND),
-    *(COMPARE, VIDEOLLM_COMPARE, EFFICIENCY, CACHE_BUILD, DEMO),
+    *(COMPARE, VIDEOLLM_COMPARE, EFFICIENCY, CACHE_BUILD, EXPORT, DEMO),
     *(*SEARCHING, SERVE),
 )
 

@@ -155,18 +155,7 @@ def match_last(metric: Tensor, r: int, num_prefix: int = 1) -> tuple[MergeMap, T
 
 def descending(values: Tensor) -> Tensor:
     """(R, A) -> (R, A) int64: places of the values, largest first (NaN above all), equal ones in ascending order."""
-    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort
-        return _descending_by_counting(values)
     return values.argsort(dim=-1, descending=True, stable=True)
-
-
-def _descending_by_counting(values: Tensor) -> Tensor:
-    """The same: a value's place in the order is the number of those in front of it."""
-    values = values.nan_to_num(nan=torch.inf)
-    place = torch.arange(values.shape[1], device=values.device)
-    one, other = values.unsqueeze(2), values.unsqueeze(1)
-    in_front = (other > one) | ((other == one) & (place < place.unsqueeze(1)))
-    return torch.zeros_like(in_front[:, 0], dtype=torch.int64).scatter(1, in_front.sum(2), place.expand(values.shape))
 
 
 def _wide(index: Tensor, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ KINDS = {
     "towers and front end": ("#d8efd3", {"backbones", "text", "families", "frontend", "pooling", "tuning"}),
     "models, hosts and what runs them": (
         "#fbe3c0",
-        {"tasks", "integrations", "pipeline", "evaluation", "recipes", "cli", "lmms_eval", "__init__"},
+        {"tasks", "integrations", "pipeline", "evaluation", "recipes", "export", "cli", "lmms_eval", "__init__"},
     ),
     "data and training, which know no model": ("#e9d9f2", {"data", "training", "processes", "together"}),
     "names, files, errors, commands": ("#ececec", set(MAY_IMPORT)),

@@ -105,8 +105,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": CORE | {"tasks", "data"},
     "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports"} | COMMANDS,
     "search": CORE | {"__init__", "tasks", "pipeline", "data", "reports"} | COMMANDS,
+    "export": CORE | {"tasks", "reports"} | COMMANDS,
     # the command, which knows all others
-    "cli": {"__init__", "command", "command_line", "recipes", "evaluation", "search"},
+    "cli": {"__init__", "command", "command_line", "recipes", "evaluation", "search", "export"},
     "lmms_eval": {"integrations", "libraries"},
     # side shelves, which know no model and not each other
     "data": {"messages", "normalize", "registries"},

@@ -65,7 +65,7 @@ KNOWN = set(_DOCUMENTED.split()).union(
 )
 
 
-_PLAIN = {*dir(type), "__file__", "__version__", "_exit"}  # the last is in the documentation of os
+_PLAIN = {*dir(type), "__cause__", "__file__", "__version__", "_exit"}  # the last is in the documentation of os
 
 
 @lru_cache

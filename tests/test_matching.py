@@ -165,18 +165,6 @@ def test_nan_comes_first_and_still_every_token_goes_to_exactly_one() -> None:
     assert {2, 6} < set(merge.src[0].tolist())
 
 
-@pytest.mark.parametrize("order", ["position", "similarity"])
-def test_the_selection_for_onnx_is_the_same_ties_and_nan_included(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = [random(2, 41, 4), torch.ones(2, 41, 3), random(2, 41, 1).sign(), random(3, 2, 4), random(2, 11, 2)]
-    metrics[-1][0, [3, 4, 6]] = torch.nan
-    cases = [(m, r) for m in metrics for r in limits(m.shape[1], 1)]
-    expected = [bipartite_match(metric, r, 1, order) for metric, r in cases]
-    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    for (metric, r), merge in zip(cases, expected, strict=True):
-        again = bipartite_match(metric, r, 1, order)
-        assert all(torch.equal(getattr(merge, n), getattr(again, n)) for n in ("base", "src", "dst"))
-
-
 def test_order_by_similarity_lists_the_same_groups() -> None:
     metric = random(1, 12, 4)
     by_position, by_similarity = bipartite_match(metric, 2, 0), bipartite_match(metric, 2, 0, "similarity")

@@ -55,6 +55,6 @@ class SiglipPool(nn.Module):
         bias = None
         if size is not None:
             bias = size.log().to(x.dtype).transpose(1, 2).repeat_interleave(self.attention.num_heads, dim=0)
-        probe = self.probe.to(x.dtype).expand(len(x), -1, -1)
+        probe = self.probe.to(x.dtype).expand(x.shape[0], -1, -1)
         x = self.attention(probe, x, x, attn_mask=bias)[0]
         return (x + self.mlp(self.layernorm(x)))[:, 0]

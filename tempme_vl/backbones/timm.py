@@ -89,7 +89,7 @@ class TimmEmbed(nn.Module):
         x = self.patch_embed(images)
         if x.ndim == 4:  # (R, rows, columns, D) of a tower made for images of any size
             x = x.flatten(1, 2)
-        prefix = [t.to(x.dtype).expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = [t.to(x.dtype).expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         if self.pos_embed is None:
             return self.norm_pre(cat([*prefix, x], dim=1))
         positions = self.pos_embed.to(x.dtype)

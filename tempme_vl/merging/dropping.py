@@ -96,4 +96,4 @@ class Drop(TokenMerger):
         kept = self.places(patches, patches - self.fewer // frames, state.x.device)
         first = prefix + patches * (torch.arange(self.frames, device=kept.device) % frames)
         in_clip = (kept + first.unsqueeze(1)).reshape(clips, -1)
-        return state.keep(in_clip.repeat(len(state.x) // clips, 1))
+        return state.keep(in_clip.repeat(state.x.shape[0] // clips, 1))

@@ -92,7 +92,7 @@ class Pool(TokenMerger):
         if self.apart and self.join > 1:
             state = state.join_clips(self.join)
             state = state.pool_prefix(self.join) if state.num_prefix else state
-        rows, prefix, device = len(state.x), state.num_prefix, state.x.device
+        rows, prefix, device = state.x.shape[0], state.num_prefix, state.x.device
         patches, pooled = prod(self.grid), prod(self.coarse)
         (down, top), (across, left) = (_windows(*ends, device) for ends in zip(self.grid, self.coarse, strict=True))
         window = (self.coarse[1] * down.unsqueeze(1) + across).flatten()

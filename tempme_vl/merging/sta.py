@@ -101,7 +101,7 @@ class SlotDrop(TokenMerger):
         patches = x.shape[1] // in_clip
         kept = self.kept(*(t.reshape(-1, slots, patches, t.shape[-1]) for t in (features, x)))
         first = torch.arange(slots, device=kept.device) % in_clip * patches + p
-        return state.keep((kept + first.unsqueeze(1)).reshape(len(x), -1))
+        return state.keep((kept + first.unsqueeze(1)).reshape(x.shape[0], -1))
 
     @torch.no_grad()
     def kept(self, features: Tensor, x: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def match_frames(metric: Tensor, r: int) -> MergeMap:
         into, score = (_most_frequent(values.transpose(1, 2)) for values in (chosen, similarity))
         ranked = score.argsort(dim=1, descending=True, stable=True)
         merged, kept = ranked[:, :r], ranked[:, r:].sort(dim=1).values
-        odd = torch.arange(1, metric.shape[2], 2, device=metric.device).expand(len(metric), -1)
+        odd = torch.arange(1, metric.shape[2], 2, device=metric.device).expand(metric.shape[0], -1)
         return MergeMap(torch.cat([2 * kept, odd], 1), 2 * merged, kept.shape[1] + into.gather(1, merged))
 
 
@@ -193,7 +193,7 @@ class AggregateFrames(TokenMerger):
         if context.queries is None:
             metric = context.features()[:, state.num_prefix :].unflatten(0, (-1, state.num_clips)).transpose(1, 2)
         else:  # of attention over time, whose rows are places
-            metric = context.features().unflatten(0, (len(state.x) // state.num_clips, -1))
+            metric = context.features().unflatten(0, (state.x.shape[0] // state.num_clips, -1))
         if self.strategy == "geometry":
             state = state.merge_clips(match_frames(metric, self.r))
         else:

@@ -115,7 +115,7 @@ class CLIPTextEncoder(TextEncoder):
             ValueError: see `TextEncoder.check`.
         """
         x, end = self._encode(ids, mask)
-        return self.head(x[torch.arange(len(x), device=x.device), end])
+        return self.head(x[torch.arange(x.shape[0], device=x.device), end])
 
     def words(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L, E); see `TextEncoder.words`.

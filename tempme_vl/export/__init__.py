@@ -1,0 +1,1 @@
+"""A model as a file that other runtimes run: ONNX or OpenVINO (`tempme-vl export`, docs/export.md)."""
