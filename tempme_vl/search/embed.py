@@ -6,6 +6,7 @@ Letters: B segments, F frames of N0 input tokens (CLS first), M merged tokens, L
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class Embedder:
     def __init__(self, retrieval: VideoRetrieval, fingerprint: str, source: str):
         self.retrieval, self.fingerprint, self.source = retrieval, fingerprint, source
         self.model, self.device = retrieval.model, retrieval.device
+        self._alone = threading.Lock()  # one trace at a time, whichever thread asks
         frontend = self.model.frontend
         self.transform: VideoTransform = retrieval.reader.transform
         self.sampling: str = self.model.input.sampling
@@ -128,7 +130,7 @@ class Embedder:
     def videos(self, video: Tensor) -> Embedded:
         """Embeds (B, F, 3, S, S) uint8, or normalised."""
         batch = {"video": video.to(self.device), "frame_mask": torch.ones(video.shape[:2], device=self.device)}
-        with _traced(self.model.frontend) as outputs:
+        with self._alone, _traced(self.model.frontend) as outputs:
             pooled = self.model(batch)["video"].float()
         (output,) = outputs
         tokens = None

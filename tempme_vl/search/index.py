@@ -6,31 +6,26 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from tempme_vl.command import above_zero, at_least
 from tempme_vl.data.decoder_process import DecoderProcess
-from tempme_vl.data.parts import FrameParts, Part, read_parts
-from tempme_vl.data.video import Frames
+from tempme_vl.data.parts import FrameParts, read_parts
 from tempme_vl.hub import find_folder
-from tempme_vl.search.decoding import Decoded, decode_all
+from tempme_vl.search.decoding import decode_all
 from tempme_vl.search.embed import Embedder, fingerprint
 from tempme_vl.search.files import Found, Problem, VideoFile, find_videos, inside
 from tempme_vl.search.options import IndexOptions
+from tempme_vl.search.rows import Writing, in_batches, make_rows
 from tempme_vl.search.segments import Segments
-from tempme_vl.search.store import SETTINGS_FILE, IndexFolderError, IndexSettings, Row, Store
-from tempme_vl.search.tokens import pack_source, pack_tokens
+from tempme_vl.search.store import SETTINGS_FILE, IndexFolderError, IndexSettings, Store
 
 _log = logging.getLogger(__name__)
-
-COMMIT_SECONDS, COMMIT_ROWS = 5.0, 512  # what is embedded is written at the latest then, whole files at a time
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ def _bring_up_to_date(
     wanted = [file for file in found.files if there.get(file.path) != file and file not in broken]
     if removed:
         _log.info("%d files are gone, and their segments with them", len(removed))
-    writing = _Writing(store, {file.path for file in wanted if file.path in there})
+    writing = Writing(store, {file.path for file in wanted if file.path in there})
     if wanted:
         embedder = embedder or Embedder.from_pretrained(options.checkpoint or store.settings.checkpoint, options.device)
         _embed_all(options, store.settings, embedder, wanted, writing)
@@ -135,58 +130,19 @@ def _bring_up_to_date(
     )
 
 
-@dataclass
-class _Writing:
-    """Rows on their way: those of a file wait until all are there, and are written with others'.
-
-    Attributes:
-        replaced: paths that have rows already.
-        rows: of files that are not whole yet.
-        whole: of files that are, to be written.
-    """
-
-    store: Store
-    replaced: set[str]
-    rows: dict[str, list[Row]] = field(default_factory=dict)
-    whole: list[Row] = field(default_factory=list)
-    written: list[str] = field(default_factory=list)
-    broken: dict[VideoFile, str] = field(default_factory=dict)
-    since: float = field(default_factory=time.monotonic)
-
-    def add(self, file: VideoFile, rows: Sequence[Row], last: bool) -> None:
-        self.rows.setdefault(file.path, []).extend(rows)
-        if last:
-            self.whole += self.rows.pop(file.path)
-            if len(self.whole) >= COMMIT_ROWS or time.monotonic() - self.since >= COMMIT_SECONDS:
-                self.commit()
-
-    def fail(self, file: VideoFile, reason: str) -> None:
-        self.rows.pop(file.path, None)
-        self.broken[file] = reason
-
-    def commit(self) -> None:
-        if self.whole:
-            paths = list(dict.fromkeys(row.file.path for row in self.whole))
-            self.store.put(self.whole, [path for path in paths if path in self.replaced])
-            self.written += paths
-            self.whole = []
-            self.store.tidy()
-        self.since = time.monotonic()
-
-
 def _embed_all(
     options: IndexOptions,
     settings: IndexSettings,
     embedder: Embedder,
     files: Sequence[VideoFile],
-    writing: _Writing,
+    writing: Writing,
 ) -> None:
     read = partial(_read, options, settings, embedder)
     bar = tqdm(total=sum(file.size for file in files), desc="indexing", unit="B", unit_scale=True, file=sys.stderr)
     segments = 0
     with bar:
-        for some in _in_batches(decode_all(files, read, options.workers), options.batch_size):
-            rows = _rows(some, settings, embedder)
+        for some in in_batches(decode_all(files, read, options.workers), options.batch_size):
+            rows = make_rows(some, settings, embedder)
             for one, own in zip(some, rows, strict=True):
                 if one.error:
                     writing.fail(one.file, one.error)
@@ -197,76 +153,6 @@ def _embed_all(
                     bar.update(one.file.size)
             bar.set_postfix_str(f"{len(writing.written)} of {len(files)} files written, {segments} segments")
         writing.commit()
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """Some segments of a file that wait for the model; `last`: no more of the file come."""
-
-    file: VideoFile
-    parts: tuple[Part, ...]
-    first: int
-    frames: tuple[Frames, ...]
-    duration: float
-    last: bool
-    error: str = ""
-
-
-def _in_batches(decoded: Iterator[Decoded], size: int) -> Iterator[list[_Waiting]]:
-    """Of segments of one file or several, so many at once; what cannot be read comes along."""
-    waiting: list[_Waiting] = []
-    numbers: dict[str, int] = {}  # of segments that have come
-    for one in decoded:
-        for piece in _pieces(one, numbers, size):
-            if waiting and sum(len(other.parts) for other in waiting) + len(piece.parts) > size:
-                yield waiting
-                waiting = []
-            waiting.append(piece)
-    if waiting:
-        yield waiting
-
-
-def _pieces(one: Decoded, numbers: dict[str, int], size: int) -> Iterator[_Waiting]:
-    """At most `size` segments each."""
-    done = numbers.get(one.file.path, 0)
-    if one.parts is None:
-        yield _Waiting(one.file, (), done, (), 0.0, True, one.error)
-        return
-    parts, frames, duration, last = one.parts
-    for at in range(0, max(1, len(parts)), size):
-        ends = at + size >= len(parts)
-        yield _Waiting(one.file, parts[at : at + size], done + at, frames[at : at + size], duration, last and ends)
-    numbers[one.file.path] = done + len(parts)
-
-
-def _rows(some: Sequence[_Waiting], settings: IndexSettings, embedder: Embedder) -> list[list[Row]]:
-    """The rows of each."""
-    frames = [frames for one in some for frames in one.frames]
-    if not frames:
-        return [[] for _ in some]
-    embedded = embedder.videos(torch.stack([embedder.transform(each.pixels) for each in frames]))
-    number = 0
-    rows: list[list[Row]] = []
-    for one in some:
-        own = []
-        for at, (part, read) in enumerate(zip(one.parts, one.frames, strict=True)):
-            tokens = b"" if embedded.tokens is None else pack_tokens(embedded.tokens[number], settings.tokens)
-            own.append(
-                Row(
-                    file=one.file,
-                    segment=one.first + at,
-                    start=part.start,
-                    end=part.end,
-                    duration=one.duration,
-                    vector=embedded.vectors[number],
-                    tokens=tokens,
-                    source=pack_source(embedded.source[number]) if settings.tokens != "none" else b"",
-                    times=read.times.astype(np.float32),
-                )
-            )
-            number += 1
-        rows.append(own)
-    return rows
 
 
 def _read(

@@ -145,9 +145,13 @@ class SearchIndex:
         """The file of a hit, or of a path in the index.
 
         Raises:
-            ValueError: it leads out of the folder that was indexed.
+            ValueError: it leads out of the folder that was indexed, or is none of the index's videos.
         """
-        return inside(self.root, hit if isinstance(hit, str) else hit.path)
+        path = hit if isinstance(hit, str) else hit.path
+        file = inside(self.root, path)
+        if not self.store.table.count_rows(select_of(path, 0)):
+            raise ValueError(f"{path} is no video of {self.store.folder}")
+        return file
 
     def export(self, path: str | Path) -> None:
         """Writes all rows to a file: .npz with vectors (S, E) float32 and columns `path`, `segment`, `start`, `end`,

@@ -22,7 +22,7 @@ from tempme_vl.pretrained import VERSION, read_settings
 from tempme_vl.reports import write_json
 from tempme_vl.schema import Count, Range, Size, write
 from tempme_vl.search.embed import Layout
-from tempme_vl.search.files import Problem, VideoFile
+from tempme_vl.search.files import VideoFile
 from tempme_vl.search.tokens import TokenForm
 
 if TYPE_CHECKING:
@@ -212,7 +212,10 @@ class Store:
         if not file.is_file():
             return {}
         try:
-            return {VideoFile(one["path"], one["size"], one["modified"]): one["reason"] for one in _load(file)}
+            return {
+                VideoFile(one["path"], one["size"], one["modified"]): one["reason"]
+                for one in json.loads(file.read_text())
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise IndexFolderError(f"{file} is damaged; delete it, and its videos are tried again") from error
 
@@ -273,10 +276,6 @@ def _any_of(paths: Sequence[str]) -> str:
     return f"path IN ({quoted})"
 
 
-def _load(file: Path) -> Any:
-    return json.loads(file.read_text())
-
-
 def _lancedb() -> Any:
     try:
         import lancedb
@@ -285,8 +284,3 @@ def _lancedb() -> Any:
             "video search keeps its index with LanceDB: pip install 'tempme_vl[search]'"
         ) from error
     return lancedb
-
-
-def problems_of(broken: dict[VideoFile, str]) -> list[Problem]:
-    """For a report."""
-    return [Problem(file.path, reason) for file, reason in broken.items()]

@@ -68,7 +68,7 @@ def rows_of(folder: Path) -> list[list[Any]]:
 
 def killed_after(videos: str, model: str, out: str, commits: int) -> None:
     """Indexes a folder, and kills itself when so many files are written."""
-    from tempme_vl.search import index, store
+    from tempme_vl.search import index, rows, store
 
     put, done = store.Store.put, iter(range(1, commits + 1))
 
@@ -78,7 +78,7 @@ def killed_after(videos: str, model: str, out: str, commits: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     store.Store.put = counted  # type: ignore[method-assign]
-    index.COMMIT_SECONDS = 0.0
+    rows.COMMIT_SECONDS = 0.0
     index.build(videos, out, model, batch_size=1, device="cpu", **SETTINGS)
 
 
@@ -108,7 +108,7 @@ def _begun(folder: Path) -> Path:
 
 def _index(videos: str, embedder: Embedder, folder: Path) -> tuple[list[list[Any]], float]:
     """The rows, and the seconds since `_begun`."""
-    from tempme_vl.search import index, store
+    from tempme_vl.search import index, rows, store
 
     put, times = store.Store.put, []
 
@@ -118,7 +118,7 @@ def _index(videos: str, embedder: Embedder, folder: Path) -> tuple[list[list[Any
         put(self, *given)
 
     store.Store.put = timed  # type: ignore[method-assign]
-    index.COMMIT_SECONDS = 0.0  # a commit a file
+    rows.COMMIT_SECONDS = 0.0  # a commit a file
     index.build(videos, folder, embedder, batch_size=1, **SETTINGS)
     return rows_of(folder), time.monotonic() - times[0] if times else 0.0
 

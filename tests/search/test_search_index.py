@@ -181,6 +181,21 @@ def test_a_full_disk_is_a_clear_end_and_the_next_run_goes_on(copied: Copies, emb
     assert counts(out) == {**SEGMENTS, **{f"new{number}.mp4": 1 for number in range(3)}}
 
 
+def test_a_damaged_index_says_what_to_do(copied: Copies, embedder: Embedder) -> None:
+    videos, out = copied()
+    (out / "broken.json").write_text("[{]")
+    with pytest.raises(IndexFolderError, match=r"broken\.json is damaged; delete it"):
+        tempme_vl.search.build(videos, out, embedder)
+    (out / "broken.json").unlink()
+    for file in (out / "segments.lance" / "_versions").glob("*.manifest"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(IndexFolderError, match=r"cannot be opened .*: delete the folder and index again"):
+        tempme_vl.search.open(out)
+    shutil.rmtree(out / "segments.lance" / "_versions")  # as if killed before the first version was there
+    report = tempme_vl.search.build(videos, out, embedder)
+    assert len(report.added) == 4 and counts(out) == SEGMENTS
+
+
 def test_a_killed_process_loses_and_doubles_nothing(
     videos: Path, model: Path, made: Path, embedder: Embedder, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,16 @@ def test_where_a_picture_is_in_a_hit(index: SearchIndex, videos: Path) -> None:
     assert best.heat().max() <= best.scores[0] and ((best.heat() != 0) == best.patches.any(axis=0)).all()
 
 
+def test_threads_may_search_at_once(index: SearchIndex, videos: Path) -> None:
+    names = ["a.mp4", "deep/b.mp4", "d'quoted.mp4"] * 4
+    queries = [videos / name for name in names]
+    expected = {name: index.search(videos / name, k=3) for name in set(names)}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda query: index.search(query, k=3), queries))
+    for name, hits in zip(names, found, strict=True):
+        assert [hit.path for hit in hits] == [hit.path for hit in expected[name]]
+
+
 def test_names_with_quotes_are_names(index: SearchIndex) -> None:
     hit = index.search("a ball", where="segment = 1 AND path LIKE 'd''%'")[0]
     assert hit.path == "d'quoted.mp4" and index.locate("a ball", hit).times[0] >= 1.0
@@ -221,7 +232,10 @@ def test_no_path_leads_out_of_the_folder(name: str, index: SearchIndex, tmp_path
     (tmp_path / "videos").mkdir()
     (tmp_path / "secret.mp4").write_bytes(b"")
     (tmp_path / "videos" / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    (tmp_path / "videos" / "notes.txt").write_text("nobody's")
     moved = tempme_vl.search.open(index.store.folder, index.embedder, root=tmp_path / "videos")
+    with pytest.raises(ValueError, match=r"notes\.txt is no video of"):
+        moved.file("notes.txt")
     with pytest.raises(ValueError, match=r"the name of a file below the folder|a link that leads out"):
         moved.file(name)
     assert moved.file("deep/b.mp4") == tmp_path / "videos" / "deep" / "b.mp4"

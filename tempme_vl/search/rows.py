@@ -1,0 +1,132 @@
+"""From decoded segments to rows: batches of segments for the model, and whole files for the store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from tempme_vl.data.parts import Part
+from tempme_vl.data.video import Frames
+from tempme_vl.search.decoding import Decoded
+from tempme_vl.search.embed import Embedder
+from tempme_vl.search.files import VideoFile
+from tempme_vl.search.store import IndexSettings, Row, Store
+from tempme_vl.search.tokens import pack_source, pack_tokens
+
+COMMIT_SECONDS, COMMIT_ROWS = 5.0, 512  # what is embedded is written at the latest then, whole files at a time
+
+
+@dataclass
+class Writing:
+    """Rows on their way: those of a file wait until all are there, and are written with others'.
+
+    Attributes:
+        replaced: paths that have rows already.
+        rows: of files that are not whole yet.
+        whole: of files that are, to be written.
+    """
+
+    store: Store
+    replaced: set[str]
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    whole: list[Row] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+    broken: dict[VideoFile, str] = field(default_factory=dict)
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, file: VideoFile, rows: Sequence[Row], last: bool) -> None:
+        """Some rows of a file; `last`: no more follow."""
+        self.rows.setdefault(file.path, []).extend(rows)
+        if last:
+            self.whole += self.rows.pop(file.path)
+            if len(self.whole) >= COMMIT_ROWS or time.monotonic() - self.since >= COMMIT_SECONDS:
+                self.commit()
+
+    def fail(self, file: VideoFile, reason: str) -> None:
+        """Of a file that breaks behind its first segments nothing is kept."""
+        self.rows.pop(file.path, None)
+        self.broken[file] = reason
+
+    def commit(self) -> None:
+        """Writes the files that are whole."""
+        if self.whole:
+            paths = list(dict.fromkeys(row.file.path for row in self.whole))
+            self.store.put(self.whole, [path for path in paths if path in self.replaced])
+            self.written += paths
+            self.whole = []
+            self.store.tidy()
+        self.since = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Some segments of a file that wait for the model; `last`: no more of the file come."""
+
+    file: VideoFile
+    parts: tuple[Part, ...]
+    first: int
+    frames: tuple[Frames, ...]
+    duration: float
+    last: bool
+    error: str = ""
+
+
+def in_batches(decoded: Iterator[Decoded], size: int) -> Iterator[list[Waiting]]:
+    """Of segments of one file or several, so many at once; what cannot be read comes along."""
+    waiting: list[Waiting] = []
+    numbers: dict[str, int] = {}  # of segments that have come
+    for one in decoded:
+        for piece in _pieces(one, numbers, size):
+            if waiting and sum(len(other.parts) for other in waiting) + len(piece.parts) > size:
+                yield waiting
+                waiting = []
+            waiting.append(piece)
+    if waiting:
+        yield waiting
+
+
+def _pieces(one: Decoded, numbers: dict[str, int], size: int) -> Iterator[Waiting]:
+    """At most `size` segments each."""
+    done = numbers.get(one.file.path, 0)
+    if one.parts is None:
+        yield Waiting(one.file, (), done, (), 0.0, True, one.error)
+        return
+    parts, frames, duration, last = one.parts
+    for at in range(0, max(1, len(parts)), size):
+        ends = at + size >= len(parts)
+        yield Waiting(one.file, parts[at : at + size], done + at, frames[at : at + size], duration, last and ends)
+    numbers[one.file.path] = done + len(parts)
+
+
+def make_rows(some: Sequence[Waiting], settings: IndexSettings, embedder: Embedder) -> list[list[Row]]:
+    """The rows of each."""
+    frames = [frames for one in some for frames in one.frames]
+    if not frames:
+        return [[] for _ in some]
+    embedded = embedder.videos(torch.stack([embedder.transform(each.pixels) for each in frames]))
+    number = 0
+    rows: list[list[Row]] = []
+    for one in some:
+        own = []
+        for at, (part, read) in enumerate(zip(one.parts, one.frames, strict=True)):
+            tokens = b"" if embedded.tokens is None else pack_tokens(embedded.tokens[number], settings.tokens)
+            own.append(
+                Row(
+                    file=one.file,
+                    segment=one.first + at,
+                    start=part.start,
+                    end=part.end,
+                    duration=one.duration,
+                    vector=embedded.vectors[number],
+                    tokens=tokens,
+                    source=pack_source(embedded.source[number]) if settings.tokens != "none" else b"",
+                    times=read.times.astype(np.float32),
+                )
+            )
+            number += 1
+        rows.append(own)
+    return rows
