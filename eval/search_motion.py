@@ -100,18 +100,19 @@ def found(index: SearchIndex, fine: Any, captions: Sequence[str], shown: dict[st
 
 
 def pointed(index: SearchIndex, captions: Sequence[str], shown: dict[str, MoveVideo]) -> dict[str, float]:
-    """The pointing game: percent of the patches of the best token, of each caption's first hit, that lie on the object
-    (a quarter of their pixels); and of all patches, which is chance."""
-    best, chance = [], []
+    """Of each caption's first hit, percent: of the patches of the best token that lie on the object (a quarter of their
+    pixels), and the pointing game, whether any does; beside each the same of all tokens, which is chance."""
+    patches, points = [], []
     for caption in captions:
         (hit,) = index.search(caption, k=1)
-        where = index.locate(caption, hit, top=1)
+        where = index.locate(caption, hit, top=1_000_000)
         on = on_object(shown[hit.path], hit, where.times, where.patches.shape[-1])
-        held = where.patches[0]
-        if held.any():
-            best.append(on[held].mean())
-        chance.append(on.mean())
-    return {"on the object": 100 * float(np.mean(best)), "chance": 100 * float(np.mean(chance))}
+        shares = [float(on[held].mean()) for held in where.patches]
+        patches.append((shares[0], float(on.mean())))
+        points.append((shares[0] > 0, float(np.mean([share > 0 for share in shares]))))
+    found = 100 * np.mean([patches, points], axis=1)
+    names = ("patches on the object", "by chance", "best token on the object", "token by chance")
+    return dict(zip(names, found.flatten().tolist(), strict=True))
 
 
 def on_object(video: MoveVideo, hit: Hit, times: np.ndarray, grid: int) -> np.ndarray:

@@ -54,10 +54,12 @@ class EmbeddedQuery(NamedTuple):
         vector: (E,) float32, L2-normalised.
         parts: (L, E) float32, L2-normalised: what looks for its nearest merged token. A text's words where the model's
             head compares these, else the text itself; a video's merged tokens. None where there are none to find.
+        trained: whether the head was trained to compare these parts with tokens.
     """
 
     vector: np.ndarray
     parts: np.ndarray | None
+    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Embedder:
         vector = _mean(words[None])
         of_tokens = isinstance(head, MaxSimHead) and head.told.of == "tokens"
         parts = words if of_tokens else vector
-        return EmbeddedQuery(vector[0].numpy(), parts.numpy() if self.has_tokens else None)
+        return EmbeddedQuery(vector[0].numpy(), parts.numpy() if self.has_tokens else None, of_tokens)
 
     def _by_frame(self, source: Tensor) -> np.ndarray:
         """(B, F, N0) of a trace, in which a tower of divided attention counts the prefix once."""

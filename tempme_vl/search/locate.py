@@ -21,7 +21,7 @@ class Location:
         scores: (T,) float32, the highest cosine of each with a part of the query.
         times: (F,) float32, seconds after the file's first frame, of the frames that were looked at.
         frames: (T, F) bool, of which frames each token holds something.
-        patches: (T, F, G, G) bool, which patches it holds, row by row; none of a CLS token that held nothing else.
+        patches: (T, F, G, G) bool, which patches it holds, row by row; one at least.
         resize: "shortest": the patches cover a frame's central square; "squash": all of it.
     """
 
@@ -46,14 +46,16 @@ def max_sim_of(parts: np.ndarray, tokens: np.ndarray) -> float:
 def locate(
     parts: np.ndarray, tokens: np.ndarray, source: np.ndarray, times: np.ndarray, layout: Layout, top: int
 ) -> Location:
-    """The tokens (M, E) that are nearest to a query's parts (L, E).
+    """The tokens (M, E) that are nearest to a query's parts (L, E), of those that hold a patch.
 
     Args:
         source: (F, N0), which token holds each input token.
         top: T, or as many as there are.
     """
     scores = (parts @ tokens.T).max(axis=0)
-    best = np.argsort(-scores, kind="stable")[:top]
-    holds = source[None] == best[:, None, None]  # (T, F, N0)
-    patches = holds[:, :, layout.prefix :].reshape(len(best), layout.frames, layout.grid, layout.grid)
-    return Location(best, scores[best].astype(np.float32), times, holds.any(axis=2), patches, layout.resize)
+    held = source[:, layout.prefix :]
+    nearest = np.argsort(-scores, kind="stable")
+    best = nearest[np.isin(nearest, held)][:top]
+    frames = (source[None] == best[:, None, None]).any(axis=2)
+    patches = (held[None] == best[:, None, None]).reshape(len(best), layout.frames, layout.grid, layout.grid)
+    return Location(best, scores[best].astype(np.float32), times, frames, patches, layout.resize)

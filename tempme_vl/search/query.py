@@ -214,7 +214,7 @@ class SearchIndex:
         return rows.drop_columns("_distance").append_column("coarse", pa.array(cosines.astype(np.float64)))
 
     def _by_tokens(self, query: EmbeddedQuery, hits: Sequence[Hit], numbers: Sequence[int]) -> list[Hit]:
-        """The second stage."""
+        """The second stage. Tokens that no head was trained to compare do not outvote the vectors, which were."""
         parts, settings = self._parts(query), self.settings
         if not hits:
             return []
@@ -223,7 +223,8 @@ class SearchIndex:
         for row in taken.to_pylist():
             tokens = unpack_tokens(row["tokens"], settings.width, settings.tokens)
             scores[row["path"], row["segment"]] = max_sim_of(parts, tokens)
-        ranked = [replace(hit, score=scores[hit.path, hit.segment]) for hit in hits]
+        share = 1.0 if query.trained else 0.5
+        ranked = [replace(hit, score=share * scores[hit.path, hit.segment] + (1 - share) * hit.coarse) for hit in hits]
         return _sorted(ranked)
 
     def _parts(self, query: EmbeddedQuery) -> np.ndarray:

@@ -111,8 +111,8 @@ def test_the_second_stage_ranks_by_the_nearest_token(index: SearchIndex) -> None
         scores = token_rows(index, text)
         hits = index.search(text, k=7, fine="maxsim")
         assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
-        for hit in hits:
-            assert hit.score == pytest.approx(scores[hit.path, hit.segment], abs=2e-3)  # of float16
+        for hit in hits:  # float16
+            assert hit.score == pytest.approx((hit.coarse + scores[hit.path, hit.segment]) / 2, abs=2e-3)
         assert set(hits.seconds) == {"embed", "coarse", "fine"}
     few = index.search(TEXTS[0], k=2, fine="maxsim", candidates=3)
     first = {(hit.path, hit.segment) for hit in index.search(TEXTS[0], k=3)}
@@ -157,7 +157,9 @@ def test_where_a_picture_is_in_a_hit(index: SearchIndex, videos: Path) -> None:
     assert output.source is not None
     source, size = output.source[0].unflatten(0, (4, 17)), output.size[0, :, 0]
     every = index.locate(videos / "a.mp4", hit, top=1000)
-    assert every.patches.shape == (len(size), 4, 4, 4) and every.resize == "shortest"
+    with_patches = source[:, 1:].unique()
+    assert 0 < len(with_patches) < len(size)  # CLS tokens are left out
+    assert every.patches.shape == (len(with_patches), 4, 4, 4) and every.resize == "shortest"
     np.testing.assert_array_equal(every.patches.sum(axis=0), 1)
     np.testing.assert_allclose(every.times, reading.times)
     for number, frames, patches in zip(every.tokens, every.frames, every.patches, strict=True):
@@ -167,9 +169,6 @@ def test_where_a_picture_is_in_a_hit(index: SearchIndex, videos: Path) -> None:
         assert holds.sum() == size[number]
     best = index.locate("a ball", hit, top=3)
     assert best.scores.tolist() == sorted(best.scores.tolist(), reverse=True) and len(best.tokens) == 3
-    assert best.scores[0] == pytest.approx(
-        index.search("a ball", where="path = 'a.mp4'", fine="maxsim")[0].score, abs=1e-6
-    )
     assert best.heat().max() <= best.scores[0] and ((best.heat() != 0) == best.patches.any(axis=0)).all()
 
 
@@ -192,7 +191,9 @@ def test_the_nearest_token_is_where_the_query_is(index: SearchIndex, videos: Pat
     hit = index.search(videos / "a.mp4")[0]
     query = index.embedder.query(videos / "a.mp4")
     assert query.parts is not None
-    for number in range(len(query.parts)):
+    every = index.locate(query, hit, top=1000).tokens
+    assert 0 < len(every) < len(query.parts)
+    for number in every:
         one = EmbeddedQuery(query.vector, query.parts[number : number + 1])
         found = index.locate(one, hit, top=1)
         assert found.scores[0] == pytest.approx(1, abs=1e-3)
