@@ -110,7 +110,7 @@ def pointed(index: SearchIndex, captions: Sequence[str], shown: dict[str, MoveVi
         shares = [float(on[held].mean()) for held in where.patches]
         patches.append((shares[0], float(on.mean())))
         points.append((shares[0] > 0, float(np.mean([share > 0 for share in shares]))))
-    found = 100 * np.mean([patches, points], axis=1)
+    found = 100 * np.stack([np.mean(patches, axis=0), np.mean(points, axis=0)])
     names = ("patches on the object", "by chance", "best token on the object", "token by chance")
     return dict(zip(names, found.flatten().tolist(), strict=True))
 
