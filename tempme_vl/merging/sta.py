@@ -137,7 +137,7 @@ def _from_0_to_1(values: Tensor) -> Tensor:
 def _first_slot(unit: Tensor, left: int) -> Tensor:
     """(B, n, D) -> (B, left) int64: all odd patches, then the even ones that are least similar to any of them."""
     best = (unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)).amax(-1)
-    odd = torch.arange(1, unit.shape[1], 2, device=unit.device).expand(len(unit), -1)
+    odd = torch.arange(1, unit.shape[1], 2, device=unit.device).expand(unit.shape[0], -1)
     return torch.cat([odd, 2 * descending(-best)[:, : left - odd.shape[1]]], dim=1)
 
 
