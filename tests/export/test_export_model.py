@@ -76,6 +76,7 @@ def test_every_method_is_written_or_refused(schedule: MergeSchedule, tmp_path: P
         assert_as_in_torch(frontend, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_join_and_merges_inside(tmp_path: Path) -> None:
     assert_as_in_torch(small(MergeSchedule.tempme(2, FRAMES, 17, 2, (1,), (2,), 40, 20)), tmp_path)
 
