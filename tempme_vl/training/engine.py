@@ -131,6 +131,7 @@ class Trainer:
         )
         self._whole = WholeState(optimizer)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+        self._whole.fill_up(self.engine)
         if checkpoint is not None:
             self._load(checkpoint)
         log_options = (config.output, self.step, config.tensorboard, self._epoch_is_open)

@@ -56,6 +56,19 @@ class WholeState:
         self._parameters = _held(optimizer)
 
     @torch.no_grad()
+    def fill_up(self, engine: Any) -> None:
+        """Zeros where the parts of a weight are longer than it: at stage 3 DeepSpeed leaves there what was in memory,
+        which need not be finite. Steps keep them."""
+        if engine.zero_optimization_stage() < 3:
+            return
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        for parameter in _trained(engine.module).values():
+            part = safe_get_local_fp32_param(parameter)
+            own = getattr(parameter, "ds_shape", parameter.shape).numel() - distributed.rank() * part.numel()
+            part[max(0, own) :].zero_()
+
+    @torch.no_grad()
     def total(self, engine: Any) -> Tensor:
         """The sum of the trained weights that this rank holds: not finite if one of them is not."""
         held = self._parts(engine) or list(_trained(engine.module).values())

@@ -24,6 +24,15 @@ def train_cases(cases: dict[str, dict[str, Any]], output: Path) -> dict[str, tup
     return {name: train(output / name, **case) for name, case in cases.items()}
 
 
+def train_in_used_memory(
+    cases: dict[str, dict[str, Any]], output: Path
+) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
+    """`train_cases` where what is allocated holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    return train_cases(cases, output)
+
+
 def train(output: Path, stage: str, **case: Any) -> tuple[list[float], dict[str, Tensor]]:
     trainer = small_trainer(output, stage, **case)
     losses = []
