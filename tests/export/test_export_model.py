@@ -114,7 +114,7 @@ def of_transformers(pooled_by_attention: bool) -> VisualFrontend:
     "make",
     [
         pytest.param(lambda: of_name("umt:tiny", "tempme", budget=0.7), id="umt"),
-        pytest.param(lambda: of_name("umt:tiny", "tome", mode="joint", r=9), id="umt joint"),
+        pytest.param(lambda: of_name("umt:tiny", "tome", mode="joint", r=7), id="umt joint"),
         pytest.param(of_timm, id="timm"),
         pytest.param(lambda: of_transformers(False), id="hf CLIP"),
         pytest.param(lambda: of_transformers(True), id="hf SigLIP"),
@@ -123,6 +123,17 @@ def of_transformers(pooled_by_attention: bool) -> VisualFrontend:
 def test_towers_of_other_families(make: Callable[[], VisualFrontend], tmp_path: Path) -> None:
     torch.manual_seed(0)
     assert_as_in_torch(make().eval(), tmp_path)
+
+
+@pytest.mark.slow
+def test_one_token_alone_is_refused_where_openvino_computes_something_else(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    frontend = of_name("umt:tiny", "tome", mode="joint", r=9).eval()
+    assert frontend.schedule.output_tokens == 1
+    with pytest.raises(ExportError, match="largest value"):
+        export_model(frontend, tmp_path / "one.xml", "openvino")
+    assert not list(tmp_path.iterdir())
+    export_model(frontend, tmp_path / "one.onnx", "onnx")
 
 
 class Sorts(Side):
