@@ -109,6 +109,7 @@ class DividedBlock(ImageBlock):
         x = torch.cat([shared, rearrange(y, "(b l) t d -> (b t) l d", l=frames.shape[1])], 1)
         return replace(state, x=x), context
 
+    # a block of frames apart takes any state; this one wants the CLS tokens of one that has clips
     def attention_step(self, state: TokenState) -> tuple[TokenState, AttentionContext]:  # type: ignore[override]
         """Attention within each frame; the CLS token becomes the mean of what it is in each."""
         state, attention = super().attention_step(state)

@@ -49,7 +49,7 @@ def to_onnx(side: Side, batch: int | None) -> ModelProto:
         outputs = list(side.named(*inputs))
         try:
             program = torch.export.export(side, inputs, dynamic_shapes=dimensions)
-        except Exception as error:  # of its many kinds none is a mistake of ours
+        except Exception as error:  # of many kinds, few of them public; the pass itself ran just above
             raise ExportError(f"torch.export cannot trace {side}: {_first_line(error)}; {advice}") from error
     _refuse_own_operators(program, side)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +25,7 @@ Exportable = VisualFrontend | AnyRetrievalModel
 _WORDS = ("a", "red", "ball", "moves", "to", "the", "left", "and", "two", "dogs", "run", "behind", "it", "in", "rain")
 
 
-class Side(nn.Module):
+class Side(nn.Module, ABC):
     """A side of a model. `forward` takes the tensors of `inputs` and gives those that `named` has, in this order.
 
     Attributes:
@@ -49,17 +50,17 @@ class Side(nn.Module):
     def frontend(self) -> VisualFrontend:
         return self.model if isinstance(self.model, VisualFrontend) else self.model.frontend
 
+    @abstractmethod
     def example(self, batch: int, seed: int) -> tuple[Tensor, ...]:
         """Random inputs, the same ones for a seed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def named(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """JSON data that a caller needs to make the inputs."""
-        raise NotImplementedError
 
 
 class VideoSide(Side):

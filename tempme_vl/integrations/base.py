@@ -434,7 +434,8 @@ def joined(visuals: Sequence[VisualTokens]) -> VisualTokens:
 
 def listed(tokens: Sequence[VisualTokens]) -> BaseModelOutputWithPooling:
     """What stands in mm_encoder_outputs of models that join features by torch.cat: a list, one for each prompt."""
-    return BaseModelOutputWithPooling(pooler_output=[t.features for t in tokens])  # type: ignore[arg-type]
+    features: Any = [t.features for t in tokens]
+    return BaseModelOutputWithPooling(pooler_output=features)
 
 
 def pooled(output: Any) -> Any:

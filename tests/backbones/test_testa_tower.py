@@ -202,10 +202,10 @@ def test_the_source_of_a_patch_is_the_token_that_it_changes() -> None:
 class Still(BlockAdapter):
     """Does nothing."""
 
-    def attention_step(self, state: TokenState) -> tuple[TokenState, AttentionContext]:  # type: ignore[override]
+    def attention_step(self, state: TokenState) -> tuple[TokenState, AttentionContext]:
         return state, AttentionContext(state.x.unsqueeze(1))
 
-    def mlp_step(self, state: TokenState) -> TokenState:  # type: ignore[override]
+    def mlp_step(self, state: TokenState) -> TokenState:
         return state
 
 

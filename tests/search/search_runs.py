@@ -77,7 +77,7 @@ def killed_after(videos: str, model: str, out: str, commits: int) -> None:
         if next(done) == commits:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    store.Store.put = counted  # type: ignore[method-assign]
+    store.Store.put = counted
     rows.COMMIT_SECONDS = 0.0
     index.build(videos, out, model, batch_size=1, device="cpu", **SETTINGS)
 
@@ -117,7 +117,7 @@ def _index(videos: str, embedder: Embedder, folder: Path) -> tuple[list[list[Any
         times.append(time.monotonic())
         put(self, *given)
 
-    store.Store.put = timed  # type: ignore[method-assign]
+    store.Store.put = timed
     rows.COMMIT_SECONDS = 0.0  # a commit a file
     index.build(videos, folder, embedder, batch_size=1, **SETTINGS)
     return rows_of(folder), time.monotonic() - times[0] if times else 0.0

@@ -214,7 +214,7 @@ def test_what_cannot_be_asked(
     with pytest.raises(ValueError, match="got an empty one"):
         index.search("  ")
     with pytest.raises(ValueError, match="expected a text, a picture of Pillow, a Path or a Video; got int"):
-        index.search(3)  # type: ignore[arg-type]
+        index.search(3)
     with pytest.raises(IndexFolderError, match=r"has no index\.json: make one with"):
         tempme_vl.search.open(tmp_path)
     other = save_model(tmp_path / "other", seed=1)
