@@ -42,7 +42,7 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     steps: dict[str, Callable[[], object]] = {}
     gflops = {}
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for method in ("none", "tempme"):
             frontend = create_frontend(options.model, method=method, num_frames=options.frames).eval()
             side, gflops[method] = VideoSide(frontend).eval(), frontend.gflops()
