@@ -136,6 +136,9 @@ def test_prompts_with_several_videos_and_with_none(name: str, feed: Any) -> None
     assert (swapped[0] - batch[0]).abs().max() > 1e-3
     words = tiny.new_tokens(compressed, text[1], [])  # no video at all
     assert torch.equal(words, tiny.new_tokens(compressed, text, videos)[1:2])
+    first = tiny.new_tokens(compressed, text[0], videos[0])
+    three = tiny.new_tokens(compressed, text[0], videos[0], do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(three, first.expand(3, -1))  # each draws the likeliest word
     if tiny.mixes_up(compressed.prepare(text, videos, fps=1.0)):
         with pytest.raises(ValueError, match=r"mixes up the visual tokens .*num_beams=2"):
             tiny.new_tokens(compressed, text, videos, num_beams=2)

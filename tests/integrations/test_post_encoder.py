@@ -296,6 +296,9 @@ def test_prompts_with_several_videos_and_with_none(name: str, feed: Any) -> None
         torch.testing.assert_close(batch[row], single[0], rtol=0, atol=1e-4)
     swapped = last_logits(compressed, text[0], [videos[0][::-1]])
     assert (swapped[0] - batch[0]).abs().max() > 1e-3
+    first = new_tokens(compressed, text[:1], videos[:1])  # and so does each of three rows that draw the likeliest word
+    three = new_tokens(compressed, text[:1], videos[:1], do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(three, first.expand(3, -1))
     for options in ({}, {"num_beams": 2}):
         if options and mixes_up(compressed.prepare(text, videos, fps=1.0)):
             with pytest.raises(ValueError, match=r"mixes up the visual tokens .*num_beams=2"):
