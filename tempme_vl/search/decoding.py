@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from tempme_vl.data.decoder_process import DecoderProcess
-from tempme_vl.data.parts import FrameParts
+from tempme_vl.data.parts import FrameParts, read_parts
+from tempme_vl.data.pictures import Fit
 from tempme_vl.data.video import VideoError
-from tempme_vl.search.files import VideoFile
+from tempme_vl.search.files import VideoFile, inside
+from tempme_vl.search.segments import Segments
 
 AHEAD = 2  # results a thread that wait for the model
 
@@ -25,15 +28,52 @@ class Decoded:
     error: str = ""
 
 
-Read = Callable[[VideoFile, DecoderProcess], Iterator[FrameParts]]
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a folder are read; the same in whichever process does it.
 
-
-def decode_all(files: Sequence[VideoFile], read: Read, workers: int) -> Iterator[Decoded]:
-    """All files, in no particular order where there are several workers.
-
-    Args:
-        read: the parts of a file; raises VideoError.
+    Attributes:
+        folder: the videos.
+        frames, sampling: of each segment.
+        timeout, memory: see `IndexOptions`.
+        fit: the size that the model takes.
     """
+
+    folder: Path
+    frames: int
+    sampling: str
+    segments: Segments
+    timeout: float | None
+    memory: float | None
+    fit: Fit
+
+    def decode(self, file: VideoFile, process: DecoderProcess) -> Iterator[Decoded]:
+        """The segments of a file, some at a time; the last item says why no more of it can be read."""
+        try:
+            for parts in self._parts(file, process):
+                yield Decoded(file, parts)
+        except VideoError as error:
+            yield Decoded(file, None, error.cause or str(error))
+        except OSError as error:
+            yield Decoded(file, None, error.strerror or str(error))
+        except ValueError as error:
+            yield Decoded(file, None, str(error))
+
+    def _parts(self, file: VideoFile, process: DecoderProcess) -> Iterator[FrameParts]:
+        return read_parts(
+            inside(self.folder, file.path),
+            self.frames,
+            self.segments.of,
+            sampling=self.sampling,
+            timeout=self.timeout,
+            memory_gib=self.memory,
+            fit=self.fit,
+            process=process,
+        )
+
+
+def decode_all(files: Sequence[VideoFile], reading: Reading, workers: int) -> Iterator[Decoded]:
+    """All files, in no particular order where there are several workers."""
     wanted: queue.SimpleQueue[VideoFile] = queue.SimpleQueue()
     for file in files:
         wanted.put(file)
@@ -50,7 +90,7 @@ def decode_all(files: Sequence[VideoFile], read: Read, workers: int) -> Iterator
         try:
             with suppress(queue.Empty):
                 while not ended.is_set():
-                    for item in _decoded(wanted.get_nowait(), read, process):
+                    for item in reading.decode(wanted.get_nowait(), process):
                         give(item)
         except BaseException as error:  # for the thread that waits
             give(error)
@@ -75,15 +115,3 @@ def decode_all(files: Sequence[VideoFile], read: Read, workers: int) -> Iterator
         ended.set()
         for thread in threads:
             thread.join(timeout=1.0)  # one may be decoding; its process ends with this one
-
-
-def _decoded(file: VideoFile, read: Read, process: DecoderProcess) -> Iterator[Decoded]:
-    try:
-        for parts in read(file, process):
-            yield Decoded(file, parts)
-    except VideoError as error:
-        yield Decoded(file, None, error.cause or str(error))
-    except OSError as error:
-        yield Decoded(file, None, error.strerror or str(error))
-    except ValueError as error:
-        yield Decoded(file, None, str(error))

@@ -5,23 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from tempme_vl.command import above_zero, at_least
-from tempme_vl.data.decoder_process import DecoderProcess
-from tempme_vl.data.parts import FrameParts, read_parts
 from tempme_vl.hub import find_folder
-from tempme_vl.search.decoding import decode_all
+from tempme_vl.search.cluster import Model, check_cluster, embed_on_cluster
+from tempme_vl.search.decoding import Reading, decode_all
 from tempme_vl.search.embed import Embedder, fingerprint
-from tempme_vl.search.files import Found, Problem, VideoFile, find_videos, inside
+from tempme_vl.search.files import Found, Problem, VideoFile, find_videos
 from tempme_vl.search.options import IndexOptions
-from tempme_vl.search.rows import Writing, in_batches, make_rows
+from tempme_vl.search.rows import Made, Writing, in_batches, make_rows
 from tempme_vl.search.segments import Segments
 from tempme_vl.search.store import SETTINGS_FILE, IndexFolderError, IndexSettings, Store
 
@@ -81,9 +80,10 @@ def build_index(options: IndexOptions, embedder: Embedder | None = None) -> Inde
     begun = time.perf_counter()
     at_least(1, batch_size=options.batch_size, workers=options.workers)
     above_zero(decode_timeout=options.decode_timeout, memory=options.memory)
+    check_cluster(options)
     found = find_videos(options.folder, options.out)
     if not (options.out / SETTINGS_FILE).is_file():
-        embedder = embedder or Embedder.from_pretrained(_checkpoint(options), options.device)
+        embedder = embedder or _load(options, _checkpoint(options))
         Store.create(options.out, _new_settings(options, embedder))
     store = Store(options.out)
     _check(options, store, embedder)
@@ -109,8 +109,9 @@ def _bring_up_to_date(
         _log.info("%d files are gone, and their segments with them", len(removed))
     writing = Writing(store, {file.path for file in wanted if file.path in there})
     if wanted:
-        embedder = embedder or Embedder.from_pretrained(options.checkpoint or store.settings.checkpoint, options.device)
-        _embed_all(options, store.settings, embedder, wanted, writing)
+        embedder = embedder or _load(options, options.checkpoint or store.settings.checkpoint)
+        with closing(_embed_all(options, store.settings, embedder, wanted)) as made:
+            _write_all(wanted, made, writing)
     broken |= writing.broken
     store.drop([file.path for file in broken if file.path in there])
     store.write_broken(broken)
@@ -130,48 +131,44 @@ def _bring_up_to_date(
     )
 
 
-def _embed_all(
-    options: IndexOptions,
-    settings: IndexSettings,
-    embedder: Embedder,
-    files: Sequence[VideoFile],
-    writing: Writing,
-) -> None:
-    read = partial(_read, options, settings, embedder)
+def _write_all(files: Sequence[VideoFile], made: Iterator[Made], writing: Writing) -> None:
+    """Writes rows as they come."""
     bar = tqdm(total=sum(file.size for file in files), desc="indexing", unit="B", unit_scale=True, file=sys.stderr)
     segments = 0
     with bar:
-        for some in in_batches(decode_all(files, read, options.workers), options.batch_size):
-            rows = make_rows(some, settings, embedder)
-            for one, own in zip(some, rows, strict=True):
-                if one.error:
-                    writing.fail(one.file, one.error)
-                else:
-                    writing.add(one.file, own, one.last)
-                segments += len(own)
-                if one.last:
-                    bar.update(one.file.size)
-            bar.set_postfix_str(f"{len(writing.written)} of {len(files)} files written, {segments} segments")
+        for one in made:
+            writing.take(one)
+            segments += len(one.rows)
+            if one.last:
+                bar.update(one.file.size)
+            bar.set_postfix_str(f"{len(writing.written)} of {len(files)} files written, {segments} segments", False)
         writing.commit()
 
 
-def _read(
-    options: IndexOptions,
-    settings: IndexSettings,
-    embedder: Embedder,
-    file: VideoFile,
-    process: DecoderProcess,
-) -> Iterator[FrameParts]:
-    return read_parts(
-        inside(options.folder, file.path),
+def _embed_all(
+    options: IndexOptions, settings: IndexSettings, embedder: Embedder, files: Sequence[VideoFile]
+) -> Generator[Made, None, None]:
+    """The rows of all files, those of one in their order."""
+    reading = Reading(
+        options.folder.resolve(),
         settings.frames,
-        Segments(settings.segment_seconds, settings.overlap).of,
-        sampling=settings.sampling,
-        timeout=options.decode_timeout,
-        memory_gib=options.memory,
-        fit=embedder.transform.preprocess.fit,
-        process=process,
+        settings.sampling,
+        Segments(settings.segment_seconds, settings.overlap),
+        options.decode_timeout,
+        options.memory,
+        embedder.transform.preprocess.fit,
     )
+    if options.ray is not None:
+        model = Model(embedder.source, options.device, settings)
+        yield from embed_on_cluster(files, reading, model, options.batch_size, options.ray)
+        return
+    for some in in_batches(decode_all(files, reading, options.workers), options.batch_size):
+        yield from make_rows(some, settings, embedder)
+
+
+def _load(options: IndexOptions, source: str) -> Embedder:
+    """The model; beside a cluster, which has its own, only what says how it reads videos."""
+    return Embedder.from_pretrained(source, options.device if options.ray is None else "cpu")
 
 
 def _checkpoint(options: IndexOptions) -> str:

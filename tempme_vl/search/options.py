@@ -46,6 +46,9 @@ class IndexOptions:
     more."""
     device: str | None = None
     """Default: a GPU where there is one."""
+    ray: str | None = None
+    """Decode and encode on a Ray cluster: auto, the one that this machine is part of; HOST:PORT of its head; or local,
+    one of this machine alone. All machines must have FOLDER and the model in the same place."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -138,6 +141,10 @@ INDEX = Command(
         Example(
             "less space",
             "/data/videos --out /data/index --checkpoint runs/demo/tempme-seed0/best --tokens int8",
+        ),
+        Example(
+            "on the machines of a Ray cluster",
+            "/data/videos --out /data/index --checkpoint runs/demo/tempme-seed0/best --ray auto",
         ),
     ),
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,12 +13,36 @@ import torch
 from tempme_vl.data.parts import Part
 from tempme_vl.data.video import Frames
 from tempme_vl.search.decoding import Decoded
-from tempme_vl.search.embed import Embedder
+from tempme_vl.search.embed import Embedded, Embedder
 from tempme_vl.search.files import VideoFile
 from tempme_vl.search.store import IndexSettings, Row, Store
 from tempme_vl.search.tokens import pack_source, pack_tokens
 
 COMMIT_SECONDS, COMMIT_ROWS = 5.0, 512  # what is embedded is written at the latest then, whole files at a time
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Some segments of a file that wait for the model; `last`: no more of the file come."""
+
+    file: VideoFile
+    parts: tuple[Part, ...]
+    first: int
+    frames: tuple[Frames, ...]
+    duration: float
+    last: bool
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Their rows, the first of which is segment `first`."""
+
+    file: VideoFile
+    rows: tuple[Row, ...]
+    first: int
+    last: bool
+    error: str = ""
 
 
 @dataclass
@@ -38,18 +63,19 @@ class Writing:
     broken: dict[VideoFile, str] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
 
-    def add(self, file: VideoFile, rows: Sequence[Row], last: bool) -> None:
-        """Some rows of a file; `last`: no more follow."""
-        self.rows.setdefault(file.path, []).extend(rows)
-        if last:
-            self.whole += self.rows.pop(file.path)
-            if len(self.whole) >= COMMIT_ROWS or time.monotonic() - self.since >= COMMIT_SECONDS:
-                self.commit()
-
-    def fail(self, file: VideoFile, reason: str) -> None:
-        """Of a file that breaks behind its first segments nothing is kept."""
-        self.rows.pop(file.path, None)
-        self.broken[file] = reason
+    def take(self, made: Made) -> None:
+        """The next rows of a file. Of one that breaks behind its first segments nothing is kept."""
+        rows = self.rows.setdefault(made.file.path, [])
+        rows += made.rows
+        if not made.last:
+            return
+        del self.rows[made.file.path]
+        if made.error:
+            self.broken[made.file] = made.error
+            return
+        self.whole += rows
+        if len(self.whole) >= COMMIT_ROWS or time.monotonic() - self.since >= COMMIT_SECONDS:
+            self.commit()
 
     def commit(self) -> None:
         """Writes the files that are whole."""
@@ -62,71 +88,56 @@ class Writing:
         self.since = time.monotonic()
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """Some segments of a file that wait for the model; `last`: no more of the file come."""
-
-    file: VideoFile
-    parts: tuple[Part, ...]
-    first: int
-    frames: tuple[Frames, ...]
-    duration: float
-    last: bool
-    error: str = ""
-
-
 def in_batches(decoded: Iterator[Decoded], size: int) -> Iterator[list[Waiting]]:
     """Of segments of one file or several, so many at once; what cannot be read comes along."""
     waiting: list[Waiting] = []
-    numbers: dict[str, int] = {}  # of segments that have come
-    for one in decoded:
-        for piece in _pieces(one, numbers, size):
-            if waiting and sum(len(other.parts) for other in waiting) + len(piece.parts) > size:
-                yield waiting
-                waiting = []
-            waiting.append(piece)
+    for piece in in_pieces(decoded, size):
+        if waiting and sum(len(other.parts) for other in waiting) + len(piece.parts) > size:
+            yield waiting
+            waiting = []
+        waiting.append(piece)
     if waiting:
         yield waiting
 
 
-def _pieces(one: Decoded, numbers: dict[str, int], size: int) -> Iterator[Waiting]:
-    """At most `size` segments each."""
-    done = numbers.get(one.file.path, 0)
-    if one.parts is None:
-        yield Waiting(one.file, (), done, (), 0.0, True, one.error)
-        return
-    parts, frames, duration, last = one.parts
-    for at in range(0, max(1, len(parts)), size):
-        ends = at + size >= len(parts)
-        yield Waiting(one.file, parts[at : at + size], done + at, frames[at : at + size], duration, last and ends)
-    numbers[one.file.path] = done + len(parts)
+def in_pieces(decoded: Iterable[Decoded], size: int) -> Iterator[Waiting]:
+    """At most `size` segments of one file each; those of a file in their order."""
+    numbers: dict[str, int] = {}  # of segments that have come
+    for one in decoded:
+        done = numbers.get(one.file.path, 0)
+        if one.parts is None:
+            yield Waiting(one.file, (), done, (), 0.0, True, one.error)
+            continue
+        parts, frames, duration, last = one.parts
+        for at in range(0, max(1, len(parts)), size):
+            ends = at + size >= len(parts)
+            yield Waiting(one.file, parts[at : at + size], done + at, frames[at : at + size], duration, last and ends)
+        numbers[one.file.path] = done + len(parts)
 
 
-def make_rows(some: Sequence[Waiting], settings: IndexSettings, embedder: Embedder) -> list[list[Row]]:
+def make_rows(some: Sequence[Waiting], settings: IndexSettings, embedder: Embedder) -> list[Made]:
     """The rows of each."""
     frames = [frames for one in some for frames in one.frames]
-    if not frames:
-        return [[] for _ in some]
-    embedded = embedder.videos(torch.stack([embedder.transform(each.pixels) for each in frames]))
-    number = 0
-    rows: list[list[Row]] = []
-    for one in some:
-        own = []
-        for at, (part, read) in enumerate(zip(one.parts, one.frames, strict=True)):
-            tokens = b"" if embedded.tokens is None else pack_tokens(embedded.tokens[number], settings.tokens)
-            own.append(
-                Row(
-                    file=one.file,
-                    segment=one.first + at,
-                    start=part.start,
-                    end=part.end,
-                    duration=one.duration,
-                    vector=embedded.vectors[number],
-                    tokens=tokens,
-                    source=pack_source(embedded.source[number]) if settings.tokens != "none" else b"",
-                    times=read.times.astype(np.float32),
-                )
-            )
-            number += 1
-        rows.append(own)
-    return rows
+    rows: Iterator[Row] = iter(())
+    if frames:
+        rows = _rows(some, settings, embedder.videos(torch.stack([embedder.transform(each.pixels) for each in frames])))
+    return [
+        Made(one.file, tuple(itertools.islice(rows, len(one.parts))), one.first, one.last, one.error) for one in some
+    ]
+
+
+def _rows(some: Sequence[Waiting], settings: IndexSettings, embedded: Embedded) -> Iterator[Row]:
+    segments = ((one, at) for one in some for at in range(len(one.parts)))
+    for number, (one, at) in enumerate(segments):
+        tokens = b"" if embedded.tokens is None else pack_tokens(embedded.tokens[number], settings.tokens)
+        yield Row(
+            file=one.file,
+            segment=one.first + at,
+            start=one.parts[at].start,
+            end=one.parts[at].end,
+            duration=one.duration,
+            vector=embedded.vectors[number],
+            tokens=tokens,
+            source=pack_source(embedded.source[number]) if settings.tokens != "none" else b"",
+            times=one.frames[at].times.astype(np.float32),
+        )

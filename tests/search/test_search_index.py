@@ -18,7 +18,7 @@ from search.search_runs import LENGTHS, SETTINGS, rows_of, save_model, scene
 
 import tempme_vl.search
 from tempme_vl.data.rendered import write_video
-from tempme_vl.search import Embedder, IndexFolderError
+from tempme_vl.search import Embedder, IndexFolderError, decoding
 from tempme_vl.search import index as indexing
 from tempme_vl.search.store import Store
 
@@ -68,10 +68,10 @@ def test_new_changed_gone_and_broken_files(copied: Copies, embedder: Embedder) -
 def test_broken_files_are_tried_again_only_when_asked(copied: Copies, embedder: Embedder) -> None:
     videos, out = copied()
     tried = []
-    read = indexing.read_parts
+    read = decoding.read_parts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            indexing, "read_parts", lambda path, *given, **more: tried.append(path.name) or read(path, *given, **more)
+            decoding, "read_parts", lambda path, *given, **more: tried.append(path.name) or read(path, *given, **more)
         )
         tempme_vl.search.build(videos, out, embedder)
         assert tried == []
@@ -151,13 +151,13 @@ def test_a_file_that_breaks_behind_its_first_segments_leaves_no_row(
 
     videos, out = copied()
     write_video(videos / "new.mp4", scene(9, 1.0))
-    read = indexing.read_parts
+    read = decoding.read_parts
 
     def breaking(path: Path, *given: object, **more: object):
         yield from (parts._replace(last=False) for parts in read(path, *given, **more))
         raise VideoError(path, "cut off")
 
-    monkeypatch.setattr(indexing, "read_parts", breaking)
+    monkeypatch.setattr(decoding, "read_parts", breaking)
     report = tempme_vl.search.build(videos, out, embedder, batch_size=1)
     assert report.added == [] and [problem.reason for problem in report.broken if problem.path == "new.mp4"] == [
         "cut off"
