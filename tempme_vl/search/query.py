@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Fine = Literal["none", "maxsim"]
+PROBES, REFINED = 256, 10  # of an approximate search: partitions, of some 4,000 vectors each; and exact cosines a hit
 _SHOWN = ["path", "segment", "start", "end", "duration", "size"]
 
 
@@ -198,6 +199,8 @@ class SearchIndex:
         search = search.distance_type("dot").limit(most)
         if exact:
             search = search.bypass_vector_index()
+        else:
+            search = search.nprobes(PROBES).refine_factor(REFINED)
         if where is not None:
             search = search.where(where, prefilter=True)
         try:

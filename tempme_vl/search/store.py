@@ -35,6 +35,7 @@ FACTS = ("path", "segment", "start", "end", "duration", "size", "modified")
 _FULL = ("No space left on device", "os error 28", "File too large", "os error 27", "Disk quota", "os error 122")
 _KEPT = timedelta(hours=1)  # old versions, which another process may be reading
 _MOST_FILES = 100  # of a table, each of which a search opens
+ANN_BITS = 4  # a number of a vector: of random directions, the hardest, ten of ten are found; with 1 bit four
 _AT_ONCE = 500  # names in one filter
 
 
@@ -192,11 +193,15 @@ class Store:
         """Brings the table's files together where there are many, and removes what only versions of an hour ago need.
 
         Args:
-            ann: make LanceDB's index of the vectors (IVF_FLAT), or bring it up to date.
+            ann: make LanceDB's index of the vectors, or bring it up to date. It holds them in few bits (RaBitQ), so
+                that a query looks at more of them than it could of whole ones.
         """
         with self._errors():
             if ann and not self.has_ann:
-                self.table.create_index(metric="dot", index_type="IVF_FLAT", vector_column_name="vector")
+                kind: dict[str, Any] = {"index_type": "IVF_RQ", "num_bits": ANN_BITS}
+                if self.settings.width % 8:  # which those codes cannot have
+                    kind = {"index_type": "IVF_FLAT"}
+                self.table.create_index(metric="dot", vector_column_name="vector", **kind)
             stats: Any = self.table.stats()  # a dictionary, whatever its annotation
             if ann or stats["fragment_stats"]["num_small_fragments"] > _MOST_FILES:
                 self.table.optimize(cleanup_older_than=_KEPT)
