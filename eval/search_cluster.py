@@ -94,7 +94,7 @@ def clustered(options: Options, folder: Path, nodes: int, kill: bool) -> dict[st
     memory = {"object_store_memory": options.object_store * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
     started = [cluster.add_node(num_cpus=1, **memory) for _ in range(nodes)]
-    name = f"{nodes} nodes{', one killed' if kill else ''}"
+    name = f"{nodes} node{'s' if nodes > 1 else ''}{', one killed' if kill else ''}"
     out = options.output / f"index-{name.replace(', ', '-').replace(' ', '-')}"
     shutil.rmtree(out, ignore_errors=True)
 
