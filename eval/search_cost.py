@@ -16,9 +16,9 @@ from tempme_vl.command import above_zero, at_least, run
 from tempme_vl.command_line import Command
 from tempme_vl.reports import finish, format_columns
 
-PARTITION, PROBES = 4096, 20  # vectors in a partition of LanceDB's index of the vectors, and how many a query reads
-BYTES = {"none": 2_502, "int8": 63_893, "float16": 122_822}
-VECTOR = 2_048  # bytes of 512 numbers
+BYTES = {"none": 2_502, "int8": 63_893, "float16": 122_822}  # a clip
+CODE = 281  # bytes of a vector in the index for --ann
+READ = 256 * 4096  # vectors that an approximate search looks at, at most: partitions, and what they hold
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ def calculated(options: Options) -> dict[str, float]:
     """What so many clips take."""
     clips, hour = options.clips, 3600.0
     encoding = clips / options.gpu_rate / options.gpus / hour
-    partitions = max(1, clips // PARTITION)
     return {
         "CPU hours of decoding": clips * options.decode_seconds / hour,
         "GPU hours of encoding": clips / options.gpu_rate / hour,
@@ -66,10 +65,9 @@ def calculated(options: Options) -> dict[str, float]:
         "hours of the writer": clips * options.write_seconds / hour,
         "MB a second that come to the writer": options.gpu_rate * options.gpus * BYTES[options.tokens] / 1e6,
         "GB of the index": clips * BYTES[options.tokens] / 1e9,
-        "GB more with --ann": clips * VECTOR / 1e9,
+        "GB more with --ann": clips * CODE / 1e9,
         "s of an exact search": clips / 1000 * options.exact_ms / 1000,
-        "MB of partitions' centers, in memory": partitions * VECTOR / 1e6,
-        "MB that an approximate search reads": min(clips, PROBES * PARTITION) * VECTOR / 1e6,
+        "MB that an approximate search reads": min(clips, READ) * CODE / 1e6,
     }
 
 

@@ -120,8 +120,8 @@ TYPES: dict[str, set[str]] = {
 }
 SCRIPTS = ("recipes", "eval")
 # of pyproject.toml, and perhaps not installed
-EXTRAS = {"lmms_eval", "lancedb", "pyarrow", "fastapi", "starlette", "uvicorn"}
-HEAVY = {"deepspeed", "peft", "timm", "decord", "lancedb", "pyarrow"}  # and not always needed
+EXTRAS = {"lmms_eval", "lancedb", "pyarrow", "fastapi", "starlette", "uvicorn", "ray"}
+HEAVY = {"deepspeed", "peft", "timm", "decord", "lancedb", "pyarrow", "ray"}  # and not always needed
 
 
 @cache
