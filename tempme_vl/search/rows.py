@@ -15,7 +15,7 @@ from tempme_vl.search.decoding import Decoded
 from tempme_vl.search.embed import Embedder
 from tempme_vl.search.files import VideoFile
 from tempme_vl.search.store import IndexSettings, Row, Store
-from tempme_vl.search.tokens import pack_source, pack_tokens
+from tempme_vl.search.tokens import pack_attention, pack_source, pack_tokens
 
 COMMIT_SECONDS, COMMIT_ROWS = 5.0, 512  # what is embedded is written at the latest then, whole files at a time
 
@@ -108,12 +108,13 @@ def make_rows(some: Sequence[Waiting], settings: IndexSettings, embedder: Embedd
     if not frames:
         return [[] for _ in some]
     embedded = embedder.videos(torch.stack([embedder.transform(each.pixels) for each in frames]))
-    number = 0
+    number, keeps = 0, settings.tokens != "none"
     rows: list[list[Row]] = []
     for one in some:
         own = []
         for at, (part, read) in enumerate(zip(one.parts, one.frames, strict=True)):
             tokens = b"" if embedded.tokens is None else pack_tokens(embedded.tokens[number], settings.tokens)
+            attention = None if embedded.attention is None else embedded.attention[number]
             own.append(
                 Row(
                     file=one.file,
@@ -123,7 +124,8 @@ def make_rows(some: Sequence[Waiting], settings: IndexSettings, embedder: Embedd
                     duration=one.duration,
                     vector=embedded.vectors[number],
                     tokens=tokens,
-                    source=pack_source(embedded.source[number]) if settings.tokens != "none" else b"",
+                    source=pack_source(embedded.source[number]) if keeps else b"",
+                    attention=pack_attention(attention) if keeps else b"",
                     times=read.times.astype(np.float32),
                 )
             )

@@ -259,9 +259,8 @@ def test_exact_search_misses_nothing_beside_an_index_of_the_vectors(
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     times = np.zeros(4, np.float32)
     files = [VideoFile(f"{number}.mp4", 1, 1) for number in range(600)]
-    store.put(
-        [Row(file, 0, 0.0, 1.0, 1.0, vector, b"", b"", times) for file, vector in zip(files, vectors, strict=True)], []
-    )
+    rows = [Row(file, 0, 0.0, 1.0, 1.0, own, b"", b"", b"", times) for file, own in zip(files, vectors, strict=True)]
+    store.put(rows, [])
     store.table.create_index(
         metric="dot", index_type="IVF_FLAT", vector_column_name="vector", num_partitions=64
     )  # of which a search looks into some
