@@ -18,6 +18,7 @@ from tempme_vl.data.decoder_process import DecoderProcess
 from tempme_vl.data.parts import FrameParts, read_parts
 from tempme_vl.hub import find_folder
 from tempme_vl.search.decoding import decode_all
+from tempme_vl.search.default_model import default_model
 from tempme_vl.search.embed import Embedder, fingerprint
 from tempme_vl.search.files import Found, Problem, VideoFile, find_videos, inside
 from tempme_vl.search.options import IndexOptions
@@ -62,7 +63,8 @@ def build(
     Args:
         folder: the videos.
         out: the index.
-        checkpoint: of a retrieval model, or one that is loaded; default: the model of the index.
+        checkpoint: of a retrieval model, or one that is loaded; default: the model of the index, or where there is none
+            yet the demo's (`default_model`).
         options: others of `IndexOptions`.
 
     Raises:
@@ -83,7 +85,7 @@ def build_index(options: IndexOptions, embedder: Embedder | None = None) -> Inde
     above_zero(decode_timeout=options.decode_timeout, memory=options.memory)
     found = find_videos(options.folder, options.out)
     if not (options.out / SETTINGS_FILE).is_file():
-        embedder = embedder or Embedder.from_pretrained(_checkpoint(options), options.device)
+        embedder = embedder or Embedder.from_pretrained(options.checkpoint or default_model(), options.device)
         Store.create(options.out, _new_settings(options, embedder))
     store = Store(options.out)
     _check(options, store, embedder)
@@ -172,13 +174,6 @@ def _read(
         fit=embedder.transform.preprocess.fit,
         process=process,
     )
-
-
-def _checkpoint(options: IndexOptions) -> str:
-    """Of a new index. Raises IndexFolderError where nothing says which."""
-    if options.checkpoint is None:
-        raise IndexFolderError(f"{options.out} is no index yet: give the model that is to make it, --checkpoint DIR")
-    return options.checkpoint
 
 
 def _check(options: IndexOptions, store: Store, embedder: Embedder | None) -> None:
