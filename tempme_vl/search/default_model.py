@@ -19,9 +19,9 @@ def default_model() -> str:
     """
     if not DEMO_MODEL.is_dir():
         raise ValueError(
-            "expected --checkpoint, the folder of a retrieval model or its name on the Hugging Face hub, since there is no "
-            f"{DEMO_MODEL} here either. Give a model that was trained on real videos; or make that one, which knows moving "
-            "shapes, with make demo or tempme-vl demo"
+            "expected --checkpoint, the folder of a retrieval model or its name on the Hugging Face hub, as there is "
+            f"no {DEMO_MODEL} here either. Give one that was trained on real videos; or make that one, which knows "
+            "moving shapes, with make demo or tempme-vl demo"
         )
     _log.warning(
         "%s makes the vectors, the demo's model: it knows shapes that move and nothing else. For real videos give "
