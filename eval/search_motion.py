@@ -5,6 +5,11 @@
 
 The clips show an object that moves left, right, up or down, so that a caption and the same one with another direction
 have the same single frames. A hit is right if the clip was made with the caption's color, shape and direction.
+
+The place is right by the pointing game (Zhang et al., "Top-down neural attention by excitation backprop", 2016): of a
+clip and its caption, the highest point of the heat map over all frames lies on the object. Here a point is a patch, it
+lies on the object if one pixel does, and there is no tolerance around it; of several patches that are equally high the
+share counts. As one object is easy to tell from nothing, the game is also played with clips of two that appear in turn.
 """
 
 from __future__ import annotations
@@ -21,12 +26,13 @@ import numpy as np
 import tempme_vl.search
 from tempme_vl.command import at_least, run
 from tempme_vl.command_line import Command
-from tempme_vl.data.motion import BACKGROUNDS, MoveVideo, draw_motion, render_motion
+from tempme_vl.data.motion import BACKGROUNDS, DIRECTIONS, MoveVideo, OrderVideo, draw_motion, render_motion
 from tempme_vl.data.rendered import FPS, NUM_FRAMES
 from tempme_vl.reports import finish, format_columns
-from tempme_vl.search import Hit, SearchIndex
+from tempme_vl.search import Hit, Location, SearchIndex
 
 FORMS = ("none", "int8", "float16")
+MOST = 1_000_000  # tokens: all
 _SEEN = 30  # of 255: by how much a pixel of the object differs from the background at least
 
 
@@ -39,6 +45,8 @@ class Options:
     clips: int = 2000
     seed: int = 21
     """Of the clips; the demo's have 0."""
+    places: int = 600
+    """Clips in which the object is looked for, and as many with two objects."""
     output: Path = Path("runs/search-motion")
     """Clips and indexes are written here, and used again."""
     json: Path | None = None
@@ -46,8 +54,9 @@ class Options:
 
 
 def main(options: Options) -> None:
-    at_least(1, clips=options.clips)
+    at_least(1, clips=options.clips, places=options.places)
     videos, folder = clips_of(options)
+    pairs, pair_folder = pairs_of(options)
     shown: dict[str, MoveVideo] = {f"video{number}.mp4": video for number, video in enumerate(videos)}
     captions = sorted({video.captions()[0] for video in videos})
     rows: list[dict[str, Any]] = []
@@ -61,7 +70,9 @@ def main(options: Options) -> None:
         row |= found(index, "none", captions, shown)
         if form != "none":
             row |= {f"by tokens: {name}": value for name, value in found(index, "maxsim", captions, shown).items()}
-            row |= pointed(index, captions, shown)
+            row |= pointed(index, videos[: options.places])
+            tempme_vl.search.build(pair_folder, options.output / f"pairs-{form}", options.checkpoint, tokens=form)
+            row |= told_apart(tempme_vl.search.open(options.output / f"pairs-{form}"), pairs)
         rows.append(row)
     about = f"{options.clips} clips of seed {options.seed}, {len(captions)} captions, {options.checkpoint}"
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -99,29 +110,67 @@ def found(index: SearchIndex, fine: Any, captions: Sequence[str], shown: dict[st
     }
 
 
-def pointed(index: SearchIndex, captions: Sequence[str], shown: dict[str, MoveVideo]) -> dict[str, float]:
-    """Of each caption's first hit, percent: of the patches of the best token that lie on the object (a quarter of their
-    pixels), and the pointing game, whether any does; beside each the same of all tokens, which is chance."""
-    patches, points = [], []
-    for caption in captions:
-        (hit,) = index.search(caption, k=1)
-        where = index.locate(caption, hit, top=1_000_000)
-        on = on_object(shown[hit.path], hit, where.times, where.patches.shape[-1])
-        shares = [float(on[held].mean()) for held in where.patches]
-        patches.append((shares[0], float(on.mean())))
-        points.append((shares[0] > 0, float(np.mean([share > 0 for share in shares]))))
-    found = 100 * np.stack([np.mean(patches, axis=0), np.mean(points, axis=0)])
-    names = ("patches on the object", "by chance", "best token on the object", "token by chance")
-    return dict(zip(names, found.flatten().tolist(), strict=True))
+def pairs_of(options: Options) -> tuple[list[OrderVideo], Path]:
+    """The clips of two objects in the order of their numbers, and their folder."""
+    count = {"num_test": 0, "num_order_train": options.places, "num_order_val": 0, "num_order_test": 0}
+    root = render_motion(options.output / "pairs", seed=options.seed, num_train=1, **count)
+    drawn = draw_motion(options.seed, 1, *count.values())  # the first is a clip of one object
+    return [video for _, video in drawn if isinstance(video, OrderVideo)], root / "videos"
 
 
-def on_object(video: MoveVideo, hit: Hit, times: np.ndarray, grid: int) -> np.ndarray:
-    """(F, G, G) bool: which patches of the frames of these times lie on the object."""
-    numbers = np.clip(np.rint((times - hit.start) * FPS).astype(int), 0, NUM_FRAMES - 1)
-    frames = video.frames()[numbers].astype(int)
+def pointed(index: SearchIndex, videos: Sequence[MoveVideo]) -> dict[str, float]:
+    """Percent of clips whose caption's heat map is highest on the object, and of the best token's patches those that it
+    covers by a quarter; beside each the same of all patches, which is chance."""
+    games = []
+    for number, video in enumerate(videos):
+        where = index.locate(video.captions()[0], hit_of(number), top=MOST)
+        share = on_object(video, where)
+        mostly = share >= 0.25
+        games.append((point(where, share > 0), (share > 0).mean(), mostly[where.patches[0]].mean(), mostly.mean()))
+    names = ("pointing game", "by chance", "best token's patches on the object", "patches by chance")
+    return dict(zip(names, (100 * np.mean(games, axis=0)).tolist(), strict=True))
+
+
+def told_apart(index: SearchIndex, pairs: Sequence[OrderVideo]) -> dict[str, float]:
+    """The pointing game with clips of two objects, each asked for as if it moved: percent of points on it, and on the
+    other; beside them the share of patches that lie on one, which is chance."""
+    games = []
+    for number, video in enumerate(pairs):
+        for asked, others in ((video.first, slice(NUM_FRAMES // 2, None)), (video.second, slice(NUM_FRAMES // 2))):
+            text = f"a {asked.color} {asked.shape} moves {list(DIRECTIONS)[number % 4]}"
+            where = index.locate(text, hit_of(number + 1), top=MOST)
+            there, half = on_object(video, where) > 0, np.zeros(NUM_FRAMES, bool)
+            half[others] = True
+            other = there & half[frames_at(where)][:, None, None]
+            own = there & ~other
+            games.append((point(where, own), point(where, other), own.mean()))
+    names = ("two objects: on the one asked for", "two objects: on the other", "two objects: by chance")
+    return dict(zip(names, (100 * np.mean(games, axis=0)).tolist(), strict=True))
+
+
+def point(where: Location, on: np.ndarray) -> float:
+    """The share of the patches of the highest heat that lie on (F, G, G) bool."""
+    heat = where.heat()
+    return float(on[heat == heat.max()].mean())
+
+
+def hit_of(number: int) -> Hit:
+    """The only segment of a clip."""
+    return Hit(f"video{number}.mp4", 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0)
+
+
+def frames_at(where: Location) -> np.ndarray:
+    """(F,) which of a clip's frames were looked at."""
+    return np.clip(np.rint(where.times * FPS).astype(int), 0, NUM_FRAMES - 1)
+
+
+def on_object(video: MoveVideo | OrderVideo, where: Location) -> np.ndarray:
+    """(F, G, G): how much of each patch of the frames that were looked at an object covers, 0 to 1."""
+    grid = where.patches.shape[-1]
+    frames = video.frames()[frames_at(where)].astype(int)
     seen = (np.abs(frames - BACKGROUNDS[video.background]) > _SEEN).any(axis=-1)
     side = seen.shape[-1] // grid
-    return seen.reshape(len(frames), grid, side, grid, side).mean(axis=(2, 4)) >= 0.25
+    return seen.reshape(len(frames), grid, side, grid, side).mean(axis=(2, 4))
 
 
 def _shown(value: Any) -> str:

@@ -164,7 +164,7 @@ def _random(rng: np.random.Generator, count: int) -> np.ndarray:
 
 def _row(number: int, vector: np.ndarray) -> Row:
     times = np.zeros(1, np.float32)
-    return Row(VideoFile(_name(number), 1, 1), 0, 0.0, 15.0, 15.0, vector, b"", b"", times)
+    return Row(VideoFile(_name(number), 1, 1), 0, 0.0, 15.0, 15.0, vector, b"", b"", b"", times)
 
 
 def _name(number: int) -> str:

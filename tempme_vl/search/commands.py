@@ -14,6 +14,7 @@ import numpy as np
 from tempme_vl.data.splits import VIDEO_EXTENSIONS
 from tempme_vl.reports import format_columns, show, write_whole
 from tempme_vl.search.answers import ask_index
+from tempme_vl.search.default_model import default_model
 from tempme_vl.search.embed import Embedder, Query
 from tempme_vl.search.hits import Hit, Hits
 from tempme_vl.search.index import IndexReport, build_index
@@ -41,7 +42,7 @@ def embed(options: EmbedOptions) -> None:
     """`tempme-vl embed`. Raises ValueError where nothing is given, or the file cannot be written."""
     if not options.texts and not options.files:
         raise ValueError("expected --texts, --files or both")
-    embedder = Embedder.from_pretrained(options.checkpoint, options.device)
+    embedder = Embedder.from_pretrained(options.checkpoint or default_model(), options.device)
     texts = [embedder.text(text).vector for text in options.texts]
     found: dict[str, np.ndarray] = {}
     broken = []

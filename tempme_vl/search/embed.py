@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from tempme_vl.data.splits import Video
 from tempme_vl.data.transforms import VideoTransform
@@ -25,7 +23,7 @@ from tempme_vl.hub import find_folder
 from tempme_vl.manifest import CARD_FILE, MANIFEST_FILE, READ
 from tempme_vl.pipeline import VideoRetrieval
 from tempme_vl.schema import read_json
-from tempme_vl.state import FrontendOutput
+from tempme_vl.search.tracing import attention_of_cls, traced
 from tempme_vl.tasks.similarity.base import token_embeddings
 from tempme_vl.tasks.similarity.max_sim import MaxSimHead
 
@@ -40,11 +38,14 @@ class Embedded(NamedTuple):
         vectors: (B, E) float32, L2-normalised.
         tokens: (B, M, E) float32, L2-normalised; None of a tower whose single tokens are not in the space of texts.
         source: (B, F, N0) int64, the merged token that holds each input token, -1 for none.
+        attention: (B, M) float32, how much the CLS tokens looked at each token (`attention_of_cls`); None of a tower
+            that does not pool by them.
     """
 
     vectors: np.ndarray
     tokens: np.ndarray | None
     source: np.ndarray
+    attention: np.ndarray | None
 
 
 class EmbeddedQuery(NamedTuple):
@@ -55,11 +56,14 @@ class EmbeddedQuery(NamedTuple):
         parts: (L, E) float32, L2-normalised: what looks for its nearest merged token. A text's words where the model's
             head compares these, else the text itself; a video's merged tokens. None where there are none to find.
         trained: whether the head was trained to compare these parts with tokens.
+        of_cls: whether it was trained to compare the parts with CLS tokens alone, which a merged token has a part in by
+            the attention it gets.
     """
 
     vector: np.ndarray
     parts: np.ndarray | None
     trained: bool = False
+    of_cls: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,14 +136,16 @@ class Embedder:
     def videos(self, video: Tensor) -> Embedded:
         """Embeds (B, F, 3, S, S) uint8, or normalised."""
         batch = {"video": video.to(self.device), "frame_mask": torch.ones(video.shape[:2], device=self.device)}
-        with self._alone, _traced(self.model.frontend) as outputs:
+        with self._alone, traced(self.model.frontend) as trace:
             pooled = self.model(batch)["video"].float()
-        (output,) = outputs
+        (output,) = trace.outputs
         tokens = None
         if self.has_tokens:
             tokens = _numpy(F.normalize(token_embeddings(self.model.frontend, output), dim=-1))
         assert output.source is not None
-        return Embedded(_numpy(_mean(pooled)), tokens, self._by_frame(output.source))
+        shape = self.model.frontend.shape
+        attention = _numpy(attention_of_cls(trace, shape.num_prefix)) if shape.pooling == "cls" else None
+        return Embedded(_numpy(_mean(pooled)), tokens, self._by_frame(output.source), attention)
 
     def query(self, query: Query) -> EmbeddedQuery:
         """Embeds what is looked for.
@@ -166,15 +172,18 @@ class Embedder:
         if not text.strip():
             raise ValueError("expected a text to search for; got an empty one")
         found = self.retrieval.encode_text([text])
+        of_cls = self.model.frontend.shape.pooling == "cls"
         if found.ndim == 2:
             vector = F.normalize(found, dim=-1)
-            return EmbeddedQuery(vector[0].numpy(), vector.numpy() if self.has_tokens else None)
+            return EmbeddedQuery(vector[0].numpy(), vector.numpy() if self.has_tokens else None, of_cls=of_cls)
         words = found[0, self.retrieval.tokenizer(text)[1].bool()]
         head = self.retrieval.head
         vector = _mean(words[None])
         of_tokens = isinstance(head, MaxSimHead) and head.told.of == "tokens"
         parts = words if of_tokens else vector
-        return EmbeddedQuery(vector[0].numpy(), parts.numpy() if self.has_tokens else None, of_tokens)
+        return EmbeddedQuery(
+            vector[0].numpy(), parts.numpy() if self.has_tokens else None, of_tokens, of_cls and not of_tokens
+        )
 
     def _by_frame(self, source: Tensor) -> np.ndarray:
         """(B, F, N0) of a trace, in which a tower of divided attention counts the prefix once."""
@@ -209,25 +218,3 @@ def _mean(vectors: Tensor) -> Tensor:
 
 def _numpy(values: Tensor) -> np.ndarray:
     return values.float().cpu().numpy()
-
-
-@contextmanager
-def _traced(frontend: nn.Module) -> Iterator[list[FrontendOutput]]:
-    """Makes a front end trace inside of a model's own call, and takes what it gives."""
-    outputs: list[FrontendOutput] = []
-
-    def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "trace_source": True}
-
-    def take(module: nn.Module, args: Any, output: FrontendOutput) -> None:
-        outputs.append(output)
-
-    hooks = (
-        frontend.register_forward_pre_hook(trace, with_kwargs=True),
-        frontend.register_forward_hook(take),
-    )
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()

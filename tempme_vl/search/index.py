@@ -17,6 +17,7 @@ from tempme_vl.command import above_zero, at_least
 from tempme_vl.hub import find_folder
 from tempme_vl.search.cluster import Model, check_cluster, embed_on_cluster
 from tempme_vl.search.decoding import Reading, decode_all
+from tempme_vl.search.default_model import default_model
 from tempme_vl.search.embed import Embedder, fingerprint
 from tempme_vl.search.files import Found, Problem, VideoFile, find_videos
 from tempme_vl.search.options import IndexOptions
@@ -61,7 +62,8 @@ def build(
     Args:
         folder: the videos.
         out: the index.
-        checkpoint: of a retrieval model, or one that is loaded; default: the model of the index.
+        checkpoint: of a retrieval model, or one that is loaded; default: the model of the index, or where there is none
+            yet the demo's (`default_model`).
         options: others of `IndexOptions`.
 
     Raises:
@@ -83,7 +85,7 @@ def build_index(options: IndexOptions, embedder: Embedder | None = None) -> Inde
     check_cluster(options)
     found = find_videos(options.folder, options.out)
     if not (options.out / SETTINGS_FILE).is_file():
-        embedder = embedder or _load(options, _checkpoint(options))
+        embedder = embedder or _load(options, options.checkpoint or default_model())
         Store.create(options.out, _new_settings(options, embedder))
     store = Store(options.out)
     _check(options, store, embedder)
@@ -169,13 +171,6 @@ def _embed_all(
 def _load(options: IndexOptions, source: str) -> Embedder:
     """The model; beside a cluster, which has its own, only what says how it reads videos."""
     return Embedder.from_pretrained(source, options.device if options.ray is None else "cpu")
-
-
-def _checkpoint(options: IndexOptions) -> str:
-    """Of a new index. Raises IndexFolderError where nothing says which."""
-    if options.checkpoint is None:
-        raise IndexFolderError(f"{options.out} is no index yet: give the model that is to make it, --checkpoint DIR")
-    return options.checkpoint
 
 
 def _check(options: IndexOptions, store: Store, embedder: Embedder | None) -> None:

@@ -18,7 +18,7 @@ class Location:
 
     Attributes:
         tokens: (T,) int64, their numbers among the segment's.
-        scores: (T,) float32, the highest cosine of each with a part of the query.
+        scores: (T,) float32, by which they are ranked (`token_scores`).
         times: (F,) float32, seconds after the file's first frame, of the frames that were looked at.
         frames: (T, F) bool, of which frames each token holds something.
         patches: (T, F, G, G) bool, which patches it holds, row by row; one at least.
@@ -43,16 +43,28 @@ def max_sim_of(parts: np.ndarray, tokens: np.ndarray) -> float:
     return float((parts @ tokens.T).max(axis=1).mean())
 
 
-def locate(
-    parts: np.ndarray, tokens: np.ndarray, source: np.ndarray, times: np.ndarray, layout: Layout, top: int
-) -> Location:
-    """The tokens (M, E) that are nearest to a query's parts (L, E), of those that hold a patch.
+def token_scores(parts: np.ndarray, tokens: np.ndarray, attention: np.ndarray | None) -> np.ndarray:
+    """(M,): the highest cosine of each token (M, E) with a query's parts (L, E), times its attention (M,).
+
+    A head that compares CLS tokens has trained no other token to be near texts, and in CLIP the cosines of patches are
+    high where nothing is (CLIP Surgery, Li et al. 2023). What such a head compares is a sum over tokens, to each
+    its attention times what it says (Gandelsman et al., ICLR 2024): so the cosine counts by the attention.
+
+    Args:
+        attention: None where the parts are compared with the tokens themselves.
+    """
+    cosines = (parts @ tokens.T).max(axis=0)
+    # one below zero stays: by its attention a token that is looked at would fall behind one that nobody looks at
+    return cosines if attention is None else np.where(cosines > 0, cosines * attention, cosines)
+
+
+def locate(scores: np.ndarray, source: np.ndarray, times: np.ndarray, layout: Layout, top: int) -> Location:
+    """The tokens of the highest scores (M,), of those that hold a patch.
 
     Args:
         source: (F, N0), which token holds each input token.
         top: T, or as many as there are.
     """
-    scores = (parts @ tokens.T).max(axis=0)
     held = source[:, layout.prefix :]
     nearest = np.argsort(-scores, kind="stable")
     best = nearest[np.isin(nearest, held)][:top]

@@ -22,7 +22,8 @@ class IndexOptions:
     out: Path
     """Folder of the index."""
     checkpoint: str | None = None
-    """Folder of a retrieval model, or its name on the Hugging Face hub. Default: the model of the index."""
+    """Folder of a retrieval model, or its name on the Hugging Face hub. Default: the model of the index; for a new
+    one runs/demo/tempme-seed0/best, the demo's, which knows moving shapes alone."""
     tokens: Literal["none", "float16", "int8"] | None = None
     """How merged tokens are kept, for --fine maxsim and to show what was found. Default: float16."""
     segment_seconds: float | None = None
@@ -88,10 +89,10 @@ class SearchOptions:
 class EmbedOptions:
     """Vectors of texts, videos and pictures, by a retrieval model: one each, L2-normalised, in one space."""
 
-    checkpoint: str
-    """Folder of a retrieval model, or its name on the Hugging Face hub."""
     out: Path
     """The .npz file: texts (T,) and text_vectors (T, E), files (V,) and file_vectors (V, E), float32."""
+    checkpoint: str | None = None
+    """Folder of a retrieval model, or its name on the Hugging Face hub. Default: the demo's, as of tempme-vl index."""
     texts: tuple[str, ...] = ()
     """Texts."""
     files: tuple[Path, ...] = ()

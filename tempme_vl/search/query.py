@@ -16,9 +16,9 @@ from tempme_vl.search.embed import EmbeddedQuery, Embedder, Query
 from tempme_vl.search.files import inside
 from tempme_vl.search.hits import Hit, Hits
 from tempme_vl.search.index import check_model
-from tempme_vl.search.locate import Location, locate, max_sim_of
+from tempme_vl.search.locate import Location, locate, max_sim_of, token_scores
 from tempme_vl.search.store import FACTS, IndexFolderError, Store, select_of
-from tempme_vl.search.tokens import unpack_source, unpack_tokens
+from tempme_vl.search.tokens import unpack_attention, unpack_source, unpack_tokens
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,6 +124,8 @@ class SearchIndex:
     def locate(self, query: Query | EmbeddedQuery, hit: Hit, top: int = 5) -> Location:
         """Where a query was found: the merged tokens of a hit that are nearest to it, with their frames and patches.
 
+        A text is compared with tokens by `tempme_vl.search.locate.token_scores`, a video or picture by cosines alone.
+
         Args:
             query, hit: of a search.
             top: how many tokens.
@@ -132,7 +134,7 @@ class SearchIndex:
             IndexFolderError: an index without tokens, or the segment is not there any more.
         """
         self._require_tokens()
-        parts = self._parts(query if isinstance(query, EmbeddedQuery) else self.embedder.query(query))
+        embedded = query if isinstance(query, EmbeddedQuery) else self.embedder.query(query)
         found = self.store.table.search().where(select_of(hit.path, hit.segment)).limit(1).to_arrow().to_pylist()
         if not found:
             raise IndexFolderError(f"segment {hit.segment} of {hit.path} is not in the index any more; search again")
@@ -140,7 +142,9 @@ class SearchIndex:
         layout = self.settings.layout
         source = unpack_source(row["source"], layout.frames, layout.tokens)
         tokens = unpack_tokens(row["tokens"], self.settings.width, self.settings.tokens)
-        return locate(parts, tokens, source, np.asarray(row["times"], np.float32), layout, top)
+        attention = unpack_attention(row["attention"]) if embedded.of_cls else None
+        scores = token_scores(self._parts(embedded), tokens, attention)
+        return locate(scores, source, np.asarray(row["times"], np.float32), layout, top)
 
     def file(self, hit: Hit | str) -> Path:
         """The file of a hit, or of a path in the index.

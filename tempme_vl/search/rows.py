@@ -16,7 +16,7 @@ from tempme_vl.search.decoding import Decoded
 from tempme_vl.search.embed import Embedded, Embedder
 from tempme_vl.search.files import VideoFile
 from tempme_vl.search.store import IndexSettings, Row, Store
-from tempme_vl.search.tokens import pack_source, pack_tokens
+from tempme_vl.search.tokens import pack_attention, pack_source, pack_tokens
 
 COMMIT_SECONDS, COMMIT_ROWS = 5.0, 512  # what is embedded is written at the latest then, whole files at a time
 
@@ -128,8 +128,10 @@ def make_rows(some: Sequence[Waiting], settings: IndexSettings, embedder: Embedd
 
 def _rows(some: Sequence[Waiting], settings: IndexSettings, embedded: Embedded) -> Iterator[Row]:
     segments = ((one, at) for one in some for at in range(len(one.parts)))
+    keeps = settings.tokens != "none"
     for number, (one, at) in enumerate(segments):
         tokens = b"" if embedded.tokens is None else pack_tokens(embedded.tokens[number], settings.tokens)
+        attention = None if embedded.attention is None else embedded.attention[number]
         yield Row(
             file=one.file,
             segment=one.first + at,
@@ -138,6 +140,7 @@ def _rows(some: Sequence[Waiting], settings: IndexSettings, embedded: Embedded) 
             duration=one.duration,
             vector=embedded.vectors[number],
             tokens=tokens,
-            source=pack_source(embedded.source[number]) if settings.tokens != "none" else b"",
+            source=pack_source(embedded.source[number]) if keeps else b"",
+            attention=pack_attention(attention) if keeps else b"",
             times=one.frames[at].times.astype(np.float32),
         )

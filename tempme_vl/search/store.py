@@ -83,7 +83,7 @@ class Row:
 
     Attributes:
         vector: (E,) float32, L2-normalised.
-        tokens, source: see `tempme_vl.search.tokens`.
+        tokens, source, attention: see `tempme_vl.search.tokens`.
         times: (F,) seconds after the file's first frame.
     """
 
@@ -95,6 +95,7 @@ class Row:
     vector: np.ndarray
     tokens: bytes
     source: bytes
+    attention: bytes
     times: np.ndarray
 
 
@@ -242,6 +243,7 @@ class Store:
             "vector": pa.list_(pa.float32(), self.settings.width),
             "tokens": pa.binary(),
             "source": pa.binary(),
+            "attention": pa.binary(),
             "times": pa.list_(pa.float32(), self.settings.frames),
         }
         return pa.schema(list(kinds.items()))
@@ -252,7 +254,7 @@ class Store:
         columns: dict[str, Any] = {name: [asdict(row.file)[name] for row in rows] for name in asdict(rows[0].file)}
         columns |= {
             name: [getattr(row, name) for row in rows]
-            for name in ("segment", "start", "end", "duration", "tokens", "source")
+            for name in ("segment", "start", "end", "duration", "tokens", "source", "attention")
         }
         for name, width in (("vector", self.settings.width), ("times", self.settings.frames)):
             values = np.concatenate([getattr(row, name) for row in rows]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Merged tokens as an index keeps them: numbers in few bytes, and what of the video each token stands for.
+"""Merged tokens as an index keeps them: numbers in few bytes, what each stands for, and the attention that it got.
 
 Letters: M tokens of a segment, E their width, F frames, N0 input tokens of a frame (CLS first).
 """
@@ -32,6 +32,16 @@ def unpack_tokens(packed: bytes, width: int, form: TokenForm) -> np.ndarray:
     scale = np.frombuffer(packed, "<f4", count)
     values = np.frombuffer(packed, np.int8, count * width, 4 * count).reshape(count, width)
     return values.astype(np.float32) * scale[:, None]
+
+
+def pack_attention(attention: np.ndarray | None) -> bytes:
+    """(M,) of numbers around 1 -> bytes: float16; empty for None."""
+    return b"" if attention is None else attention.astype("<f2").tobytes()
+
+
+def unpack_attention(packed: bytes) -> np.ndarray:
+    """The way back: (M,) float32."""
+    return np.frombuffer(packed, "<f2").astype(np.float32)
 
 
 def pack_source(source: np.ndarray) -> bytes:

@@ -12,6 +12,7 @@ from search.search_runs import LENGTHS, SETTINGS, scene
 
 import tempme_vl.search
 from tempme_vl import VideoQA, VideoRetrieval, cli
+from tempme_vl.recipes.demo import Options
 from tempme_vl.search import Embedder, SearchIndex
 
 Said = pytest.CaptureFixture[str]
@@ -112,3 +113,25 @@ def test_a_missing_package_is_named(videos: Path, embedder: Embedder, tmp_path: 
         patch.setitem(sys.modules, "lancedb", None)
         with pytest.raises(ImportError, match=r"pip install 'tempme_vl\[search\]'"):
             tempme_vl.search.build(videos, tmp_path / "index", embedder, **SETTINGS)
+
+
+def test_the_demos_model_is_taken_where_none_is_named(
+    videos: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    index, embed = ["index", str(videos), "--out", "index"], ["embed", "--texts", "a ball", "--out", "one.npz"]
+    for command in (index, embed):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        assert "no runs/demo/tempme-seed0/best here either" in capfd.readouterr().err
+    demo = Options()
+    best = demo.output / f"tempme-seed{demo.seed}" / "best"
+    best.parent.mkdir(parents=True)
+    best.symlink_to(model)
+    for command in (index, embed):
+        cli.main([*command, "--device", "cpu"])
+        said = capfd.readouterr()
+        assert "it knows shapes that move and nothing else" in said.err and "demo" not in said.out
+    assert tempme_vl.search.open("index").search("a ball", k=1)[0].path in LENGTHS
+    cli.main([*index, "--device", "cpu"])
+    assert "shapes" not in capfd.readouterr().err  # the index knows its model

@@ -260,9 +260,8 @@ def of_random_directions(made: Path, folder: Path, width: int, count: int) -> tu
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     times = np.zeros(4, np.float32)
     files = [VideoFile(str(number), 1, 1) for number in range(count)]
-    store.put(
-        [Row(file, 0, 0.0, 1.0, 1.0, vector, b"", b"", times) for file, vector in zip(files, vectors, strict=True)], []
-    )
+    rows = [Row(file, 0, 0.0, 1.0, 1.0, own, b"", b"", b"", times) for file, own in zip(files, vectors, strict=True)]
+    store.put(rows, [])
     return tempme_vl.search.open(folder), vectors
 
 
