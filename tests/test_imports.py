@@ -99,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE | {"data", "compressors"},
-    # of data: splits and predictions, to score them; of training: ranks; of kernels and normalize: whether all forms agree
+    # of data: splits and predictions, to score them; of training: ranks; kernels and normalize beside their plain forms
     "evaluation": {*CORE, *COMMANDS, "kernels", "normalize"}
     | {"tasks", "integrations", "pipeline", "data", "training", "reports"},
     # what brings all of it together
