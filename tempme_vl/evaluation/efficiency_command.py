@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -11,8 +9,8 @@ import torch
 
 from tempme_vl.command import at_least
 from tempme_vl.evaluation.efficiency import cost_table, format_costs, format_fusion, fusion_table
+from tempme_vl.evaluation.fresh import in_fresh_process
 from tempme_vl.evaluation.measure import (
-    Peak,
     Workload,
     build_steps,
     device_name,
@@ -69,7 +67,7 @@ def measure(options: EfficiencyOptions, batch: int) -> dict[str, Any]:
         )
     names = tuple(name_of(row, way) for row in names for way in (None, *options.ways))
     # memory first: on a GPU this process would take its share
-    memory = {name: peak_in_fresh_process(work, name) for name in names if options.memory}
+    memory = {name: in_fresh_process(peak_memory, work, name) for name in names if options.memory}
     times = paired_times(build_steps(work, names), options.repeats, work.device)
     merging = {name: share_of_merging(work, name) for name in names if options.share and work.merges(name)}
     rows = measured_rows(times, {name: work.gflops(name) for name in names}, memory, merging)
@@ -115,10 +113,3 @@ def workload(options: EfficiencyOptions, batch: int) -> Workload:
         getattr(torch, options.dtype),
         {"tempme": given, "tome": {name: given[name] for name in given if name == "r"}},
     )
-
-
-def peak_in_fresh_process(work: Workload, row: str) -> Peak:
-    """The memory of one row, measured where no other has left any: a process's peak never goes back."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (torch.get_num_threads(),)) as process:
-        return process.submit(peak_memory, work, row).result()

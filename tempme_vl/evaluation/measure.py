@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Workload:
         """Those whose paper, or whose options, say how much to merge."""
         if self.family == "umt":
             return self.rows
-        shape, layers = self._clip
+        layers, shape = open_clip_tower(self.model)
         encoder = Encoder(layers, self.frames, shape.tokens, shape.num_prefix)
         return tuple(
             row for row in self.rows if row == "open_clip" or has_setting(row, encoder, self.options.get(row, ()))
@@ -89,7 +89,7 @@ class Workload:
         with torch.device("meta"):
             if self.family == "umt":
                 return create_frontend(self.model, None, method, self.frames, **options).gflops()
-        shape, layers = self._clip
+        layers, shape = open_clip_tower(self.model)
         return tower_gflops(schedule_for(method, layers, shape, self.frames, **options), shape)
 
     def merges(self, row: str) -> bool:
@@ -101,16 +101,9 @@ class Workload:
     def image_size(self) -> int:
         """Pixels along a side of a frame."""
         if self.family != "umt":
-            return self._clip[0].image_size
+            return open_clip_tower(self.model)[1].image_size
         with torch.device("meta"):
             return create_frontend(self.model, None, "none", self.frames).shape.image_size
-
-    @property
-    def _clip(self) -> tuple[TowerShape, int]:
-        """Shape and number of blocks of the visual tower."""
-        with torch.device("meta"):
-            backbone = visual_backbone(build_visual(model_config(split_name(self.model)[1])))
-        return backbone.shape, len(backbone.blocks)
 
     @property
     def family(self) -> str:
@@ -121,6 +114,14 @@ class Workload:
         """A row's merging method, and the options of its tower and schedule."""
         method, options = UMT_ROWS.get(row, ("none" if row == "open_clip" else row, {}))
         return method, {**options, **self.options.get(method, {})}
+
+
+@cache
+def open_clip_tower(model: str) -> tuple[int, TowerShape]:
+    """Blocks and shape of the visual tower of "open_clip:NAME", without memory for its weights."""
+    with torch.device("meta"):
+        backbone = visual_backbone(build_visual(model_config(split_name(model)[1])))
+    return len(backbone.blocks), backbone.shape
 
 
 def build_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], object]]:
@@ -136,23 +137,23 @@ def build_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], o
     Raises:
         ValueError: see `tempme_vl.create_frontend` and `tempme_vl.backbones.open_clip.model_config`.
     """
-    return _train_steps(work, rows) if work.train else {row: _forward_step(work, row)[1] for row in rows}
+    return _train_steps(work, rows) if work.train else {row: tower_and_step(work, row)[1] for row in rows}
 
 
-def _forward_step(work: Workload, name: str) -> tuple[nn.Module, Callable[[], object]]:
-    """The tower, and what runs it."""
+def tower_and_step(work: Workload, name: str) -> tuple[nn.Module, Callable[[], object], Tensor]:
+    """A row's tower, its forward pass without gradients, and the input of that."""
     row, way = row_and_way(name)
     tower, side = _visual_tower(work, row)
     tower.to(work.device, work.dtype).eval()
     video = torch.randn(work.batch, work.frames, 3, side, side, device=work.device, dtype=work.dtype)
     frames = video.flatten(0, 1) if row == "open_clip" else video
     way.prepare(tower)
-    return tower, way.around(torch.no_grad()(lambda: tower(frames)))
+    return tower, way.around(torch.no_grad()(lambda: tower(frames))), frames
 
 
 def share_of_merging(work: Workload, row: str) -> float:
     """How much of the forward pass of a row's tower is matching and merging (`merging_share`)."""
-    tower, step = _forward_step(work, row)
+    tower, step, _ = tower_and_step(work, row)
     return merging_share(tower, step, work.device)
 
 
@@ -247,17 +248,17 @@ def peak_memory(work: Workload, row: str) -> Peak:
     Raises:
         ValueError: a CPU run without Linux's /proc.
     """
-    before = _memory(work.device)[0]
+    before = memory_now(work.device)[0]
     step = build_steps(work, (row,))[row]
     gc.collect()
-    _reset_peak(work.device)  # weights are converted while the model is built: that peak is not meant
+    reset_peak(work.device)  # weights are converted while the model is built: that peak is not meant
     step()
     step()  # by now the optimiser has its state
     synchronize(work.device)
-    return Peak(_memory(work.device)[1], before)
+    return Peak(memory_now(work.device)[1], before)
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
+def memory_now(device: torch.device) -> tuple[int, int]:
     """Bytes in use now, and at the peak."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
@@ -269,7 +270,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
     return int(sizes["VmRSS"].split()[0]) * 1024, int(sizes["VmHWM"].split()[0]) * 1024
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
