@@ -2,6 +2,7 @@
 # make test       lint, types, import directions, tests
 # make test-all   the same, then the slow tests
 # make test-cuda  the tests that need a GPU, alone (make test skips them where there is none)
+# make gpu-benchmark  all measurements of a GPU, twelve minutes of an H100; runs/gpu/gpu.json and the tables of it
 # make lint       ruff and mypy alone
 # make oldest     the whole test suite with the lowest versions that pyproject.toml allows, and its column of docs/versions.md
 # make newest     the same with the newest of everything, whatever constraints.txt says
@@ -27,7 +28,7 @@ UPGRADE ?=
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
 
-.PHONY: demo test test-all test-cuda lint comparison videollm-comparison floors oldest newest versions lock
+.PHONY: demo test test-all test-cuda gpu-benchmark lint comparison videollm-comparison floors oldest newest versions lock
 
 demo: $(READY)
 	$(RUN) $(BIN)/python recipes/motion_demo.py
@@ -40,6 +41,9 @@ test-all: test
 
 test-cuda: $(READY)
 	$(RUN) $(BIN)/python -m pytest tests/cuda tests/kernels/cases.py
+
+gpu-benchmark: $(READY)
+	$(RUN) $(BIN)/python eval/gpu.py --output runs/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -99,8 +99,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE | {"data", "compressors"},
-    # of data: splits and predictions, to score them; of training: ranks
-    "evaluation": CORE | {"tasks", "integrations", "pipeline", "data", "training", "reports"} | COMMANDS,
+    # of data: splits and predictions, to score them; of training: ranks; kernels and normalize beside their plain forms
+    "evaluation": {*CORE, *COMMANDS, "kernels", "normalize"}
+    | {"tasks", "integrations", "pipeline", "data", "training", "reports"},
     # what brings all of it together
     "pipeline": CORE | {"tasks", "data"},
     "recipes": CORE | {"tasks", "integrations", "evaluation", "data", "training", "reports"} | COMMANDS,

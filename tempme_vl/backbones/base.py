@@ -169,7 +169,8 @@ class PatchProjection(nn.Conv2d):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), bit for bit the usual one, with one temporary instead of three.
+    """x * sigmoid(1.702 x), bit for bit the usual one, with one temporary instead of three, and x alone kept for the
+    gradient.
 
     The activations of the widest layer are worth it: on CPU their allocation costs more than the arithmetic.
     """
@@ -179,8 +180,34 @@ class QuickGELU(nn.Module):
             from tempme_vl.kernels.activation import quick_gelu
 
             return quick_gelu(x)
-        gate = (1.702 * x).sigmoid_()
-        return gate * x if torch.is_grad_enabled() else gate.mul_(x)
+        if not torch.is_grad_enabled():
+            return (1.702 * x).sigmoid_().mul_(x)
+        if not x.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return _gated(x)  # a compiler chooses by itself what it computes twice
+        return _Gated.apply(x)
+
+
+def _gated(x: Tensor) -> Tensor:
+    gate = (1.702 * x).sigmoid_()
+    return gate * x
+
+
+class _Gated(torch.autograd.Function):
+    """`_gated`, which keeps its input alone for the gradient and computes the gate anew: of 19 numbers that a CLIP
+    block keeps for each of a token's, the gate and its input were 4 each (docs/LOG.md)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (1.702 * x).sigmoid_().mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        twice = torch.is_grad_enabled()  # there will be a second derivative
+        with torch.enable_grad():
+            own = x if twice else x.detach().requires_grad_()
+            return torch.autograd.grad(_gated(own), own, grad, create_graph=twice)[0]
 
 
 class DropPath(nn.Module):

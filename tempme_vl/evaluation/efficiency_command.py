@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -11,8 +9,8 @@ import torch
 
 from tempme_vl.command import at_least
 from tempme_vl.evaluation.efficiency import cost_table, format_costs, format_fusion, fusion_table
+from tempme_vl.evaluation.fresh import in_fresh_process
 from tempme_vl.evaluation.measure import (
-    Peak,
     Workload,
     build_steps,
     device_name,
@@ -20,8 +18,11 @@ from tempme_vl.evaluation.measure import (
     measured_rows,
     paired_times,
     peak_memory,
+    share_of_merging,
 )
 from tempme_vl.evaluation.options import EfficiencyOptions
+from tempme_vl.evaluation.regressions import compare, stored
+from tempme_vl.evaluation.ways import name_of
 from tempme_vl.reports import provenance, show, write_json
 
 
@@ -31,17 +32,28 @@ def main(options: EfficiencyOptions) -> None:
         at_least(1, batch=batch)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    costs = cost_table()
-    fusion = fusion_table(costs)
-    show(f"{format_costs(costs)}\n\n{format_fusion(fusion)}")
-    report: dict[str, Any] = {
-        "rows": [{**asdict(row), "deviation_percent": row.deviation} for row in costs],
-        "fusion": [{**asdict(row), "saved_percent": row.saved} for row in fusion],
-    }
+    at_least(0, spread=options.spread)
+    if not options.measure and (options.against is not None or not options.costs):
+        raise ValueError("--against and --no-costs are about what is measured; add --measure")
+    before = None if options.against is None else stored(options.against)
+    report: dict[str, Any] = computed() if options.costs else {}
     if options.measure:
         report["measured"] = [measure(options, batch) for batch in options.batch]
     if options.json is not None:
         write_json(options.json, {**report, **provenance()})
+    if before is not None:
+        show(compare(before, report["measured"], options.spread))
+
+
+def computed() -> dict[str, Any]:
+    """Prints the tables of what is computed; returns the same as JSON data."""
+    costs = cost_table()
+    fusion = fusion_table(costs)
+    show(f"{format_costs(costs)}\n\n{format_fusion(fusion)}")
+    return {
+        "rows": [{**asdict(row), "deviation_percent": row.deviation} for row in costs],
+        "fusion": [{**asdict(row), "saved_percent": row.saved} for row in fusion],
+    }
 
 
 def measure(options: EfficiencyOptions, batch: int) -> dict[str, Any]:
@@ -53,13 +65,16 @@ def measure(options: EfficiencyOptions, batch: int) -> dict[str, Any]:
             f"--rows {' '.join(sorted(unknown))}: not of {'training ' if options.train else ''}{options.model}; "
             f"expected some of {', '.join(work.rows)}"
         )
+    names = tuple(name_of(row, way) for row in names for way in (None, *options.ways))
     # memory first: on a GPU this process would take its share
-    memory = {name: peak_in_fresh_process(work, name) for name in names if options.memory}
+    memory = {name: in_fresh_process(peak_memory, work, name) for name in names if options.memory}
     times = paired_times(build_steps(work, names), options.repeats, work.device)
-    rows = measured_rows(times, {name: work.gflops(name) for name in names}, memory)
+    merging = {name: share_of_merging(work, name) for name in names if options.share and work.merges(name)}
+    rows = measured_rows(times, {name: work.gflops(name) for name in names}, memory, merging)
     setting = {
         "model": options.model,
         "frames": options.frames,
+        "image_size": work.image_size,
         "batch": batch,
         "what": what(work),
         "schedule": ", ".join(f"{key} {value}" for key, value in work.options["tempme"].items()) or "default",
@@ -98,10 +113,3 @@ def workload(options: EfficiencyOptions, batch: int) -> Workload:
         getattr(torch, options.dtype),
         {"tempme": given, "tome": {name: given[name] for name in given if name == "r"}},
     )
-
-
-def peak_in_fresh_process(work: Workload, row: str) -> Peak:
-    """The memory of one row, measured where no other has left any: a process's peak never goes back."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (torch.get_num_threads(),)) as process:
-        return process.submit(peak_memory, work, row).result()

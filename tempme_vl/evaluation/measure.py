@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.backbones.open_clip_blocks import visual_backbone
 from tempme_vl.backbones.open_clip_models import build_visual, model_config
+from tempme_vl.evaluation.share import merging_share
+from tempme_vl.evaluation.ways import row_and_way
 from tempme_vl.families import split_name
 from tempme_vl.frontend import VisualFrontend, create_frontend
 from tempme_vl.merging import METHODS, Encoder, has_setting
@@ -75,7 +77,7 @@ class Workload:
         """Those whose paper, or whose options, say how much to merge."""
         if self.family == "umt":
             return self.rows
-        shape, layers = self._clip
+        layers, shape = open_clip_tower(self.model)
         encoder = Encoder(layers, self.frames, shape.tokens, shape.num_prefix)
         return tuple(
             row for row in self.rows if row == "open_clip" or has_setting(row, encoder, self.options.get(row, ()))
@@ -83,19 +85,25 @@ class Workload:
 
     def gflops(self, row: str) -> float:
         """Cost of one video in the visual tower (`MergeSchedule.gflops`)."""
-        method, options = self.arguments(row)
+        method, options = self.arguments(row_and_way(row)[0])
         with torch.device("meta"):
             if self.family == "umt":
                 return create_frontend(self.model, None, method, self.frames, **options).gflops()
-        shape, layers = self._clip
+        layers, shape = open_clip_tower(self.model)
         return tower_gflops(schedule_for(method, layers, shape, self.frames, **options), shape)
 
+    def merges(self, row: str) -> bool:
+        """Whether a row's forward pass merges tokens step by step, so that the steps can be timed: as it is, not
+        compiled or recorded."""
+        return not self.train and row in self.rows and self.arguments(row)[0] != "none"
+
     @property
-    def _clip(self) -> tuple[TowerShape, int]:
-        """Shape and number of blocks of the visual tower."""
+    def image_size(self) -> int:
+        """Pixels along a side of a frame."""
+        if self.family != "umt":
+            return open_clip_tower(self.model)[1].image_size
         with torch.device("meta"):
-            backbone = visual_backbone(build_visual(model_config(split_name(self.model)[1])))
-        return backbone.shape, len(backbone.blocks)
+            return create_frontend(self.model, None, "none", self.frames).shape.image_size
 
     @property
     def family(self) -> str:
@@ -108,6 +116,14 @@ class Workload:
         return method, {**options, **self.options.get(method, {})}
 
 
+@cache
+def open_clip_tower(model: str) -> tuple[int, TowerShape]:
+    """Blocks and shape of the visual tower of "open_clip:NAME", without memory for its weights."""
+    with torch.device("meta"):
+        backbone = visual_backbone(build_visual(model_config(split_name(model)[1])))
+    return len(backbone.blocks), backbone.shape
+
+
 def build_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], object]]:
     """Functions that do the work once, by row.
 
@@ -115,20 +131,30 @@ def build_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], o
 
     Args:
         rows: names of `work.rows`: "open_clip" for its own visual tower on the frames as a batch of images, a merging
-            method, or UMT's frames joint and apart.
+            method, or UMT's frames joint and apart; each perhaps in a way of `tempme_vl.evaluation.ways`, as
+            "tempme, compiled".
 
     Raises:
         ValueError: see `tempme_vl.create_frontend` and `tempme_vl.backbones.open_clip.model_config`.
     """
-    return _train_steps(work, rows) if work.train else {row: _forward_step(work, row) for row in rows}
+    return _train_steps(work, rows) if work.train else {row: tower_and_step(work, row)[1] for row in rows}
 
 
-def _forward_step(work: Workload, row: str) -> Callable[[], object]:
+def tower_and_step(work: Workload, name: str) -> tuple[nn.Module, Callable[[], object], Tensor]:
+    """A row's tower, its forward pass without gradients, and the input of that."""
+    row, way = row_and_way(name)
     tower, side = _visual_tower(work, row)
     tower.to(work.device, work.dtype).eval()
     video = torch.randn(work.batch, work.frames, 3, side, side, device=work.device, dtype=work.dtype)
     frames = video.flatten(0, 1) if row == "open_clip" else video
-    return torch.no_grad()(lambda: tower(frames))
+    way.prepare(tower)
+    return tower, way.around(torch.no_grad()(lambda: tower(frames))), frames
+
+
+def share_of_merging(work: Workload, row: str) -> float:
+    """How much of the forward pass of a row's tower is matching and merging (`merging_share`)."""
+    tower, step, _ = tower_and_step(work, row)
+    return merging_share(tower, step, work.device)
 
 
 def _visual_tower(work: Workload, row: str) -> tuple[nn.Module, int]:
@@ -149,7 +175,9 @@ def _visual_tower(work: Workload, row: str) -> tuple[nn.Module, int]:
 def _train_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], object]]:
     models: dict[str, nn.Module] = {}
     shared: dict[str, Any] = {}
-    for row in rows:
+    around = {}
+    for name in rows:
+        row, way = row_and_way(name)
         method, options = work.arguments(row)
         vocabulary = _WORDS if work.family == "umt" else None
         tuning = "full" if work.family == "umt" else "clip4clip"
@@ -157,7 +185,8 @@ def _train_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], 
         model.to(work.device).train()
         model.load_state_dict(shared, strict=False, assign=True)  # not strict: only TempMe has clip positions
         shared = {**model.state_dict(keep_vars=True), **shared}
-        models[row] = model
+        models[name], around[name] = model, way.around
+        way.prepare(model.frontend)
     trained = dict.fromkeys(p for model in models.values() for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(list(trained), lr=1e-7)
     batch = _train_batch(work, model.frontend.shape.image_size)
@@ -170,7 +199,7 @@ def _train_steps(work: Workload, rows: Sequence[str]) -> dict[str, Callable[[], 
         model.loss(features, batch).backward()
         optimizer.step()
 
-    return {row: partial(step, model) for row, model in models.items()}
+    return {name: around[name](partial(step, model)) for name, model in models.items()}
 
 
 def _train_batch(work: Workload, side: int) -> dict[str, Tensor]:
@@ -219,17 +248,17 @@ def peak_memory(work: Workload, row: str) -> Peak:
     Raises:
         ValueError: a CPU run without Linux's /proc.
     """
-    before = _memory(work.device)[0]
+    before = memory_now(work.device)[0]
     step = build_steps(work, (row,))[row]
     gc.collect()
-    _reset_peak(work.device)  # weights are converted while the model is built: that peak is not meant
+    reset_peak(work.device)  # weights are converted while the model is built: that peak is not meant
     step()
     step()  # by now the optimiser has its state
     synchronize(work.device)
-    return Peak(_memory(work.device)[1], before)
+    return Peak(memory_now(work.device)[1], before)
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
+def memory_now(device: torch.device) -> tuple[int, int]:
     """Bytes in use now, and at the peak."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
@@ -241,7 +270,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
     return int(sizes["VmRSS"].split()[0]) * 1024, int(sizes["VmHWM"].split()[0]) * 1024
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -251,17 +280,22 @@ def _reset_peak(device: torch.device) -> None:
 @dataclass(frozen=True)
 class MeasuredRow:
     """Medians of one row: seconds a step, and its time over that of the same turn's reference row, beside what is
-    computed: GFLOPs of one video in the visual tower. `memory` is None where it was not measured."""
+    computed: GFLOPs of one video in the visual tower. `memory` and `merging`, the share of the time that merging steps
+    take, are None where they were not measured."""
 
     name: str
     seconds: float
     ratio: float
     gflops: float
     memory: Peak | None = None
+    merging: float | None = None
 
 
 def measured_rows(
-    times: Mapping[str, Sequence[float]], gflops: Mapping[str, float], memory: Mapping[str, Peak]
+    times: Mapping[str, Sequence[float]],
+    gflops: Mapping[str, float],
+    memory: Mapping[str, Peak],
+    merging: Mapping[str, float] | None = None,
 ) -> list[MeasuredRow]:
     """Medians; the first row is the reference of the paired ratios."""
     reference = next(iter(times.values()))
@@ -272,6 +306,7 @@ def measured_rows(
             statistics.median(own / base for own, base in zip(row, reference, strict=True)),
             gflops[name],
             memory.get(name),
+            (merging or {}).get(name),
         )
         for name, row in times.items()
     ]
@@ -291,6 +326,8 @@ def format_measured(rows: Sequence[MeasuredRow]) -> str:
         if row.memory is not None:
             line["peak MiB"] = f"{row.memory.peak / 2**20:.0f}"
             line["of it before the model"] = f"{row.memory.before / 2**20:.0f}"
+        if any(other.merging is not None for other in rows):
+            line["merging"] = "-" if row.merging is None else f"{row.merging:.3f}"
         lines.append(line)
     return format_columns(lines)
 

@@ -101,6 +101,8 @@ class EfficiencyOptions:
 
     json: Path | None = None
     """Also write all numbers to this file."""
+    costs: bool = True
+    """Compute the table beside the paper's numbers; off, with --measure, that alone."""
     measure: bool = False
     """Time the rows in turn, on a GPU if there is one, with random weights and input."""
     train: bool = False
@@ -109,6 +111,11 @@ class EfficiencyOptions:
     """The rows to measure, the first being the reference: merging methods (without a published setting for the model at
     0.6 of the GFLOPs) and open_clip's own tower, which does not train alone; UMT has joint, per_frame and
     per_frame+tempme. all: those with a published setting. Default: open_clip, none, tome and tempme, or UMT's three."""
+    ways: tuple[Literal["plain", "efficient", "flash", "compiled", "whole", "graph"], ...] = ()
+    """Each row also so, beside as it is: without the fused kernels; with one kernel of attention alone; with compiled
+    blocks; compiled whole (minutes); recorded as a CUDA graph."""
+    share: bool = False
+    """Also the share of each method's forward pass that matching and merging take."""
     model: str = "open_clip:ViT-B-32-quickgelu"
     """open_clip:NAME, open_clip:tiny, or umt:b16, umt:l16, umt:tiny."""
     frames: int = 12
@@ -123,6 +130,10 @@ class EfficiencyOptions:
     """CPU threads; default: torch's choice."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in a forward pass; training keeps float32 weights and autocasts."""
+    against: Path | None = None
+    """A file that --json wrote: it is an error if rows became slower since, beside their first row."""
+    spread: float = 0.1
+    """What a ratio may grow by meanwhile, as a share of it."""
     r: int | None = None
     """Pairs merged a frame in each early block (TempMe, ToMe). These five default to the paper's for B/32, B/16, and
     for UMT B/16 to a fit, not the paper's setting."""

@@ -145,7 +145,7 @@ def test_all_methods_with_a_setting_are_measured_beside_their_gflops(monkeypatch
 
 
 def test_rows_of_another_family_are_refused(monkeypatch, capsys):
-    command = f"{COMMAND} --measure --model umt:tiny --rows open_clip"
+    command = f"{COMMAND} --measure --no-costs --model umt:tiny --rows open_clip"
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(COMMAND), run_name="__main__")
