@@ -12,6 +12,7 @@ from typing import Any
 from tempme_vl import __version__
 from tempme_vl.command import ending, run
 from tempme_vl.command_line import Command
+from tempme_vl.evaluation.caption_options import CAPTION
 from tempme_vl.evaluation.ground_options import GROUND
 from tempme_vl.evaluation.options import COMPARE, EFFICIENCY, EVAL_RETRIEVAL, EVAL_VIDEOQA, VIDEOLLM_COMPARE
 from tempme_vl.export.options import EXPORT
@@ -27,7 +28,7 @@ from tempme_vl.search.serve import SERVE
 MODULE = "tempme_vl.cli"
 COMMANDS: tuple[Command[Any], ...] = (
     *(RETRIEVAL, PEFT, VIDEOQA, VIDEOLLM, PRETRAINING),
-    *(EVAL_RETRIEVAL, EVAL_VIDEOQA, GROUND),
+    *(EVAL_RETRIEVAL, EVAL_VIDEOQA, GROUND, CAPTION),
     *(COMPARE, VIDEOLLM_COMPARE, EFFICIENCY, CACHE_BUILD, EXPORT, DEMO),
     *(*SEARCHING, SERVE),
 )

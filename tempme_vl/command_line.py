@@ -3,9 +3,9 @@
 A field `merge_layers: tuple[int, ...] | None = None` is the option --merge-layers 2 3 4, the text below it its help.
 Classes of options are joined by inheritance: each that declares fields is a group of the help, headed by the first line
 of its docstring. A field `Annotated[str, REGISTRY]` is one of the registry's names, those registered meanwhile
-included; one with the metadata FIRST_WORD is written without its name, in front of the options, and `short("-k")` gives
-an option one letter. Reading options and --help import only what the options do, so that no module of options needs
-torch.
+included; one with the metadata FIRST_WORD is written without its name, in front of the options, a tuple as several
+words; and `short("-k")` gives an option one letter. Reading options and --help import only what the options do, so that
+no module of options needs torch.
 """
 
 from __future__ import annotations
@@ -216,9 +216,8 @@ def _add(section: Any, field: Field[Any], hint: Any, text: str, default: Any) ->
     shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.strip().replace("%", "%%")}
     if field.metadata.get("first_word"):
         needed = how.pop("required", False)
-        section.add_argument(
-            field.name, **how | {"nargs": None if needed else "?", "metavar": field.name.upper()}, **shared
-        )
+        how |= {"nargs": "*" if several else None if needed else "?", "metavar": field.name.upper()}
+        section.add_argument(field.name, **how, **shared)
     else:
         letters = [letter for letter in [field.metadata.get("short")] if letter]
         section.add_argument(*letters, name, dest=field.name, **shared, **how)

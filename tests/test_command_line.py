@@ -195,6 +195,27 @@ def test_words_stand_in_front_of_options(given: list[str], expected: Words) -> N
     assert Command("look in", Words, print).parse(given) == expected
 
 
+@dataclass(frozen=True)
+class Several:
+    """Any number of words in front of options."""
+
+    files: tuple[Path, ...] = field(default=(), metadata=FIRST_WORD)
+    k: int = 3
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], Several()),
+        (["--k", "4"], Several(k=4)),
+        (["a", "b c", "--k", "4"], Several((Path("a"), Path("b c")), 4)),
+        (["--k=4", "a"], Several((Path("a"),), 4)),
+    ],
+)
+def test_a_tuple_takes_several_words(given: list[str], expected: Several) -> None:
+    assert Command("look at", Several, print).parse(given) == expected
+
+
 def test_a_missing_word_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     command = Command("look in", Words, print)
     with pytest.raises(ValueError, match="are required: PLACE"):

@@ -13,7 +13,7 @@ from torch import nn
 from tempme_vl.command_line import named_value
 from tempme_vl.data.reader import VideoReader
 from tempme_vl.data.transforms import VideoTransform
-from tempme_vl.families import find_family
+from tempme_vl.families import find_family, split_name
 from tempme_vl.merging import METHODS
 from tempme_vl.pretrained import VOCABULARY_FILE, load_vocabulary
 from tempme_vl.recipes.names import BROKEN_VIDEOS
@@ -51,7 +51,7 @@ def words_of(options: TowerOptions, texts: Sequence[str], vocabulary: str | None
         return bert_vocabulary(vocabulary)
     if (Path(options.pretrained) / VOCABULARY_FILE).is_file():
         return load_vocabulary(options.pretrained)
-    return word_vocabulary(texts)
+    return word_vocabulary(texts, blip=split_name(options.model)[0] == "testa")
 
 
 def video_reader(options: RecipeOptions, num_frames: int, transform: VideoTransform) -> VideoReader:

@@ -183,6 +183,12 @@ def readable(rows: Tensor, valid: Tensor | None) -> Tensor:
     return rows if valid is None else rows.where(valid.view(-1, *[1] * (rows.ndim - 1)), torch.zeros_like(rows))
 
 
+def readable_video(batch: Mapping[str, Tensor]) -> Tensor:
+    """The videos (B, F, 3, H, W) of a batch, of the same dtype: the front end normalises uint8 frames, and takes floats
+    for normalised ones. Whatever an unreadable one holds, even NaN, must not reach the gradients."""
+    return readable(batch["video"], batch["valid"].bool() if "valid" in batch else None)
+
+
 def _without(logits: Tensor, excluded: Tensor, valid: Tensor | None) -> Tensor:
     """(G, G), -inf beside the diagonal where `excluded` or where one of both videos is unreadable."""
     if valid is not None:

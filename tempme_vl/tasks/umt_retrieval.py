@@ -33,6 +33,7 @@ from tempme_vl.tasks.losses import (
     gather_pairs,
     matching_loss,
     negative_weights,
+    readable_video,
     same_pairs,
     soft_contrastive_loss,
 )
@@ -114,10 +115,7 @@ class UMTRetrievalModel(Shareable, TunableModel):
         """
         features = {"temperature": self.temperature()}
         if "video" in batch:
-            video = batch["video"]
-            if "valid" in batch:  # whatever an unreadable video holds, even NaN, must not reach the gradients
-                video = video.where(batch["valid"].bool().view(-1, 1, 1, 1, 1), 0.0)
-            features["video"], features["tokens"] = self.encode_video(video, batch["frame_mask"])
+            features["video"], features["tokens"] = self.encode_video(readable_video(batch), batch["frame_mask"])
         if "text_ids" in batch:
             features["text"], features["states"] = self.encode_text(batch["text_ids"], batch["text_mask"])
         if "video" in batch and "text_ids" in batch:

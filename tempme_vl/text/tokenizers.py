@@ -213,11 +213,17 @@ def bert_vocabulary(source: str | Path) -> tuple[str, ...]:
     return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
 
 
-def word_vocabulary(texts: Iterable[str]) -> tuple[str, ...]:
-    """Special tokens, then all distinct words of the texts in order: for small models trained from scratch."""
+def word_vocabulary(texts: Iterable[str], blip: bool = False) -> tuple[str, ...]:
+    """Special tokens, then all distinct words of the texts in order: for small models trained from scratch.
+
+    Args:
+        blip: as BLIP's texts have them, captions or questions: with full stops and commas, and what a hyphen or an
+            apostrophe parts by itself.
+    """
     normalizer, splitter = BertNormalizer(), BertPreTokenizer()
+    forms = (clean_caption, clean_question) if blip else (clean_text,)
     words: set[str] = set()
     for text in texts:
-        normal = normalizer.normalize_str(clean_text(text))
-        words.update(word for word, _ in splitter.pre_tokenize_str(normal))
+        for clean in forms:
+            words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(clean(text))))
     return (*SPECIAL_TOKENS, *sorted(words))

@@ -52,7 +52,7 @@ class Trainer:
     """Trains a model on a data set addressed by (epoch, index).
 
     Args:
-        model: called with a batch of tensors. Where it has them, `check_training(batch_size, zero_stage, bf16)` is
+        model: called with a batch of tensors. Where it has them, `check_training(batch_size, bf16)` is
             called first, to refuse what it cannot be trained with, and `begin_step(step, steps_per_epoch)` in front of
             every step.
         optimizer: over the model's parameters; its groups' rates are the peak rates.
@@ -115,7 +115,7 @@ class Trainer:
             }
         )
         if check := getattr(model, "check_training", None):
-            check(config.batch_size, self.fingerprint["zero_stage"], self.fingerprint["bf16"])
+            check(config.batch_size, self.fingerprint["bf16"])
         if getattr(optimizer, "per_tensor", False) and (self.fingerprint["zero_stage"] or self.fingerprint["bf16"]):
             raise ValueError(
                 f"{type(optimizer).__name__} clips every tensor by itself, but ZeRO and bf16 join them: "

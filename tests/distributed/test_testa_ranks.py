@@ -10,8 +10,7 @@ import torch
 from distributed.testa_runs import STEPS, answer_stages, refusal, train_stages
 from training.processes import run
 
-STAGES = ("zero0", "zero1", "zero2")
-ALL_STAGES = (*STAGES, "partitioned")
+STAGES = ("zero0", "zero1", "zero2", "zero3", "partitioned")
 
 
 def test_two_ranks_train_as_one_that_compares_each_half_by_itself(tmp_path: Path) -> None:
@@ -35,16 +34,15 @@ def test_two_ranks_train_as_one_that_compares_each_half_by_itself(tmp_path: Path
 def test_answers_are_learned_on_two_ranks_as_on_one(tmp_path: Path) -> None:
     (one,) = run(answer_stages, STAGES[:1], tmp_path / "one")
     assert len(set(one["zero0"])) == STEPS
-    for found in run(answer_stages, ALL_STAGES, tmp_path / "two", world=2):
-        for stage in ALL_STAGES:
+    for found in run(answer_stages, STAGES, tmp_path / "two", world=2):
+        for stage in STAGES:
             assert found[stage] == pytest.approx(one["zero0"], rel=1e-5), stage
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stage": "zero3"}, "momentum copies follow whole float32 weights: .*; got ZeRO stage 3, fp32"),
-        ({"stage": "zero1", "precision": "bf16"}, "; got ZeRO stage 1, bf16"),
+        ({"stage": "zero1", "precision": "bf16"}, "momentum copies follow float32 weights: .*; got bf16"),
         ({"stage": "zero1", "batch_size": 16}, "expected a queue of a multiple of 16 places, .*; it has 24"),
     ],
 )

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from recipes.runs import CASES, Case, assert_same_checkpoint, latest, losses, start_recipe
+from recipes.test_recipes import stop_through_launcher
 from safetensors import safe_open
-from training.processes import exit_codes, start
+from training.processes import RECIPES, exit_codes, start
 
 from tempme_vl.evaluation.options import EVAL_RETRIEVAL, EVAL_VIDEOQA
 from tempme_vl.recipes.options.retrieval import PEFT, RETRIEVAL
@@ -99,6 +100,24 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit_and_its_export_is_evaluated(
     assert report["method"] == "testa" and report["output_tokens"] < report["input_tokens"]
     assert_exported(case, name, parts, report)
     assert_evaluated(case, data, parts, report, log)
+
+
+@pytest.mark.slow
+def test_divided_copies_stopped_through_the_launcher_go_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    """At ZeRO stage 3, every weight in parts: copies and queue come back whole, and divided again."""
+    case, log, whole, parts = RUNS["retrieval"], tmp_path / "log", tmp_path / "whole", tmp_path / "parts"
+    settings = json.loads((RECIPES / "ds" / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    options = {"epochs": 100, "save_every": 4, "resume": "auto", "deepspeed_config": tmp_path / "ds.json"}
+    resumed = case.arguments(data, parts, **options)
+    stopped_at = stop_through_launcher(case.recipe, parts, resumed, log)
+    assert latest(parts) == f"step-{stopped_at:08d}"
+    stop = ["--max-steps", str(stopped_at + 2)]
+    assert case.run(log, [*resumed, *stop], world=2) == [0, 0], log.read_text()
+    assert case.run(log, [*case.arguments(data, whole, **options), *stop], world=2) == [0, 0]
+    assert_same_checkpoint(whole, parts)
+    assert losses(whole) == losses(parts)
 
 
 def assert_exported(case: Case, name: str, output: Path, report: dict[str, Any]) -> None:

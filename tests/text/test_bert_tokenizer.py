@@ -91,6 +91,17 @@ def test_every_word_of_the_texts_is_known() -> None:
     assert tokenizer("unheard of")[0][:4].tolist() == [2, 1, 1, 0]
 
 
+@pytest.mark.parametrize("question", [False, True])
+def test_a_small_vocabulary_of_blip_knows_all_that_it_was_made_of(question: bool) -> None:
+    texts = ("Two women's teams, in a close-up.", "Who's that (on the left)?", "a.b: it is 5 o'clock!")
+    vocab = word_vocabulary(texts, blip=True)
+    tokenize = WordPieceTokenizer(vocab, max_words=16, end=True, blip=True, question=question)
+    for text in texts:
+        ids, mask = tokenize(text)
+        assert vocab.index("[UNK]") not in ids[mask.bool()].tolist()
+    assert word_vocabulary(["a dog runs"], blip=True) == word_vocabulary(["a dog runs"])
+
+
 def test_a_vocabulary_of_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "vocab.txt"
     for text in ("\n".join(VOCAB) + "\n", "\n".join(VOCAB), "\r\n".join(VOCAB) + "\r\n"):

@@ -19,7 +19,7 @@ from tempme_vl.pretrained import CONFIG_FILE, load_model, require_fit, save_mode
 from tempme_vl.tasks.cards import qa_card
 from tempme_vl.tasks.heads import find_head
 from tempme_vl.tasks.inputs import VideoInput
-from tempme_vl.tasks.losses import gather_rows
+from tempme_vl.tasks.losses import gather_rows, readable_video
 from tempme_vl.tasks.qa.base import QAHead
 from tempme_vl.tuning.model import TunableModel
 from tempme_vl.weights.exports import part_of
@@ -82,10 +82,7 @@ class VideoQAModel(Shareable, TunableModel):
         return features
 
     def _encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        video = batch["video"]
-        if "valid" in batch:  # whatever an unreadable video holds, even NaN, must not reach the gradients
-            video = video.where(batch["valid"].bool().view(-1, 1, 1, 1, 1), 0.0)
-        output = self.frontend(video, batch["frame_mask"])
+        output = self.frontend(readable_video(batch), batch["frame_mask"])
         return {"tokens": self.frontend.norm(output.tokens), "size": output.size}
 
     @property

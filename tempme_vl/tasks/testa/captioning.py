@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.tasks.testa.model import readable_video
+from tempme_vl.tasks.losses import readable_video
 from tempme_vl.text import BertDecoder, BlipShape
 from tempme_vl.text.beams import Writing, write
 from tempme_vl.text.blip import ADDED, started
@@ -46,15 +46,23 @@ class TestaCaptioner(TunableModel):
         shape: of the decoder.
         vocabulary: words in the order of their ids, [DEC] and [ENC] the last.
         prompt: what every caption begins with, which is no part of it.
+        decoder: default: one with random weights.
     """
 
     __test__ = False
     lora_parts = ("frontend", "decoder")
 
-    def __init__(self, frontend: VisualFrontend, shape: BlipShape, vocabulary: tuple[str, ...], prompt: str = PROMPT):
+    def __init__(
+        self,
+        frontend: VisualFrontend,
+        shape: BlipShape,
+        vocabulary: tuple[str, ...],
+        prompt: str = PROMPT,
+        decoder: BertDecoder | None = None,
+    ):
         super().__init__()
         self.frontend, self.vocabulary, self.prompt = frontend, vocabulary, prompt
-        self.decoder = BertDecoder(shape, shape.layers, shape.cross_width)
+        self.decoder = decoder or BertDecoder(shape, shape.layers, shape.cross_width)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tokens (B, M, D) of the videos, and with text_ids and text_mask (B, L) of captions that begin with the prompt
@@ -93,7 +101,17 @@ class TestaCaptioner(TunableModel):
 
     def caption(self, tokens: Tensor, writing: Writing | None = None) -> list[str]:
         """Captions in words, without the prompt."""
+        return [self._in_words(row[len(self.start) :]) for row in self.generate(tokens, writing).tolist()]
+
+    def as_written(self, text: str) -> str:
+        """A caption as it would be written: in the vocabulary's words, a blank between each two. Unknown ones, which
+        are never written, are "[UNK]"."""
+        ids, mask = WordPieceTokenizer(self.vocabulary, self.decoder.shape.positions, blip=True)(text)
+        return self._joined(ids[1 : int(mask.sum())].tolist())
+
+    def _in_words(self, ids: list[int]) -> str:
         special = {self.vocabulary.index(word) for word in (*SPECIAL_TOKENS, *ADDED)}
-        written = [row[len(self.start) :] for row in self.generate(tokens, writing).tolist()]
-        texts = [" ".join(self.vocabulary[n] for n in row if n not in special) for row in written]
-        return [text.replace(" ##", "") for text in texts]
+        return self._joined([n for n in ids if n not in special])
+
+    def _joined(self, ids: list[int]) -> str:
+        return " ".join(self.vocabulary[n] for n in ids).replace(" ##", "")

@@ -5,7 +5,8 @@ Letters: B pairs on this rank, G on all, E width of an embedding, Q places of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -150,9 +151,28 @@ class Momentum(nn.Module):
                 "add them by the model's `tune`, which copies them"
             )
         for name, copy in self.copies.items():
-            theirs = dict(modules[name].named_parameters())
-            for key, weight in copy.named_parameters():
-                weight.mul_(self.rate).add_(theirs[key], alpha=1 - self.rate)
+            for path, part in copy.named_modules():
+                own, theirs = (list(m.parameters(recurse=False)) for m in (part, modules[name].get_submodule(path)))
+                with gathered(theirs), gathered(own, changed=True):
+                    for weight, other in zip(own, theirs, strict=True):
+                        weight.mul_(self.rate).add_(other, alpha=1 - self.rate)
+
+
+@contextmanager
+def gathered(weights: Sequence[nn.Parameter], changed: bool = False) -> Iterator[None]:
+    """Weights whole where ZeRO stage 3 has divided them among the ranks, which all enter; not inside a forward pass,
+    where it is fetching weights already.
+
+    Args:
+        changed: keeps what becomes of them here, the same on all ranks.
+    """
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0 if changed else None):
+        yield
 
 
 def _names(module: nn.Module) -> set[str]:

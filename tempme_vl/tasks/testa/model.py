@@ -25,7 +25,7 @@ from tempme_vl.schema import Share, Size
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.cards import retrieval_card
 from tempme_vl.tasks.inputs import Inputs
-from tempme_vl.tasks.losses import Temperature, readable
+from tempme_vl.tasks.losses import Temperature, readable, readable_video
 from tempme_vl.tasks.testa.contrast import FeatureQueue, Momentum, Sides, ramp
 from tempme_vl.text import BlipShape, BlipTextEncoder, VideoKeys
 from tempme_vl.text.tokenizers import BlipWords
@@ -125,6 +125,7 @@ class MatchingModel(Shareable, TunableModel):
         self.text_proj, self.match_head = nn.Linear(width, frontend.shape.embed_dim), nn.Linear(width, 2)
         self.temperature = Temperature()
         self.options, self.distill = training, 0.0 if training is None else training.distill
+        self._has_followed = False
         if training is not None:
             self.momentum = self._copies(training)
             self.queue = FeatureQueue(frontend.shape.embed_dim, training.queue, numbered)
@@ -145,7 +146,7 @@ class MatchingModel(Shareable, TunableModel):
                 self.momentum.copies[name].load_state_dict(module.state_dict())
 
     def begin_step(self, step: int, steps: int) -> None:
-        """Sets `distill` for a step of a training, which `Trainer` calls in front of each.
+        """Sets `distill` for a step of a training and moves the copies, which `Trainer` asks for in front of each.
 
         Args:
             step: its number, from 0.
@@ -153,16 +154,18 @@ class MatchingModel(Shareable, TunableModel):
         """
         if self.options is not None:
             self.distill = ramp(0, step, steps, self.ramp_epochs, self.options.distill)
+            self.follow()
+            self._has_followed = True
 
-    def check_training(self, batch_size: int, zero_stage: int, bf16: bool) -> None:
+    def check_training(self, batch_size: int, bf16: bool) -> None:
         """Whether it can be trained so, which `Trainer` asks first.
 
         Args:
             batch_size: of all ranks.
 
         Raises:
-            ValueError: a queue that does not hold whole steps; or weights that the copies cannot follow: at ZeRO stage
-                3 a rank has parts of them, and in bf16 most of what a step of 0.5 percent adds is rounded away.
+            ValueError: a queue that does not hold whole steps; or weights in bf16, where most of what a step of 0.5
+                percent adds to the copies is rounded away.
         """
         if self.options is None:
             return
@@ -171,12 +174,8 @@ class MatchingModel(Shareable, TunableModel):
                 f"expected a queue of a multiple of {batch_size} places, the pairs of a step; it has "
                 f"{self.options.queue}: give --contrast-options queue=N, or another --batch-size"
             )
-        if zero_stage == 3 or bf16:
-            got = f"ZeRO stage {zero_stage}, {'bf16' if bf16 else 'fp32'}"
-            raise ValueError(
-                "momentum copies follow whole float32 weights: use --precision fp32 and ZeRO stage 0, 1 or 2 "
-                f"(--deepspeed-config zero2); got {got}"
-            )
+        if bf16:
+            raise ValueError("momentum copies follow float32 weights: use --precision fp32; got bf16")
 
     def _followed(self) -> dict[str, nn.Module]:
         return {"frontend": self.frontend, "text": self.text, "text_proj": self.text_proj}
@@ -210,6 +209,12 @@ class MatchingModel(Shareable, TunableModel):
     def follow(self) -> None:
         """Moves the copies one step towards the encoders."""
         self.momentum.follow(self._followed())
+
+    def follow_once(self) -> None:
+        """The same in a forward pass of a training, unless `begin_step` has done it for this step."""
+        if not self._has_followed:
+            self.follow()
+        self._has_followed = False
 
     @torch.no_grad()
     def encode_by_copies(self, batch: Mapping[str, Tensor]) -> Sides:
@@ -301,8 +306,3 @@ class MatchingModel(Shareable, TunableModel):
 def embed_text(text: nn.Module, text_proj: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """(B, L) -> (B, E), L2-normalised."""
     return F.normalize(at_least_float32(text_proj(text(ids, mask)[:, 0])), dim=-1)
-
-
-def readable_video(batch: Mapping[str, Tensor]) -> Tensor:
-    """The videos; whatever an unreadable one holds, even NaN, must not reach the gradients."""
-    return readable(batch["video"], batch["valid"].bool() if "valid" in batch else None)

@@ -12,10 +12,10 @@ from torch import Tensor
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.inputs import Inputs
-from tempme_vl.tasks.losses import draw_negatives, gather_rows, matching_loss
-from tempme_vl.tasks.testa.captioning import caption_loss
+from tempme_vl.tasks.losses import draw_negatives, gather_rows, matching_loss, readable_video
+from tempme_vl.tasks.testa.captioning import TestaCaptioner, caption_loss
 from tempme_vl.tasks.testa.contrast import Contrast, Sides, contrast
-from tempme_vl.tasks.testa.model import Candidates, ContrastOptions, MatchingConfig, MatchingModel, readable_video
+from tempme_vl.tasks.testa.model import Candidates, ContrastOptions, MatchingConfig, MatchingModel
 from tempme_vl.text import BertDecoder, BlipTextEncoder
 from tempme_vl.text.blip import is_tied, tie
 from tempme_vl.weights.exports import part_of
@@ -70,7 +70,7 @@ class TestaPretrainingModel(MatchingModel):
         """
         self.require_copies()
         if self.training:
-            self.follow()
+            self.follow_once()
         features = {"temperature": self.temperature()}
         features["video"], features["tokens"] = self.encode_video(readable_video(batch), batch.get("frame_mask"))
         features["text"] = self.encode_text(batch["text_ids"], batch["text_mask"])
@@ -83,6 +83,14 @@ class TestaPretrainingModel(MatchingModel):
         counted = batch["text_mask"].bool() & valid.unsqueeze(1)
         features["caption"] = caption_loss(self.decoder, features["tokens"], batch["text_ids"], counted)
         return features
+
+    def captioner(self, prompt: str = "") -> TestaCaptioner:
+        """What writes captions, of this model's own modules.
+
+        Args:
+            prompt: see `TestaCaptioner`; pre-training has none.
+        """
+        return TestaCaptioner(self.frontend, self.text.shape, self.vocabulary, prompt, self.decoder)
 
     def contrast(self, features: Mapping[str, Tensor]) -> Contrast:
         """The logits and targets of contrast; every pair is another."""

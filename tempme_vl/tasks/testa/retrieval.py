@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tempme_vl.tasks.losses import draw_negatives, gather_rows, matching_loss, negative_weights
+from tempme_vl.tasks.losses import draw_negatives, gather_rows, matching_loss, negative_weights, readable_video
 from tempme_vl.tasks.testa.contrast import Contrast, Sides, contrast, gather_shared, positives, rank
-from tempme_vl.tasks.testa.model import Candidates, MatchingConfig, MatchingModel, readable_video
+from tempme_vl.tasks.testa.model import Candidates, MatchingConfig, MatchingModel
 from tempme_vl.tasks.testa.pretraining import TestaPretrainingConfig
 
 
@@ -61,7 +61,7 @@ class TestaRetrievalModel(MatchingModel):
         both = "video" in batch and "text_ids" in batch
         features = {"temperature": self.temperature()}
         if both and self.training and self.options is not None:
-            self.follow()
+            self.follow_once()
         if "video" in batch:
             features["video"], features["tokens"] = self.encode_video(readable_video(batch), batch.get("frame_mask"))
         if "text_ids" in batch:
