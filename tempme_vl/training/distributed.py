@@ -42,7 +42,7 @@ def initialize() -> torch.device:
         with undocumented("deepspeed"):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(threads_of_rank(len(os.sched_getaffinity(0)), local_ranks))
     else:
         get_accelerator().set_device(device.index)
     first = not dist.is_initialized()
@@ -50,6 +50,13 @@ def initialize() -> torch.device:
     if first:
         together.watch(rank(), world_size(), gather_objects)
     return device
+
+
+def threads_of_rank(cores: int, local_ranks: int) -> int:
+    """An equal part of the cores, and no more than OMP_NUM_THREADS where that is set: on cores that others use, too,
+    threads that wait for each other made a step of a small model 50 times as long (docs/LOG.md)."""
+    share, asked = max(1, cores // local_ranks), os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdecimal() and int(asked) else share
 
 
 def rank() -> int:
