@@ -99,6 +99,7 @@ DATASETS: Registry[DataSet] = Registry(
     {
         "motion": "tempme_vl.data.motion:DATASET",
         "detail": "tempme_vl.data.detail:DATASET",
+        "events": "tempme_vl.data.events:DATASET",
         "msrvtt": "tempme_vl.data.msrvtt:DATASET",
         "msvd": "tempme_vl.data.msvd:DATASET",
         "activitynet": "tempme_vl.data.activitynet:DATASET",

@@ -7,8 +7,9 @@ attention over time. A video is the mean of all tokens that leave the encoder, i
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,7 +30,7 @@ from tempme_vl.backbones.base import (
 from tempme_vl.backbones.divided import DividedBlock, ImageBlock
 from tempme_vl.backbones.testa_checkpoint import TOWER, Converted, convert, nearest, read_checkpoint, resize_times
 from tempme_vl.fit import misfits
-from tempme_vl.schema import Layers, Range, Size
+from tempme_vl.schema import LEFT_OUT, Layers, Range, Size
 from tempme_vl.weights.exports import find_export, load_exported_tower, tower_part
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class TestaConfig:
         attention: "divided"; "apart" for frames that know nothing of each other: BLIP's own ViT, each frame with its
             CLS token; or "joint" for all tokens of a video in one attention, as the paper compares TESTA with ToMe.
         init_std: deviation of random weights; None for 1 / sqrt(fan-in), with which a small model learns in minutes.
+        time_start: what positions of frames are at first: "zero", as for weights of a model of images, or "waves",
+            sines and cosines, with which a small model from random weights learns the order of frames sooner.
     """
 
     __test__ = False  # no test, whatever its name begins with
@@ -65,6 +68,7 @@ class TestaConfig:
     temporal_scaling: bool = False
     init_std: Annotated[float, Range(0, 10)] | None = 0.02
     attention: Kind = "divided"
+    time_start: Literal["zero", "waves"] = field(default="zero", metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         if self.attention not in get_args(Kind):
@@ -86,6 +90,16 @@ _MODELS: dict[str, dict[str, Any]] = {
         "embed_dim": 64,
         "init_std": None,
     },
+    "mini": {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 32,
+        "layers": 3,
+        "heads": 2,
+        "embed_dim": 64,
+        "init_std": None,
+        "time_start": "waves",
+    },
     "b16": {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "heads": 12, "embed_dim": 256},
 }
 
@@ -93,7 +107,7 @@ _MODELS: dict[str, dict[str, Any]] = {
 def model_config(
     name: str, num_frames: int, temporal_scaling: bool = False, attention: Kind = "divided"
 ) -> TestaConfig:
-    """The configuration of "tiny" or "b16".
+    """The configuration of "mini", "tiny" or "b16".
 
     Raises:
         ValueError: another name, or see `TestaConfig`.
@@ -171,7 +185,16 @@ def build(config: TestaConfig) -> Backbone:
     backbone.apply(partial(_init, std=config.init_std))
     for position in (embed.cls_token, embed.pos_embed):
         nn.init.trunc_normal_(position, std=0.02)
+    if embed.timed and config.time_start == "waves":
+        embed.time_embed.data[0] = _waves(config.num_frames, config.width)
     return backbone
+
+
+def _waves(frames: int, width: int) -> Tensor:
+    """(F, D): half of the numbers are sines, half cosines, of up to 4 turns a video and of amplitude 1 / sqrt(2)."""
+    turns = 4 * torch.arange(1, width // 2 + 1) / (width // 2)
+    angle = 2 * math.pi * torch.arange(frames)[:, None] / frames * turns
+    return torch.cat([angle.sin(), angle.cos()], 1) * 0.5**0.5
 
 
 def _init(module: nn.Module, std: float | None) -> None:
@@ -301,7 +324,7 @@ def load_tower(
     """A tower by name, with its configuration.
 
     Args:
-        name: "tiny" or "b16".
+        name: "mini", "tiny" or "b16".
         pretrained: the path of a public file of BLIP or TESTA or of a folder that this package wrote, for any number of
             frames; None for random weights.
         temporal_scaling, attention: see `TestaConfig`.

@@ -19,7 +19,8 @@ import numpy as np
 
 from tempme_vl.data import msrvtt
 from tempme_vl.data.dataset import DataSet, Place, SplitNames, Texts
-from tempme_vl.data.rendered import COLORS, HOLD, NUM_PICTURES, SIZE, Entry, Rendering, meanings, render
+from tempme_vl.data.drawing import COLORS
+from tempme_vl.data.rendered import HOLD, NUM_PICTURES, SIZE, Entry, Rendering, meanings, render
 from tempme_vl.data.splits import RetrievalSplit
 
 VERSION = 1  # raise it with every change to what is rendered or written

@@ -8,7 +8,6 @@ MSRVTT and MSRVTT-QA, rendered from a seed on first use.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +17,15 @@ import numpy as np
 
 from tempme_vl.data import msrvtt, msrvtt_qa
 from tempme_vl.data.dataset import DataSet, Place, SplitNames, Texts
+from tempme_vl.data.drawing import COLORS, SHAPES, Thing, draw
 from tempme_vl.data.options import MOTION_ROOT
-from tempme_vl.data.rendered import COLORS, HOLD, NUM_PICTURES, SIZE, Entry, Rendering, meanings, render
+from tempme_vl.data.rendered import HOLD, NUM_PICTURES, SIZE, Entry, Rendering, meanings, render
 from tempme_vl.data.splits import RetrievalSplit
 from tempme_vl.data.videoqa import QASplit
 
 VERSION = 3  # raise it with every change to what is rendered or written
 
 BACKGROUNDS = {"black": (4, 4, 4), "navy": (4, 8, 95), "brown": (84, 46, 6)}  # all dark: docs/LOG.md
-SHAPES = ("square", "ring", "triangle", "cross")  # a filled circle is hard to tell from a square at 32 pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 # One sentence a video, and none about the background: with four paraphrases and 288 meanings the direction was not
@@ -38,17 +37,6 @@ ORDER_CAPTIONS = (
     "on a {background} background a {first} is followed by a {second}",
     "a {background} scene in which a {second} comes after a {first}",
 )
-
-
-@dataclass(frozen=True)
-class Thing:
-    """An object: its place (x to the right, y down, from the centre of the frame) and radius in pixels."""
-
-    color: str
-    shape: str
-    x: float
-    y: float
-    radius: float
 
 
 @dataclass(frozen=True)
@@ -130,41 +118,7 @@ MotionVideo = MoveVideo | OrderVideo
 
 def render_frames(video: MotionVideo) -> np.ndarray:
     """The video before compression: uint8 (NUM_FRAMES, SIZE, SIZE, 3), RGB."""
-    things = video.pictures()
-    middle = (SIZE - 1) / 2
-    pixel = np.arange(SIZE, dtype=np.float32) - middle
-    x = pixel[None, None, :] - _column(thing.x for thing in things)
-    y = pixel[None, :, None] - _column(thing.y for thing in things)
-    radius = _column(thing.radius for thing in things)
-    distance = np.empty((len(things), SIZE, SIZE), dtype=np.float32)
-    for shape in {thing.shape for thing in things}:
-        rows = [i for i, thing in enumerate(things) if thing.shape == shape]
-        distance[rows] = _distance(shape, x[rows], y[rows], radius[rows])
-    # One pixel of linear fall-off around the outline is the anti-aliasing.
-    coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
-    color = np.array([COLORS[thing.color] for thing in things], dtype=np.float32)[:, None, None, :]
-    background = np.array(BACKGROUNDS[video.background], dtype=np.float32)
-    pictures = np.rint(background + coverage * (color - background)).astype(np.uint8)
-    return np.repeat(pictures, HOLD, axis=0)
-
-
-def _column(values: Iterable[float]) -> np.ndarray:
-    return np.array(list(values), dtype=np.float32)[:, None, None]
-
-
-def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Signed distance to the outline in pixels (near it), negative inside."""
-    if shape == "ring":
-        return np.abs(np.hypot(x, y) - 0.76 * radius) - 0.24 * radius
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.85 * radius
-    if shape == "triangle":
-        sides = np.sqrt(0.75) * np.abs(x) - 0.5 * y
-        return np.maximum(sides, y) - 0.55 * radius
-    if shape == "cross":
-        ax, ay, arm = np.abs(x), np.abs(y), 0.3 * radius
-        return np.minimum(np.maximum(ax - arm, ay - radius), np.maximum(ay - arm, ax - radius))
-    raise AssertionError(shape)
+    return np.repeat(draw(video.pictures(), BACKGROUNDS[video.background], SIZE), HOLD, axis=0)
 
 
 def render_motion(

@@ -29,15 +29,6 @@ NUM_FRAMES = 16
 HOLD = 2
 NUM_PICTURES = NUM_FRAMES // HOLD
 
-COLORS = {
-    "red": (225, 30, 30),
-    "green": (20, 165, 40),
-    "blue": (35, 65, 230),
-    "yellow": (245, 215, 20),
-    "magenta": (215, 40, 205),
-    "cyan": (30, 205, 215),
-}
-
 
 class RenderedVideo(Protocol):
     """A video that is not rendered yet."""
@@ -47,7 +38,7 @@ class RenderedVideo(Protocol):
         """MSRVTT's number of a category."""
 
     def frames(self) -> np.ndarray:
-        """The video before compression: uint8 (NUM_FRAMES, SIZE, SIZE, 3), RGB."""
+        """The video before compression: uint8 RGB, frames and size as its `Rendering` says."""
 
     def captions(self) -> list[str]:
         """One at least; in a test split the first alone is used."""
@@ -68,6 +59,7 @@ class Rendering:
         seed: of all that is random.
         num_train, num_test: retrieval's videos, which come first, training before test.
         more: other numbers that the videos depend on.
+        frames, size: of a video, and of its frames in pixels.
     """
 
     name: str
@@ -76,6 +68,8 @@ class Rendering:
     num_train: int
     num_test: int
     more: tuple[tuple[str, int], ...] = ()
+    frames: int = NUM_FRAMES
+    size: int = SIZE
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -86,7 +80,7 @@ class Rendering:
     def description(self) -> dict[str, Any]:
         """NAME.json, which is written last: a folder without it is unfinished."""
         facts = {"name": self.name, "version": self.version, "parameters": self.parameters}
-        return {**facts, "frames": NUM_FRAMES, "fps": FPS, "size": SIZE}
+        return {**facts, "frames": self.frames, "fps": FPS, "size": self.size}
 
 
 def render(root: str | Path, rendering: Rendering, draw: Callable[[], Sequence[Entry]]) -> Path:

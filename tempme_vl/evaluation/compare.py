@@ -96,6 +96,7 @@ class Compared:
     Attributes:
         rsum: text to video and video to text together, 0 to 600, over seeds.
         t2v, v2t: 0 to 300.
+        first: recall at 1 of text to video and of video to text, in percent.
         difference: of `rsum` to the first row's, paired; None for the first row.
         milliseconds: of the encoder for a video, merging included; `ratio`: to the first row's, paired turn by turn.
         train_seconds: mean over seeds.
@@ -105,6 +106,7 @@ class Compared:
     rsum: Interval
     t2v: Interval
     v2t: Interval
+    first: tuple[Interval, Interval]
     difference: Interval | None
     tokens: int
     input_tokens: int
@@ -134,6 +136,7 @@ def compared(runs: Mapping[str, Sequence[Run]], times: Mapping[str, Sequence[flo
                 _rsum(both, "both"),
                 _rsum(own, "t2v"),
                 _rsum(own, "v2t"),
+                (_first(own, "t2v"), _first(own, "v2t")),
                 None if name == first else paired_difference(both, base, "both"),
                 report["output_tokens"],
                 report["input_tokens"],
@@ -151,13 +154,19 @@ def _rsum(runs: Sequence[Run], way: str) -> Interval:
     return over_seeds([statistics.fmean(run.scores[way]) for run in runs])
 
 
+def _first(runs: Sequence[Run], way: str) -> Interval:
+    reports = [run.report.get(way) or run.report[f"{way}_max_pooled"] for run in runs]  # of videos with many captions
+    return over_seeds([report["r1"] for report in reports])
+
+
 def _both(run: Run) -> list[float]:
     return [t2v + v2t for t2v, v2t in zip(run.scores["t2v"], run.scores["v2t"], strict=True)]
 
 
 def markdown(rows: Sequence[Compared]) -> str:
     """A table."""
-    heads = ["row", "R-Sum, both ways", "to the first row", "t2v", "v2t", "tokens", "GFLOPs", "ms a video", "time"]
+    found = ["R-Sum, both ways", "to the first row", "t2v", "v2t", "R@1 t2v", "R@1 v2t"]
+    cost = ["tokens", "GFLOPs", "ms a video", "time", "trainable", "train s"]
     lines = []
     for row in rows:
         cells = [
@@ -166,6 +175,7 @@ def markdown(rows: Sequence[Compared]) -> str:
             "" if row.difference is None else row.difference.shown(signed=True),
             row.t2v.shown(),
             row.v2t.shown(),
+            *(recall.shown() for recall in row.first),
             f"{row.tokens} of {row.input_tokens}",
             f"{row.gflops:.4g}",
             f"{row.milliseconds:.2f}",
@@ -174,7 +184,7 @@ def markdown(rows: Sequence[Compared]) -> str:
             f"{row.train_seconds:.0f}",
         ]
         lines.append(cells)
-    return markdown_table([*heads, "trainable", "train s"], lines)
+    return markdown_table(["row", *found, *cost], lines)
 
 
 def plot(rows: Sequence[Compared]) -> str:

@@ -141,6 +141,20 @@ def test_attention_over_time_does_nothing_at_first() -> None:
     assert torch.equal(after.x, state.x) and attention.keys.shape == (16, 4, FRAMES, 16)
 
 
+@pytest.mark.parametrize(("name", "knows"), [("testa:tiny", False), ("testa:mini", True)])
+def test_positions_of_frames_start_at_zero_or_as_waves(name: str, knows: bool, tmp_path: Path) -> None:
+    """With zeros a new tower does not know the order of frames, with waves it does."""
+    frontend = create_frontend(name, method="none", num_frames=FRAMES).double().eval()
+    frames = video()[..., : frontend.shape.image_size, : frontend.shape.image_size]
+    with torch.inference_mode():
+        differs = (frontend(frames).pooled - frontend(frames.flip(1)).pooled).abs().max()
+    assert (differs > 1e-3) == knows and (differs < 1e-12) != knows
+    frontend.save_pretrained(tmp_path)
+    again = VisualFrontend.from_pretrained(tmp_path)
+    assert torch.equal(again.embed.time_embed, frontend.embed.time_embed.float())
+    assert ("time_start" in (tmp_path / "config.json").read_text()) == knows  # folders of before have no such key
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -216,7 +230,7 @@ def test_methods_that_know_of_frames_are_refused_where_all_are_together(method: 
 
 
 def test_names_of_other_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="no model 'l16'; expected one of tiny, b16"):
+    with pytest.raises(ValueError, match="no model 'l16'; expected one of tiny, mini, b16"):
         create_frontend("testa:l16", method="none")
 
 

@@ -22,8 +22,9 @@ import tempme_vl
 from tempme_vl.cli import COMMANDS
 from tempme_vl.data.dataset import DataSet, Place, SplitNames, Texts
 from tempme_vl.data.datasets import ASKED, CAPTIONED, Source, overview
+from tempme_vl.data.drawing import COLORS
 from tempme_vl.data.motion import DIRECTIONS, MoveVideo, Thing, render_frames
-from tempme_vl.data.rendered import COLORS, write_video
+from tempme_vl.data.rendered import write_video
 from tempme_vl.data.splits import Video, make_split
 
 DOCS = Path(__file__).parents[2] / "docs"

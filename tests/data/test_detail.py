@@ -12,7 +12,8 @@ import pytest
 from tempme_vl.data import msrvtt
 from tempme_vl.data.dataset import Place
 from tempme_vl.data.detail import COLUMNS, ROWS, SHOWN, DetailVideo, _draw_videos, render_detail
-from tempme_vl.data.rendered import COLORS, HOLD, NUM_FRAMES, SIZE
+from tempme_vl.data.drawing import COLORS
+from tempme_vl.data.rendered import HOLD, NUM_FRAMES, SIZE
 
 CELL = SIZE // 4
 

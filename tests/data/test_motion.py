@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from tempme_vl.data import motion, rendered
+from tempme_vl.data.drawing import COLORS
 from tempme_vl.data.motion import DIRECTIONS, SHAPES, MoveVideo, OrderVideo, Thing, render_frames
-from tempme_vl.data.rendered import COLORS, write_video
+from tempme_vl.data.rendered import write_video
 
 SMALL = {"num_train": 40, "num_test": 12, "num_order_train": 10, "num_order_val": 4, "num_order_test": 4}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}

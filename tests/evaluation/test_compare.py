@@ -28,7 +28,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def run(seed: int, t2v: list[float], v2t: list[float] | None = None, **report: float) -> Run:
     known = {"output_tokens": 10, "input_tokens": 20, "gflops": 1.5, "trainable_params": 1234, "train_seconds": 7.0}
-    return Run(seed, {**known, **report}, {"t2v": t2v, "v2t": t2v if v2t is None else v2t})
+    found = {"t2v": {"r1": 12.5 + seed}, "v2t_max_pooled": {"r1": 25.0}}
+    return Run(seed, {**known, **found, **report}, {"t2v": t2v, "v2t": t2v if v2t is None else v2t})
 
 
 @pytest.mark.parametrize("text", ["none", "tempme+lora", "tome:r=4", "tome+full:r=4,budget=0.5"])
@@ -96,7 +97,11 @@ def test_the_table_and_the_plot_have_every_row() -> None:
     assert second.milliseconds == 2.0 and second.ratio == pytest.approx(0.625)
     lines = markdown(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 4
-    assert lines[3].startswith("| tome:r=1 | 300.0 | -100.0 ")
+    assert lines[3].startswith("| tome:r=1 | 300.0 | -100.0 [-200.0, +0.0] | 250.0 | 50.0 | 12.5 | 25.0 | 10 of 20 |")
+    assert [recall.mean for recall in compared({"none": [run(0, [0.0]), run(1, [0.0])]}, {"none": [1.0]})[0].first] == [
+        13.0,
+        25.0,
+    ]
     drawn = ET.fromstring(plot(rows))
     assert len(list(drawn.iter(f"{SVG}circle"))) == 3 * 2 + 2  # three panels, and the legend
     shown = [text.text for text in drawn.iter(f"{SVG}text")]

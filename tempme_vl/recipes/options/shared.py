@@ -51,7 +51,7 @@ class TowerOptions:
 
     model: str = "open_clip:ViT-B-32-quickgelu"
     """open_clip:NAME, umt:b16, umt:l16, testa:b16, or hf: and a hub id or folder of CLIP, SigLIP or SigLIP 2;
-    open_clip:tiny, umt:tiny and testa:tiny train from scratch in minutes."""
+    open_clip:tiny, umt:tiny, testa:tiny and testa:mini (many frames) train from scratch in minutes."""
     pretrained: str = "openai"
     """open_clip's tag ("openai"); a file of OpenAI, open_clip, transformers, CLIP4Clip, TempMe or (any form) UMT, BLIP
     and TESTA; the OUTPUT/best of another run; or "none" for random weights."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tempme_vl.hub import HubOptions
 
 M = TypeVar("M", bound="MatchingModel")
-TEXT_OF = {"tiny": "tiny", "b16": "base"}  # the text encoder of each tower, as `BlipShape` names it
+TEXT_OF = {"mini": "tiny", "tiny": "tiny", "b16": "base"}  # the text encoder of each tower, as `BlipShape` names it
 
 
 @dataclass(frozen=True)
