@@ -120,7 +120,8 @@ TYPES: dict[str, set[str]] = {
 }
 SCRIPTS = ("recipes", "eval")
 # of pyproject.toml, and perhaps not installed
-EXTRAS = {"lmms_eval", "lancedb", "pyarrow", "fastapi", "starlette", "uvicorn"}
+SEARCHED = {"lancedb", "pyarrow", "fastapi", "starlette", "uvicorn", "mteb", "datasets", "sentence_transformers"}
+EXTRAS = {"lmms_eval", *SEARCHED}
 HEAVY = {"deepspeed", "peft", "timm", "decord", "lancedb", "pyarrow"}  # and not always needed
 
 
