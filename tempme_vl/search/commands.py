@@ -99,7 +99,7 @@ def format_report(report: IndexReport) -> str:
     lines += [f"not taken: {problem.path}: {problem.reason}" for problem in report.broken]
     lines += [f"gone: {path}" for path in report.removed]
     if report.others:
-        lines.append(f"{report.others} files have other endings than those of videos")
+        lines.append(f"no videos by their endings: {report.others}")
     return "\n".join(lines)
 
 
