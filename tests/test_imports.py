@@ -121,7 +121,8 @@ TYPES: dict[str, set[str]] = {
 }
 SCRIPTS = ("recipes", "eval")
 # of pyproject.toml, and perhaps not installed
-EXTRAS = {"lmms_eval", "lancedb", "pyarrow", "fastapi", "starlette", "uvicorn", "ray"}
+SEARCHED = {"lancedb", "pyarrow", "fastapi", "starlette", "uvicorn", "ray", "mteb", "datasets", "sentence_transformers"}
+EXTRAS = {"lmms_eval", *SEARCHED}
 HEAVY = {"deepspeed", "peft", "timm", "decord", "lancedb", "pyarrow", "ray"}  # and not always needed
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from tempme_vl.data.splits import VIDEO_EXTENSIONS
 from tempme_vl.reports import format_columns, show, write_whole
 from tempme_vl.search.answers import ask_index
 from tempme_vl.search.default_model import default_model
@@ -20,6 +19,7 @@ from tempme_vl.search.hits import Hit, Hits
 from tempme_vl.search.index import IndexReport, build_index
 from tempme_vl.search.options import AskOptions, EmbedOptions, IndexOptions, SearchOptions
 from tempme_vl.search.query import open as open_index
+from tempme_vl.search.query_files import query_of_file, read_picture
 
 
 def index(options: IndexOptions) -> None:
@@ -89,22 +89,6 @@ def query_of(options: SearchOptions) -> Query:
     return options.text or (read_picture(options.image) if options.image else Path(str(options.clip)))
 
 
-def query_of_file(file: Path) -> Query:
-    """A video by the ending of its name, else a picture. Raises ValueError for one that cannot be read."""
-    return file if file.name.lower().endswith(VIDEO_EXTENSIONS) else read_picture(file)
-
-
-def read_picture(file: Path) -> Query:
-    """A picture. Raises ValueError that names the file."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
-
-
 def format_report(report: IndexReport) -> str:
     """The report to read."""
     lines = [
@@ -115,7 +99,7 @@ def format_report(report: IndexReport) -> str:
     lines += [f"not taken: {problem.path}: {problem.reason}" for problem in report.broken]
     lines += [f"gone: {path}" for path in report.removed]
     if report.others:
-        lines.append(f"{report.others} files have other endings than those of videos")
+        lines.append(f"no videos by their endings: {report.others}")
     return "\n".join(lines)
 
 

@@ -156,16 +156,17 @@ class Embedder:
         """
         if isinstance(query, str):
             return self.text(query)
-        if isinstance(query, Image.Image):
-            picture = np.asarray(query.convert("RGB"))
-            frames = self.transform(picture[None]).expand(self.layout.frames, -1, -1, -1)
-        elif isinstance(query, Path | Video):
-            video = query if isinstance(query, Video) else Video(query.name, query)
-            frames = self.retrieval.reader(video).video
-        else:
-            raise ValueError(f"expected a text, a picture of Pillow, a Path or a Video; got {type(query).__name__}")
-        embedded = self.videos(frames[None])
+        embedded = self.videos(self.frames_of(query)[None])
         return EmbeddedQuery(embedded.vectors[0], None if embedded.tokens is None else embedded.tokens[0])
+
+    def frames_of(self, shown: Path | Video | Image.Image) -> Tensor:
+        """(F, 3, S, S), the frames of a video, or a picture as often. Raises as `query`."""
+        if isinstance(shown, Image.Image):
+            picture = np.asarray(shown.convert("RGB"))
+            return self.transform(picture[None]).expand(self.layout.frames, -1, -1, -1)
+        if isinstance(shown, Path | Video):
+            return self.retrieval.reader(shown if isinstance(shown, Video) else Video(shown.name, shown)).video
+        raise ValueError(f"expected a text, a picture of Pillow, a Path or a Video; got {type(shown).__name__}")
 
     def text(self, text: str) -> EmbeddedQuery:
         """Embeds a text. Raises ValueError for an empty one."""

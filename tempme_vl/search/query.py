@@ -217,7 +217,7 @@ class SearchIndex:
                 f"the filter {where!r} cannot be used: {reason}. It may name {', '.join(FACTS)}, as in "
                 "\"path LIKE 'kitchen/%' AND duration < 60\""
             ) from error
-        cosines = 1.0 - rows.column("_distance").to_numpy()
+        cosines = np.clip(1.0 - rows.column("_distance").to_numpy(), -1.0, 1.0)  # rounding leads out of these
         return rows.drop_columns("_distance").append_column("coarse", pa.array(cosines.astype(np.float64)))
 
     def _by_tokens(self, query: EmbeddedQuery, hits: Sequence[Hit], numbers: Sequence[int]) -> list[Hit]:

@@ -55,6 +55,11 @@ def save_model(folder: Path, seed: int = 0, **more: Any) -> Path:
     return folder
 
 
+def code_of(page: Path, heading: str) -> str:
+    """The first Python that a page shows below a heading."""
+    return page.read_text().split(f"## {heading}\n", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+
+
 def rows_of(folder: Path) -> list[list[Any]]:
     """Path, segment, times and a checksum of each row of an index, in order."""
     from tempme_vl.search.store import Store
