@@ -91,7 +91,7 @@ def clustered(options: Options, folder: Path, nodes: int, kill: bool) -> dict[st
     """By a cluster, and how far the index is from the one of one process."""
     from ray.cluster_utils import Cluster
 
-    memory = {"object_store_memory": options.object_store * 2**20}
+    memory: dict[str, Any] = {"object_store_memory": options.object_store * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
     started = [cluster.add_node(num_cpus=1, **memory) for _ in range(nodes)]
     name = f"{nodes} node{'s' if nodes > 1 else ''}{', one killed' if kill else ''}"

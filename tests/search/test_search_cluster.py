@@ -159,7 +159,7 @@ def nodes() -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         from ray.cluster_utils import Cluster
 
-        memory = {"object_store_memory": 100 * 2**20}
+        memory: dict[str, Any] = {"object_store_memory": 100 * 2**20}
         found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
         found.add_node(num_cpus=1, **memory)
         yield found
@@ -192,7 +192,8 @@ def test_a_machine_that_is_killed_loses_and_doubles_nothing(
     many = tmp_path / "videos"
     for number in range(12):
         shutil.copytree(videos, many / str(number))
-    put, written = Store.put, []
+    put = Store.put
+    written: list[int] = []
 
     def watched(self: Store, *given: Any) -> None:
         put(self, *given)
