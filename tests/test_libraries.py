@@ -53,7 +53,7 @@ last_hidden_state normalized_shape eps reset_parameters
     num_register_tokens out_channels out_features p
     pad_token_id padding padding_idx padding_side patch_embed peft_config pooler_output post_processor pre_tokenize_str
     pre_tokenizer pretrained_cfg process_index projection_dim temporal_patch_size to_json_string training
-    execution_device image_token post_forward pre_forward sequences
+    execution_device image_token post_forward pre_forward save_for_backward saved_tensors sequences
     use_mean_pooling video_token window_size zero_optimization_stage
     info warning PeftModel match fullmatch hf_hub_id hf_hub_filename
 """

@@ -36,7 +36,7 @@ def main(options: EfficiencyOptions) -> None:
     if not options.measure and (options.against is not None or not options.costs):
         raise ValueError("--against and --no-costs are about what is measured; add --measure")
     before = None if options.against is None else stored(options.against)
-    report: dict[str, Any] = computed() if options.costs else {}
+    report: dict[str, Any] = computed_tables() if options.costs else {}
     if options.measure:
         report["measured"] = [measure(options, batch) for batch in options.batch]
     if options.json is not None:
@@ -45,7 +45,7 @@ def main(options: EfficiencyOptions) -> None:
         show(compare(before, report["measured"], options.spread))
 
 
-def computed() -> dict[str, Any]:
+def computed_tables() -> dict[str, Any]:
     """Prints the tables of what is computed; returns the same as JSON data."""
     costs = cost_table()
     fusion = fusion_table(costs)

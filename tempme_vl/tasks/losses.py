@@ -70,8 +70,9 @@ PAIRS = Pairs()  # all real, of videos and captions that all differ
 
 
 def gather_ids(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all ranks' pairs video_id, text_id (G,) int64, and valid (G,) bool."""
-    video_id, text_id, valid = (gather_rows(batch[key].long()) for key in ("video_id", "text_id", "valid"))
+    """Of all ranks' pairs video_id, text_id (G,) int64, and valid (G,) bool; in one exchange."""
+    own = torch.stack([batch[key].long() for key in ("video_id", "text_id", "valid")], dim=1)
+    video_id, text_id, valid = gather_rows(own).unbind(1)
     return video_id, text_id, valid.bool()
 
 

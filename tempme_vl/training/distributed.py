@@ -95,10 +95,10 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in tensor.tolist()]
 
 
-def mean(value: float, device: torch.device) -> float:
-    """Over all ranks."""
+def sums(values: list[float], device: torch.device) -> list[float]:
+    """Each value summed over all ranks, in one exchange."""
     if world_size() == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
-    return float(tensor) / world_size()
+    return tensor.tolist()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -236,9 +236,12 @@ class Trainer:
         # DeepSpeed tells no norm at ZeRO stage 0 in float32, and older versions tell 1 for one that is not finite; but
         # such a gradient is in the weights by now
         norm, weights = self.engine.get_global_grad_norm(), self._whole.total(self.engine)
-        self._require_finite(weights if norm is None else norm + 0 * weights, "gradient norm", batch)
+        norm = weights if norm is None else norm + 0 * weights
+        total, broken = distributed.sums([float(loss.detach()), not _is_finite(norm)], self.device)
+        if broken:
+            self._refuse(norm, "gradient norm", batch)
         self.step += 1
-        value = distributed.mean(float(loss.detach()), self.device)
+        value = total / distributed.world_size()
         if self._log:
             self._log.write(
                 self.step,
@@ -351,13 +354,20 @@ class Trainer:
         advise(f"the last checkpoint is {checkpoint}; continue with --resume auto")
 
     def _require_finite(self, value: Tensor, what: str, batch: Batch) -> None:
-        (bad,) = distributed.any_rank([not bool(torch.isfinite(value).all())], self.device)
+        (bad,) = distributed.any_rank([not _is_finite(value)], self.device)
         if bad:
-            names = [name for names in distributed.gather_objects(list(batch["name"])) for name in names]
-            raise NonFiniteLossError(
-                f"{what} is {float(value.detach())} at step {self.step} (epoch {self.epoch}); samples of the batch: "
-                f"{', '.join(names)}. The last checkpoint is untouched; look at these samples, or lower the rates"
-            )
+            self._refuse(value, what, batch)
+
+    def _refuse(self, value: Tensor, what: str, batch: Batch) -> NoReturn:
+        names = [name for names in distributed.gather_objects(list(batch["name"])) for name in names]
+        raise NonFiniteLossError(
+            f"{what} is {float(value.detach())} at step {self.step} (epoch {self.epoch}); samples of the batch: "
+            f"{', '.join(names)}. The last checkpoint is untouched; look at these samples, or lower the rates"
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -116,3 +116,30 @@ def different_rows() -> Tensor:
     assert torch.equal(gathered[:, 0], torch.arange(distributed.world_size()).repeat_interleave(2).float())
     assert rows.grad is not None
     return rows.grad
+
+
+def exchanges_of_a_step(output: Path) -> list[str]:
+    """What a rank exchanges with others in the second update and the check for signals behind it: the name of the
+    function, and how many numbers. DeepSpeed's own calls, which name their arguments, are not among it."""
+    trainer = small_trainer(output, "zero0", optimizer="sgd")
+    seen: list[str] = []
+    functions = {name: getattr(torch.distributed, name) for name in ("all_reduce", "all_gather")}
+
+    def counted(name: str) -> Any:
+        def call(*tensors: Any, **options: Any) -> Any:
+            seen.extend(f"{name} {sent.numel()}" for sent in tensors[-1:])
+            return functions[name](*tensors, **options)
+
+        return call
+
+    for batch in trainer.batches():
+        if trainer.step == 2:
+            break
+        seen.clear()
+        for name in functions:
+            setattr(torch.distributed, name, counted(name))
+        trainer.update(batch, trainer.engine.module.loss)
+    for name, function in functions.items():
+        setattr(torch.distributed, name, function)
+    trainer.engine.destroy()
+    return seen

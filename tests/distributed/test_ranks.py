@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.runs import STEPS, contrastive_gradient, different_rows, train_cases, train_in_used_memory
+from distributed.runs import (
+    STEPS,
+    contrastive_gradient,
+    different_rows,
+    exchanges_of_a_step,
+    train_cases,
+    train_in_used_memory,
+)
 from torch import Tensor
 from training.models import small_model
 from training.processes import run
@@ -64,6 +71,13 @@ def test_what_fills_up_a_part_of_a_weight_is_none_of_it(two: list[Trained], tmp_
     name = "partitioned"
     for trained, expected in zip(run(train_in_used_memory, {name: CASES[name]}, tmp_path, world=2), two, strict=True):
         assert trained[name][0] == expected[name][0]
+
+
+def test_a_step_exchanges_little_and_seldom(tmp_path: Path) -> None:
+    """Ids of all pairs at once, the features, whether the loss is finite, the loss and the norm, signals."""
+    for seen in run(exchanges_of_a_step, tmp_path, world=2):
+        assert [name.partition(" ")[0] for name in seen] == 3 * ["all_gather"] + 3 * ["all_reduce"]
+        assert seen[3:5] == ["all_reduce 1", "all_reduce 2"] and seen[0] == "all_gather 12"  # three ids of four pairs
 
 
 def assert_same_weights(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
