@@ -7,6 +7,8 @@
 # make oldest     the whole test suite with the lowest versions that pyproject.toml allows, and its column of docs/versions.md
 # make newest     the same with the newest of everything, whatever constraints.txt says
 # make comparison  the tables and plots of docs/comparison.md: 63 models, more than two hours on 2 cores; goes on where it stopped
+# make longform    the section of docs/comparison.md on long videos: twelve models, an hour of one core, then six of them
+#                 at 96 frames; goes on where it stopped
 # make videollm-comparison  the table and plot of docs/videollm_comparison.md: three tiny video-language models are trained, and
 #                 asked with every method at three budgets; three hours on 2 cores; goes on where it stopped
 # make floors     draw docs/floors.svg anew, of the table of imports
@@ -28,7 +30,7 @@ UPGRADE ?=
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
 
-.PHONY: demo test test-all test-cuda gpu-benchmark lint comparison videollm-comparison floors oldest newest versions lock
+.PHONY: demo test test-all test-cuda gpu-benchmark lint comparison longform videollm-comparison floors oldest newest versions lock
 
 demo: $(READY)
 	$(RUN) $(BIN)/python recipes/motion_demo.py
@@ -58,6 +60,26 @@ OF_SPACE := none tempme tome:tokens=32 evit:tokens=32 random:tokens=32 uniform:t
 comparison: $(READY)
 	$(RUN) $(BIN)/python eval/compare.py --dataset motion --methods $(OF_TIME) --output runs/compare/motion --train epochs=3 $(TWO_AT_A_TIME)
 	$(RUN) $(BIN)/python eval/compare.py --dataset detail --methods $(OF_SPACE) --output runs/compare/detail --train epochs=2 $(TWO_AT_A_TIME)
+
+# TESTA's tower, its aggregation, its frames apart and with TempMe; then what the first two have learnt, at 96 frames
+OF_ORDER := none testa:r_temporal=6,r_spatial=1 none:attention=apart \
+	"tempme:attention=apart,r=1,merge_layers=1 2,merge_frames=4 8,cross_percent=30,intra_percent=10"
+EVENTS := runs/compare/events
+LONGER := $(foreach seed,0 1 2,$(EVENTS)-96/none-seed$(seed) $(EVENTS)-96/testa_r_temporal-6_r_spatial-1-seed$(seed))
+
+longform: $(READY)
+	$(RUN) $(BIN)/python eval/compare.py --dataset events --methods $(OF_ORDER) --seeds 0 1 2 --output $(EVENTS) \
+		--train model=testa:mini epochs=6 rerank=0 clip-position-std=0.5 --page docs/comparison.md
+	$(MAKE) $(LONGER:%=%/report.json)
+
+AT_96 := $(RUN) $(BIN)/deepspeed --num_accelerators 1 recipes/full_ft_msrvtt.py --dataset events --model testa:mini --epochs 0 \
+	--num-frames 96 --rerank 0
+
+$(EVENTS)-96/none-%/report.json: $(EVENTS)/none-%/report.json
+	$(AT_96) --pretrained $(<D)/best --method none --output $(@D)
+
+$(EVENTS)-96/testa_%/report.json: $(EVENTS)/testa_%/report.json
+	$(AT_96) --pretrained $(<D)/best --method testa --method-options r_temporal=16 r_spatial=1 --output $(@D)
 
 # two of them learn the order of events later than the first, and are trained on for one more epoch
 HOSTS := $(addprefix runs/videollm/,host-0 longer-1 longer-2)

@@ -52,7 +52,7 @@ class TestaConfig:
             CLS token; or "joint" for all tokens of a video in one attention, as the paper compares TESTA with ToMe.
         init_std: deviation of random weights; None for 1 / sqrt(fan-in), with which a small model learns in minutes.
         time_start: what positions of frames are at first: "zero", as for weights of a model of images, or "waves",
-            sines and cosines, with which a small model from random weights learns the order of frames sooner.
+            sines and cosines, with which a tower of random weights knows the order of frames from its first step.
     """
 
     __test__ = False  # no test, whatever its name begins with

@@ -122,7 +122,7 @@ def test_lsmdc(tmp_path):
 def test_unknown_names_list_the_known_ones(tmp_path):
     with pytest.raises(
         ValueError,
-        match="unknown data set 'kinetics'; expected one of motion, detail, msrvtt, msvd, activitynet, didemo, lsmdc",
+        match="unknown data set 'kinetics'; expected one of motion, detail, events, msrvtt, msvd, activitynet, didemo",
     ):
         load_split("kinetics", tmp_path, "train")
     for dataset in set(CAPTIONED) - {"jsonl", "pairs"}:

@@ -64,6 +64,14 @@ def test_what_its_contrast_is_told_is_checked() -> None:
         create_retrieval_model("open_clip:tiny", method="none", queue=8)
 
 
+def test_long_videos_have_a_tower_and_frames_of_their_own() -> None:
+    """Whichever is named: the data set says how many frames and words, the model how it trains."""
+    chosen = RETRIEVAL.parse(["--dataset", "events", "--model", "testa:mini"])
+    assert (chosen.num_frames, chosen.max_words, chosen.data_root) == (32, 24, Path("runs/events-data"))
+    assert (chosen.method, chosen.batch_size, chosen.of_contrast()["queue"]) == ("testa", 24, 24)
+    assert RETRIEVAL.parse(["--dataset", "events", "--num-frames", "96"]).num_frames == 96
+
+
 def test_the_share_of_what_the_copies_say_rises_over_the_first_epoch() -> None:
     words = word_vocabulary(["a dog"])
     model = create_retrieval_model("testa:tiny", None, "none", 2, vocabulary=words, queue=8, distill=0.2)
