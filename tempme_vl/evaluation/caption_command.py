@@ -46,7 +46,7 @@ def main(options: CaptionOptions) -> None:
         )
         texts = list(written(captioner, reader, videos, options, device))
         broken = broken_videos(log)
-    report = {
+    report: dict[str, Any] = {
         "checkpoint": str(options.checkpoint),
         "captions": [{"video": video.video_id, "caption": text} for video, text in zip(videos, texts, strict=True)],
     }
