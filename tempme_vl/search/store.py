@@ -139,12 +139,18 @@ class Store:
                 mode = "overwrite" if place.exists() else "create"
                 return database.create_table(TABLE, schema=self._schema(), mode=mode)
             try:
-                return database.open_table(TABLE)
+                table = database.open_table(TABLE)
             except (OSError, RuntimeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 raise IndexFolderError(
                     f"the table in {self.folder} cannot be opened ({reason}): delete the folder and index again"
                 ) from error
+        if missing := [name for name in self._schema().names if name not in table.schema.names]:
+            raise IndexFolderError(
+                f"the table in {self.folder} was made by an earlier version of tempme_vl, without "
+                f"{', '.join(missing)}: delete the folder and index again"
+            )
+        return table
 
     def move(self, root: str) -> None:
         """Says where the folder of the videos lies now."""
