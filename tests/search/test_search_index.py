@@ -194,7 +194,7 @@ def test_a_damaged_index_says_what_to_do(copied: Copies, embedder: Embedder) -> 
     assert len(report.added) == 4 and counts(out) == SEGMENTS
 
 
-def test_an_index_of_an_earlier_version_says_what_it_lacks(copied: Callable[[], tuple[Path, Path]]) -> None:
+def test_an_index_of_an_earlier_version_says_what_it_lacks(copied: Copies) -> None:
     _, index = copied()
     Store(index).table.drop_columns(["attention"])
     with pytest.raises(IndexFolderError, match="earlier version of tempme_vl, without attention: delete the folder"):
