@@ -7,7 +7,7 @@
 # make oldest     the whole test suite with the lowest versions that pyproject.toml allows, and its column of docs/versions.md
 # make newest     the same with the newest of everything, whatever constraints.txt says
 # make comparison  the tables and plots of docs/comparison.md: 63 models, more than two hours on 2 cores; goes on where it stopped
-# make longform    the section of docs/comparison.md on long videos: twelve models, an hour of one core, then six of them
+# make longform    the section of docs/comparison.md on long videos: twelve models, half an hour of one core, then six of them
 #                 at 96 frames; goes on where it stopped
 # make videollm-comparison  the table and plot of docs/videollm_comparison.md: three tiny video-language models are trained, and
 #                 asked with every method at three budgets; three hours on 2 cores; goes on where it stopped
@@ -69,7 +69,7 @@ LONGER := $(foreach seed,0 1 2,$(EVENTS)-96/none-seed$(seed) $(EVENTS)-96/testa_
 
 longform: $(READY)
 	$(RUN) $(BIN)/python eval/compare.py --dataset events --methods $(OF_ORDER) --seeds 0 1 2 --output $(EVENTS) \
-		--train model=testa:mini epochs=6 rerank=0 clip-position-std=0.5 --page docs/comparison.md
+		--train model=testa:mini epochs=10 rerank=0 clip-position-std=0.5 --page docs/comparison.md
 	$(MAKE) $(LONGER:%=%/report.json)
 
 AT_96 := $(RUN) $(BIN)/deepspeed --num_accelerators 1 recipes/full_ft_msrvtt.py --dataset events --model testa:mini --epochs 0 \
