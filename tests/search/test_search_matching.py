@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from evaluation.predict_runs import TEMPME
+from fastapi.testclient import TestClient
 from PIL import Image
 from search.search_runs import SETTINGS
 
@@ -20,13 +21,19 @@ from tempme_vl.data.splits import Video
 from tempme_vl.evaluation.rerank import rerank
 from tempme_vl.search import Embedder, Hit, IndexFolderError, SearchIndex
 from tempme_vl.search.store import Store
+from tempme_vl.search.web.app import create_app
+from tempme_vl.search.web.served import Served
 from tempme_vl.tasks.retrieval import create_retrieval_model
 from tempme_vl.text.tokenizers import word_vocabulary
 
 TEXTS = ["a red ball moves left", "two things in turn", "a square"]
 KINDS: dict[str, dict[str, Any]] = {
     "umt": {"name": "umt:tiny", "mode": "per_frame", **TEMPME},
-    "testa": {"name": "testa:tiny", "method": "testa", "num_frames": 4},
+    "testa": {
+        "name": "testa:mini",
+        "method": "testa",
+        "num_frames": 4,
+    },  # of 32 numbers in the tower, 64 in the space of texts
 }
 
 
@@ -117,3 +124,17 @@ def test_the_command_matches(matching: SearchIndex, capsys: pytest.CaptureFixtur
         hit.path for hit in matching.search(TEXTS[0], k=3, fine="matching")
     ]
     assert "fine " in said.err
+
+
+def test_the_server_matches_where_the_model_does(matching: SearchIndex, index: SearchIndex) -> None:
+    asked = {"q": TEXTS[0], "k": 3, "fine": "matching"}
+    with TestClient(create_app(Served(matching), str)) as client:
+        assert client.get("/api/status").json()["matching"]
+        found = client.get("/api/search", params=asked).json()
+    expected = matching.search(TEXTS[0], k=3, fine="matching")
+    assert [hit["score"] for hit in found["hits"]] == pytest.approx([hit.score for hit in expected])
+    assert "fine" in found["times"]
+    with TestClient(create_app(Served(index), str)) as client:
+        assert not client.get("/api/status").json()["matching"]
+        refused = client.get("/api/search", params=asked)
+    assert refused.status_code == 400 and "give 'maxsim'" in refused.json()["detail"]
