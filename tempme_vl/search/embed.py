@@ -1,6 +1,7 @@
 """A retrieval checkpoint as an index uses it: one vector a segment or query, and merged tokens in the space of texts.
 
-Letters: B segments, F frames of N0 input tokens (CLS first), M merged tokens, L words, E embedding width.
+Letters: B segments, F frames of N0 input tokens (CLS first), M merged tokens, D their width in the tower, L words, E
+embedding width.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from tempme_vl.hub import find_folder
 from tempme_vl.manifest import CARD_FILE, MANIFEST_FILE, READ
 from tempme_vl.pipeline import VideoRetrieval
 from tempme_vl.schema import read_json
+from tempme_vl.search.matching import text_parts
 from tempme_vl.search.tracing import attention_of_cls, traced
+from tempme_vl.state import at_least_float32
+from tempme_vl.tasks.retrieval import MatchingRetrievalModel
 from tempme_vl.tasks.similarity.base import token_embeddings
 from tempme_vl.tasks.similarity.max_sim import MaxSimHead
 
@@ -40,12 +44,14 @@ class Embedded(NamedTuple):
         source: (B, F, N0) int64, the merged token that holds each input token, -1 for none.
         attention: (B, M) float32, how much the CLS tokens looked at each token (`attention_of_cls`); None of a tower
             that does not pool by them.
+        fusion: (B, M, D) float32, the tokens as the model's fusion layers take them; None of a model without these.
     """
 
     vectors: np.ndarray
     tokens: np.ndarray | None
     source: np.ndarray
     attention: np.ndarray | None
+    fusion: np.ndarray | None
 
 
 class EmbeddedQuery(NamedTuple):
@@ -58,12 +64,15 @@ class EmbeddedQuery(NamedTuple):
         trained: whether the head was trained to compare these parts with tokens.
         of_cls: whether it was trained to compare the parts with CLS tokens alone, which a merged token has a part in by
             the attention it gets.
+        fusion: of a text what fusion layers read, (1, L, D of the text's tower) or its ids (1, L), and the mask of its
+            words (1, L), on the model's device; None of anything else, and of a model without these layers.
     """
 
     vector: np.ndarray
     parts: np.ndarray | None
     trained: bool = False
     of_cls: bool = False
+    fusion: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,11 @@ class Embedder:
         """Whether single merged tokens are in the space of texts."""
         return self.model.frontend.shape.pooling != "attention"
 
+    @property
+    def fusion_width(self) -> int | None:
+        """D, of tokens as the fusion layers take them; None of a model without these."""
+        return self.model.frontend.shape.width if isinstance(self.model, MatchingRetrievalModel) else None
+
     def __repr__(self) -> str:
         return f"Embedder({self.retrieval!r}, {self.fingerprint[:12]})"
 
@@ -137,7 +151,7 @@ class Embedder:
         """Embeds (B, F, 3, S, S) uint8, or normalised."""
         batch = {"video": video.to(self.device), "frame_mask": torch.ones(video.shape[:2], device=self.device)}
         with self._alone, traced(self.model.frontend) as trace:
-            pooled = self.model(batch)["video"].float()
+            features = self.model(batch)
         (output,) = trace.outputs
         tokens = None
         if self.has_tokens:
@@ -145,7 +159,15 @@ class Embedder:
         assert output.source is not None
         shape = self.model.frontend.shape
         attention = _numpy(attention_of_cls(trace, shape.num_prefix)) if shape.pooling == "cls" else None
-        return Embedded(_numpy(_mean(pooled)), tokens, self._by_frame(output.source), attention)
+        fusion = None if self.fusion_width is None else _numpy(features["tokens"])
+        vectors = _numpy(_mean(features["video"].float()))
+        return Embedded(vectors, tokens, self._by_frame(output.source), attention, fusion)
+
+    @torch.inference_mode()
+    def in_texts(self, fusion: np.ndarray) -> np.ndarray:
+        """(M, D) tokens as fusion layers take them -> (M, E), L2-normalised, in the space of texts."""
+        tokens = torch.from_numpy(fusion).to(self.device)
+        return _numpy(F.normalize(at_least_float32(self.model.frontend.head(tokens)), dim=-1))
 
     def query(self, query: Query) -> EmbeddedQuery:
         """Embeds what is looked for.
@@ -172,8 +194,13 @@ class Embedder:
         """Embeds a text. Raises ValueError for an empty one."""
         if not text.strip():
             raise ValueError("expected a text to search for; got an empty one")
-        found = self.retrieval.encode_text([text])
         of_cls = self.model.frontend.shape.pooling == "cls"
+        if isinstance(self.model, MatchingRetrievalModel):
+            encoded = text_parts(self.model, *self.retrieval.tokenizer(text), self.device)
+            own = _numpy(_mean(encoded["text"]))
+            first, second = self.model.fine_text_parts
+            return EmbeddedQuery(own[0], own, of_cls=of_cls, fusion=(encoded[first], encoded[second]))
+        found = self.retrieval.encode_text([text])
         if found.ndim == 2:
             vector = F.normalize(found, dim=-1)
             return EmbeddedQuery(vector[0].numpy(), vector.numpy() if self.has_tokens else None, of_cls=of_cls)

@@ -15,7 +15,7 @@ class Hit:
         start, end: seconds after the file's first frame.
         score: by which hits are ranked, -1 to 1: the cosine of both vectors, or with fine="maxsim" the mean over the
             query's parts of each one's cosine with its nearest merged token, and where no head was trained to compare
-            these, the mean of both.
+            these, the mean of both. With fine="matching" a logit, in TESTA's models plus the cosine, without bounds.
         coarse: the cosine of both vectors.
         segment: its number in the file.
         duration: of the file, in seconds.

@@ -219,6 +219,7 @@ def _new_settings(options: IndexOptions, embedder: Embedder) -> IndexSettings:
         segment_seconds=segments.seconds,
         overlap=segments.overlap,
         tokens=tokens,
+        fusion_width=None if tokens == "none" else embedder.fusion_width,
     )
 
 

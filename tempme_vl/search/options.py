@@ -25,7 +25,7 @@ class IndexOptions:
     """Folder of a retrieval model, or its name on the Hugging Face hub. Default: the model of the index; for a new
     one runs/demo/tempme-seed0/best, the demo's, which knows moving shapes alone."""
     tokens: Literal["none", "float16", "int8"] | None = None
-    """How merged tokens are kept, for --fine maxsim and to show what was found. Default: float16."""
+    """How merged tokens are kept, for --fine and to show what was found. Default: float16."""
     segment_seconds: float | None = None
     """Longer videos are cut into segments. Default: 30."""
     overlap: float | None = None
@@ -71,8 +71,9 @@ class SearchOptions:
     where: str | None = None
     """Only segments that this holds of, in SQL: path, segment, start, end, duration (seconds), size (bytes) and
     modified (nanoseconds since 1970), such as "path LIKE 'kitchen/%' AND duration < 60"."""
-    fine: Literal["none", "maxsim"] = "none"
-    """Rank the best candidates anew, by the nearest merged tokens."""
+    fine: Literal["none", "maxsim", "matching"] = "none"
+    """Rank the best candidates anew. maxsim: by the nearest merged tokens; matching: by UMT's or TESTA's layers that
+    see a text and a segment together."""
     candidates: int = 100
     """Segments that --fine ranks."""
     ann: bool = False
@@ -122,7 +123,7 @@ class AskOptions:
     """Choose among these. Default: the model's own answers, or what it writes."""
     where: str | None = None
     """Only segments that this holds of, as in tempme-vl search."""
-    fine: Literal["none", "maxsim"] = "none"
+    fine: Literal["none", "maxsim", "matching"] = "none"
     """As in tempme-vl search."""
     checkpoint: str | None = None
     """Where the model of the index lies now. Default: where it lay."""

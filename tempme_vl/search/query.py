@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -17,13 +17,15 @@ from tempme_vl.search.files import inside
 from tempme_vl.search.hits import Hit, Hits
 from tempme_vl.search.index import check_model
 from tempme_vl.search.locate import Location, locate, max_sim_of, token_scores
+from tempme_vl.search.matching import match_scores
 from tempme_vl.search.store import FACTS, IndexFolderError, Store, select_of
 from tempme_vl.search.tokens import unpack_attention, unpack_source, unpack_tokens
+from tempme_vl.tasks.retrieval import MatchingRetrievalModel
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Fine = Literal["none", "maxsim"]
+Fine = Literal["none", "maxsim", "matching"]
 PROBES, REFINED = 256, 10  # of an approximate search: partitions, of some 4,000 vectors each; and exact cosines a hit
 _SHOWN = ["path", "segment", "start", "end", "duration", "size"]
 
@@ -96,28 +98,29 @@ class SearchIndex:
             k: the most hits.
             where: only segments of which this holds, in SQL, over `path`, `segment`, `start`, `end`, `duration`
                 (seconds), `size` (bytes), `modified` (nanoseconds since 1970).
-            fine: "maxsim" ranks the best candidates by their merged tokens.
+            fine: "maxsim" ranks the best candidates by their merged tokens, "matching" by the score that UMT's and
+                TESTA's fusion layers give a text with these, as their re-ranking in evaluation.
             candidates: that the second stage ranks, or k where that is more.
             exact: False searches through LanceDB's index of the vectors, which may miss some.
 
         Raises:
             VideoError: a query file that cannot be read.
-            ValueError: numbers below 1, an empty text, a filter that cannot be read, or an index without what is asked
-                for.
+            ValueError: numbers below 1, an empty text, a filter that cannot be read, an index or a model without what
+                is asked for, or "matching" of something else than a text.
         """
-        self._check(k, candidates, fine, exact)
+        self._check(query, k, candidates, fine, exact)
         if not isinstance(query, EmbeddedQuery):
             _ = self.embedder  # reading a model is no part of searching
         begun = time.perf_counter()
         embedded = query if isinstance(query, EmbeddedQuery) else self.embedder.query(query)
         between = time.perf_counter()
-        most = max(k, candidates) if fine == "maxsim" else k
+        most = k if fine == "none" else max(k, candidates)
         rows = self._nearest(embedded.vector, most, where, exact)
         hits = _sorted(Hit(score=row["coarse"], **row) for row in rows.drop_columns("_rowid").to_pylist())
         seconds = {"embed": between - begun, "coarse": time.perf_counter() - between}
-        if fine == "maxsim":
+        if fine != "none":
             between = time.perf_counter()
-            hits = self._by_tokens(embedded, hits, rows.column("_rowid").to_pylist())
+            hits = self._by_tokens(fine, embedded, hits, rows.column("_rowid").to_pylist())
             seconds["fine"] = time.perf_counter() - between
         return Hits(hits[:k], seconds)
 
@@ -141,7 +144,7 @@ class SearchIndex:
         (row,) = found
         layout = self.settings.layout
         source = unpack_source(row["source"], layout.frames, layout.tokens)
-        tokens = unpack_tokens(row["tokens"], self.settings.width, self.settings.tokens)
+        tokens = self._in_texts(self._unpacked(row["tokens"]))
         attention = unpack_attention(row["attention"]) if embedded.of_cls else None
         scores = token_scores(self._parts(embedded), tokens, attention)
         return locate(scores, source, np.asarray(row["times"], np.float32), layout, top)
@@ -172,19 +175,22 @@ class SearchIndex:
         if target.suffix == ".parquet":
             import pyarrow.parquet
 
-            told = {"tempme_vl": json.dumps({"fingerprint": self.settings.fingerprint, "tokens": self.settings.tokens})}
+            kept = ("fingerprint", "tokens", "fusion_width")
+            told = {"tempme_vl": json.dumps({name: getattr(self.settings, name) for name in kept})}
             pyarrow.parquet.write_table(rows.replace_schema_metadata(told), target)
             return
         facts = {name: rows.column(name).to_numpy() for name in FACTS}
         facts["path"] = facts["path"].astype(str)
         np.savez(target, vectors=_vectors(rows), **facts)
 
-    def _check(self, k: int, candidates: int, fine: str, exact: bool) -> None:
+    def _check(self, query: Query | EmbeddedQuery, k: int, candidates: int, fine: Fine, exact: bool) -> None:
         if k < 1 or candidates < 1:
             raise ValueError(f"expected k and candidates of 1 or more; got {k} and {candidates}")
-        if fine not in ("none", "maxsim"):
-            raise ValueError(f"fine must be 'none' or 'maxsim'; got {fine!r}")
-        if fine == "maxsim":
+        if fine not in get_args(Fine):
+            raise ValueError(f"fine must be 'none', 'maxsim' or 'matching'; got {fine!r}")
+        if fine == "matching":
+            self._require_matching(query)
+        elif fine == "maxsim":
             self._require_tokens()
         if not exact and not self.store.has_ann:
             raise IndexFolderError(f"{self.store.folder} has no index of its vectors; run tempme-vl index with --ann")
@@ -194,6 +200,21 @@ class SearchIndex:
             raise IndexFolderError(
                 f"{self.store.folder} keeps no merged tokens; index into another folder with --tokens float16 or int8"
             )
+
+    def _require_matching(self, query: Query | EmbeddedQuery) -> None:
+        if self.embedder.fusion_width is None:
+            raise ValueError(
+                f"the model of {self.store.folder} has no layers that see a text and a segment together, as UMT's and "
+                "TESTA's have for fine 'matching'; give 'maxsim'"
+            )
+        self._require_tokens()
+        if self.settings.fusion_width is None:
+            raise IndexFolderError(
+                f"{self.store.folder} was made before tokens were kept for fine 'matching': index into another folder, "
+                "or give 'maxsim'"
+            )
+        if not isinstance(query, str) and getattr(query, "fusion", None) is None:
+            raise ValueError("fine 'matching' compares texts with segments; for a picture or a video give 'maxsim'")
 
     def _nearest(self, vector: np.ndarray, most: int, where: str | None, exact: bool) -> pa.Table:
         """The first stage's rows, the nearest first, with "coarse" and LanceDB's "_rowid"."""
@@ -220,19 +241,35 @@ class SearchIndex:
         cosines = np.clip(1.0 - rows.column("_distance").to_numpy(), -1.0, 1.0)  # rounding leads out of these
         return rows.drop_columns("_distance").append_column("coarse", pa.array(cosines.astype(np.float64)))
 
-    def _by_tokens(self, query: EmbeddedQuery, hits: Sequence[Hit], numbers: Sequence[int]) -> list[Hit]:
-        """The second stage. Tokens that no head was trained to compare do not outvote the vectors, which were."""
-        parts, settings = self._parts(query), self.settings
+    def _by_tokens(self, fine: Fine, query: EmbeddedQuery, hits: Sequence[Hit], numbers: Sequence[int]) -> list[Hit]:
+        """The second stage."""
         if not hits:
             return []
         taken = self.store.table.take_row_ids(list(numbers)).select(["path", "segment", "tokens"]).to_arrow()
-        scores: dict[tuple[str, int], float] = {}
-        for row in taken.to_pylist():
-            tokens = unpack_tokens(row["tokens"], settings.width, settings.tokens)
-            scores[row["path"], row["segment"]] = max_sim_of(parts, tokens)
-        share = 1.0 if query.trained else 0.5
-        ranked = [replace(hit, score=share * scores[hit.path, hit.segment] + (1 - share) * hit.coarse) for hit in hits]
-        return _sorted(ranked)
+        packed = {(row["path"], row["segment"]): row["tokens"] for row in taken.to_pylist()}
+        tokens = [self._unpacked(packed[hit.path, hit.segment]) for hit in hits]
+        coarse = np.array([hit.coarse for hit in hits])
+        scores = self._matched(query, tokens, coarse) if fine == "matching" else self._nearby(query, tokens, coarse)
+        return _sorted(replace(hit, score=float(score)) for hit, score in zip(hits, scores, strict=True))
+
+    def _matched(self, query: EmbeddedQuery, tokens: Sequence[np.ndarray], coarse: np.ndarray) -> np.ndarray:
+        model = self.embedder.model
+        assert isinstance(model, MatchingRetrievalModel) and query.fusion is not None, "as checked before"
+        return match_scores(model, query.fusion, tokens, coarse)
+
+    def _nearby(self, query: EmbeddedQuery, tokens: Sequence[np.ndarray], coarse: np.ndarray) -> np.ndarray:
+        """Tokens that no head was trained to compare do not outvote the vectors, which were."""
+        parts, share = self._parts(query), 1.0 if query.trained else 0.5
+        nearest = np.array([max_sim_of(parts, self._in_texts(own)) for own in tokens])
+        return share * nearest + (1 - share) * coarse
+
+    def _unpacked(self, packed: bytes) -> np.ndarray:
+        """(M, E) in the space of texts, or (M, D) as fusion layers take them."""
+        return unpack_tokens(packed, self.settings.fusion_width or self.settings.width, self.settings.tokens)
+
+    def _in_texts(self, tokens: np.ndarray) -> np.ndarray:
+        """(M, E) in the space of texts."""
+        return tokens if self.settings.fusion_width is None else self.embedder.in_texts(tokens)
 
     def _parts(self, query: EmbeddedQuery) -> np.ndarray:
         assert query.parts is not None, "an index has tokens only where its model has"

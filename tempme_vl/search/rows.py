@@ -129,8 +129,9 @@ def make_rows(some: Sequence[Waiting], settings: IndexSettings, embedder: Embedd
 def _rows(some: Sequence[Waiting], settings: IndexSettings, embedded: Embedded) -> Iterator[Row]:
     segments = ((one, at) for one in some for at in range(len(one.parts)))
     keeps = settings.tokens != "none"
+    every = embedded.tokens if settings.fusion_width is None else embedded.fusion
     for number, (one, at) in enumerate(segments):
-        tokens = b"" if embedded.tokens is None else pack_tokens(embedded.tokens[number], settings.tokens)
+        tokens = b"" if every is None else pack_tokens(every[number], settings.tokens)
         attention = None if embedded.attention is None else embedded.attention[number]
         yield Row(
             file=one.file,

@@ -54,8 +54,11 @@ class IndexSettings:
     Attributes:
         root: the folder of the videos.
         checkpoint: the model's folder or name, and `fingerprint` of what it holds.
-        width: E, of vectors and tokens.
+        width: E, of vectors.
         frames, prefix, grid, resize: see `Layout`.
+        tokens: their form.
+        fusion_width: D, of tokens as the model's fusion layers take them; None: tokens are in the space of texts, E
+            wide, since the model has no such layers or the index was made when they took no part in a search.
     """
 
     root: str
@@ -70,6 +73,7 @@ class IndexSettings:
     segment_seconds: Annotated[float, Range(0, 1e9)]
     overlap: Annotated[float, Range(0, 1e9)]
     tokens: TokenForm
+    fusion_width: Size | None = None
 
     @property
     def layout(self) -> Layout:

@@ -1,6 +1,7 @@
 """Merged tokens as an index keeps them: numbers in few bytes, what each stands for, and the attention that it got.
 
-Letters: M tokens of a segment, E their width, F frames, N0 input tokens of a frame (CLS first).
+Letters: M tokens of a segment, E their width (D as fusion layers take them), F frames, N0 input tokens of a frame (CLS
+first).
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class FakeIndex:
     root: Path
     more: tuple[str, ...] = ()
     has_tokens: bool = True
+    has_fusion: bool = False
     version: int = 1
     searched: list[object] = field(default_factory=list)
     running: int = 0

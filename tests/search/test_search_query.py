@@ -208,7 +208,7 @@ def test_what_cannot_be_asked(
 ) -> None:
     for given, said in [
         ({"k": 0}, "k and candidates of 1 or more"),
-        ({"fine": "words"}, "fine must be 'none' or 'maxsim'; got 'words'"),
+        ({"fine": "words"}, "fine must be 'none', 'maxsim' or 'matching'; got 'words'"),
         ({"exact": False}, "no index of its vectors; run tempme-vl index with --ann"),
     ]:
         with pytest.raises(ValueError, match=said):
@@ -306,7 +306,7 @@ def test_rows_are_exported(index: SearchIndex, tmp_path: Path) -> None:
     table = pyarrow.parquet.read_table(tmp_path / "rows.parquet")
     np.testing.assert_array_equal(np.stack(table.column("vector").to_pylist()).astype(np.float32), rows["vectors"])
     told = json.loads(table.schema.metadata[b"tempme_vl"])
-    assert told == {"fingerprint": index.settings.fingerprint, "tokens": "float16"}
+    assert told == {"fingerprint": index.settings.fingerprint, "tokens": "float16", "fusion_width": None}
     with pytest.raises(ValueError, match=r"\.npz or \.parquet"):
         index.export(tmp_path / "rows.csv")
 

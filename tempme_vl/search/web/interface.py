@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from tempme_vl.search.locate import Location
 
-Fine = Literal["none", "maxsim"]
+Fine = Literal["none", "maxsim", "matching"]
 Query: TypeAlias = "str | Image.Image | Path"
 
 
@@ -35,6 +35,10 @@ class Index(Protocol):
     @property
     def has_tokens(self) -> bool:
         """Whether single tokens are there, for "maxsim" and for `locate`."""
+
+    @property
+    def has_fusion(self) -> bool:
+        """Whether "matching" is there, too: tokens as the model's fusion layers take them."""
 
     def facts(self) -> Mapping[str, str | int | float]:
         """Rows, model and versions, to be shown."""

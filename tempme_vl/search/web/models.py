@@ -17,7 +17,9 @@ class HitFound(Segment):
     """A segment that was found."""
 
     segment: int = Field(description="its number in the file")
-    score: float = Field(description="the higher the better, -1 to 1; by it hits are ranked")
+    score: float = Field(
+        description="the higher the better, -1 to 1, or with fine=matching a logit; by it hits are ranked"
+    )
     coarse: float = Field(description="of the first stage")
     duration: float = Field(description="of the file, in seconds")
 
@@ -79,6 +81,7 @@ class Status(BaseModel):
     videos: int
     index: dict[str, str | int | float] = Field(description="rows, model and versions, as the index tells them")
     tokens: bool = Field(description="whether there are single tokens, for fine=maxsim and for regions")
+    matching: bool = Field(description="whether there is fine=matching, for texts: the model's own score of a match")
     questions: bool = Field(description="whether POST /api/ask answers")
     max_upload_bytes: int
     reindexing: str = Field(description="'not asked for', 'running', or what the last one did")

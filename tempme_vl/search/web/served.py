@@ -44,6 +44,10 @@ class Served:
     def has_tokens(self) -> bool:
         return self._index.settings.tokens != "none"
 
+    @property
+    def has_fusion(self) -> bool:
+        return self._index.settings.fusion_width is not None
+
     def facts(self) -> dict[str, str | int | float]:
         settings, schedule = self._index.settings, self._index.embedder.model.frontend.schedule
         local = PurePath(settings.checkpoint).is_absolute()  # where it lies here is nobody's business

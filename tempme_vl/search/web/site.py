@@ -109,6 +109,7 @@ class Site:
             videos=len(index.paths),
             index=dict(index.facts()),
             tokens=index.has_tokens,
+            matching=index.has_fusion,
             questions=self.engine.asker is not None,
             max_upload_bytes=self.max_upload,
             reindexing=self.reindexing.state,
