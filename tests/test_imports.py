@@ -121,9 +121,11 @@ TYPES: dict[str, set[str]] = {
 }
 SCRIPTS = ("recipes", "eval")
 # of pyproject.toml, and perhaps not installed
-SEARCHED = {"lancedb", "pyarrow", "fastapi", "starlette", "uvicorn", "ray", "mteb", "datasets", "sentence_transformers"}
+SEARCHED = {"lancedb", "pyarrow", "faiss", "fastapi", "starlette", "uvicorn", "ray", "mteb", "datasets"} | {
+    "sentence_transformers"
+}
 EXTRAS = {"lmms_eval", *SEARCHED}
-HEAVY = {"deepspeed", "peft", "timm", "decord", "lancedb", "pyarrow", "ray"}  # and not always needed
+HEAVY = {"deepspeed", "peft", "timm", "decord", "lancedb", "pyarrow", "faiss", "ray"}  # and not always needed
 
 
 @cache
@@ -221,7 +223,7 @@ def absent(*modules):
     found = set(modules) & set(sys.modules)
     assert not found, found
 
-HEAVY = ("deepspeed", "peft", "decord", "accelerate", "lancedb", "pyarrow", "fastapi")
+HEAVY = ("deepspeed", "peft", "decord", "accelerate", "lancedb", "pyarrow", "faiss", "fastapi")
 TOWERS = ("open_clip", "timm", "transformers", "torchvision", "torch._dynamo")
 import tempme_vl
 absent("torch", "numpy", "tokenizers")

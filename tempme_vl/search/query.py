@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from tempme_vl.search.embed import EmbeddedQuery, Embedder, Query
+from tempme_vl.search.faiss_file import write_faiss
 from tempme_vl.search.files import inside
 from tempme_vl.search.hits import Hit, Hits
 from tempme_vl.search.index import check_model
@@ -163,14 +164,19 @@ class SearchIndex:
 
     def export(self, path: str | Path) -> None:
         """Writes all rows to a file: .npz with vectors (S, E) float32 and columns `path`, `segment`, `start`, `end`,
-        `duration`, `size`, `modified` (S,); or .parquet with tokens and sources, too, as they are stored.
+        `duration`, `size`, `modified` (S,); .parquet with tokens and sources, too, as they are stored; or .faiss with
+        the vectors as an index of FAISS, and what its row numbers mean (`tempme_vl.search.faiss_file.write_faiss`).
 
         Raises:
             ValueError: another ending.
+            MissingPackageError: .faiss, and FAISS is not installed.
         """
         target = Path(path)
-        if target.suffix not in (".npz", ".parquet"):
-            raise ValueError(f"expected a file .npz or .parquet; got {target}")
+        if target.suffix not in (".npz", ".parquet", ".faiss"):
+            raise ValueError(f"expected a file .npz, .parquet or .faiss; got {target}")
+        if target.suffix == ".faiss":
+            write_faiss(self.store, target)
+            return
         rows = self.store.table.to_arrow().sort_by([("path", "ascending"), ("segment", "ascending")])
         if target.suffix == ".parquet":
             import pyarrow.parquet

@@ -307,7 +307,7 @@ def test_rows_are_exported(index: SearchIndex, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack(table.column("vector").to_pylist()).astype(np.float32), rows["vectors"])
     told = json.loads(table.schema.metadata[b"tempme_vl"])
     assert told == {"fingerprint": index.settings.fingerprint, "tokens": "float16", "fusion_width": None}
-    with pytest.raises(ValueError, match=r"\.npz or \.parquet"):
+    with pytest.raises(ValueError, match=r"\.npz, \.parquet or \.faiss"):
         index.export(tmp_path / "rows.csv")
 
 
