@@ -51,6 +51,6 @@ def test_segments_of_videos_in_faiss(index: SearchIndex, tmp_path: Path) -> None
 
 def test_errors(index: SearchIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(MissingPackageError, match="pip install 'tempme_vl\[faiss\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'tempme_vl\[faiss\]'"):
         index.export(tmp_path / "rows.faiss")
     assert not list(tmp_path.glob("rows*"))
