@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 import tempme_vl.search
 from tempme_vl.command import at_least, run
 from tempme_vl.command_line import Command
+from tempme_vl.evaluation.measure import memory_now
 from tempme_vl.reports import finish, format_columns
 from tempme_vl.search.embed import EmbeddedQuery
 from tempme_vl.search.files import VideoFile
@@ -176,9 +178,8 @@ def _bytes(folder: Path) -> int:
 
 
 def _memory() -> float:
-    """The most that this process has held, in MB; `getrusage` also counts what the one held that started it."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 1024
+    """The most that this process has held, in MiB."""
+    return memory_now(torch.device("cpu"))[1] / 2**20
 
 
 def _shown(value: Any) -> str:

@@ -10,11 +10,8 @@ A step is forward, backward and AdamW of the visual tower alone. Where activatio
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +22,12 @@ import torch
 from tempme_vl import VisualFrontend, create_frontend
 from tempme_vl.command import at_least, run
 from tempme_vl.command_line import Command
-from tempme_vl.evaluation.measure import device_name
+from tempme_vl.evaluation.fresh import in_fresh_process
+from tempme_vl.evaluation.measure import device_name, memory_now, reset_peak
 from tempme_vl.reports import finish, format_columns
 
 METHODS = ("none", "testa")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -71,24 +70,23 @@ class Row:
 
 def main(options: Options) -> None:
     at_least(1, repeats=options.repeats, threads=options.threads, frames=min(options.frames, default=0))
-    context, rows = multiprocessing.get_context("spawn"), []
+    rows: list[Row] = []
     for frames in options.frames:
         for step in options.steps:
             found: dict[str, list[Row]] = {method: [] for method in METHODS}
             for method in METHODS * options.repeats:
-                with ProcessPoolExecutor(1, context) as process:
-                    try:
-                        found[method].append(process.submit(measured, options, frames, step, method).result())
-                    except BrokenProcessPool as error:
-                        raise ValueError(
-                            f"the process of {frames} frames, {step}, {method!r} was ended, perhaps for its memory: "
-                            "try --grad-checkpointing, fewer --frames or --steps forward"
-                        ) from error
+                try:
+                    found[method].append(in_fresh_process(measured, options, frames, step, method))
+                except BrokenProcessPool as error:
+                    raise ValueError(
+                        f"the process of {frames} frames, {step}, {method!r} was ended, perhaps for its memory: "
+                        "try --grad-checkpointing, fewer --frames or --steps forward"
+                    ) from error
             rows += [min(some, key=lambda row: row.cpu) for some in found.values()]
             print(rows_shown(rows[-2:]), flush=True)
     setting = (
         f"{options.model}, batch 1, float32{', recomputing blocks' if options.grad_checkpointing else ''}; "
-        f"{device_name(torch.device('cpu'))}, {options.threads or torch.get_num_threads()} threads, "
+        f"{device_name(CPU)}, {options.threads or torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"
     )
     report = {"setting": setting, "rows": [asdict(row) for row in rows]}
@@ -103,7 +101,9 @@ def measured(options: Options, frames: int, step: str, method: str) -> Row:
     frontend = create_frontend(options.model, None, method, frames)
     size = frontend.shape.image_size
     video = torch.randn(1, frames, 3, size, size)
-    before, wall, cpu = peak(), time.perf_counter(), time.process_time()
+    before = memory_now(CPU)[0]
+    reset_peak(CPU)
+    wall, cpu = time.perf_counter(), time.process_time()
     if step == "forward":
         with torch.inference_mode():
             frontend(video)
@@ -111,8 +111,8 @@ def measured(options: Options, frames: int, step: str, method: str) -> Row:
         frontend.set_grad_checkpointing(options.grad_checkpointing)
         train(frontend, video)
     seconds = time.process_time() - cpu, time.perf_counter() - wall
-    tokens = frontend.schedule.output_tokens
-    return Row(frames, step, method, tokens, frontend.gflops(), peak() - before, *seconds)
+    tokens, memory = frontend.schedule.output_tokens, (memory_now(CPU)[1] - before) / 2**20
+    return Row(frames, step, method, tokens, frontend.gflops(), memory, *seconds)
 
 
 def train(frontend: VisualFrontend, video: torch.Tensor) -> None:
@@ -120,11 +120,6 @@ def train(frontend: VisualFrontend, video: torch.Tensor) -> None:
     optimizer = torch.optim.AdamW(frontend.parameters(), lr=1e-5)
     frontend.train()(video).pooled.square().sum().backward()
     optimizer.step()
-
-
-def peak() -> float:
-    """MiB, the most that this process had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # in KiB on Linux
 
 
 def rows_shown(rows: Sequence[Row]) -> str:

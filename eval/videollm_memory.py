@@ -9,8 +9,6 @@ and behind each a language model of one narrow layer, which does not run. Every 
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +19,8 @@ import transformers
 
 from tempme_vl.command import at_least, run
 from tempme_vl.command_line import Command
-from tempme_vl.evaluation.measure import device_name
+from tempme_vl.evaluation.fresh import in_fresh_process
+from tempme_vl.evaluation.measure import device_name, memory_now, reset_peak
 from tempme_vl.integrations import compress
 from tempme_vl.integrations.tiny import word_tokenizer
 from tempme_vl.integrations.videos import sample
@@ -68,12 +67,10 @@ class Point:
 def main(options: Options) -> None:
     at_least(1, blocks=options.blocks, at_once=options.at_once, side=options.side, threads=options.threads)
     ways = (None, options.at_once) if options.whole else (options.at_once,)
-    context = multiprocessing.get_context("spawn")
     rows: list[dict[str, Any]] = []
     for frames in options.frames:
         for way in ways:
-            with context.Pool(1) as process:
-                point = process.apply(measure, (options, frames, way))
+            point = in_fresh_process(measure, options, frames, way)
             rows.append({"frames": frames, "at_once": way, **vars(point)})
             print(rows[-1], flush=True)
     depth = "all blocks" if options.blocks is None else f"{options.blocks} blocks"
@@ -95,17 +92,12 @@ def measure(options: Options, frames: int, at_once: int | None) -> Point:
     compressed = compress(model, processor, "tempme", frames, "tower", frames_at_once=at_once, **merging)
     pixels = np.random.default_rng(0).integers(0, 256, (frames, options.side, options.side, 3), dtype=np.uint8)
     video = sample(pixels, frames, 2.0)
-    before = memory(options.device)
+    device = torch.device(options.device)
+    before = memory_now(device)[0]
+    reset_peak(device)
     with torch.no_grad():
         (tokens,) = compressed.host.encode([video], [""])
-    return Point(before, memory(options.device), len(tokens.features))
-
-
-def memory(device: str) -> float:
-    """The highest so far."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / _MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # in KiB on Linux
+    return Point(before / _MIB, memory_now(device)[1] / _MIB, len(tokens.features))
 
 
 def one_join(model: Any) -> dict[str, Any]:

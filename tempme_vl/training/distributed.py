@@ -54,7 +54,7 @@ def initialize() -> torch.device:
 
 def threads_of_rank(cores: int, local_ranks: int) -> int:
     """An equal part of the cores, and no more than OMP_NUM_THREADS where that is set: on cores that others use, too,
-    threads that wait for each other made a step of a small model 50 times as long (docs/LOG.md)."""
+    threads that wait for each other made a step of a small model ten times as long (docs/LOG.md)."""
     share, asked = max(1, cores // local_ranks), os.environ.get("OMP_NUM_THREADS", "")
     return min(share, int(asked)) if asked.isdecimal() and int(asked) else share
 

@@ -64,7 +64,7 @@ def test_compiled_blocks_are_called_in_place_of_the_blocks(row: str, monkeypatch
 
 
 class Slow(TokenMerger):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         time.sleep(0.03)
         return x
 

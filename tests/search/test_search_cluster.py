@@ -23,7 +23,7 @@ from tempme_vl.search.decoding import Reading
 from tempme_vl.search.files import VideoFile, find_videos
 from tempme_vl.search.rows import Made, in_pieces, make_rows
 from tempme_vl.search.segments import Segments
-from tempme_vl.search.store import MissingPackageError, Store
+from tempme_vl.search.store import MissingPackageError, Row, Store
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,9 @@ def test_ray_is_named_where_it_is_missing(videos: Path, tmp_path: Path, monkeypa
 
 
 def piece(name: str, first: int, last: bool = False, error: str = "") -> Made:
-    return Made(VideoFile(name, 1, 1), () if error else (f"{name} {first}",), first, last, error)  # type: ignore[arg-type]
+    file, none = VideoFile(name, 1, 1), np.zeros(1, np.float32)
+    row = Row(file, first, 0.0, 1.0, 1.0, none, b"", b"", b"", none)
+    return Made(file, () if error else (row,), first, last, error)
 
 
 def test_files_are_whole_whatever_the_order_and_once() -> None:
@@ -66,11 +68,14 @@ def test_files_are_whole_whatever_the_order_and_once() -> None:
         piece("a", 1, last=True),
         piece("half", 0),
     ]
-    found = [(one.file.path, one.rows, one.last, one.error) for one in cluster.whole_files(given)]
+    found = [
+        (one.file.path, [(row.file.path, row.segment) for row in one.rows], one.last, one.error)
+        for one in cluster.whole_files(given)
+    ]
     assert found == [
-        ("b", ("b 0", "b 1", "b 2"), True, ""),
-        ("broken", ("broken 0",), True, "cut off"),
-        ("a", ("a 0", "a 1"), True, ""),
+        ("b", [("b", 0), ("b", 1), ("b", 2)], True, ""),
+        ("broken", [("broken", 0)], True, "cut off"),
+        ("a", [("a", 0), ("a", 1)], True, ""),
     ]
 
 
