@@ -214,11 +214,6 @@ class SearchIndex:
                 "TESTA's have for fine 'matching'; give 'maxsim'"
             )
         self._require_tokens()
-        if self.settings.fusion_width is None:
-            raise IndexFolderError(
-                f"{self.store.folder} was made before tokens were kept for fine 'matching': index into another folder, "
-                "or give 'maxsim'"
-            )
         if not isinstance(query, str) and getattr(query, "fusion", None) is None:
             raise ValueError("fine 'matching' compares texts with segments; for a picture or a video give 'maxsim'")
 

@@ -57,8 +57,8 @@ class IndexSettings:
         width: E, of vectors.
         frames, prefix, grid, resize: see `Layout`.
         tokens: their form.
-        fusion_width: D, of tokens as the model's fusion layers take them; None: tokens are in the space of texts, E
-            wide, since the model has no such layers or the index was made when they took no part in a search.
+        fusion_width: D, of tokens as the model's fusion layers take them; None of a model without them, whose
+            tokens are in the space of texts, E wide.
     """
 
     root: str

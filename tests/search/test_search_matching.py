@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ import tempme_vl.search
 from tempme_vl import cli
 from tempme_vl.data.splits import Video
 from tempme_vl.evaluation.rerank import rerank
-from tempme_vl.search import Embedder, Hit, IndexFolderError, SearchIndex
-from tempme_vl.search.store import Store
+from tempme_vl.search import Embedder, Hit, SearchIndex
 from tempme_vl.search.web.app import create_app
 from tempme_vl.search.web.served import Served
 from tempme_vl.tasks.retrieval import create_retrieval_model
@@ -105,16 +103,12 @@ def test_the_same_tokens_are_compared_in_the_space_of_texts(matching: SearchInde
     assert fine == pytest.approx((hit.coarse + float((tokens[0] @ query.vector).max())) / 2, abs=2e-3)
 
 
-def test_what_cannot_be_matched(matching: SearchIndex, index: SearchIndex, videos: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_matched(matching: SearchIndex, index: SearchIndex, videos: Path) -> None:
     for query in (Image.new("RGB", (32, 32)), videos / "a.mp4", matching.embedder.query(videos / "a.mp4")):
         with pytest.raises(ValueError, match="compares texts with segments; for a picture or a video give 'maxsim'"):
             matching.search(query, fine="matching")
     with pytest.raises(ValueError, match=r"no layers that see a text and a segment together.*give 'maxsim'"):
         index.search(TEXTS[0], fine="matching")
-    Store.create(tmp_path / "earlier", replace(matching.settings, fusion_width=None))
-    earlier = tempme_vl.search.open(tmp_path / "earlier", matching.embedder)
-    with pytest.raises(IndexFolderError, match="before tokens were kept for fine 'matching': index into another"):
-        earlier.search(TEXTS[0], fine="matching")
 
 
 def test_the_command_matches(matching: SearchIndex, capsys: pytest.CaptureFixture[str]) -> None:
