@@ -5,6 +5,10 @@ turn; B/16 with 32 and 96 frames, half an hour on a free CPU core:
     python eval/testa_speed.py --threads 1
     python eval/testa_speed.py --threads 1 --frames 32 --steps forward
 
+glibc keeps pieces below 32 MB that are freed, so that the peak of a process can be half above what it needs. For memory
+let it give all of them back, which takes some time:
+    MALLOC_MMAP_THRESHOLD_=65536 python eval/testa_speed.py --threads 1
+
 A step is forward, backward and AdamW of the visual tower alone. Where activations do not fit: --grad-checkpointing.
 """
 
