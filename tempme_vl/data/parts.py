@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,10 @@ class Part(NamedTuple):
     end: float
 
 
+Plan: TypeAlias = Callable[[float], Sequence[Part]]
+"""(a file's duration in seconds) -> its parts, at least one, by their start."""
+
+
 class FrameParts(NamedTuple):
     """Some parts of a file, with the frames of each.
 
@@ -44,7 +48,7 @@ class FrameParts(NamedTuple):
 def read_parts(
     path: str | Path,
     num_frames: int,
-    plan: Callable[[float], Sequence[Part]],
+    plan: Plan,
     *,
     sampling: str = "fps1",
     timeout: float | None = 60.0,
@@ -56,7 +60,7 @@ def read_parts(
 
     Args:
         num_frames: of each part.
-        plan: (the file's duration in seconds) -> its parts, at least one, by their start.
+        plan: which parts.
         timeout: seconds that decoding may take for each ten minutes from the file's start to the part's end, since
             some files can only be decoded from their start. None: no limit, and in this process.
         process: the decoder, for a thread that has its own; default: this process' one.

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tempme_vl.data.decoder_process import DecoderProcess
-from tempme_vl.data.parts import FrameParts, read_parts
+from tempme_vl.data.parts import FrameParts, Plan, read_parts
 from tempme_vl.data.pictures import Fit
 from tempme_vl.data.video import VideoError
 from tempme_vl.search.files import VideoFile, inside
+from tempme_vl.search.scenes import find_cuts
 from tempme_vl.search.segments import Segments
 
 AHEAD = 2  # results a thread that wait for the model
@@ -35,7 +37,7 @@ class Reading:
     Attributes:
         folder: the videos.
         frames, sampling: of each segment.
-        timeout, memory: see `IndexOptions`.
+        scenes, timeout, memory: see `IndexOptions`.
         fit: the size that the model takes.
     """
 
@@ -43,6 +45,7 @@ class Reading:
     frames: int
     sampling: str
     segments: Segments
+    scenes: bool
     timeout: float | None
     memory: float | None
     fit: Fit
@@ -60,16 +63,20 @@ class Reading:
             yield Decoded(file, None, str(error))
 
     def _parts(self, file: VideoFile, process: DecoderProcess) -> Iterator[FrameParts]:
-        return read_parts(
-            inside(self.folder, file.path),
-            self.frames,
-            self.segments.of,
-            sampling=self.sampling,
-            timeout=self.timeout,
-            memory_gib=self.memory,
-            fit=self.fit,
-            process=process,
-        )
+        def read(frames: int, plan: Plan, sampling: str, fit: Fit) -> Iterator[FrameParts]:
+            return read_parts(
+                inside(self.folder, file.path),
+                frames,
+                plan,
+                sampling=sampling,
+                timeout=self.timeout,
+                memory_gib=self.memory,
+                fit=fit,
+                process=process,
+            )
+
+        cuts = find_cuts(read) if self.scenes else ()
+        return read(self.frames, partial(self.segments.of, cuts=cuts), self.sampling, self.fit)
 
 
 def decode_all(files: Sequence[VideoFile], reading: Reading, workers: int) -> Iterator[Decoded]:

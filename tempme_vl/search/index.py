@@ -26,6 +26,7 @@ from tempme_vl.search.segments import Segments
 from tempme_vl.search.store import SETTINGS_FILE, IndexFolderError, IndexSettings, Store
 
 _log = logging.getLogger(__name__)
+_OTHERWISE = "Leave it out, or make a new index in another folder"
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _embed_all(
         settings.frames,
         settings.sampling,
         Segments(settings.segment_seconds, settings.overlap),
+        settings.scenes,
         options.decode_timeout,
         options.memory,
         embedder.transform.preprocess.fit,
@@ -184,10 +186,9 @@ def _check(options: IndexOptions, store: Store, embedder: Embedder | None) -> No
         given, made = getattr(options, name), getattr(store.settings, name)
         if given is not None and given != made:
             option = f"--{name.replace('_', '-')}"
-            raise IndexFolderError(
-                f"{options.out} was made with {option} {made}; got {given}. Leave it out, or make a new index in "
-                "another folder"
-            )
+            raise IndexFolderError(f"{options.out} was made with {option} {made}; got {given}. {_OTHERWISE}")
+    if options.scenes and not store.settings.scenes:
+        raise IndexFolderError(f"{options.out} was made without --scenes; got --scenes. {_OTHERWISE}")
     root = str(options.folder.resolve())
     if root != store.settings.root:
         if not options.moved:
@@ -220,6 +221,7 @@ def _new_settings(options: IndexOptions, embedder: Embedder) -> IndexSettings:
         overlap=segments.overlap,
         tokens=tokens,
         fusion_width=None if tokens == "none" else embedder.fusion_width,
+        scenes=options.scenes,
     )
 
 

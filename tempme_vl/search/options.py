@@ -30,6 +30,9 @@ class IndexOptions:
     """Longer videos are cut into segments. Default: 30."""
     overlap: float | None = None
     """Seconds that a segment shares with the one before it. Default: 5."""
+    scenes: bool = False
+    """Let no segment go across a cut from one scene to another; each file is read twice for it. An index that was made
+    so needs no word of it."""
     batch_size: int = 8
     """Segments that the model takes at once."""
     workers: int = 1
@@ -143,6 +146,10 @@ INDEX = Command(
         Example(
             "less space",
             "/data/videos --out /data/index --checkpoint runs/demo/tempme-seed0/best --tokens int8",
+        ),
+        Example(
+            "by scenes",
+            "/data/videos --out /data/index --checkpoint runs/demo/tempme-seed0/best --scenes",
         ),
         Example(
             "on the machines of a Ray cluster",

@@ -1,7 +1,9 @@
-"""Which parts of a video are searched on their own: segments of one length that overlap."""
+"""Which parts of a video are searched on their own: overlapping segments of a file or of its scenes."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tempme_vl.data.parts import Part
@@ -25,12 +27,22 @@ class Segments:
                 f"--segment-seconds {self.seconds:g} --overlap {self.overlap:g}"
             )
 
-    def of(self, duration: float) -> list[Part]:
-        """The segments of a file of so many seconds: all of it where it is not longer than one. The last one ends with
-        the file and is as long as the others, so that it overlaps more."""
-        if duration <= self.seconds:
-            return [Part(0.0, duration)]
-        step, starts = self.seconds - self.overlap, [0.0]
-        while starts[-1] + self.seconds < duration:
-            starts.append(min(len(starts) * step, duration - self.seconds))
-        return [Part(start, min(start + self.seconds, duration)) for start in starts]
+    def of(self, duration: float, cuts: Sequence[float] = ()) -> list[Part]:
+        """The segments of a file of so many seconds, by their start.
+
+        All of a scene where it is not longer than one. The last one of a scene ends with it and is as long as the
+        others, so that it overlaps more.
+
+        Args:
+            cuts: where further scenes begin, in order; those not inside the file are left out.
+        """
+        inside = (cut for cut in cuts if 0 < cut < duration)
+        return [part for scene in itertools.pairwise([0.0, *inside, duration]) for part in self._of_scene(*scene)]
+
+    def _of_scene(self, begin: float, end: float) -> list[Part]:
+        if end - begin <= self.seconds:
+            return [Part(begin, end)]
+        step, starts = self.seconds - self.overlap, [begin]
+        while starts[-1] + self.seconds < end:
+            starts.append(min(begin + len(starts) * step, end - self.seconds))
+        return [Part(start, min(start + self.seconds, end)) for start in starts]

@@ -56,6 +56,7 @@ class IndexSettings:
         checkpoint: the model's folder or name, and `fingerprint` of what it holds.
         width: E, of vectors.
         frames, prefix, grid, resize: see `Layout`.
+        scenes: whether segments end where scenes do.
         tokens: their form.
         fusion_width: D, of tokens as the model's fusion layers take them; None of a model without them, whose
             tokens are in the space of texts, E wide.
@@ -74,6 +75,7 @@ class IndexSettings:
     overlap: Annotated[float, Range(0, 1e9)]
     tokens: TokenForm
     fusion_width: Size | None = None
+    scenes: bool = False
 
     @property
     def layout(self) -> Layout:

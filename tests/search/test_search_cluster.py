@@ -83,7 +83,7 @@ def test_files_are_whole_whatever_the_order_and_once() -> None:
 def reading(videos: Path, embedder: Embedder) -> Reading:
     cut = Segments(SETTINGS["segment_seconds"], SETTINGS["overlap"])
     fit = embedder.transform.preprocess.fit
-    return Reading(videos, embedder.layout.frames, embedder.sampling, cut, 60.0, 2.0, fit)
+    return Reading(videos, embedder.layout.frames, embedder.sampling, cut, False, 60.0, 2.0, fit)
 
 
 @pytest.fixture

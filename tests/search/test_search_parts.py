@@ -32,6 +32,10 @@ def test_segments_cover_a_file(duration: float, expected: list[tuple[float, floa
     assert Segments(30, 5).of(duration) == expected
 
 
+def test_no_segment_goes_across_a_cut() -> None:
+    assert Segments(30, 5).of(80.5, [10.0, 45.0, 80.5]) == [(0, 10), (10, 40), (15, 45), (45, 75), (50.5, 80.5)]
+
+
 @pytest.mark.parametrize("seconds", [2.0, 7.3])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 1.9])
 def test_no_moment_is_left_out(seconds: float, overlap: float) -> None:
