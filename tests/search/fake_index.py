@@ -76,7 +76,7 @@ class FakeIndex:
             for start in (0.0, 2.0, 4.0)
             if where is None or path in where
         ]
-        seconds = {"embed": 0.02, "coarse": 0.003} | ({"fine": 0.01} if fine == "maxsim" else {})
+        seconds = {"embed": 0.02, "coarse": 0.003} | ({"fine": 0.01} if fine != "none" else {})
         return Hits(sorted(hits, key=lambda hit: -hit.score)[:k], seconds)
 
     def locate(self, query: object, hit: Hit, top: int) -> Location:

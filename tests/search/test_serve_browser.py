@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no 
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("videos")
     write_videos(root)
-    app = create_app(FakeIndex(root), str, asker=FakeQA(), max_upload=1 << 20)
+    app = create_app(FakeIndex(root, has_fusion=True), str, asker=FakeQA(), max_upload=1 << 20)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -97,6 +97,15 @@ def test_regions_follow_the_video(browser: Chromium, address: str) -> None:
     assert browser.run("document.querySelector('video').currentTime") == float(start)
 
 
+def test_a_ranking_takes_effect_when_it_is_chosen(browser: Chromium, address: str) -> None:
+    browser.open(f"{address}/?q=red")
+    browser.wait("document.querySelector('select[name=fine]') !== null")
+    for value, expected in (("matching", "?q=red&fine=matching"), ("none", "?q=red")):
+        select = "document.querySelector('select[name=fine]')"
+        browser.run(f"{select}.value = '{value}'; {select}.dispatchEvent(new Event('change', {{bubbles: true}}))")
+        browser.wait(f"location.search === '{expected}' && {select}?.value === '{value}'")
+
+
 def test_a_question_is_answered_while_the_video_stays(browser: Chromium, address: str) -> None:
     browser.open(f"{address}/?q=red&hit=1")
     browser.wait("document.querySelector('.ask input[name=question]') !== null")
@@ -109,12 +118,13 @@ def test_a_question_is_answered_while_the_video_stays(browser: Chromium, address
 
 def test_a_picture_is_sent_when_it_is_chosen(browser: Chromium, address: str, tmp_path: Path) -> None:
     Image.new("RGB", (60, 40), (20, 200, 30)).save(tmp_path / "leaf.png")
-    browser.open(address)
+    browser.open(f"{address}/?q=red&k=3&fine=matching")  # which is of texts alone
     browser.wait("document.querySelector('[type=file]') !== null")
     root = browser.call("DOM.getDocument")["root"]["nodeId"]
     field = browser.call("DOM.querySelector", nodeId=root, selector="[type=file]")["nodeId"]
     browser.call("DOM.setFileInputFiles", nodeId=field, files=[str(tmp_path / "leaf.png")])
     browser.wait("document.querySelector('.chip img')?.naturalWidth === 60")
+    assert "k=3" in browser.run("location.search") and "fine" not in browser.run("location.search")
     assert browser.run("document.querySelector('.results .name').textContent") == "green leaf.mp4"
 
 

@@ -33,6 +33,12 @@ def client(root: Path) -> Iterator[TestClient]:
         yield client
 
 
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (20, 200, 30)).save(file, "PNG")
+    return file.getvalue()
+
+
 def cards(page: str) -> list[str]:
     """What each card says to those who do not see it."""
     return re.findall(r'class="card"[^>]*aria-label="([^"]*)"', page)
@@ -81,9 +87,7 @@ def test_a_filter_that_cannot_be_used_is_told(client: TestClient) -> None:
 
 
 def test_a_picture_leads_to_its_own_page(client: TestClient) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), (20, 200, 30)).save(file, "PNG")
-    sent = {"file": ("my <leaf>.png", file.getvalue())}
+    sent = {"file": ("my <leaf>.png", picture())}
     answer = client.post("/search", files=sent, data={"k": "3", "where": "path <> 'y more/green leaf.mp4'"})
     assert answer.history[0].status_code == 303 and answer.url.params["k"] == "3"
     assert [label.split(",")[0] for label in cards(answer.text)] == [f"{n}: green leaf.mp4" for n in (1, 2, 3)]
@@ -109,12 +113,32 @@ def test_an_answer_about_a_hit(client: TestClient) -> None:
 
 def test_what_an_index_cannot_do_is_not_offered(root: Path) -> None:
     page = TestClient(create_app(FakeIndex(root, has_tokens=False), str)).get("/", params={"q": "red"}).text
-    for part in ("Fine ranking", "Highlight", "Ask about", "/regions", "/ask"):
+    for part in ("Ranking", "Highlight", "Ask about", "/regions", "/ask"):
         assert part not in page
     refused = TestClient(create_app(FakeIndex(root), str)).get(
         "/ask", params={"path": "red.mp4", "start": 0, "end": 1, "question": "what"}
     )
     assert refused.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fusion", "offered"),
+    [(True, False, ["none", "maxsim"]), (True, True, ["none", "maxsim", "matching"]), (False, False, [])],
+)
+def test_rankings_that_an_index_has_are_offered(root: Path, tokens: bool, fusion: bool, offered: list[str]) -> None:
+    client = TestClient(create_app(FakeIndex(root, has_tokens=tokens, has_fusion=fusion), str))
+    for chosen in offered or ["none"]:
+        page = client.get("/", params={"q": "red", "fine": chosen}).text
+        assert re.findall(r'<option value="(\w+)"', page) == offered
+        assert re.findall(r'<option value="(\w+)" selected', page) == [chosen][: len(offered)]
+        assert ("</i>fine</th>" in page) == (chosen != "none")
+
+
+def test_a_file_is_not_matched(root: Path) -> None:
+    """Matching is of texts alone, and is not offered for a file."""
+    client = TestClient(create_app(FakeIndex(root, has_fusion=True), str))
+    sent = client.post("/search", files={"file": ("leaf.png", picture())})
+    assert sent.status_code == 200 and "every token" in sent.text and 'value="matching"' not in sent.text
 
 
 def test_nothing_comes_from_elsewhere(client: TestClient) -> None:

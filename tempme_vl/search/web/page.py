@@ -67,8 +67,9 @@ def _search_page(app: FastAPI, site: Site, shown: Any) -> None:
             if state.asked
             else views.browsed(list(islice(site.engine.index.paths, BROWSED)))
         )
-        values |= {"problem": problem, "status": site.status(), "facts": views.facts(site.status())}
-        return shown("page.html", code, form=views.form(state, name), asked=state.asked, **values)
+        status = site.status()
+        values |= {"problem": problem, "status": status, "facts": views.facts(status)}
+        return shown("page.html", code, form=views.form(state, name, status), asked=state.asked, **values)
 
     @app.post("/search", include_in_schema=False)
     async def send(

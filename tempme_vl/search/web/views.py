@@ -98,9 +98,15 @@ class Stage:
     width: float
 
 
-def form(state: State, name: str) -> dict[str, Any]:
+def form(state: State, name: str, status: Status) -> dict[str, Any]:
     """Values of the form, `name` being that of an upload."""
-    return {**vars(state), "name": name, "without_upload": replace(state, upload="", hit=None).link()}
+    rankings: dict[Fine, str] = {"none": "one vector a segment"}
+    if status.tokens:
+        rankings["maxsim"] = "every token"
+    if status.matching and not state.upload:
+        rankings["matching"] = "the model's matching"
+    without = replace(state, upload="", hit=None).link()
+    return {**vars(state), "name": name, "rankings": rankings, "without_upload": without}
 
 
 def browsed(paths: Sequence[str]) -> dict[str, Any]:

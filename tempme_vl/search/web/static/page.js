@@ -9,15 +9,15 @@ const video = one("video");
 document.addEventListener("input", ({ target }) => {
   if (target.type === "range") target.nextElementSibling.value = target.value;
 });
-// switches and sliders of a search that is shown take effect at once
+// choices and sliders of a search that is shown take effect at once
 one("#search").addEventListener("change", ({ target }) => {
   const shown = document.body.classList.contains("asked");
-  if (shown && ["range", "checkbox"].includes(target.type)) one("#search").requestSubmit();
+  if (shown && ["range", "select-one"].includes(target.type)) one("#search").requestSubmit();
 });
 // fields that are as by default stay out of the address
 one("#search").addEventListener("formdata", ({ formData }) => {
   for (const [name, value] of [...formData]) {
-    if (value === "" || (name === "k" && value === "12")) formData.delete(name);
+    if (value === "" || (name === "k" && value === "12") || (name === "fine" && value === "none")) formData.delete(name);
   }
 });
 
@@ -106,7 +106,8 @@ function send() {
   document.body.classList.add("busy");
   for (const [name, value] of new FormData(one("#search"))) {
     const field = Object.assign(document.createElement("input"), { type: "hidden", name, value });
-    if (["k", "where", "fine"].includes(name)) one("#upload").append(field);
+    const ofTexts = name === "fine" && value === "matching";
+    if (["k", "where", "fine"].includes(name) && !ofTexts) one("#upload").append(field);
   }
   one("#upload").submit();
 }
