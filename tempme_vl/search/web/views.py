@@ -100,11 +100,11 @@ class Stage:
 
 def form(state: State, name: str, status: Status) -> dict[str, Any]:
     """Values of the form, `name` being that of an upload."""
-    rankings: dict[Fine, str] = {"none": "one vector a segment"}
+    rankings: dict[Fine, str] = {"none": "vectors"}
     if status.tokens:
-        rankings["maxsim"] = "every token"
+        rankings["maxsim"] = "tokens"
     if status.matching and not state.upload:
-        rankings["matching"] = "the model's matching"
+        rankings["matching"] = "matching"
     without = replace(state, upload="", hit=None).link()
     return {**vars(state), "name": name, "rankings": rankings, "without_upload": without}
 
