@@ -22,7 +22,7 @@ from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import PAPER, Counting, LayerMerge, MergeSchedule, is_of_merging, merge_layers
 from tempme_vl.merging.tempme import CrossClipMerge
 from tempme_vl.normalize import normalize
-from tempme_vl.outputs import Readout, read_out
+from tempme_vl.outputs import Readout, direction_of, read_out
 from tempme_vl.pooling import FramePlace
 from tempme_vl.pretrained import CONFIG_FILE, build, load_any, refuse_added_modules, save_model
 from tempme_vl.scheduling import schedule_for, tower_gflops
@@ -93,7 +93,13 @@ class VisualFrontend(Shareable, nn.Module):
         self.tuned = FramePlace()
         self.grad_checkpointing = False
 
-    def forward(self, video: Tensor, frame_mask: Tensor | None = None, trace_source: bool = False) -> FrontendOutput:
+    def forward(
+        self,
+        video: Tensor,
+        frame_mask: Tensor | None = None,
+        trace_source: bool = False,
+        guide: Tensor | None = None,
+    ) -> FrontendOutput:
         """Encodes videos (TempMe, section 3).
 
         Args:
@@ -103,16 +109,21 @@ class VisualFrontend(Shareable, nn.Module):
                 are left out of `pooled` only, as in the paper's code. Default: all real. In a tower that does not
                 pool by CLS tokens a joined clip counts as real if one of its frames is.
             trace_source: also say which input tokens every output token holds.
+            guide: (B, E) an embedding of a text for each video, in the space of `pooled`, for a schedule that merges
+                with a text in mind (the option `guidance` of method "testa"), which needs it.
 
         Raises:
-            ValueError: a video or mask of another shape, whole numbers other than uint8, or uint8 in a front end whose
-                preprocessing is not known.
+            ValueError: a video, mask or guide of another shape, whole numbers other than uint8, or uint8 in a front end
+                whose preprocessing is not known; a guide missing, or given to a schedule that has no use for it.
         """
         self._check(video, frame_mask)
+        self._check_guide(guide, len(video))
         x = self.embed(self._normalised(video).flatten(0, 1))
         schedule = self.schedule
         start = x, schedule.clips, self.shape.num_prefix, trace_source, schedule.proportional
-        state = TokenState.start(*start, frame_mask=frame_mask)
+        if guide is not None:
+            guide = direction_of(guide, self.norm, self.head, self.shape.width)
+        state = TokenState.start(*start, frame_mask=frame_mask, guide=guide)
         for block in self.blocks:
             state = checkpoint(block, state, use_reentrant=False) if self._recompute() else block(state)
         return self._output(state, frame_mask)
@@ -190,6 +201,18 @@ class VisualFrontend(Shareable, nn.Module):
             )
         if frame_mask is not None and frame_mask.shape != video.shape[:2]:
             raise ValueError(f"expected frame_mask {tuple(video.shape[:2])}; got {tuple(frame_mask.shape)}")
+
+    def _check_guide(self, guide: Tensor | None, videos: int) -> None:
+        if self.schedule.guided != (guide is not None):
+            raise ValueError(
+                "this schedule merges with a text in mind: give `guide`, an embedding of a text for each video"
+                if guide is None
+                else 'only a schedule with guidance takes a `guide`: method "testa" with guidance above 0'
+            )
+        if guide is not None and self.shape.pooling == "attention":
+            raise ValueError("this tower pools its tokens by attention: single ones are not in the space of texts")
+        if guide is not None and guide.shape != (videos, self.shape.embed_dim):
+            raise ValueError(f"expected guide {(videos, self.shape.embed_dim)}; got {tuple(guide.shape)}")
 
     def _normalised(self, video: Tensor) -> Tensor:
         if video.dtype != torch.uint8:

@@ -77,7 +77,11 @@ def follow(numbers: Tensor, through: Tensor) -> Tensor:
 
 
 def bipartite_match(
-    metric: Tensor, r: int, num_prefix: int = 1, order: Literal["position", "similarity"] = "position"
+    metric: Tensor,
+    r: int,
+    num_prefix: int = 1,
+    order: Literal["position", "similarity"] = "position",
+    less: Tensor | None = None,
 ) -> MergeMap:
     """Matches the r most similar pairs between alternating tokens.
 
@@ -91,6 +95,7 @@ def bipartite_match(
         num_prefix: P leading tokens that never merge (CLS).
         order: unmerged A tokens by ascending position, or by descending similarity of their best match, as
             ToMe leaves them when there is no CLS token.
+        less: (R, N) how much less alike a token and any other are taken to be; None: not at all.
 
     Raises:
         ValueError: if r is outside its range.
@@ -105,21 +110,25 @@ def bipartite_match(
         return MergeMap(everything, everything[:, :0], everything[:, :0])
     # half precision would tie most similarities near 1, so they are always compared in at least float32
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
-        if kernels.usable(metric):
+        if less is None and kernels.usable(metric):
             from tempme_vl.kernels import merging
 
             if num_tokens <= 2 * merging.MOST_RANKED:
                 return MergeMap(*merging.match(metric, r, num_prefix, order == "position"))
-        return _match(metric.to(torch.promote_types(metric.dtype, torch.float32)), r, num_prefix, order)
+        return _match(metric.to(torch.promote_types(metric.dtype, torch.float32)), r, num_prefix, order, less)
 
 
-def _match(metric: Tensor, r: int, num_prefix: int, order: Literal["position", "similarity"]) -> MergeMap:
+def _match(
+    metric: Tensor, r: int, num_prefix: int, order: Literal["position", "similarity"], less: Tensor | None
+) -> MergeMap:
     """The plain form of `bipartite_match`, for r > 0."""
     rows, num_tokens, _ = metric.shape
     a_pos = torch.arange(num_prefix + num_prefix % 2, num_tokens, 2, device=metric.device)
     b_pos = torch.arange(num_prefix + 1 - num_prefix % 2, num_tokens, 2, device=metric.device)
     unit = F.normalize(metric, dim=-1)
     similarity_RAB = unit[:, a_pos] @ unit[:, b_pos].transpose(1, 2)
+    if less is not None:
+        similarity_RAB = similarity_RAB - less[:, a_pos, None] - less[:, None, b_pos]
     best, partner = similarity_RAB.max(dim=-1)
     ranked = descending(best)
     merged, kept = ranked[:, :r], ranked[:, r:]

@@ -27,6 +27,19 @@ class Readout(NamedTuple):
     schedule: MergeSchedule
 
 
+def direction_of(text: Tensor, norm: nn.Module, head: nn.Module, width: int) -> Tensor:
+    """The direction among a tower's tokens that leads to embeddings: (B, E) -> (B, D), without gradient.
+
+    What a token's projection has in common with an embedding is, but for its length, what the token has in common with
+    this: the projection's transpose, and the scale and the mean of a LayerNorm in front of it.
+    """
+    direction = torch.autograd.functional.vjp(head, text.new_zeros(len(text), width), text)[1]
+    if not isinstance(norm, nn.LayerNorm):
+        return direction
+    direction = direction * norm.weight.detach()
+    return direction - direction.mean(1, keepdim=True)
+
+
 def read_out(state: TokenState, frame_mask: Tensor | None, tower: Readout, place: FramePlace) -> FrontendOutput:
     """The output of a batch of videos.
 

@@ -142,6 +142,7 @@ class TokenState:
             neighbouring frames, as long as none has merged with another.
         frame_mask: (B, F), nonzero for real frames, or None where all are.
         video_tokens: (B, G, D) tokens of whole videos that a tuning adds; they belong to no clip, and hold no input.
+        guide: (B, D), the direction among tokens that leads to a text (`tempme_vl.outputs.direction_of`); None without.
     """
 
     x: Tensor
@@ -157,6 +158,7 @@ class TokenState:
     clip_of: Tensor | None = None
     frame_mask: Tensor | None = None
     video_tokens: Tensor | None = None
+    guide: Tensor | None = None
 
     @classmethod
     def start(
@@ -167,6 +169,7 @@ class TokenState:
         trace_source: bool = False,
         proportional: bool = True,
         frame_mask: Tensor | None = None,
+        guide: Tensor | None = None,
     ) -> TokenState:
         """The state before the first block: every token stands for itself.
 
@@ -184,6 +187,7 @@ class TokenState:
             proportional=proportional,
             origin=source,
             frame_mask=frame_mask,
+            guide=guide,
         )
 
     @property

@@ -312,6 +312,11 @@ class MergeSchedule:
             total += linear(queries, width, 2 * width, counting=counting) + block.mlp(queries)  # query, proj
         return total / 1e9
 
+    @property
+    def guided(self) -> bool:
+        """Whether tokens merge with a text in mind, which is given beside each video."""
+        return "guidance" in dict(self.settings)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` gives the schedule back. What is as by default is left out, but what was always
         written."""

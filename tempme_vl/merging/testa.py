@@ -12,6 +12,9 @@ the keys of attention. Three strategies:
 Tokens count once in attention, however many they hold. TESTA compares frames by the keys of a temporal attention of its
 own, as its towers have it (`tempme_vl.backbones.testa`). A tower that has none gives the tokens in its place, and to
 `importance` and `prune` their attention by cosine: our own reading, which no paper measures.
+
+`guidance` is what the paper's limitations name and nobody has: merging with a text in mind. Frames and patches that are
+near a text are taken to be less alike than they are, so that others merge in their place.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +31,11 @@ from torch.nn.functional import normalize
 from tempme_vl.matching import MergeMap, bipartite_match
 from tempme_vl.merging.base import LayerMerge, TokenMerger, apply_merge
 from tempme_vl.merging.budget import Knob, LimitKind
+from tempme_vl.merging.guidance import less_alike_frames, less_alike_patches
 from tempme_vl.merging.method import Behind, Method, checked, pair_matching
 from tempme_vl.merging.schedule import Encoder, LayerCount, LayerPlan, MergeSchedule
 from tempme_vl.merging.tome import inflected
-from tempme_vl.schema import Cosine, Count, Layers
+from tempme_vl.schema import Cosine, Count, Layers, Range
 from tempme_vl.state import AttentionContext, TokenState
 
 Strategy = Literal["geometry", "importance", "prune"]
@@ -46,11 +50,14 @@ class Options:
 
     r_temporal: frames that a video has fewer in front of attention.
     r_spatial: patches that a frame has fewer behind it.
+    guidance: by how much two frames, or two patches of a frame, are less alike (of cosines) for each standard deviation
+        by which they are nearer to a text than others of their video, or frame; 0 for no text. By geometry alone.
     """
 
     r_temporal: Fewer
     r_spatial: Fewer
     strategy: Strategy = "geometry"
+    guidance: Annotated[float, Range(0, 100)] = 0.0
 
 
 # by tokens of a frame and frames. That of CLIP B/32 is a fit: the paper of TempMe gives 40.6 GFLOPs, with a temporal
@@ -113,18 +120,21 @@ def schedule(encoder: Encoder, options: Options) -> MergeSchedule:
     """Frames become fewer, and so do the patches of each.
 
     Raises:
-        ValueError: options out of bounds, or a list of another length than the blocks.
+        ValueError: options out of bounds, a list of another length than the blocks, or guidance without geometry.
     """
     checked("testa", options)
+    if options.guidance and options.strategy != "geometry":
+        raise ValueError(f"guidance changes similarities: it needs strategy 'geometry'; got {options.strategy!r}")
     plan = []
     for _, _, frames, patches in _counts(encoder, options):
         merged = options.strategy == "geometry"
         plan.append(LayerPlan(fewer_clips=frames, after=patches if merged else 0, fewer_after=0 if merged else patches))
-    settings = (("strategy", options.strategy),)
+    guidance = (("guidance", options.guidance),) if options.guidance else ()
+    settings = (*guidance, ("strategy", options.strategy))
     return MergeSchedule("testa", encoder.frames, encoder.tokens, tuple(plan), encoder.prefix, False, False, settings)
 
 
-def match_frames(metric: Tensor, r: int) -> MergeMap:
+def match_frames(metric: Tensor, r: int, less: Tensor | None = None) -> MergeMap:
     """The r best merges of frames at even places into ones at odd places.
 
     Each patch of a frame chooses the frame whose patch at its place is most similar; the frame merges into the one that
@@ -134,13 +144,17 @@ def match_frames(metric: Tensor, r: int) -> MergeMap:
     Args:
         metric: (V, L, T, D_metric) features of T frames of L patches.
         r: 0..T // 2.
+        less: (V, T) how much less alike a frame and any other are taken to be; None: not at all.
 
     Returns:
         of the T frames of each video: those at even places that stay, in order, then those at odd places.
     """
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
         unit = normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
-        similarity, chosen = (unit[:, :, ::2] @ unit[:, :, 1::2].transpose(-1, -2)).max(-1)
+        alike = unit[:, :, ::2] @ unit[:, :, 1::2].transpose(-1, -2)
+        if less is not None:
+            alike = alike - less[:, None, ::2, None] - less[:, None, None, 1::2]
+        similarity, chosen = alike.max(-1)
         into, score = (_most_frequent(values.transpose(1, 2)) for values in (chosen, similarity))
         ranked = score.argsort(dim=1, descending=True, stable=True)
         merged, kept = ranked[:, :r], ranked[:, r:].sort(dim=1).values
@@ -183,11 +197,12 @@ class AggregateFrames(TokenMerger):
         r: frames.
         in_time: whether they get into the order of time again, by the first frame that each holds. TESTA never restores
             it; here the last step does, after which no halves are taken any more.
+        guidance: see `Options`.
     """
 
-    def __init__(self, r: int, strategy: Strategy, in_time: bool):
+    def __init__(self, r: int, strategy: Strategy, in_time: bool, guidance: float = 0.0):
         super().__init__()
-        self.r, self.strategy, self.in_time = r, strategy, in_time
+        self.r, self.strategy, self.in_time, self.guidance = r, strategy, in_time, guidance
 
     def forward(self, state: TokenState, context: AttentionContext) -> TokenState:
         if context.queries is None:
@@ -195,7 +210,7 @@ class AggregateFrames(TokenMerger):
         else:  # of attention over time, whose rows are places
             metric = context.features().unflatten(0, (state.x.shape[0] // state.num_clips, -1))
         if self.strategy == "geometry":
-            state = state.merge_clips(match_frames(metric, self.r))
+            state = state.merge_clips(match_frames(metric, self.r, less_alike_frames(state, self.guidance)))
         else:
             attention = self.attention(metric) if context.queries is None else context
             scores = received(attention, metric.shape[1])
@@ -253,17 +268,18 @@ class AggregatePatches(TokenMerger):
     Args:
         r: patches of a frame.
         frames: of a clip; more than 1 behind a tower, by geometry alone.
+        guidance: see `Options`; in a tower.
     """
 
-    def __init__(self, r: int, strategy: Strategy, frames: int = 1):
+    def __init__(self, r: int, strategy: Strategy, frames: int = 1, guidance: float = 0.0):
         super().__init__()
-        self.r, self.strategy, self.frames = r, strategy, frames
+        self.r, self.strategy, self.frames, self.guidance = r, strategy, frames, guidance
 
     def forward(self, state: TokenState, context: AttentionContext) -> TokenState:
         features, prefix = context.features(), state.num_prefix
         if self.strategy == "geometry":
             features = features.unflatten(1, (self.frames, -1)).flatten(0, 1)
-            merge = bipartite_match(features, self.r, prefix)
+            merge = bipartite_match(features, self.r, prefix, less=less_alike_patches(state, self.guidance))
             frame = torch.arange(self.frames, device=features.device).unsqueeze(1)
             each = features.shape[1], features.shape[1], features.shape[1] - self.r
             numbers = zip((merge.base, merge.src, merge.dst), each, strict=True)
@@ -280,16 +296,17 @@ class AggregatePatches(TokenMerger):
 
 
 def layer_merge(schedule: MergeSchedule, layer: int, width: int) -> LayerMerge:
-    strategy: Strategy = dict(schedule.settings)["strategy"]  # type: ignore[assignment]
+    settings: dict[str, Any] = dict(schedule.settings)
+    strategy, guidance = settings["strategy"], settings.get("guidance", 0.0)
     plan, before, after = schedule.plan[layer], TokenMerger(), TokenMerger()
-    if "steps" in dict(schedule.settings):
+    if "steps" in settings:
         return _joined_merge(schedule, layer)
     if plan.fewer_clips:
         last = not any(later.fewer_clips for later in schedule.plan[layer + 1 :])
         # frames of divided attention are told apart by nothing any more, and TESTA leaves them in the order of matches
-        before = AggregateFrames(plan.fewer_clips, strategy, last and not schedule.divided)
+        before = AggregateFrames(plan.fewer_clips, strategy, last and not schedule.divided, guidance)
     if fewer := plan.after + plan.fewer_after:
-        after = AggregatePatches(fewer, strategy)
+        after = AggregatePatches(fewer, strategy, guidance=guidance)
     return LayerMerge(before, after)
 
 
