@@ -25,18 +25,22 @@ def pair(tower: str, guidance: float, **options: object) -> tuple[VisualFrontend
     return plain, guided
 
 
-def test_a_patch_near_the_text_lets_others_merge() -> None:
-    """Of six tokens 0 and 1 are most alike, cos 0.1, then 2 and 3, cos 0.2, which is 0.015 less. Token 0 alone is near
-    the text: 5/6 above the mean of 1/6, where the deviation is sqrt(5)/6: sqrt(5) of it, and token 1 -1/sqrt(5), as all
-    others. The pair loses guidance times half of their sum, 0.894, and the other -0.447."""
+@pytest.mark.parametrize("near", [0, 1])
+def test_a_patch_near_the_text_lets_others_merge(near: int) -> None:
+    """Of six tokens 0 and 1 are most alike, cos 0.1, then 2 and 3, cos 0.2, which is 0.015 less. One of the first alone
+    is near the text: 5/6 above the mean of 1/6, where the deviation is sqrt(5)/6: sqrt(5) of it, and the others
+    -1/sqrt(5). The pair loses guidance times half of their sum, 0.894, and the other -0.447."""
     angles = torch.tensor([0.0, 0.1, 2.0, 2.2, 4.0, 5.0])
     metric = torch.stack([angles.cos(), angles.sin()], -1).unsqueeze(0)
-    x = torch.tensor([[[1.0, 0.0], *[[0.0, 1.0]] * 5]])
+    x = torch.tensor([[[0.0, 1.0]] * 6])
+    x[0, near] = torch.tensor([1.0, 0.0])
     state = TokenState.start(x, 1, 0, guide=torch.tensor([[2.0, 0.0]]))
     assert less_alike_patches(state, 0.0) is None
     less = less_alike_patches(state, 0.2)
     assert less is not None
-    torch.testing.assert_close(less, torch.tensor([[0.2236, *[-0.0447] * 5]]), atol=1e-4, rtol=0)
+    expected = torch.full((1, 6), -0.0447)
+    expected[0, near] = 0.2236
+    torch.testing.assert_close(less, expected, atol=1e-4, rtol=0)
     for guidance, merged in ((0.0, 0), (0.01, 0), (0.0115, 2), (0.2, 2)):  # 0.0149 / (0.894 + 0.447) = 0.0111
         assert bipartite_match(metric, 1, 0, less=less_alike_patches(state, guidance)).src.tolist() == [[merged]]
 
