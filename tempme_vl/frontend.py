@@ -205,7 +205,8 @@ class VisualFrontend(Shareable, nn.Module):
     def _check_guide(self, guide: Tensor | None, videos: int) -> None:
         if self.schedule.guided != (guide is not None):
             raise ValueError(
-                "this schedule merges with a text in mind: give `guide`, an embedding of a text for each video"
+                "this schedule merges with a text in mind: give `guide`, an embedding of a text for each video, or "
+                "leave the option `guidance` of the method out"
                 if guide is None
                 else 'only a schedule with guidance takes a `guide`: method "testa" with guidance above 0'
             )
