@@ -81,23 +81,18 @@ $(EVENTS)-96/none-%/report.json: $(EVENTS)/none-%/report.json
 $(EVENTS)-96/testa_%/report.json: $(EVENTS)/testa_%/report.json
 	$(AT_96) --pretrained $(<D)/best --method testa --method-options r_temporal=16 r_spatial=1 --output $(@D)
 
-# two of them learn the order of events later than the first, and are trained on for one more epoch
-HOSTS := $(addprefix runs/videollm/,host-0 longer-1 longer-2)
-TRAIN_HOST := $(RUN) $(BIN)/deepspeed --num_accelerators 1 recipes/videollm_lora.py --method none --where tower --train-frontend \
-	--train-language-model --num-frames 16 --image-size 32 --answer-tokens 8 --batch-size 32 --eval-batch-size 64 \
-	--workers 0 --warmup 0.1 --weight-decay 0.05 --beta2 0.98
-
-.SECONDARY:
+HOSTS := $(addprefix runs/videollm/host-,0 1 2)
 
 videollm-comparison: $(READY) $(HOSTS:%=%/predictions.json)
 	$(RUN) $(BIN)/tempme-vl videollm-compare --host $(HOSTS:%=%/best) --retention 0.5 0.25 0.1 --questions 300 \
 		--repeats 4 --in-flight 1 8 --output runs/videollm/compare --page docs/videollm_comparison.md
 
+# a port for each, for make -j2
 runs/videollm/host-%/predictions.json: | $(READY)
-	$(TRAIN_HOST) --host tiny:Qwen2_5_VL --lr 1.5e-3 --lr-new 1.5e-3 --epochs 3 --seed $* --output $(@D)
-
-runs/videollm/longer-%/predictions.json: runs/videollm/host-%/predictions.json
-	$(TRAIN_HOST) --host $(<D)/best --lr 7e-4 --lr-new 7e-4 --epochs 1 --seed 1$* --output $(@D)
+	$(RUN) $(BIN)/deepspeed --num_accelerators 1 --master_port 2951$* recipes/videollm_lora.py --host tiny:Qwen2_5_VL --method none \
+		--where tower --train-frontend --train-language-model --num-frames 16 --image-size 32 --answer-tokens 8 --batch-size 32 \
+		--eval-batch-size 64 --workers 0 --lr 1.5e-3 --lr-new 1.5e-3 --warmup 0.1 --weight-decay 0.05 --beta2 0.98 --epochs 5 \
+		--seed $* --output $(@D)
 
 floors: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/floors.py
