@@ -9,8 +9,8 @@
 # make comparison  the tables and plots of docs/comparison.md: 63 models, more than two hours on 2 cores; goes on where it stopped
 # make longform    the section of docs/comparison.md on long videos: twelve models, half an hour of one core, then six of them
 #                 at 96 frames; goes on where it stopped
-# make videollm-comparison  the table and plot of docs/videollm_comparison.md: three tiny video-language models are trained, and
-#                 asked with every method at three budgets; three hours on 2 cores; goes on where it stopped
+# make -j2 videollm-comparison  the table and plot of docs/videollm_comparison.md: three tiny video-language models are trained,
+#                 and asked with every method at three budgets; two hours on 2 cores; goes on where it stopped
 # make floors     draw docs/floors.svg anew, of the table of imports
 # make versions   the same with the locked versions, and all that builds on transformers in five versions of it
 # make lock       write constraints.txt anew; UPGRADE=--upgrade for the newest versions, else what fits stays
