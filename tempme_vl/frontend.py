@@ -122,7 +122,7 @@ class VisualFrontend(Shareable, nn.Module):
         schedule = self.schedule
         start = x, schedule.clips, self.shape.num_prefix, trace_source, schedule.proportional
         if guide is not None:
-            guide = direction_of(guide, self.norm, self.head, self.shape.width)
+            guide = direction_of(guide.to(x.dtype), self.norm, self.head, self.shape.width)
         state = TokenState.start(*start, frame_mask=frame_mask, guide=guide)
         for block in self.blocks:
             state = checkpoint(block, state, use_reentrant=False) if self._recompute() else block(state)

@@ -99,6 +99,15 @@ def test_no_guidance_is_the_method_as_it_is() -> None:
     assert saved.guided and type(saved).from_dict(saved.to_dict()) == saved
 
 
+def test_a_text_of_another_dtype_than_the_weights() -> None:
+    _, guided = pair("testa:tiny", 0.5)
+    text = torch.randn(2, 64)
+    with torch.no_grad():
+        exact = guided(random_video(6), guide=text.double()).tokens
+        torch.testing.assert_close(exact, guided(random_video(6), guide=text).tokens)
+        assert guided.bfloat16()(random_video(6).bfloat16(), guide=text).tokens.dtype == torch.bfloat16
+
+
 def test_what_guidance_needs_is_said() -> None:
     plain, guided = pair("testa:tiny", 0.5)
     video, text = random_video(6), torch.randn(2, 64)
