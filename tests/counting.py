@@ -62,16 +62,16 @@ class Counter:
         elif "GELU" in type(module).__name__:
             self.total += output.numel() * (2 if isinstance(module, QuickGELU) else 1)
 
-    def match(self, metric: Tensor, r: int, prefix: int, *order: str) -> MergeMap:
+    def match(self, metric: Tensor, r: int, prefix: int, *order: str, less: Tensor | None = None) -> MergeMap:
         even = len(range(prefix + prefix % 2, metric.shape[1], 2))
         odd = metric.shape[1] - prefix - even
         self.total += metric.shape[0] * even * odd * metric.shape[2] if r else 0
-        return bipartite_match(metric, r, prefix, *order)
+        return bipartite_match(metric, r, prefix, *order, less=less)
 
-    def match_frames(self, metric: Tensor, r: int) -> MergeMap:
+    def match_frames(self, metric: Tensor, r: int, less: Tensor | None = None) -> MergeMap:
         videos, patches, frames, width = metric.shape
         self.total += videos * patches * len(range(0, frames, 2)) * len(range(1, frames, 2)) * width
-        return _MATCH_FRAMES(metric, r)
+        return _MATCH_FRAMES(metric, r, less)
 
     def cluster(self, algorithm: Any, x: Tensor, *options: object) -> tuple[Tensor, Tensor]:
         self.total += x.shape[0] * x.shape[1] ** 2 * x.shape[2]  # the distances of all points

@@ -51,7 +51,8 @@ class Options:
     r_temporal: frames that a video has fewer in front of attention.
     r_spatial: patches that a frame has fewer behind it.
     guidance: by how much two frames, or two patches of a frame, are less alike (of cosines) for each standard deviation
-        by which they are nearer to a text than others of their video, or frame; 0 for no text. By geometry alone.
+        by which they are nearer to a text than others of their video, or frame; 0 for no text. By geometry alone. It
+        costs a product a token and step, which is not in GFLOPs.
     """
 
     r_temporal: Fewer
