@@ -26,7 +26,6 @@ from tempme_vl.search.segments import Segments
 from tempme_vl.search.store import SETTINGS_FILE, IndexFolderError, IndexSettings, Store
 
 _log = logging.getLogger(__name__)
-_OTHERWISE = "Leave it out, or make a new index in another folder"
 
 
 @dataclass(frozen=True)
@@ -182,13 +181,13 @@ def _check(options: IndexOptions, store: Store, embedder: Embedder | None) -> No
     else:
         source = options.checkpoint or store.settings.checkpoint
         check_model(store, source, fingerprint(find_folder(source)))
-    for name in ("tokens", "segment_seconds", "overlap"):
+    for name in ("tokens", "segment_seconds", "overlap", "scenes"):
         given, made = getattr(options, name), getattr(store.settings, name)
         if given is not None and given != made:
-            option = f"--{name.replace('_', '-')}"
-            raise IndexFolderError(f"{options.out} was made with {option} {made}; got {given}. {_OTHERWISE}")
-    if options.scenes and not store.settings.scenes:
-        raise IndexFolderError(f"{options.out} was made without --scenes; got --scenes. {_OTHERWISE}")
+            raise IndexFolderError(
+                f"{options.out} was made with {_option(name, made)}; got {_option(name, given)}. Leave it out, or make "
+                "a new index in another folder"
+            )
     root = str(options.folder.resolve())
     if root != store.settings.root:
         if not options.moved:
@@ -197,6 +196,12 @@ def _check(options: IndexOptions, store: Store, embedder: Embedder | None) -> No
                 "another place, say --moved; else give another --out"
             )
         store.move(root)
+
+
+def _option(name: str, value: object) -> str:
+    """As it is given on a command line."""
+    words = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{words}" if isinstance(value, bool) else f"--{words} {value}"
 
 
 def _new_settings(options: IndexOptions, embedder: Embedder) -> IndexSettings:
@@ -221,7 +226,7 @@ def _new_settings(options: IndexOptions, embedder: Embedder) -> IndexSettings:
         overlap=segments.overlap,
         tokens=tokens,
         fusion_width=None if tokens == "none" else embedder.fusion_width,
-        scenes=options.scenes,
+        scenes=bool(options.scenes),
     )
 
 

@@ -30,9 +30,8 @@ class IndexOptions:
     """Longer videos are cut into segments. Default: 30."""
     overlap: float | None = None
     """Seconds that a segment shares with the one before it. Default: 5."""
-    scenes: bool = False
-    """Let no segment go across a cut from one scene to another; each file is read twice for it. An index that was made
-    so needs no word of it."""
+    scenes: bool | None = None
+    """Whether segments end at cuts from one scene to another; each file is read twice for it. Default: not."""
     batch_size: int = 8
     """Segments that the model takes at once."""
     workers: int = 1

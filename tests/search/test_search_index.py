@@ -94,9 +94,9 @@ def test_what_does_not_fit_an_index_is_refused(videos: Path, made: Path, embedde
     other = save_model(tmp_path / "other", seed=1)
     with pytest.raises(IndexFolderError, match=r"made by another model: expected the one of .*model.* got .*other"):
         tempme_vl.search.build(videos, made, other)
-    with pytest.raises(IndexFolderError, match="made with --tokens float16; got int8"):
+    with pytest.raises(IndexFolderError, match="made with --tokens float16; got --tokens int8"):
         tempme_vl.search.build(videos, made, embedder, tokens="int8")
-    with pytest.raises(IndexFolderError, match=r"made with --overlap 0.5; got 1.0"):
+    with pytest.raises(IndexFolderError, match=r"made with --overlap 0.5; got --overlap 1.0"):
         tempme_vl.search.build(videos, made, embedder, overlap=1.0)
     shutil.copytree(videos, tmp_path / "videos")
     with pytest.raises(IndexFolderError, match=r"is the index of .* say --moved"):

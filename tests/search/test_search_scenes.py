@@ -97,8 +97,11 @@ def test_an_index_by_scenes(tmp_path: Path, embedder: Embedder) -> None:
         ("b.mp4", 2.0, 4.0),
     ]
     assert Store(out).settings.scenes
+    with pytest.raises(IndexFolderError, match=r"was made with --scenes; got --no-scenes\. Leave it out"):
+        build(scenes=False)
 
 
 def test_scenes_are_no_option_of_an_index_without(made: Path, videos: Path, embedder: Embedder) -> None:
-    with pytest.raises(IndexFolderError, match=r"was made without --scenes; got --scenes\. Leave it out"):
+    tempme_vl.search.build(videos, made, embedder, scenes=False)
+    with pytest.raises(IndexFolderError, match=r"was made with --no-scenes; got --scenes\. Leave it out"):
         tempme_vl.search.build(videos, made, embedder, scenes=True)

@@ -23,7 +23,7 @@ class MergeOptions:
     method: Annotated[str, METHODS] = "tempme"
     """Of merging, those of installed packages included; none encodes every frame by itself with all its tokens."""
     method_options: tuple[str, ...] = ()
-    """NAME=VALUE of a method that has others than the five below, the value as JSON: r_spatial=2, r_temporal=[1,1,0]."""
+    """NAME=VALUE of a method that has others than the five below, in JSON: r_spatial=2, r_temporal=[1,1,0]."""
     num_frames: int | None = None
     """Frames sampled from each video; default: the data set's usual number."""
     budget: float | None = None
