@@ -117,7 +117,7 @@ class VisualFrontend(Shareable, nn.Module):
                 whose preprocessing is not known; a guide missing, or given to a schedule that has no use for it.
         """
         self._check(video, frame_mask)
-        self._check_guide(guide, len(video))
+        self._check_guide(guide, video.shape[0])
         x = self.embed(self._normalised(video).flatten(0, 1))
         schedule = self.schedule
         start = x, schedule.clips, self.shape.num_prefix, trace_source, schedule.proportional

@@ -104,7 +104,7 @@ class OverTime(BlockPlace):
         tokens = cast(TokenState, state)
         clips, prefix, x = tokens.num_clips, tokens.num_prefix, tokens.x
         if clips > 1:
-            videos, patches = len(x) // clips, x.shape[1] - prefix
+            videos, patches = x.shape[0] // clips, x.shape[1] - prefix
             by_patch = x[:, prefix:].unflatten(0, (videos, clips)).transpose(1, 2).flatten(0, 1)  # (B*N, C, D)
             delta = self.attn(self.norm(by_patch))[0].unflatten(0, (videos, patches)).transpose(1, 2).flatten(0, 1)
             state = state.add(nn.functional.pad(delta, (0, 0, prefix, 0)))

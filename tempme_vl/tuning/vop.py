@@ -142,7 +142,7 @@ class ReplacedWords(BlockPlace):
 
     def attention_step(self, block: BlockAdapter, state: S) -> tuple[S, AttentionContext]:
         x, last = state.x, state.x.shape[1] - 1
-        prompts = self.prompts().to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.prompts().to(x.dtype).expand(x.shape[0], -1, -1)
         before, behind = prompts[:, : self.prefix], prompts[:, self.prefix :]
         words = x[:, 1 + self.prefix : last - self.suffix]
         x = torch.cat([x[:, :1], before, words, behind, x[:, last:]], dim=1)

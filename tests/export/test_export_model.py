@@ -81,8 +81,9 @@ def test_a_join_and_merges_inside(tmp_path: Path) -> None:
     assert_as_in_torch(small(MergeSchedule.tempme(2, FRAMES, 17, 2, (1,), (2,), 40, 20)), tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["tempme", "testa", "pool"])
+@pytest.mark.parametrize(
+    "method", ["pool", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tempme", "testa"))]
+)
 def test_any_number_of_videos(method: str, tmp_path: Path) -> None:
     schedule = next(one for one in every_way(2, FRAMES, others=False) if one.method == method)
     assert_as_in_torch(small(schedule), tmp_path, batch=None)
