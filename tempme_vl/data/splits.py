@@ -236,6 +236,18 @@ def files_below(place: Path) -> Iterator[Path]:
         yield from (Path(folder) / name for name in sorted(names))
 
 
+def videos_below(folder: Path) -> list[Video]:
+    """The videos in a folder and below it, by their paths in it.
+
+    Raises:
+        ValueError: there are none.
+    """
+    paths = [path for path in files_below(folder) if path.name.lower().endswith(VIDEO_EXTENSIONS)]
+    if not paths:
+        raise ValueError(f"{folder}: no videos ({', '.join(VIDEO_EXTENSIONS)}) in this folder or below it")
+    return [Video(str(path.relative_to(folder)), path) for path in paths]
+
+
 def _unreadable(error: OSError) -> None:
     if isinstance(error, FileNotFoundError):  # no video folder yet
         return

@@ -74,7 +74,9 @@ class VideoTransform:
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
         """`rng` is needed, and used, by the augmentations only."""
-        frames = torch.from_numpy(np.ascontiguousarray(self._fitted(pixels, rng))).permute(0, 3, 1, 2).contiguous()
+        colors_first = self._fitted(pixels, rng).transpose(0, 3, 1, 2)
+        frames = torch.empty(colors_first.shape, dtype=torch.uint8)
+        np.copyto(frames.numpy(), colors_first)  # in half of the time that torch takes
         return normalize(frames, self.preprocess.mean, self.preprocess.std) if self.normalize else frames
 
     def blank(self, num_frames: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tempme_vl.data.broken import broken_videos
 from tempme_vl.data.datasets import Source
 from tempme_vl.data.frame_cache import FrameCache
 from tempme_vl.data.reader import Outcome, VideoReader
-from tempme_vl.data.splits import VIDEO_EXTENSIONS, Video, files_below
+from tempme_vl.data.splits import Video, videos_below
 from tempme_vl.data.transforms import Preprocess, VideoTransform
 from tempme_vl.recipes.names import BROKEN_VIDEOS
 from tempme_vl.recipes.options.cache import CacheOptions
@@ -56,10 +56,7 @@ def videos_of(options: CacheOptions) -> tuple[list[Video], int]:
     if (options.videos is None) == (options.dataset is None):
         raise ValueError("expected --videos FOLDER or --dataset NAME, one of them")
     if options.videos is not None:
-        paths = [path for path in files_below(options.videos) if path.name.lower().endswith(VIDEO_EXTENSIONS)]
-        if not paths:
-            raise ValueError(f"{options.videos}: no videos ({', '.join(VIDEO_EXTENSIONS)}) in this folder or below it")
-        return [Video(str(path.relative_to(options.videos)), path) for path in paths], 12
+        return videos_below(options.videos), 12
     source = Source(str(options.dataset), options.data_root, options.video_root, options.annotations)
     record = source.record
     part = options.texts or ("questions" if record.captions is None else "captions")
