@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tempme_vl.export.onnx import KEY, Arrays, Runner
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-EXACT = {"INFERENCE_PRECISION_HINT": "f32"}  # else CPUs that have bfloat16 compute in it
+Precision = Literal["f32", "bf16"]
 
 
 def write_openvino(model: ModelProto, about: str, file: Path) -> None:
@@ -26,19 +26,20 @@ def write_openvino(model: ModelProto, about: str, file: Path) -> None:
     openvino.save_model(converted, file, compress_to_fp16=False)
 
 
-def load_openvino(file: Path, threads: int | None = None) -> Runner:
-    """A file in OpenVINO on the CPU, in float32.
+def load_openvino(file: Path, threads: int | None = None, precision: Precision = "f32") -> Runner:
+    """A file in OpenVINO on the CPU.
 
     Args:
         threads: default: OpenVINO's choice.
+        precision: what it computes in. Left to OpenVINO, that is bfloat16 on CPUs that have it.
     """
     import openvino
 
     limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(file, "CPU", {**EXACT, **limit})
+    compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": precision, **limit})
 
     def run(inputs: Arrays) -> Arrays:
-        made = compiled(dict(inputs))
+        made = compiled(dict(inputs), share_inputs=True)
         return {output.get_any_name(): made[output] for output in compiled.outputs}
 
     return run
