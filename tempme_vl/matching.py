@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tempme_vl import kernels
+from tempme_vl.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,11 @@ class MergeMap:
     def weighted_mean(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Size-weighted mean (TempMe section 3.2) and the summed sizes.
 
+        The mean of a token and those that merge into it is the token and, of each of these, its share of the way there;
+        so only tokens that take others are computed, and the rest stay as they are to the bit.
+
         Args:
-            x: (R, N, D) tokens, any floating dtype; the result has the same.
+            x: (R, N, D) tokens, any floating dtype; the result has the same. Half precision is added up in float32.
             size: (R, N, 1) sizes.
 
         Returns:
@@ -59,8 +63,12 @@ class MergeMap:
             from tempme_vl.kernels import merging
 
             return merging.weighted_mean(x, size, self.base, self.src, self.dst)
-        new_size = self.sum(size)
-        return (self.sum(x * size) / new_size).to(x.dtype), new_size
+        base, src, dst = (index.unsqueeze(-1) for index in (self.base, self.src, self.dst))
+        added = size.gather(1, src)
+        new_size = size.gather(1, base).scatter_add(1, dst, added)
+        mean = at_least_float32(take(x, self.base))
+        step = added / new_size.gather(1, dst) * (take(x, self.src) - take(mean, self.dst))
+        return mean.scatter_add_(1, _wide(self.dst, mean), step.to(mean.dtype)).to(x.dtype), new_size
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Gives every input token the value of its output token: (R, N - r, D) -> (R, N, D)."""
@@ -115,7 +123,7 @@ def bipartite_match(
 
             if num_tokens <= 2 * merging.MOST_RANKED:
                 return MergeMap(*merging.match(metric, r, num_prefix, order == "position"))
-        return _match(metric.to(torch.promote_types(metric.dtype, torch.float32)), r, num_prefix, order, less)
+        return _match(at_least_float32(metric), r, num_prefix, order, less)
 
 
 def _match(
@@ -123,22 +131,21 @@ def _match(
 ) -> MergeMap:
     """The plain form of `bipartite_match`, for r > 0."""
     rows, num_tokens, _ = metric.shape
-    a_pos = torch.arange(num_prefix + num_prefix % 2, num_tokens, 2, device=metric.device)
-    b_pos = torch.arange(num_prefix + 1 - num_prefix % 2, num_tokens, 2, device=metric.device)
+    a, b = slice(num_prefix + num_prefix % 2, None, 2), slice(num_prefix + 1 - num_prefix % 2, None, 2)
     unit = F.normalize(metric, dim=-1)
-    similarity_RAB = unit[:, a_pos] @ unit[:, b_pos].transpose(1, 2)
+    similarity_RAB = unit[:, a] @ unit[:, b].transpose(1, 2)
     if less is not None:
-        similarity_RAB = similarity_RAB - less[:, a_pos, None] - less[:, None, b_pos]
+        similarity_RAB = similarity_RAB - less[:, a, None] - less[:, None, b]
     best, partner = similarity_RAB.max(dim=-1)
     ranked = descending(best)
     merged, kept = ranked[:, :r], ranked[:, r:]
     if order == "position":
         kept = kept.sort(dim=-1).values
 
-    prefix = torch.arange(num_prefix, device=metric.device).expand(rows, -1)
-    base = torch.cat([prefix, a_pos[kept], b_pos.expand(rows, -1)], dim=1)
+    numbers = torch.arange(num_tokens, device=metric.device).expand(rows, -1)
+    base = torch.cat([numbers[:, :num_prefix], a.start + 2 * kept, numbers[:, b]], dim=1)
     dst = num_prefix + kept.shape[1] + partner.gather(1, merged)
-    return MergeMap(base, a_pos[merged], dst)
+    return MergeMap(base, a.start + 2 * merged, dst)
 
 
 def match_last(metric: Tensor, r: int, num_prefix: int = 1) -> tuple[MergeMap, Tensor]:
@@ -155,7 +162,7 @@ def match_last(metric: Tensor, r: int, num_prefix: int = 1) -> tuple[MergeMap, T
     """
     rows, tokens, _ = metric.shape
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
-        unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+        unit = F.normalize(at_least_float32(metric), dim=-1)
         kept = tokens - r
         similarity, partner = (unit[:, kept:] @ unit[:, num_prefix:kept].transpose(1, 2)).max(dim=-1)
         numbers = torch.arange(tokens, device=metric.device).expand(rows, -1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempme_vl.state import at_least_float32
+from tempme_vl.precision import at_least_float32
 
 
 class FramePlace(nn.Module):

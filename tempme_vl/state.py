@@ -20,14 +20,10 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 from tempme_vl.matching import MergeMap, follow, take
+from tempme_vl.precision import at_least_float32
 
 # A weight may be zero or less, as DiffRate's of a token that takes in its opposite; its logarithm is to be finite.
 LEAST_WEIGHT = 1e-9
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

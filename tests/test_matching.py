@@ -98,6 +98,29 @@ def test_weighted_mean_keeps_the_weighted_sum_and_the_dtype() -> None:
     assert (half.dtype, half_size.dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_tokens_that_take_no_other_stay_to_the_bit() -> None:
+    merge = bipartite_match(random(2, 11, 8), 3, 1)
+    x, size = random(2, 11, 5, seed=1).float(), 1 + 6 * random(2, 11, 1, seed=2).abs().float()
+    mean, total = merge.weighted_mean(x, size)
+    for row in range(2):
+        alone = [place for place in range(8) if place not in merge.dst[row].tolist()]
+        assert len(alone) >= 5
+        assert torch.equal(mean[row, alone], x[row, merge.base[row, alone]])
+        assert torch.equal(total[row, alone], size[row, merge.base[row, alone]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_added_up_in_float32(dtype: torch.dtype) -> None:
+    """Forty tokens that merge into one move it by less than half precision holds, each by itself."""
+    tokens = 41
+    merge = MergeMap(torch.zeros(1, 1).long(), torch.arange(1, tokens).view(1, -1), torch.zeros(1, tokens - 1).long())
+    x = torch.cat([torch.ones(1, 1, 1), torch.full((1, tokens - 1, 1), 1.125)], 1).to(dtype)
+    mean, _ = merge.weighted_mean(x, torch.ones(1, tokens, 1))
+    expected = x.double().mean().to(dtype)
+    assert mean.dtype == dtype
+    assert mean.item() == expected.item()
+
+
 def test_gradient_of_weighted_mean() -> None:
     merge = bipartite_match(random(2, 7, 3), 3)
     x, size = random(2, 7, 3, seed=1).requires_grad_(), random(2, 7, 1, seed=2).exp().detach().requires_grad_()

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from tempme_vl.compressors.base import Compressor, FrameFeatures, Grid, KeptFeatures, Reading, kept, require
 from tempme_vl.compressors.shares import retention_of, tokens_within
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Range, Share
-from tempme_vl.state import at_least_float32
 
 
 @dataclass(frozen=True)

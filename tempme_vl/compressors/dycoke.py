@@ -22,8 +22,8 @@ from tempme_vl.compressors.base import Compressor, FrameFeatures, Grid, KeptFeat
 from tempme_vl.compressors.inner import Inner, Writing
 from tempme_vl.compressors.shares import retention_of, tokens_within
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Cosine, Share, Size
-from tempme_vl.state import at_least_float32
 
 _FEWEST = 5  # frames that the public code can take
 

@@ -23,8 +23,8 @@ from tempme_vl.compressors.base import Compressor, FrameFeatures, Grid, KeptFeat
 from tempme_vl.compressors.peaks import density_peaks, neighbour_similarity, segments
 from tempme_vl.compressors.shares import frame_tokens, retention_of, tokens_within
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Share, Size
-from tempme_vl.state import at_least_float32
 
 _NEIGHBOURS = 4  # of a density
 

@@ -22,8 +22,8 @@ from tempme_vl.compressors.clusters import cluster, means
 from tempme_vl.compressors.inner import Inner, Left, attended, in_front_of, stay
 from tempme_vl.compressors.peaks import neighbour_similarity, segments
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Cosine, Portion, Range, Share, Size
-from tempme_vl.state import at_least_float32
 
 Selection = Literal["attn", "attn_div", "attn_div_v2"]
 _NEVER = -2.0  # below any cosine

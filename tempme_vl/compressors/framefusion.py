@@ -20,8 +20,8 @@ from tempme_vl.compressors.base import Compressor, FrameFeatures, KeptFeatures, 
 from tempme_vl.compressors.clusters import means
 from tempme_vl.compressors.inner import Inner, Left, Point, Queries, stay
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Cosine, Layers, Share
-from tempme_vl.state import at_least_float32
 
 _FIRST = -2  # below any cosine
 _LAYERS = 28  # that the published code takes for all models

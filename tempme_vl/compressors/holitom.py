@@ -22,8 +22,8 @@ from tempme_vl.compressors.clusters import cluster, sums
 from tempme_vl.compressors.inner import Inner
 from tempme_vl.compressors.separators import insert, kept_between
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Cosine, Portion, Share, Size
-from tempme_vl.state import at_least_float32
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 
 from tempme_vl.compressors.inner import Inner, Left, attended, in_front_of, stay
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Share, Size
-from tempme_vl.state import at_least_float32
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 from tempme_vl.compressors.base import Clip, Compressor, FrameFeatures, KeptFeatures, kept
 from tempme_vl.compressors.clusters import cluster, means
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Cosine, Share
-from tempme_vl.state import at_least_float32
 
 _NEIGHBOURS = 7  # of the density, of frames and of tokens
 _WHOLE = 14  # tokens that are not clustered, being so few

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from tempme_vl.compressors.base import Compressor, FrameFeatures, Grid, KeptFeatures
 from tempme_vl.compressors.shares import tokens_within
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Size
-from tempme_vl.state import at_least_float32
 
 Temporal = Literal["average", "sample"]
 Spatial = Literal["none", "floor", "ceil", "bilinear"]

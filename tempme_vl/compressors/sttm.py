@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 from tempme_vl.compressors.base import Compressor, FrameFeatures, Grid, KeptFeatures, kept
 from tempme_vl.compressors.clusters import sums
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Cosine, Count, Size
-from tempme_vl.state import at_least_float32
 
 
 @dataclass(frozen=True)

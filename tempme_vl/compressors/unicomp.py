@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 from tempme_vl.compressors.base import Clip, Compressor, FrameFeatures, Grid, KeptFeatures, require
 from tempme_vl.compressors.separators import kept_between
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Portion, Range, Size
-from tempme_vl.state import at_least_float32
 
 _Distance = Annotated[float, Range(0, 2)]
 

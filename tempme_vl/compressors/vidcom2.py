@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from tempme_vl.compressors.base import Compressor, FrameFeatures, Grid, KeptFeatures, kept
 from tempme_vl.compressors.shares import retention_of, tokens_within
 from tempme_vl.merging.method import checked
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Share
-from tempme_vl.state import at_least_float32
 
 _WIDTHS = tuple(2.0**k for k in range(-3, 2))  # of the Gaussians: their variances
 _TEMPERATURE = 0.01  # of the softmax over frames

@@ -16,7 +16,8 @@ from tempme_vl.compressors.base import Reading
 from tempme_vl.integrations.qwen_attention import rotated
 from tempme_vl.integrations.qwen_parts import Grid, layout_of, ordered, patch_angles
 from tempme_vl.integrations.readings import received_attention
-from tempme_vl.state import AttentionContext, at_least_float32
+from tempme_vl.precision import at_least_float32
+from tempme_vl.state import AttentionContext
 
 READINGS: tuple[Reading, ...] = ("received", "summary", "keys", "pixels")
 

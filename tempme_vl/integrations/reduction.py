@@ -30,9 +30,10 @@ from tempme_vl.merging import (
 )
 from tempme_vl.merging.base import apply_merge
 from tempme_vl.merging.method import Behind
+from tempme_vl.precision import at_least_float32
 from tempme_vl.registry import UnknownName
 from tempme_vl.schema import Range, Size, read
-from tempme_vl.state import AttentionContext, TokenState, at_least_float32
+from tempme_vl.state import AttentionContext, TokenState
 
 
 class Reduction(ABC):

@@ -22,8 +22,9 @@ from tempme_vl.merging.budget import Knob, LimitKind
 from tempme_vl.merging.clustering import kmedoids, spectral
 from tempme_vl.merging.method import Behind, Method, checked
 from tempme_vl.merging.schedule import Encoder, LayerCount, LayerPlan, MergeSchedule
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Count, Range, Size
-from tempme_vl.state import AttentionContext, TokenState, at_least_float32
+from tempme_vl.state import AttentionContext, TokenState
 
 _Positive = Annotated[float, Range(1e-12, 1e6)]
 

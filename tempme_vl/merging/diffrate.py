@@ -19,7 +19,8 @@ from tempme_vl.merging.budget import Knob, LimitKind
 from tempme_vl.merging.diffrate_search import SearchStep
 from tempme_vl.merging.method import Method
 from tempme_vl.merging.schedule import Encoder, LayerCount, LayerPlan, MergeSchedule
-from tempme_vl.state import AttentionContext, TokenState, at_least_float32
+from tempme_vl.precision import at_least_float32
+from tempme_vl.state import AttentionContext, TokenState
 
 
 @dataclass(frozen=True)

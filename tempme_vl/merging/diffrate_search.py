@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from tempme_vl.matching import descending, match_last
 from tempme_vl.merging.base import TokenMerger, attention_of_cls
-from tempme_vl.state import AttentionContext, TokenState, at_least_float32
+from tempme_vl.precision import at_least_float32
+from tempme_vl.state import AttentionContext, TokenState
 
 # What a token that is gone counts for in attention: its gradient needs more than nothing.
 GONE = 1e-6

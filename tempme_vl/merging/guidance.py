@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from tempme_vl.state import TokenState, at_least_float32
+from tempme_vl.precision import at_least_float32
+from tempme_vl.state import TokenState
 
 
 def less_alike_patches(state: TokenState, guidance: float) -> Tensor | None:

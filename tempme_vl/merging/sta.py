@@ -23,8 +23,9 @@ from tempme_vl.merging.base import LayerMerge, TokenMerger, no_clip_step
 from tempme_vl.merging.budget import Knob, LimitKind
 from tempme_vl.merging.method import Behind, Method
 from tempme_vl.merging.schedule import Encoder, LayerCount, LayerPlan, MergeSchedule
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Layers, Range
-from tempme_vl.state import AttentionContext, TokenState, at_least_float32
+from tempme_vl.state import AttentionContext, TokenState
 
 
 @dataclass(frozen=True)

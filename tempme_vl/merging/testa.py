@@ -35,6 +35,7 @@ from tempme_vl.merging.guidance import less_alike_frames, less_alike_patches
 from tempme_vl.merging.method import Behind, Method, checked, pair_matching
 from tempme_vl.merging.schedule import Encoder, LayerCount, LayerPlan, MergeSchedule
 from tempme_vl.merging.tome import inflected
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Cosine, Count, Layers, Range
 from tempme_vl.state import AttentionContext, TokenState
 
@@ -151,7 +152,7 @@ def match_frames(metric: Tensor, r: int, less: Tensor | None = None) -> MergeMap
         of the T frames of each video: those at even places that stay, in order, then those at odd places.
     """
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
-        unit = normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+        unit = normalize(at_least_float32(metric), dim=-1)
         alike = unit[:, :, ::2] @ unit[:, :, 1::2].transpose(-1, -2)
         if less is not None:
             alike = alike - less[:, None, ::2, None] - less[:, None, None, 1::2]
@@ -185,7 +186,7 @@ def match_least(scores: Tensor, metric: Tensor, r: int) -> MergeMap:
     """
     kept, merged = least(scores, r)
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
-        unit = normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+        unit = normalize(at_least_float32(metric), dim=-1)
         a, b = (unit.take_along_dim(places[:, None, :, None], 2) for places in (merged, kept))
         chosen = (a @ b.transpose(-1, -2)).argmax(-1)
         return MergeMap(kept, merged, _most_frequent(chosen.transpose(1, 2)))

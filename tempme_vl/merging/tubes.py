@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tempme_vl.merging.tube_plan import ClipCount
-from tempme_vl.state import at_least_float32
+from tempme_vl.precision import at_least_float32
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from tempme_vl.data.transforms import VideoTransform
 from tempme_vl.hub import find_folder
 from tempme_vl.manifest import CARD_FILE, MANIFEST_FILE, READ
 from tempme_vl.pipeline import VideoRetrieval
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import read_json
 from tempme_vl.search.matching import text_parts
 from tempme_vl.search.tracing import attention_of_cls, traced
-from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.retrieval import MatchingRetrievalModel
 from tempme_vl.tasks.similarity.base import token_embeddings
 from tempme_vl.tasks.similarity.max_sim import MaxSimHead

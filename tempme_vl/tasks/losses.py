@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempme_vl.state import at_least_float32
+from tempme_vl.precision import at_least_float32
 
 MAX_LOGIT_SCALE = math.log(100.0)
 TEMPERATURE_RANGE = (0.001, 0.5)

@@ -29,9 +29,9 @@ from tempme_vl.integrations.folder import read_config
 from tempme_vl.integrations.videos import without_start
 from tempme_vl.manifest import FolderError, check_manifest, errors_in, write_manifest
 from tempme_vl.messages import few
+from tempme_vl.precision import at_least_float32
 from tempme_vl.pretrained import read_safetensors, read_settings, write_settings
 from tempme_vl.schema import Size
-from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.inputs import VIDEOLLM_FILE, HostInput
 from tempme_vl.tasks.losses import gather_rows
 from tempme_vl.tasks.pretrained_lm import (

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tempme_vl.precision import at_least_float32
+
 NextWords = Callable[[Tensor], Tensor]
 """(B, K, L) int64 words so far -> (B, K, V) logits of the next."""
 
@@ -114,7 +116,7 @@ def _by_beams(next_words: NextWords, start: Tensor, writing: Writing) -> Tensor:
     totals[:, 0] = 0.0
     while ids.shape[2] < writing.most and not all(done):
         logits = next_words(ids)
-        scores = _processed(logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1), ids, writing)
+        scores = _processed(at_least_float32(logits).log_softmax(-1), ids, writing)
         whole = (scores + totals.to(scores.dtype).unsqueeze(-1)).flatten(1)
         best, place = whole.topk(2 * beams, dim=1)
         source, word = place // scores.shape[-1], place % scores.shape[-1]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tempme_vl.precision import at_least_float32
 from tempme_vl.text.bert_layer import (
     NORM_EPS,
     PAD,
@@ -187,7 +188,7 @@ class BertDecoder(nn.Module):
                 f"{tuple(mask.shape)}"
             )
         logits, words = self(ids[..., :-1], question), ids[..., 1:]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         given = logits.flatten(0, 2), words.flatten()
         losses = F.cross_entropy(*given, reduction="none", label_smoothing=smoothing).view(words.shape)
         return losses.masked_fill(~mask[..., 1:].bool(), 0.0).sum(-1)

@@ -20,7 +20,8 @@ from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock
 from tempme_vl.costs import attention as products
 from tempme_vl.costs import linear, norm
 from tempme_vl.pooling import FramePlace
-from tempme_vl.state import AttentionContext, TokenState, at_least_float32
+from tempme_vl.precision import at_least_float32
+from tempme_vl.state import AttentionContext, TokenState
 from tempme_vl.tuning.base import AddedModules
 from tempme_vl.tuning.block import Block
 from tempme_vl.tuning.prompt import STD, Rows, attend_to

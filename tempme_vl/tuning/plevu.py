@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tempme_vl.costs import BlockCost
 from tempme_vl.pooling import FramePlace, mean_by_clip
-from tempme_vl.state import at_least_float32
+from tempme_vl.precision import at_least_float32
 from tempme_vl.text.clip import WordPlace
 from tempme_vl.tuning.base import AddedModules
 from tempme_vl.tuning.block import Block

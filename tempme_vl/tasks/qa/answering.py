@@ -13,7 +13,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from tempme_vl.state import at_least_float32
+from tempme_vl.precision import at_least_float32
 from tempme_vl.tasks.qa.base import QAHead, chosen
 from tempme_vl.tasks.qa.options import DecoderOptions, Rule
 from tempme_vl.tasks.qa.question import BlipQuestions, QuestionEncoder

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.precision import at_least_float32
 from tempme_vl.pretrained import CONFIG_FILE
-from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.heads import Head, Task
 from tempme_vl.weights.exports import Export
 

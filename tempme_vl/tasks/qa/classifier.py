@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempme_vl.backbones.base import TowerShape
+from tempme_vl.precision import at_least_float32
 from tempme_vl.pretrained import load_answers, save_answers
 from tempme_vl.schema import read, write
-from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.qa.base import HeadContext, QAHead, chosen, head_place
 from tempme_vl.tasks.qa.bert import create_questions, new_in_bert, start_text
 from tempme_vl.tasks.qa.options import BertOptions

@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from tempme_vl.backbones.base import TowerShape
 from tempme_vl.hub import require_hub
 from tempme_vl.manifest import FolderError, errors_in
+from tempme_vl.precision import at_least_float32
 from tempme_vl.pretrained import CONFIG_FILE
 from tempme_vl.schema import THEIR_LAYERS, Size, check_plain, read, read_json, write
-from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.pretrained_lm import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,

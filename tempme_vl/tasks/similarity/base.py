@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.state import FrontendOutput, at_least_float32
+from tempme_vl.precision import at_least_float32
+from tempme_vl.state import FrontendOutput
 from tempme_vl.tasks.heads import Head, NoOptions, Task
 from tempme_vl.tasks.losses import PAIRS, Pairs, contrastive_loss_of
 

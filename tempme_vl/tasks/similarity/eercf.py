@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.pooling import masked_mean
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Layers
-from tempme_vl.state import FrontendOutput, at_least_float32
+from tempme_vl.state import FrontendOutput
 from tempme_vl.tasks.losses import PAIRS, Pairs, contrastive_loss_of
 from tempme_vl.tasks.similarity.base import PairContext, Parts, token_embeddings
 from tempme_vl.tasks.similarity.mean import MeanHead

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.state import FrontendOutput, at_least_float32
+from tempme_vl.precision import at_least_float32
+from tempme_vl.state import FrontendOutput
 from tempme_vl.tasks.losses import PAIRS, Pairs, sigmoid_loss
 from tempme_vl.tasks.similarity.base import Parts, Seen, SimilarityHead, token_embeddings
 from tempme_vl.text.base import TextEncoder

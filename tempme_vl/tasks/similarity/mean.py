@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.state import FrontendOutput, at_least_float32
+from tempme_vl.precision import at_least_float32
+from tempme_vl.state import FrontendOutput
 from tempme_vl.tasks.similarity.base import Parts, SimilarityHead
 from tempme_vl.text.base import TextEncoder
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.pooling import masked_mean
-from tempme_vl.state import FrontendOutput, at_least_float32
+from tempme_vl.precision import at_least_float32
+from tempme_vl.state import FrontendOutput
 from tempme_vl.tasks.similarity.base import PairContext
 from tempme_vl.tasks.similarity.mean import MeanHead
 from tempme_vl.tasks.similarity.temporal import positions_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.base import BlockAdapter
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.state import at_least_float32
+from tempme_vl.precision import at_least_float32
 from tempme_vl.tasks.similarity.base import PairContext, Seen
 from tempme_vl.text.base import TextState
 from tempme_vl.text.clip import CLIPTextEncoder

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tempme_vl.backbones.base import QuickGELU
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Layers, Share
-from tempme_vl.state import FrontendOutput, at_least_float32
+from tempme_vl.state import FrontendOutput
 from tempme_vl.tasks.similarity.base import PairContext, Parts, Seen, SimilarityHead, token_embeddings
 from tempme_vl.tasks.similarity.temporal import TextLike, count_of
 from tempme_vl.text.base import TextEncoder

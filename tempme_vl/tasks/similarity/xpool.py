@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempme_vl.frontend import VisualFrontend
+from tempme_vl.precision import at_least_float32
 from tempme_vl.schema import Share, Size
-from tempme_vl.state import FrontendOutput, at_least_float32
+from tempme_vl.state import FrontendOutput
 from tempme_vl.tasks.similarity.base import PairContext, Parts, Seen, SimilarityHead, token_embeddings
 from tempme_vl.text.base import TextEncoder
 

@@ -20,9 +20,9 @@ from tempme_vl.configs import ModelConfig
 from tempme_vl.frontend import VisualFrontend
 from tempme_vl.hub import Shareable, find_folder
 from tempme_vl.merging import is_of_merging
+from tempme_vl.precision import at_least_float32
 from tempme_vl.pretrained import CONFIG_FILE, build, load_model, load_vocabulary, save_model
 from tempme_vl.schema import Share, Size
-from tempme_vl.state import at_least_float32
 from tempme_vl.tasks.cards import retrieval_card
 from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import Temperature, readable, readable_video

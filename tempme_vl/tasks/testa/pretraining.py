@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tempme_vl.frontend import VisualFrontend
-from tempme_vl.state import at_least_float32
+from tempme_vl.precision import at_least_float32
 from tempme_vl.tasks.inputs import Inputs
 from tempme_vl.tasks.losses import draw_negatives, gather_rows, matching_loss, readable_video
 from tempme_vl.tasks.testa.captioning import TestaCaptioner, caption_loss
