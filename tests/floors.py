@@ -16,7 +16,7 @@ HEIGHT, FLOOR, GAP, MARGIN, BEND, LETTER = 30, 66, 14, 20, 10, 8.2  # pixels; th
 KINDS = {
     "values and steps of merging": (
         "#cfe3f7",
-        {"state", "matching", "kernels", "costs", "merging", "scheduling", "compressors"},
+        {"state", "matching", "precision", "kernels", "costs", "merging", "scheduling", "compressors"},
     ),
     "towers and front end": ("#d8efd3", {"backbones", "text", "families", "frontend", "pooling", "tuning"}),
     "models, hosts and what runs them": (

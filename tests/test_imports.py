@@ -29,6 +29,7 @@ CORE = {
     "card",
     "configs",
     "costs",
+    "precision",
     "hub",
     "pretrained",
     "fit",
@@ -44,8 +45,9 @@ CORE = {
 COMMANDS = {"command", "command_line", "processes"}
 MAY_IMPORT: dict[str, set[str]] = {
     # values and pure functions
-    "state": {"matching"},
-    "matching": {"kernels"},
+    "precision": set(),
+    "state": {"matching", "precision"},
+    "matching": {"kernels", "precision"},
     "normalize": set(),
     "kernels": set(),  # they import Triton, and are imported for tensors on a GPU alone
     # saved folders
@@ -69,8 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "libraries": set(),
     # what a front end is made of
     "costs": set(),
-    "merging": {"state", "matching", "costs", "schema", "registries"},
-    "compressors": {"merging", "state", "schema", "registries"},
+    "merging": {"state", "matching", "precision", "costs", "schema", "registries"},
+    "compressors": {"merging", "state", "precision", "schema", "registries"},
     "backbones": {
         "state",
         "costs",
@@ -84,9 +86,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "hub",
     },
     "scheduling": {"merging", "backbones"},
-    "pooling": {"state"},
+    "pooling": {"state", "precision"},
     "outputs": {"state", "pooling", "merging", "backbones"},
-    "text": {"backbones", "pretrained", "weights", "fit", "schema", "libraries", "hub"},
+    "text": {"backbones", "precision", "pretrained", "weights", "fit", "schema", "libraries", "hub"},
     "families": {"backbones", "text", "registries", "pretrained", "weights", "manifest", "schema", "libraries", "hub"},
     "configs": {"backbones", "families", "merging", "messages", "pretrained", "scheduling", "schema"},
     "frontend": {
@@ -95,7 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "__init__": CORE | {"tasks", "integrations", "pipeline"},
     # what of a model trains
-    "tuning": {"schema", "registries", "state", "merging", "costs", "backbones", "text", "pooling"},
+    "tuning": {"schema", "registries", "state", "precision", "merging", "costs", "backbones", "text", "pooling"},
     # what is made of front ends
     "tasks": CORE | {"integrations"},
     "integrations": CORE | {"data", "compressors"},
