@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 from av.filter import Graph
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 # What a picture takes while it is read, in bytes a pixel: 3 as RGB, 4 in Pillow, 1.5 in each of the some four that the
@@ -16,6 +17,10 @@ WORKING_BYTES = 13
 # From PyAV 17 on pictures are scaled by as many threads as there are cores, which PyAV 19 keeps: a forked process, such
 # as a loader's worker, would wait for them for ever.
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+
+
+# Degrees of a frame's rotation -> the directions of FFmpeg's filter "transpose".
+TURNS = {90: ["2"], -90: ["1"], 180: ["1", "1"], -180: ["1", "1"]}
 
 
 class DecodeError(Exception):
@@ -73,6 +78,7 @@ class Pictures:
         self.array: np.ndarray | None = None
         self.shape: tuple[int, ...] = ()  # of the first picture, as it was decoded
         self._filled = 0
+        self._colors = Colors()
 
     def check(self, width: int, height: int) -> None:
         """Raises TooLarge."""
@@ -92,24 +98,34 @@ class Pictures:
     def take(self, frame: av.VideoFrame) -> None:
         """The size changes inside some streams: all frames get the first one's."""
         self.check(frame.width, frame.height)
-        self.append(_rgb(frame, *(self.shape[:2] or (None, None))))
+        self.append(self._colors.rgb(frame, *(self.shape[:2] or (None, None))))
 
     def clear(self) -> None:
         self.array, self.shape, self._filled = None, (), 0
 
 
-def _rgb(frame: av.VideoFrame, height: int | None, width: int | None) -> np.ndarray:
-    """(H, W, 3) uint8. Turned before the colour conversion, as decord does it: at odd sizes the order shows."""
-    turns = {90: ["2"], -90: ["1"], 180: ["1", "1"], -180: ["1", "1"]}.get(frame.rotation, [])
-    if turns:
-        graph = Graph()
-        nodes = [
-            graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-        ]
-        nodes += [graph.add("transpose", direction) for direction in turns]
-        nodes += [graph.add("buffersink")]
-        graph.link_nodes(*nodes).configure()
-        graph.push(frame)
-        frame = graph.pull()  # type: ignore[assignment]
-    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR", **_ONE_THREAD)
-    return scaled.to_ndarray()
+class Colors:
+    """Makes decoded frames RGB. What FFmpeg prepares for that is kept, since it may take longer than a frame."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+        self._turning: dict[tuple[int, int, str, int], Graph] = {}
+
+    def rgb(self, frame: av.VideoFrame, height: int | None, width: int | None) -> np.ndarray:
+        """(H, W, 3) uint8. Turned before the colour conversion, as decord does it: at odd sizes the order shows."""
+        if frame.rotation in TURNS:
+            graph = self._graph(frame)
+            graph.push(frame)
+            frame = graph.pull()  # type: ignore[assignment]
+        scaled = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", **_ONE_THREAD)
+        return scaled.to_ndarray()
+
+    def _graph(self, frame: av.VideoFrame) -> Graph:
+        kind = (frame.width, frame.height, frame.format.name, frame.rotation)
+        if kind not in self._turning:
+            self._turning[kind] = graph = Graph()
+            width, height, form, step = frame.width, frame.height, frame.format, frame.time_base
+            nodes = [graph.add_buffer(width=width, height=height, format=form, time_base=step)]
+            nodes += [graph.add("transpose", direction) for direction in TURNS[frame.rotation]]
+            graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+        return self._turning[kind]
