@@ -51,20 +51,19 @@ def frames(
     """Pixels of the frames at `indices` (sorted, unique) in presentation order, rotated as the file asks.
 
     `num_raw` is what `index` counted, `places` what it says of these frames, and `kept` what it left in memory: with
-    it PyAV decodes no more than it must, and where the stream does not keep the promise, all from the start. A file
-    that must be read again is decoded from the start, too, where half are wanted. Returns
+    it PyAV decodes no more than it must, and where the stream does not keep the promise, all from the start. Returns
     `{"backend": backend}` and (len(indices), H, W, 3) uint8 RGB; alpha and the sample aspect ratio are ignored. With
     `fit` H and W are its size, and only one picture of full size is held at a time. Raises TooLarge, before it decodes
     where the header says so, when more than `memory` bytes would be taken.
     """
     assert indices == sorted(set(indices)) and indices[0] >= 0 and indices[-1] < num_raw
     pictures = Pictures(len(indices), None if fit is None else Fit(*fit), memory)
+    dense = 2 * len(indices) > indices[-1]
     known = kept if kept is not None and kept.path == path else Kept()
-    few = known.stream is not None or 2 * len(indices) <= indices[-1]
     try:
         if backend == "decord":
             _decord_frames(path, indices, num_raw, pictures)
-        elif places is None or not (few and known.in_order) or not _sparse_frames(path, places, pictures, known):
+        elif places is None or not known.in_order or not _sparse_frames(path, places, pictures, known, dense):
             promised = None if places is None else [pts for pts, _ in places]
             _pyav_frames(path, indices, num_raw, pictures, promised, known)
     finally:
@@ -120,9 +119,12 @@ def _ready(path: str, pictures: Pictures, known: Kept) -> Iterator[tuple[av.Vide
         yield decoder, packets
 
 
-def _sparse_frames(path: str, places: Sequence[Place], pictures: Pictures, known: Kept) -> bool:
-    """Whether the stream keeps what its packets promise."""
-    places = [Place(pts, None if cut is None else Cut(*cut)) for pts, cut in places]
+def _sparse_frames(path: str, places: Sequence[Place], pictures: Pictures, known: Kept, dense: bool) -> bool:
+    """Whether the stream keeps what its packets promise.
+
+    `dense`: from the start on, since to begin anew at a key frame may be to decode some frames around it twice.
+    """
+    places = [Place(pts, None if cut is None or dense else Cut(*cut)) for pts, cut in places]
     try:
         with _ready(path, pictures, known) as (decoder, packets):
             decoder.options = {"err_detect": "explode"}  # no pictures in place of damaged ones

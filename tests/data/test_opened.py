@@ -187,3 +187,23 @@ def test_frames_of_several_kinds_are_turned_and_colored_as_each_alone(tmp_path: 
     together = Colors()
     for frame in frames[::2] + frames[1::2]:
         np.testing.assert_array_equal(together.rgb(frame, None, None), Colors().rgb(frame, None, None))
+
+
+def test_frames_close_to_each_other_are_decoded_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In HEVC some frames come after the next key frame, which would be decoded a second time."""
+    x265 = {"x265-params": "log-level=error:pools=none", "g": "4", "bf": "2"}
+    path = write_video(tmp_path / "a.mp4", 16, codec="libx265", options=x265)
+    expected = whole(path)
+    cuts: list[object] = []
+    really = decoder.from_memory
+
+    def counting(*arguments: Any) -> Any:
+        packets = really(*arguments)
+        return lambda cut: cuts.append(cut) or packets(cut)
+
+    monkeypatch.setattr(decoder, "from_memory", counting)
+    for count, jumps in ((16, 1), (3, 3)):
+        frames = read_frames(path, count, sampling="uniform")
+        np.testing.assert_array_equal(frames.pixels, expected[frames.indices])
+        assert len(cuts) == jumps
+        cuts.clear()
