@@ -16,6 +16,7 @@ import signal
 import struct
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -48,24 +49,26 @@ def frames(
     places: Sequence[Place] | None = None,
     kept: Kept | None = None,
 ) -> Answer:
-    """Pixels of the frames at `indices` (sorted, unique) in presentation order, rotated as the file asks.
+    """Pixels of the frames at `indices` (sorted; they may repeat) in presentation order, rotated as the file asks.
 
-    `num_raw` is what `index` counted, `places` what it says of these frames, and `kept` what it left in memory: with
-    it PyAV decodes no more than it must, and where the stream does not keep the promise, all from the start. Returns
-    `{"backend": backend}` and (len(indices), H, W, 3) uint8 RGB; alpha and the sample aspect ratio are ignored. With
-    `fit` H and W are its size, and only one picture of full size is held at a time. Raises TooLarge, before it decodes
-    where the header says so, when more than `memory` bytes would be taken.
+    `num_raw` is what `index` counted, `places` what it says of these frames, each once, and `kept` what it left in
+    memory: with it PyAV decodes no more than it must, and where the stream does not keep the promise, all from the
+    start. Returns `{"backend": backend}` and (len(indices), H, W, 3) uint8 RGB; alpha and the sample aspect ratio are
+    ignored. With `fit` H and W are its size, and only one picture of full size is held at a time. Raises TooLarge,
+    before it decodes where the header says so, when more than `memory` bytes would be taken.
     """
-    assert indices == sorted(set(indices)) and indices[0] >= 0 and indices[-1] < num_raw
-    pictures = Pictures(len(indices), None if fit is None else Fit(*fit), memory)
-    dense = 2 * len(indices) > indices[-1]
+    counts = Counter(indices)
+    wanted = list(counts)
+    assert wanted == sorted(wanted) and wanted[0] >= 0 and wanted[-1] < num_raw
+    pictures = Pictures(list(counts.values()), None if fit is None else Fit(*fit), memory)
+    dense = 2 * len(wanted) > wanted[-1]
     known = kept if kept is not None and kept.path == path else Kept()
     try:
         if backend == "decord":
-            _decord_frames(path, indices, num_raw, pictures)
+            _decord_frames(path, wanted, num_raw, pictures)
         elif places is None or not known.in_order or not _sparse_frames(path, places, pictures, known, dense):
             promised = None if places is None else [pts for pts, _ in places]
-            _pyav_frames(path, indices, num_raw, pictures, promised, known)
+            _pyav_frames(path, wanted, num_raw, pictures, promised, known)
     finally:
         known.release()
     assert pictures.array is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import av
@@ -71,19 +72,20 @@ def check_memory(width: int, height: int, kept: int, memory: int | None) -> None
 
 
 class Pictures:
-    """Takes pictures one after the other into the array that is answered."""
+    """Takes pictures one after the other into the array that is answered, each as often as `counts` says."""
 
-    def __init__(self, count: int, fit: Fit | None, memory: int | None) -> None:
-        self.count, self.fit, self.memory = count, fit, memory
+    def __init__(self, counts: Sequence[int], fit: Fit | None, memory: int | None) -> None:
+        self.counts, self.fit, self.memory = counts, fit, memory
+        self._total = sum(counts)
         self.array: np.ndarray | None = None
         self.shape: tuple[int, ...] = ()  # of the first picture, as it was decoded
-        self._filled = 0
+        self._taken = self._filled = 0
         self._colors = Colors()
 
     def check(self, width: int, height: int) -> None:
         """Raises TooLarge."""
         each = width * height if self.fit is None else self.fit.size**2
-        check_memory(width, height, 3 * self.count * each, self.memory)
+        check_memory(width, height, 3 * self._total * each, self.memory)
 
     def append(self, picture: np.ndarray) -> None:
         if self.array is None:
@@ -91,9 +93,10 @@ class Pictures:
         if self.fit is not None:
             picture = fit_picture(picture, self.fit)
         if self.array is None:
-            self.array = np.empty((self.count, *picture.shape), np.uint8)
-        self.array[self._filled] = picture
-        self._filled += 1
+            self.array = np.empty((self._total, *picture.shape), np.uint8)
+        end = self._filled + self.counts[self._taken]
+        self.array[self._filled : end] = picture
+        self._taken, self._filled = self._taken + 1, end
 
     def take(self, frame: av.VideoFrame) -> None:
         """The size changes inside some streams: all frames get the first one's."""
@@ -101,7 +104,7 @@ class Pictures:
         self.append(self._colors.rgb(frame, *(self.shape[:2] or (None, None))))
 
     def clear(self) -> None:
-        self.array, self.shape, self._filled = None, (), 0
+        self.array, self.shape, self._taken, self._filled = None, (), 0, 0
 
 
 class Colors:

@@ -16,7 +16,7 @@ import numpy as np
 from tempme_vl.data import decoder
 from tempme_vl.data.decoder_process import DecoderProcess, DecoderTimeout
 from tempme_vl.data.opened import Kept
-from tempme_vl.data.pictures import DecodeError, Fit, TooLarge, check_memory
+from tempme_vl.data.pictures import DecodeError, Fit, TooLarge
 from tempme_vl.data.sampling import SAMPLING
 from tempme_vl.data.seeking import Listed
 
@@ -167,14 +167,10 @@ class FileReading:
 
     def frames(self, listing: Listing, indices: np.ndarray, deadline: float | None) -> Frames:
         """The frames at sorted indices, which may repeat. Raises DecodeError."""
-        unique, inverse = np.unique(indices, return_inverse=True)
-        wanted = unique.tolist()
-        arguments = {"indices": wanted, "places": listing.frames.places(wanted)}
+        places = listing.frames.places(np.unique(indices).tolist())
+        arguments: dict[str, Any] = {"indices": indices.tolist(), "places": places}
         arguments |= {"num_raw": len(listing.frames.times), "fit": self.fit}
         used, pixels = self._decode(listing.doubts, deadline, arguments)
-        if len(unique) < len(indices):
-            check_memory(0, 0, len(indices) * pixels[0].nbytes, self.memory)
-            pixels = pixels[inverse]
         return Frames(pixels, indices, listing.frames.times[indices], listing.fps, used)
 
     def _decode(

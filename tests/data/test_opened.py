@@ -207,3 +207,12 @@ def test_frames_close_to_each_other_are_decoded_in_one_go(tmp_path: Path, monkey
         np.testing.assert_array_equal(frames.pixels, expected[frames.indices])
         assert len(cuts) == jumps
         cuts.clear()
+
+
+def test_frames_that_repeat_are_one_array(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 5, options=GROUPS)
+    expected = whole(path)
+    _, found = decoder.frames(str(path), [0, 0, 0, 2, 4, 4], 5, "pyav")
+    np.testing.assert_array_equal(found, expected[[0, 0, 0, 2, 4, 4]])
+    pixels = read_frames(path, 12, sampling="uniform").pixels
+    assert pixels.base is None and pixels.shape == (12, 64, 96, 3)
