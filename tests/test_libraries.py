@@ -35,7 +35,7 @@ DOCUMENTED_MODULES = {
     "peft": {"peft"},
     "lmms_eval": set(),
     "decord": {"decord"},
-    "av": {"av", "av.filter"},
+    "av": {"av", "av.filter", "av.video.reformatter"},
     "einops": {"einops"},
 }
 # Where objects of other libraries are taken apart; elsewhere names with an underscore in front are looked for alone.

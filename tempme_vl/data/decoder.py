@@ -16,125 +16,27 @@ import signal
 import struct
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import IO, Any
 
 import av
 import numpy as np
 
-from tempme_vl.data.packets import Units
-from tempme_vl.data.pictures import DecodeError, Fit, Pictures, TooLarge, check_memory
-from tempme_vl.data.seeking import Cut, Listed, Place, Unsure, frames_at
-
-# Real files promise some frames more than they hold (a header rounded up, a dropped last group of B frames).
-# Up to this share, or one frame, is taken as it is; a larger loss is damage.
-MISSING_FRAMES_ALLOWED = 0.05
+from tempme_vl.data.listing import index
+from tempme_vl.data.opened import Answer, Kept, open_container, typed, video_stream
+from tempme_vl.data.pictures import DecodeError, Fit, Pictures, TooLarge
+from tempme_vl.data.seeking import Cut, PacketsFrom, Place, Unsure, all_frames, frames_at, from_file, from_memory
 
 # What the libraries take for themselves, whatever the video.
 LIBRARIES = 64 * 2**20
-
-# Titles and the like that are not UTF-8 are no reason to refuse a video; from PyAV 19 on they never are.
-_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
-# What a handler returns: some JSON and an array.
-Answer = tuple[dict[str, Any], np.ndarray]
 
 
 class ShortStream(DecodeError):
     """Packets without a frame of their own: decoding ended without an error before the last indexed frame, or gave
     another frame in the place of one."""
-
-
-def index(path: str, exact: bool = False, memory: int | None = None) -> Answer:
-    """Lists the frames of a file by its packets, without decoding them, or with `exact` by decoding them.
-
-    Returns `{"fps": float, "decord_doubt": str}` and the rows of a `Listed`, (4, n) float64. `decord_doubt` says why
-    decord could return other pixels than PyAV ("": it does not). The stream is the one that FFmpeg calls best.
-
-    `memory`: bytes that may be taken; raises TooLarge for a header that speaks of frames beyond it.
-    """
-    shown: list[tuple[int | None, int | None, bool]] = []  # pts, dts, whether it is a cut
-    found = 0
-    try:
-        with av.open(path, **_LENIENT) as container:
-            stream = _video_stream(container)
-            codec = stream.codec_context
-            check_memory(codec.width, codec.height, 0, memory)
-            promised = _promised_frames(stream)
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
-            step = float(stream.time_base or 0)
-            if exact:
-                codec.thread_count = 1
-                shown = [(frame.pts, None, False) for frame in container.decode(stream)]
-                found, doubt = len(shown), "its packets are not its frames"
-            else:
-                doubt = _stream_doubt(container, codec)
-                latest_key = None
-                units = Units.of(codec.name, codec.extradata or b"")
-                for packet in container.demux(stream):  # not kept: together they are as large as the file
-                    if not packet.size:
-                        continue
-                    found += 1
-                    if found == 1 and not packet.is_keyframe:  # what refers to a picture before it gives no frame
-                        return index(path, True, memory)
-                    # Discarded packets lie before an edit list's start: decoded, but never shown.
-                    if not packet.is_discard:
-                        cut = packet.is_keyframe and found > 1 and units.is_cut(memoryview(packet))
-                        shown.append((packet.pts, packet.dts, cut))
-                    if packet.is_keyframe or found == 1:
-                        latest_key = packet.pts
-                    doubt = doubt or _packet_doubt(units, packet, latest_key)
-    except (av.FFmpegError, OSError) as error:
-        raise _typed(error, memory) from error
-    if not shown:
-        raise DecodeError("no frame in its video stream")
-    if promised - found > max(1, MISSING_FRAMES_ALLOWED * promised):
-        raise DecodeError(f"only {found} of the {promised} frames that its header promises are there")
-    listed = _listed(shown, step, fps)
-    if exact:
-        listed = listed._replace(cuts=np.full(len(shown), np.nan))
-    if fps <= 0:
-        fps = (len(shown) - 1) / listed.times[-1] if len(shown) > 1 else 1.0
-    return {"fps": fps, "decord_doubt": doubt}, np.stack(listed)
-
-
-def _promised_frames(stream: Any) -> int:
-    """The header's frame count; less where an edit list shortens the stream; 0 where there is no count."""
-    if not stream.duration or not stream.average_rate:
-        return stream.frames
-    return min(stream.frames, int(stream.duration * stream.time_base * stream.average_rate))
-
-
-def _stream_doubt(container: Any, codec: Any) -> str:
-    """Found by comparing thousands of frames: what passes here and below comes out of both alike, bit for bit."""
-    if codec.pix_fmt in ("yuv420p", "yuvj420p"):
-        # swscale's exact converter needs an even height, and rotation may make it the width.
-        if codec.width % 2 or codec.height % 2:
-            return "it is 4:2:0 of an odd size"
-    elif codec.pix_fmt not in ("yuv444p", "yuvj444p", "gray"):
-        return f"its pixel format is {codec.pix_fmt}"
-    if len(container.streams.video) > 1:
-        return "it holds several video streams, of which decord may choose another"
-    # The rest is about seeking: decord takes a key frame's place in the file for its place in time, and loses
-    # frames at the end of streams that it cannot cut there.
-    if not {"mov", "matroska", "avi"} & set(container.format.name.split(",")):
-        return f"its container is {container.format.name}"
-    return ""
-
-
-def _packet_doubt(units: Units, packet: av.Packet, latest_key: int | None) -> str:
-    """`latest_key`: when the last key frame up to this packet is shown."""
-    if packet.pts is None or latest_key is None:
-        return "it lacks timestamps"
-    if packet.is_discard:
-        return "an edit list hides frames, which decord counts"
-    # H.264 and HEVC have key frames that are no clean cut, and units without lengths are not decord's
-    clean = units.codec not in ("h264", "hevc") or (units.length_size > 0 and units.is_idr(memoryview(packet)))
-    if packet.is_keyframe and not clean:
-        return "it has key frames which later frames reach across"
-    if packet.pts < latest_key:
-        return "frames are shown before the key frame that they follow"
-    return ""
 
 
 def frames(
@@ -145,21 +47,30 @@ def frames(
     fit: Fit | None = None,
     memory: int | None = None,
     places: Sequence[Place] | None = None,
+    kept: Kept | None = None,
 ) -> Answer:
-    """Pixels of the frames at `indices` (sorted, unique) in presentation order, rotated as the file asks.
+    """Pixels of the frames at `indices` (sorted; they may repeat) in presentation order, rotated as the file asks.
 
-    `num_raw` is what `index` counted, and `places` what it says of these frames: with it PyAV decodes no more than it
-    must, unless half are wanted, and where the stream does not keep the promise, all from the start. Returns
-    `{"backend": backend}` and (len(indices), H, W, 3) uint8 RGB; alpha and the sample aspect ratio are ignored. With
-    `fit` H and W are its size, and only one picture of full size is held at a time. Raises TooLarge, before it decodes
-    where the header says so, when more than `memory` bytes would be taken.
+    `num_raw` is what `index` counted, `places` what it says of these frames, each once, and `kept` what it left in
+    memory: with it PyAV decodes no more than it must, and where the stream does not keep the promise, all from the
+    start. Returns `{"backend": backend}` and (len(indices), H, W, 3) uint8 RGB; alpha and the sample aspect ratio are
+    ignored. With `fit` H and W are its size, and only one picture of full size is held at a time. Raises TooLarge,
+    before it decodes where the header says so, when more than `memory` bytes would be taken.
     """
-    assert indices == sorted(set(indices)) and indices[0] >= 0 and indices[-1] < num_raw
-    pictures = Pictures(len(indices), None if fit is None else Fit(*fit), memory)
-    if backend == "decord":
-        _decord_frames(path, indices, num_raw, pictures)
-    elif places is None or 2 * len(indices) > indices[-1] or not _sparse_frames(path, places, pictures):
-        _pyav_frames(path, indices, num_raw, pictures, None if places is None else [pts for pts, _ in places])
+    counts = Counter(indices)
+    wanted = list(counts)
+    assert wanted == sorted(wanted) and wanted[0] >= 0 and wanted[-1] < num_raw
+    pictures = Pictures(list(counts.values()), None if fit is None else Fit(*fit), memory)
+    dense = 2 * len(wanted) > wanted[-1]
+    known = kept if kept is not None and kept.path == path else Kept()
+    try:
+        if backend == "decord":
+            _decord_frames(path, wanted, num_raw, pictures)
+        elif places is None or not known.in_order or not _sparse_frames(path, places, pictures, known, dense):
+            promised = None if places is None else [pts for pts, _ in places]
+            _pyav_frames(path, wanted, num_raw, pictures, promised, known)
+    finally:
+        known.release()
     assert pictures.array is not None
     return {"backend": backend}, pictures.array
 
@@ -187,22 +98,40 @@ def _decord_frames(path: str, indices: list[int], num_raw: int, pictures: Pictur
     except DecodeError:
         raise
     except MemoryError as error:
-        raise _typed(error, pictures.memory) from error
+        raise typed(error, pictures.memory) from error
     except Exception as error:  # DECORDError, RuntimeError, AssertionError, ...: all mean that it failed
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise DecodeError(re.sub(r"\[[\d:]+\] \S+:\d+: ", "", first_line)) from error
 
 
-def _sparse_frames(path: str, places: Sequence[Place], pictures: Pictures) -> bool:
-    """Whether the stream keeps what its packets promise."""
-    places = [Place(pts, None if cut is None else Cut(*cut)) for pts, cut in places]
+@contextmanager
+def _ready(path: str, pictures: Pictures, known: Kept) -> Iterator[tuple[av.VideoCodecContext, PacketsFrom]]:
+    """A decoder that has not begun, and where its packets come from: memory, once, else the file."""
+    with ExitStack() as opened:
+        if known.stream is None:
+            container = opened.enter_context(open_container(path))
+            stream = video_stream(container)
+            packets = from_file(container, stream)
+        else:
+            opened.callback(known.release)
+            stream = known.stream
+            packets = from_memory(stream, known.packets)
+        decoder = stream.codec_context
+        pictures.check(decoder.width, decoder.height)
+        decoder.thread_count = 1
+        yield decoder, packets
+
+
+def _sparse_frames(path: str, places: Sequence[Place], pictures: Pictures, known: Kept, dense: bool) -> bool:
+    """Whether the stream keeps what its packets promise.
+
+    `dense`: from the start on, since to begin anew at a key frame may be to decode some frames around it twice.
+    """
+    places = [Place(pts, None if cut is None or dense else Cut(*cut)) for pts, cut in places]
     try:
-        with av.open(path, **_LENIENT) as container:
-            stream = _video_stream(container)
-            pictures.check(stream.codec_context.width, stream.codec_context.height)
-            stream.codec_context.thread_count = 1
-            stream.codec_context.options = {"err_detect": "explode"}  # no pictures in place of damaged ones
-            for frame in frames_at(container, stream, places):
+        with _ready(path, pictures, known) as (decoder, packets):
+            decoder.options = {"err_detect": "explode"}  # no pictures in place of damaged ones
+            for frame in frames_at(decoder, packets, places):
                 pictures.take(frame)
     except (Unsure, av.FFmpegError, OSError):
         pictures.clear()
@@ -211,54 +140,33 @@ def _sparse_frames(path: str, places: Sequence[Place], pictures: Pictures) -> bo
 
 
 def _pyav_frames(
-    path: str, indices: list[int], num_raw: int, pictures: Pictures, promised: Sequence[int | None] | None = None
+    path: str, indices: list[int], num_raw: int, pictures: Pictures, promised: Sequence[int | None] | None, known: Kept
 ) -> None:
-    """`promised`: when packets say that these frames are shown. A frame lost before one moves it from its place."""
-    wanted = dict(zip(indices, promised or [None] * len(indices), strict=True))
-    position = -1
+    """`promised`: when packets say that these frames are shown. A frame lost before one moves it from its place;
+    frames that come in another order have the places of this order, if none is lost or added in the whole stream."""
+    wanted = dict(zip(indices, [None] * len(indices) if promised is None else promised, strict=True))
+    shown: list[int | None] = []
+    moved = -1
     try:
-        with av.open(path, **_LENIENT) as container:
-            stream = _video_stream(container)
-            pictures.check(stream.codec_context.width, stream.codec_context.height)
-            stream.codec_context.thread_count = 1
-            for position, frame in enumerate(container.decode(stream)):
+        with _ready(path, pictures, known) as (decoder, packets):
+            for frame in all_frames(decoder, packets):
+                position = len(shown)
+                shown.append(frame.pts)
                 if position in wanted:
-                    if frame.pts is not None and wanted[position] not in (None, frame.pts):
-                        raise ShortStream(f"frame {position} of {num_raw} is not the one that its packets promise")
                     pictures.take(frame)
-                if position == indices[-1]:
+                    if frame.pts is not None and wanted[position] not in (None, frame.pts):
+                        moved = position
+                        if known.in_order:
+                            break
+                if position == indices[-1] and (moved < 0 or known.counted):
                     return
     except (av.FFmpegError, OSError) as error:
-        raise _typed(error, pictures.memory, f" after {position + 1} of {num_raw} frames") from error
-    raise ShortStream(f"only {position + 1} of {num_raw} frames can be decoded")
-
-
-def _video_stream(container: Any) -> Any:
-    stream = container.streams.best("video")
-    if stream is None:
-        raise DecodeError("no video stream in it")
-    if stream.codec_context is None:
-        raise DecodeError("no decoder for the codec of its video stream")
-    return stream
-
-
-def _listed(shown: list[tuple[int | None, int | None, bool]], step: float, fps: float) -> Listed:
-    """From timestamps where all are there and differ; else times are those of the frame rate, and nothing is known of
-    places."""
-    stamps = [(pts, pts if dts is None else dts, cut) for pts, dts, cut in shown if pts is not None]
-    if step <= 0 or len({pts for pts, _, _ in stamps}) < len(shown):
-        unknown = np.full((3, len(shown)), np.nan)
-        return Listed(np.arange(len(shown)) / (fps if fps > 0 else 1.0), *unknown)
-    pts, dts, cut = np.array(sorted(stamps), np.float64).T
-    cuts = np.maximum.accumulate(np.where(cut, np.arange(len(cut)), -1.0))
-    return Listed((pts - pts[0]) * step, pts, dts, cuts)
-
-
-def _typed(error: Exception, memory: int | None, where: str = "") -> DecodeError:
-    """The error of a library with its cause alone; its message may hold the path."""
-    if isinstance(error, MemoryError) and memory is not None:
-        return TooLarge(f"it takes more than the {memory / 2**30:.3g} GiB of memory that are allowed")
-    return DecodeError((getattr(error, "strerror", None) or str(error) or repr(error)) + where)
+        raise typed(error, pictures.memory, f" after {len(shown)} of {num_raw} frames") from error
+    if moved < 0:
+        raise ShortStream(f"only {len(shown)} of {num_raw} frames can be decoded")
+    known.counted = np.array_equal(np.sort(np.array(shown, np.float64)), known.times)
+    if not known.counted:
+        raise ShortStream(f"frame {moved} of {num_raw} is not the one that its packets promise")
 
 
 # The protocol: 8 bytes of length, then JSON. An answer's JSON is followed by the bytes of its array.
@@ -315,7 +223,7 @@ def _limited_memory(memory: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def serve(handlers: Handlers = HANDLERS) -> None:
+def serve(handlers: Handlers) -> None:
     """Answers requests from stdin on stdout until stdin closes."""
     # Launchers send SIGTERM, and terminals SIGINT, to whole process trees; this process ends with its parent, which
     # may still need it.
@@ -347,7 +255,7 @@ def serve(handlers: Handlers = HANDLERS) -> None:
         except DecodeError as error:
             meta = {"error": str(error), "kind": type(error).__name__}
         except MemoryError as error:
-            meta = {"error": str(_typed(error, memory)), "kind": TooLarge.__name__}
+            meta = {"error": str(typed(error, memory)), "kind": TooLarge.__name__}
         except Exception as error:
             meta = {"error": repr(error), "kind": DecodeError.__name__}
         write_message(answers, {"meta": meta, "shape": array.shape, "dtype": str(array.dtype)})
@@ -356,4 +264,5 @@ def serve(handlers: Handlers = HANDLERS) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    latest = Kept()
+    serve({name: partial(handler, kept=latest) for name, handler in HANDLERS.items()})

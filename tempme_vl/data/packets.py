@@ -6,7 +6,6 @@ and Matroska, or with start codes as in transport streams. Of other codecs only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Decoders whose key frames, of these codecs all, are places to decode from (tests/data/test_seeking.py).
@@ -38,10 +37,10 @@ class Units:
 
     def is_idr(self, key_frame: memoryview) -> bool:
         """Whether nothing that comes after a key frame of H.264 or HEVC refers to what came before it."""
-        first = next(self._slices(key_frame), None)
-        if first is None:
+        slices = self._slices(key_frame)
+        if not slices:
             return False
-        return first & 31 == 5 if self.codec == "h264" else first >> 1 & 63 in (19, 20)
+        return slices[0] & 31 == 5 if self.codec == "h264" else slices[0] >> 1 & 63 in (19, 20)
 
     def is_cut(self, key_frame: memoryview) -> bool:
         """Whether all frames shown from a key frame on can be decoded without what came before it.
@@ -50,37 +49,42 @@ class Units:
         that is no IDR picture may promise less.
         """
         if self.codec == "hevc":
-            first = next(self._slices(key_frame), None)
-            return first is not None and 16 <= first >> 1 & 63 <= 21
+            slices = self._slices(key_frame)
+            return bool(slices) and 16 <= slices[0] >> 1 & 63 <= 21
         return self.is_idr(key_frame) if self.codec == "h264" else self.codec in WITH_CUTS
 
     def is_unused(self, packet: memoryview) -> bool:
         """Whether no other picture refers to this one, so that the others are the same where it is left out."""
-        slices = list(self._slices(packet))
+        slices = self._slices(packet)
+        if not slices:
+            return False
         if self.codec == "h264":
-            return bool(slices) and not any(first & 0x60 for first in slices)  # nal_ref_idc
+            return not any(first & 0x60 for first in slices)  # nal_ref_idc
         # a sub-layer non-reference picture, which those of higher layers alone could refer to
-        return bool(slices) and self.one_layer and all(first >> 1 & 63 in range(0, 15, 2) for first in slices)
+        return self.one_layer and all(first >> 1 & 63 in range(0, 15, 2) for first in slices)
 
-    def _slices(self, packet: memoryview) -> Iterator[int]:
+    def _slices(self, packet: memoryview) -> list[int]:
         """The first byte of each unit that holds a slice."""
         if self.codec not in ("h264", "hevc"):
-            return
-        for position in self._with_lengths(packet) if self.length_size else _with_start_codes(packet):
-            first = packet[position]
-            if 1 <= first & 31 <= 5 if self.codec == "h264" else first >> 1 & 63 < 32:
-                yield first
+            return []
+        units = self._with_lengths(packet) if self.length_size else _with_start_codes(packet)
+        if self.codec == "h264":
+            return [first for first in units if 1 <= first & 31 <= 5]
+        return [first for first in units if first >> 1 & 63 < 32]
 
-    def _with_lengths(self, packet: memoryview) -> Iterator[int]:
-        position = self.length_size
+    def _with_lengths(self, packet: memoryview) -> list[int]:
+        """The first byte of each unit."""
+        position, firsts = self.length_size, []
         while position < len(packet):
-            yield position
+            firsts.append(packet[position])
             position += int.from_bytes(packet[position - self.length_size : position], "big") + self.length_size
+        return firsts
 
 
-def _with_start_codes(packet: memoryview) -> Iterator[int]:
+def _with_start_codes(packet: memoryview) -> list[int]:
     data = bytes(packet)
-    position = data.find(b"\0\0\1") + 3
+    position, firsts = data.find(b"\0\0\1") + 3, []
     while 3 <= position < len(data):
-        yield position
+        firsts.append(data[position])
         position = data.find(b"\0\0\1", position) + 3
+    return firsts

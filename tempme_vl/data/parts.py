@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -69,24 +70,24 @@ def read_parts(
     Raises:
         VideoError: as `read_frames`, also after some parts have come.
     """
-    reading = open_file(path, "auto", memory_gib, fit, timeout is not None, process)
-    with errors_of(path, timeout):
-        listing = reading.listing(False, _deadline(timeout))
-    parts, done = list(plan(listing.duration)), 0
-    while done < len(parts):
-        some = parts[done : done + PARTS_AT_ONCE]
-        limit = None if timeout is None else timeout * max(1, math.ceil(some[-1].end / LIMITED_SECONDS))
-        deadline = _deadline(limit)
-        with errors_of(path, limit):
-            try:
-                frames = _frames(reading, listing, some, (num_frames, sampling), deadline)
-            except ShortStream:  # see `read_frames`; what came before was checked by its timestamps and stays
-                listing = reading.listing(True, deadline)
-                parts = parts[:done] + _within(parts[done:], listing.duration)
-                some = parts[done : done + PARTS_AT_ONCE]
-                frames = _frames(reading, listing, some, (num_frames, sampling), deadline)
-        done += len(some)
-        yield FrameParts(tuple(some), frames, listing.duration, done >= len(parts))
+    with closing(open_file(path, "auto", memory_gib, fit, timeout is not None, process)) as reading:
+        with errors_of(path, timeout):
+            listing = reading.listing(False, _deadline(timeout))
+        parts, done = list(plan(listing.duration)), 0
+        while done < len(parts):
+            some = parts[done : done + PARTS_AT_ONCE]
+            limit = None if timeout is None else timeout * max(1, math.ceil(some[-1].end / LIMITED_SECONDS))
+            deadline = _deadline(limit)
+            with errors_of(path, limit):
+                try:
+                    frames = _frames(reading, listing, some, (num_frames, sampling), deadline)
+                except ShortStream:  # see `read_frames`; what came before was checked by its timestamps and stays
+                    listing = reading.listing(True, deadline)
+                    parts = parts[:done] + _within(parts[done:], listing.duration)
+                    some = parts[done : done + PARTS_AT_ONCE]
+                    frames = _frames(reading, listing, some, (num_frames, sampling), deadline)
+            done += len(some)
+            yield FrameParts(tuple(some), frames, listing.duration, done >= len(parts))
 
 
 def _frames(

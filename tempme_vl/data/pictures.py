@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from av.filter import Graph
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 # What a picture takes while it is read, in bytes a pixel: 3 as RGB, 4 in Pillow, 1.5 in each of the some four that the
@@ -16,6 +18,10 @@ WORKING_BYTES = 13
 # From PyAV 17 on pictures are scaled by as many threads as there are cores, which PyAV 19 keeps: a forked process, such
 # as a loader's worker, would wait for them for ever.
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+
+
+# Degrees of a frame's rotation -> the directions of FFmpeg's filter "transpose".
+TURNS = {90: ["2"], -90: ["1"], 180: ["1", "1"], -180: ["1", "1"]}
 
 
 class DecodeError(Exception):
@@ -66,18 +72,20 @@ def check_memory(width: int, height: int, kept: int, memory: int | None) -> None
 
 
 class Pictures:
-    """Takes pictures one after the other into the array that is answered."""
+    """Takes pictures one after the other into the array that is answered, each as often as `counts` says."""
 
-    def __init__(self, count: int, fit: Fit | None, memory: int | None) -> None:
-        self.count, self.fit, self.memory = count, fit, memory
+    def __init__(self, counts: Sequence[int], fit: Fit | None, memory: int | None) -> None:
+        self.counts, self.fit, self.memory = counts, fit, memory
+        self._total = sum(counts)
         self.array: np.ndarray | None = None
         self.shape: tuple[int, ...] = ()  # of the first picture, as it was decoded
-        self._filled = 0
+        self._taken = self._filled = 0
+        self._colors = Colors()
 
     def check(self, width: int, height: int) -> None:
         """Raises TooLarge."""
         each = width * height if self.fit is None else self.fit.size**2
-        check_memory(width, height, 3 * self.count * each, self.memory)
+        check_memory(width, height, 3 * self._total * each, self.memory)
 
     def append(self, picture: np.ndarray) -> None:
         if self.array is None:
@@ -85,31 +93,42 @@ class Pictures:
         if self.fit is not None:
             picture = fit_picture(picture, self.fit)
         if self.array is None:
-            self.array = np.empty((self.count, *picture.shape), np.uint8)
-        self.array[self._filled] = picture
-        self._filled += 1
+            self.array = np.empty((self._total, *picture.shape), np.uint8)
+        end = self._filled + self.counts[self._taken]
+        self.array[self._filled : end] = picture
+        self._taken, self._filled = self._taken + 1, end
 
     def take(self, frame: av.VideoFrame) -> None:
         """The size changes inside some streams: all frames get the first one's."""
         self.check(frame.width, frame.height)
-        self.append(_rgb(frame, *(self.shape[:2] or (None, None))))
+        self.append(self._colors.rgb(frame, *(self.shape[:2] or (None, None))))
 
     def clear(self) -> None:
-        self.array, self.shape, self._filled = None, (), 0
+        self.array, self.shape, self._taken, self._filled = None, (), 0, 0
 
 
-def _rgb(frame: av.VideoFrame, height: int | None, width: int | None) -> np.ndarray:
-    """(H, W, 3) uint8. Turned before the colour conversion, as decord does it: at odd sizes the order shows."""
-    turns = {90: ["2"], -90: ["1"], 180: ["1", "1"], -180: ["1", "1"]}.get(frame.rotation, [])
-    if turns:
-        graph = Graph()
-        nodes = [
-            graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-        ]
-        nodes += [graph.add("transpose", direction) for direction in turns]
-        nodes += [graph.add("buffersink")]
-        graph.link_nodes(*nodes).configure()
-        graph.push(frame)
-        frame = graph.pull()  # type: ignore[assignment]
-    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR", **_ONE_THREAD)
-    return scaled.to_ndarray()
+class Colors:
+    """Makes decoded frames RGB. What FFmpeg prepares for that is kept, since it may take longer than a frame."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+        self._turning: dict[tuple[int, int, str, int], Graph] = {}
+
+    def rgb(self, frame: av.VideoFrame, height: int | None, width: int | None) -> np.ndarray:
+        """(H, W, 3) uint8. Turned before the colour conversion, as decord does it: at odd sizes the order shows."""
+        if frame.rotation in TURNS:
+            graph = self._graph(frame)
+            graph.push(frame)
+            frame = graph.pull()  # type: ignore[assignment]
+        scaled = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", **_ONE_THREAD)
+        return scaled.to_ndarray()
+
+    def _graph(self, frame: av.VideoFrame) -> Graph:
+        kind = (frame.width, frame.height, frame.format.name, frame.rotation)
+        if kind not in self._turning:
+            self._turning[kind] = graph = Graph()
+            width, height, form, step = frame.width, frame.height, frame.format, frame.time_base
+            nodes = [graph.add_buffer(width=width, height=height, format=form, time_base=step)]
+            nodes += [graph.add("transpose", direction) for direction in TURNS[frame.rotation]]
+            graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+        return self._turning[kind]

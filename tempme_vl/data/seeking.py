@@ -6,9 +6,9 @@ What packets promise is checked against every frame that comes out: exactly thos
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import groupby, islice
+from typing import Any, NamedTuple, TypeAlias
 
 import av
 import numpy as np
@@ -65,35 +65,73 @@ class Listed(NamedTuple):
         return found
 
 
-def frames_at(container: Any, stream: Any, places: Sequence[Place]) -> Iterator[av.VideoFrame]:
-    """The frames at these places, of a container just opened; places are in order of time.
+PacketsFrom: TypeAlias = Callable[[Cut | None], Iterator[Any]]
+"""A cut, or None for the start -> the stream's packets from there on. Raises Unsure where there is no such cut."""
+
+
+def from_file(container: Any, stream: Any) -> PacketsFrom:
+    """Of a container just opened."""
+
+    def packets(cut: Cut | None) -> Iterator[Any]:
+        if cut is not None:
+            container.seek(cut.dts, stream=stream)  # which also empties the decoder
+        return _from(cut, container.demux(stream))
+
+    return packets
+
+
+def from_memory(stream: Any, kept: Sequence[Any]) -> PacketsFrom:
+    """Of all of a stream's packets."""
+    keys = {packet.pts: place for place, packet in enumerate(kept) if packet.is_keyframe}
+
+    def packets(cut: Cut | None) -> Iterator[Any]:
+        if cut is None:
+            return iter(kept)
+        if cut.pts not in keys:
+            raise Unsure
+        stream.codec_context.flush_buffers()
+        return islice(kept, keys[cut.pts], None)
+
+    return packets
+
+
+def all_frames(decoder: av.VideoCodecContext, packets: PacketsFrom) -> Iterator[av.VideoFrame]:
+    """As they come, by a decoder that has not begun. Raises av.FFmpegError."""
+    for packet in packets(None):
+        yield from decoder.decode(packet)
+    yield from decoder.decode(None)
+
+
+def frames_at(decoder: av.VideoCodecContext, packets: PacketsFrom, places: Sequence[Place]) -> Iterator[av.VideoFrame]:
+    """The frames at these places, which are in order of time, by a decoder that has not begun.
 
     Raises:
         Unsure: other frames came out than went in, or a cut is not found.
         av.FFmpegError: FFmpeg cannot seek, read or decode.
     """
-    units = Units.of(stream.codec_context.name, stream.codec_context.extradata or b"")
+    units = Units.of(decoder.name, decoder.extradata or b"")
     for cut, group in groupby(places, lambda place: place.cut):
         wanted = {place.pts for place in group}
-        if cut is not None:
-            container.seek(cut.dts, stream=stream)  # which also empties the decoder
-        for frame in _decoded(container, stream, cut, wanted, units):
+        for frame in _decoded(decoder, packets(cut), cut, wanted, units):
             if frame.pts in wanted:
                 yield frame
 
 
 def _decoded(
-    container: Any, stream: Any, cut: Cut | None, wanted: Collection[int], units: Units
+    decoder: av.VideoCodecContext, packets: Iterator[Any], cut: Cut | None, wanted: Collection[int], units: Units
 ) -> Iterator[av.VideoFrame]:
     """Frames from a cut on, until all wanted ones have come; others that nothing refers to are left out."""
-    decoder, left = stream.codec_context, set(wanted)
+    left = set(wanted)
     waiting: list[int] = []  # a heap of when frames that went in are shown
-    for packet in _from(cut, container.demux(stream)):
-        if packet.pts not in left and units.is_unused(memoryview(packet)):
+    for packet in packets:
+        pts = packet.pts
+        if pts is None:
+            raise Unsure
+        if pts not in left and units.is_unused(memoryview(packet)):
             continue
-        left.discard(packet.pts)
-        if not packet.is_discard and (cut is None or packet.pts >= cut.pts):
-            heapq.heappush(waiting, packet.pts)
+        left.discard(pts)
+        if not packet.is_discard and (cut is None or pts >= cut.pts):
+            heapq.heappush(waiting, pts)
         yield from _checked(decoder.decode(packet), cut, waiting)
         if not left:
             break
@@ -113,8 +151,6 @@ def _from(cut: Cut | None, packets: Iterator[Any]) -> Iterator[Any]:
             if not begun and packet.dts is not None and packet.dts > cut.dts:
                 raise Unsure
         if begun:
-            if packet.pts is None:
-                raise Unsure
             yield packet
 
 

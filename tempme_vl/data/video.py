@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import numpy as np
 
 from tempme_vl.data import decoder
 from tempme_vl.data.decoder_process import DecoderProcess, DecoderTimeout
-from tempme_vl.data.pictures import DecodeError, Fit, TooLarge, check_memory
+from tempme_vl.data.opened import Kept
+from tempme_vl.data.pictures import DecodeError, Fit, TooLarge
 from tempme_vl.data.sampling import SAMPLING
 from tempme_vl.data.seeking import Listed
 
@@ -93,7 +94,7 @@ def read_frames(
         listing = reading.listing(exact, deadline)
         return reading.frames(listing, listing.sample(num_frames, sampling, start, end, rng), deadline)
 
-    with errors_of(path, timeout):
+    with closing(reading), errors_of(path, timeout):
         try:
             return read(exact=False)
         except decoder.ShortStream:
@@ -139,12 +140,14 @@ class Listing:
 
 @dataclass(frozen=True)
 class FileReading:
-    """A file, and how its frames are read. Deadlines are monotonic seconds; None: none, and in this process.
+    """A file, and how its frames are read, to be closed. Deadlines are monotonic seconds; None: none, and in this
+    process.
 
     Attributes:
         path: absolute.
         memory: bytes that reading may take.
         process: the decoder that is asked where there is a deadline.
+        kept: where there is none, what listing has read and decoding need not read again.
     """
 
     path: str
@@ -152,6 +155,10 @@ class FileReading:
     memory: int | None
     fit: Fit | None
     process: DecoderProcess
+    kept: Kept
+
+    def close(self) -> None:
+        self.kept.release()
 
     def listing(self, exact: bool, deadline: float | None) -> Listing:
         """Raises DecodeError."""
@@ -160,14 +167,10 @@ class FileReading:
 
     def frames(self, listing: Listing, indices: np.ndarray, deadline: float | None) -> Frames:
         """The frames at sorted indices, which may repeat. Raises DecodeError."""
-        unique, inverse = np.unique(indices, return_inverse=True)
-        wanted = unique.tolist()
-        arguments = {"indices": wanted, "places": listing.frames.places(wanted)}
+        places = listing.frames.places(np.unique(indices).tolist())
+        arguments: dict[str, Any] = {"indices": indices.tolist(), "places": places}
         arguments |= {"num_raw": len(listing.frames.times), "fit": self.fit}
         used, pixels = self._decode(listing.doubts, deadline, arguments)
-        if len(unique) < len(indices):
-            check_memory(0, 0, len(indices) * pixels[0].nbytes, self.memory)
-            pixels = pixels[inverse]
         return Frames(pixels, indices, listing.frames.times[indices], listing.fps, used)
 
     def _decode(
@@ -194,7 +197,7 @@ class FileReading:
         """One handler of decoder.py, in this process or, with a deadline, in the decoder's."""
         arguments |= {"path": self.path, "memory": self.memory}
         if deadline is None:
-            return decoder.HANDLERS[name](**arguments)
+            return decoder.HANDLERS[name](**arguments, kept=self.kept)
         return self.process.call(name, max(deadline - time.monotonic(), 0.001), **arguments)
 
 
@@ -223,7 +226,7 @@ def open_file(
             process.start()
     memory = None if memory_gib is None else int(memory_gib * 2**30)
     # absolute: FFmpeg takes what stands before a colon for a protocol
-    return FileReading(os.path.abspath(path), BACKENDS[backend], memory, fit, process)
+    return FileReading(os.path.abspath(path), BACKENDS[backend], memory, fit, process, Kept())
 
 
 @contextmanager

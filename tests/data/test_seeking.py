@@ -12,8 +12,9 @@ import pytest
 from video_files import write_video
 
 from tempme_vl.data import decoder, seeking
+from tempme_vl.data.listing import timed
 from tempme_vl.data.packets import Units
-from tempme_vl.data.seeking import Cut, Listed, Place, Unsure, frames_at
+from tempme_vl.data.seeking import Cut, Listed, Place, Unsure, frames_at, from_file, from_memory
 from tempme_vl.data.video import read_frames
 
 QUIET = {"x265-params": "log-level=error:pools=none"}
@@ -51,16 +52,22 @@ def located(path: Path) -> tuple[Listed, np.ndarray]:
     return listed, decoder.frames(str(path), list(range(count)), count, "pyav")[1]
 
 
-def pictures(path: Path, places: list[Place] | None) -> np.ndarray:
-    """Raises Unsure."""
+def pictures(path: Path, places: list[Place] | None, kept: bool = False) -> np.ndarray:
+    """Raises Unsure. `kept`: of packets in memory."""
     assert places is not None
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames_at(container, stream, places)])
+        if kept:
+            packets = from_memory(stream, [packet for packet in container.demux(stream) if packet.size])
+        else:
+            packets = from_file(container, stream)
+        frames = frames_at(stream.codec_context, packets, places)
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("stream", STREAMS)
-def test_any_frames_are_those_of_the_whole_stream(tmp_path: Path, stream: str) -> None:
+def test_any_frames_are_those_of_the_whole_stream(tmp_path: Path, stream: str, kept: bool) -> None:
     name, options = STREAMS[stream]
     path = write_video(tmp_path / name, **{"num_frames": COUNT, **options})
     listed, whole = located(path)
@@ -69,7 +76,7 @@ def test_any_frames_are_those_of_the_whole_stream(tmp_path: Path, stream: str) -
     choices = [[number] for number in everything[::3]] + [everything, everything[-1:]]
     choices += [sorted(rng.choice(everything, 5, replace=False).tolist()) for _ in range(5)]
     for numbers in choices:
-        np.testing.assert_array_equal(pictures(path, listed.places(numbers)), whole[numbers])
+        np.testing.assert_array_equal(pictures(path, listed.places(numbers), kept), whole[numbers])
 
 
 # Packets given to the decoder for one frame; decoding from the start takes 24.5.
@@ -104,8 +111,9 @@ def test_a_stream_that_is_not_what_its_packets_promise_is_decoded_from_the_start
     with pytest.raises(Unsure):
         pictures(path, [good._replace(pts=good.pts + 1)])
     for place in (good._replace(cut=between), good._replace(cut=no_key)):
-        with pytest.raises(Unsure):
-            pictures(path, [place])
+        for kept in (False, True):
+            with pytest.raises(Unsure):
+                pictures(path, [place], kept)
         np.testing.assert_array_equal(decoder.frames(str(path), [30], COUNT, "pyav", places=[place])[1], whole[[30]])
 
 
@@ -142,9 +150,9 @@ def test_frames_that_come_out_in_another_order_are_not_believed(tmp_path: Path) 
 def test_where_timestamps_lack_nothing_is_known_of_places(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 5)
     assert Listed(*decoder.index(str(path), exact=True)[1]).places([0, 4]) is None
-    assert decoder._listed([(0, 0, False), (None, 1, True)], 0.1, 10.0).places([0]) is None
-    assert decoder._listed([(0, 0, False), (0, 1, True)], 0.1, 10.0).places([1]) is None
-    assert decoder._listed([(8, 0, False), (3, None, True)], 0.1, 10.0).places([0, 1]) == [
+    assert timed([(0, 0, False), (None, 1, True)], 0.1, 10.0).places([0]) is None
+    assert timed([(0, 0, False), (0, 1, True)], 0.1, 10.0).places([1]) is None
+    assert timed([(8, 0, False), (3, None, True)], 0.1, 10.0).places([0, 1]) == [
         Place(3, Cut(3, 3)),
         Place(8, Cut(3, 3)),
     ]

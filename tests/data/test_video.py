@@ -235,7 +235,7 @@ def test_packets_without_a_frame_of_their_own_are_not_counted(tmp_path, monkeypa
     path = write_video(tmp_path / "a.mkv", 20)
     index = video.decoder.HANDLERS["index"]
 
-    def overcounting(path, exact, memory):
+    def overcounting(path, exact, memory, kept):
         info, rows = index(path, exact)
         another = rows[:, -1] + [0.1, 100, 100, 0]  # seconds; milliseconds of Matroska
         return (info, rows) if exact else (info, np.column_stack([rows, another]))

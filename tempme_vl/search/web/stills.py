@@ -26,7 +26,7 @@ def still(path: str, time: float, memory: int) -> Answer:
     Raises:
         DecodeError: a stream that cannot be read or sought in.
     """
-    pictures = Pictures(1, None, memory)
+    pictures = Pictures([1], None, memory)
     try:
         with av.open(path) as container:
             stream = container.streams.best("video")
