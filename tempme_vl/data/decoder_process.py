@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -137,8 +138,9 @@ def _limited(process: subprocess.Popen[bytes], timeout: float, action: Callable[
         process.kill()
 
     timer = threading.Timer(timeout, expire)
-    timer.start()
+    timer.daemon = True  # one that an exception of a signal handler keeps from being cancelled holds up no exit
     try:
+        timer.start()
         return action()
     except (EOFError, BrokenPipeError):
         if expired.is_set():
@@ -160,12 +162,22 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any]) -> deco
 
 
 def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> str:
-    """Kills and reaps; says how it ended, by itself if it does so within `patience` seconds."""
-    try:
-        code = process.wait(timeout=patience)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        code = process.wait()
+    """Kills and reaps; says how it ended, by itself if it does so within `patience` seconds.
+
+    Not by methods of Popen: an exception of a signal handler inside `poll` may leave its lock taken for ever.
+    """
+    code, deadline = process.returncode, time.monotonic() + patience
+    while code is None:
+        try:
+            if time.monotonic() >= deadline:
+                os.kill(process.pid, signal.SIGKILL)
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
+        except (ChildProcessError, ProcessLookupError):  # reaped, and nobody told
+            code = 0
+        else:
+            code = os.waitstatus_to_exitcode(status) if pid else None
+            time.sleep(0 if pid else 0.001)
+    process.returncode = code
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             # RuntimeError: from a signal handler that interrupts a read of this very pipe

@@ -113,6 +113,18 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(tmp_path, faulty, del
     np.testing.assert_array_equal(got.indices, expected.indices)
 
 
+def test_the_end_of_a_process_waits_for_no_lock_of_popen(tmp_path, faulty, monkeypatch):
+    """An exception of a signal handler inside `Popen.poll` may leave it taken, and `Popen.wait` then never returns."""
+    read_frames(write_video(tmp_path / "a.mp4"), 2, timeout=60)
+    child = faulty._process
+    for method in ("wait", "kill", "poll"):
+        monkeypatch.setattr(child, method, lambda *_, **__: pytest.fail("it may wait for ever"))
+    faulty.close()
+    assert child.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
+
+
 def test_a_signal_handler_may_read_a_video_itself(tmp_path, faulty):
     slow, other = write_video(tmp_path / "slow.mp4"), write_video(tmp_path / "other.mp4", 30, height=48)
     read_frames(other, 4, timeout=60)
