@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tempme_vl.command import at_least, run
+from tempme_vl.command import above_zero, at_least, run
 from tempme_vl.command_line import Command
 from tempme_vl.data.frame_cache import FrameCache
 from tempme_vl.data.reader import VideoReader
@@ -37,7 +37,7 @@ class Options:
     batch_size: int = 32
     workers: tuple[int, ...] = (2,)
     """Loader processes; several numbers are measured one after the other."""
-    forms: tuple[str, ...] = ("raw", "jpeg")
+    forms: tuple[Literal["raw", "jpeg"], ...] = ("raw", "jpeg")
     passes: int = 20
     """Over the cached videos."""
     rate: float = 500.0
@@ -76,6 +76,8 @@ class Clips(Dataset[torch.Tensor]):
 
 def main(options: Options) -> None:
     at_least(1, frames=options.frames, batch_size=options.batch_size, passes=options.passes)
+    at_least(0, workers=min(options.workers, default=-1))
+    above_zero(rate=options.rate)
     transform = VideoTransform(Preprocess(image_size=options.image_size), normalize=False)
     with tempfile.TemporaryDirectory() as folder:
         caches = {"raw": FrameCache(Path(folder) / "raw"), "jpeg": FrameCache(Path(folder) / "jpeg", quality=95)}

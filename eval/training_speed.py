@@ -107,6 +107,7 @@ class Clips(Dataset[dict[str, Any]]):
 
 def main(options: Options) -> None:
     at_least(1, frames=options.frames, batch_size=options.batch_size, threads=options.threads, steps=options.steps)
+    at_least(1, chunks=min(options.chunks, default=0))
     cases = [
         Case(method, precision, chunks)
         for precision, chunks, method in itertools.product(options.precision, options.chunks, options.methods)

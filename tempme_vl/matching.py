@@ -50,7 +50,8 @@ class MergeMap:
         """Size-weighted mean (TempMe section 3.2) and the summed sizes.
 
         The mean of a token and those that merge into it is the token and, of each of these, its share of the way there;
-        so only tokens that take others are computed, and the rest stay as they are to the bit.
+        so only tokens that take others are computed, and the rest stay as they are to the bit. (The kernel of a GPU
+        multiplies and divides them all: the same but for rounding.)
 
         Args:
             x: (R, N, D) tokens, any floating dtype; the result has the same. Half precision is added up in float32.

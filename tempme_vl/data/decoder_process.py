@@ -167,15 +167,17 @@ def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> str:
     Not by methods of Popen: an exception of a signal handler inside `poll` may leave its lock taken for ever.
     """
     code, deadline = process.returncode, time.monotonic() + patience
+    known = True
     while code is None:
         try:
-            if time.monotonic() >= deadline:
-                os.kill(process.pid, signal.SIGKILL)
             pid, status = os.waitpid(process.pid, os.WNOHANG)
-        except (ChildProcessError, ProcessLookupError):  # reaped, and nobody told
-            code = 0
+        except ChildProcessError:  # reaped by an interrupted `poll`: its number may be another process's by now
+            code, known = 0, False
         else:
-            code = os.waitstatus_to_exitcode(status) if pid else None
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() >= deadline:
+                os.kill(process.pid, signal.SIGKILL)
             time.sleep(0 if pid else 0.001)
     process.returncode = code
     for pipe in (process.stdin, process.stdout):
@@ -183,4 +185,6 @@ def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> str:
             # RuntimeError: from a signal handler that interrupts a read of this very pipe
             with contextlib.suppress(BrokenPipeError, RuntimeError):
                 pipe.close()
+    if not known:
+        return "how is not known"
     return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -118,8 +118,8 @@ class Colors:
         """(H, W, 3) uint8. Turned before the colour conversion, as decord does it: at odd sizes the order shows."""
         if frame.rotation in TURNS:
             graph = self._graph(frame)
-            graph.push(frame)
-            frame = graph.pull()  # type: ignore[assignment]
+            graph.vpush(frame)
+            frame = graph.vpull()
         scaled = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", **_ONE_THREAD)
         return scaled.to_ndarray()
 

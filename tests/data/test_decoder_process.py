@@ -125,6 +125,19 @@ def test_the_end_of_a_process_waits_for_no_lock_of_popen(tmp_path, faulty, monke
         os.kill(child.pid, 0)
 
 
+def test_a_number_that_may_be_another_processs_gets_no_signal(tmp_path, faulty, monkeypatch):
+    """An interrupted `Popen.poll` may have reaped the process without telling."""
+    path = write_video(tmp_path / "a.mp4")
+    read_frames(path, 2, timeout=60)
+    child = faulty._process
+    child.send_signal(signal.SIGKILL)
+    os.waitpid(child.pid, 0)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("it may be another process"))
+    faulty.close()
+    monkeypatch.undo()
+    assert child.returncode is not None
+
+
 def test_a_signal_handler_may_read_a_video_itself(tmp_path, faulty):
     slow, other = write_video(tmp_path / "slow.mp4"), write_video(tmp_path / "other.mp4", 30, height=48)
     read_frames(other, 4, timeout=60)
