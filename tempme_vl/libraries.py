@@ -49,6 +49,11 @@ LIBRARIES: dict[str, Library] = {
         "2.8.0",
         "2.14.1",
         (
+            Use(
+                "backbones/linear.py",
+                ("torch.utils._python_dispatch._get_current_dispatch_mode", "_linear_pointwise"),
+                "oneDNN's product with a bias, as torch.compile calls it; whether somebody counts torch's operators",
+            ),
             Use("tasks/qa/llm.py", ("_apply",), "Module.to: rounded buffers of a language model displace its words"),
             Use("tasks/videollm.py", ("_apply",), "as in tasks/qa/llm.py"),
         ),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tempme_vl import kernels
 from tempme_vl.backbones.attention import attend
+from tempme_vl.backbones.linear import use_onednn
 from tempme_vl.costs import BlockCost
 from tempme_vl.schema import Range, Size, write
 from tempme_vl.state import AttentionContext, TokenState
@@ -311,6 +312,7 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.embed, self.blocks, self.norm, self.head = embed, nn.ModuleList(blocks), norm, head
+        use_onednn(self.blocks)
         self.shape = shape
         self.clip_positions: dict[str, Tensor] = {}
 

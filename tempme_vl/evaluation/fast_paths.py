@@ -1,7 +1,7 @@
 """Every fast path beside the plain one, on the device and in the precision in which it is used.
 
-The kernels' match and merge forwards and backwards, QuickGELU, patches by one product, attention with sizes in both
-forms, uint8 normalised on the device, blocks compiled, a whole forward recorded as a CUDA graph.
+The kernels' match and merge forwards and backwards, QuickGELU, patches by one product, a CPU's linear layers, attention
+with sizes in both forms, uint8 normalised on the device, blocks compiled, a whole forward recorded as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tempme_vl import kernels
 from tempme_vl.backbones.attention import attend, bias_in_keys
 from tempme_vl.backbones.base import PatchProjection, QuickGELU
+from tempme_vl.backbones.linear import Linear
 from tempme_vl.evaluation.ways import WAYS
 from tempme_vl.frontend import VisualFrontend, create_frontend
 from tempme_vl.matching import MergeMap, bipartite_match
@@ -95,6 +96,9 @@ def _functions(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterat
     images = drawn(sizes.rows, 3, 64, 64)
     with torch.no_grad():
         yield "patches by one product", _largest(PatchProjection.of(conv)(images), conv(images)), tolerance
+        if device.type == "cpu":
+            layer = Linear(sizes.width, 3 * sizes.width, dtype=dtype)
+            yield "linear layers by oneDNN", _largest(layer(x), F.linear(x, layer.weight, layer.bias)), tolerance
     q, k, v = (drawn(sizes.rows, 2, sizes.tokens, 64) for _ in range(3))
     yield from _attention(q, k, v, tolerance)
 
@@ -145,6 +149,8 @@ def _encoders(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterato
     reference = _with_gradient(lambda x: encoder(x).pooled, video)
     with kernels.plain():
         plain = _with_gradient(lambda x: encoder(x).pooled, video)
+    with torch.no_grad():
+        yield "encoder without gradients", _unlike(encoder(video).pooled, reference[0]), tolerance
     yield "encoder without kernels", _unlike(plain[0], reference[0]), tolerance
     yield "encoder without kernels, backwards", _unlike(plain[1], reference[1]), backwards
     if device.type == "cuda":

@@ -25,6 +25,11 @@ def usable(x: Tensor) -> bool:
     return _enabled and _run_on(x.device)
 
 
+def enabled() -> bool:
+    """Whether this is outside of `plain`."""
+    return _enabled
+
+
 @contextmanager
 def plain() -> Iterator[None]:
     """Inside, all of the process takes the plain forms: to compare with, or for second derivatives, which kernels lack.
