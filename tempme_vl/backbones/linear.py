@@ -54,11 +54,11 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and type(x) is Tensor
-        and type(weight) is nn.Parameter
-        and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
         and weight.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and type(x) is Tensor
+        and type(weight) is nn.Parameter
         and x.numel() > 0
         and x.shape[-1] == weight.shape[-1]  # else torch says what is wrong
         and not torch.is_autocast_enabled("cpu")
