@@ -143,4 +143,4 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert {part["status"] for part in report["parts"].values()} == {"done"} and len(report["parts"]) == 8
     agreements = report["parts"]["exact"]["report"]["agreements"]
-    assert len(agreements) == 26 and all(one["holds"] for one in agreements)
+    assert len(agreements) == 30 and all(one["holds"] for one in agreements)
