@@ -1,7 +1,8 @@
-"""Linear layers on a CPU by oneDNN.
+"""Linear layers of visual towers on a CPU by oneDNN.
 
 torch gives products in float32 to MKL, and those of lower precision to oneDNN, which comes with it. Where tokens are
-few, MKL loses most (docs/benchmarks.md), and few tokens are what merging leaves.
+few, MKL loses most (docs/benchmarks.md), and few tokens are what merging leaves. oneDNN keeps some memory for every
+number of rows that it has seen: a schedule has a dozen of them. Texts of all lengths have many, and stay with MKL.
 """
 
 from __future__ import annotations

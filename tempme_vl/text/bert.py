@@ -17,7 +17,6 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from tempme_vl.backbones.linear import use_onednn
 from tempme_vl.fit import misfits
 from tempme_vl.text.base import TextEncoder
 from tempme_vl.text.bert_layer import (
@@ -38,7 +37,6 @@ class BertEncoder(TextEncoder):
         super().__init__(positions)
         self.embeddings = embeddings
         self.layers = nn.ModuleList(layers)
-        use_onednn(self.layers)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """States of the words of texts alone, padded ones included.
@@ -130,7 +128,6 @@ class BertFusion(nn.Module):
         for layer in layers:
             layer.crossattention.read_width(shape.cross_width)
         self.layers = nn.ModuleList(layers)
-        use_onednn(self.layers)
         self.grad_checkpointing = False
         self.apply(partial(initialise, std=shape.init_std))
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tempme_vl.backbones.linear import use_onednn
 from tempme_vl.backbones.open_clip_blocks import OpenCLIPBlock
 from tempme_vl.libraries import describe, undocumented
 from tempme_vl.text.base import TextEncoder, TextState
@@ -101,7 +100,6 @@ class CLIPTextEncoder(TextEncoder):
         self.causal, self.pool, self.width = causal, pool, source.ln_final.normalized_shape[0]
         self.embed, self.head = CLIPTextEmbed(source), CLIPTextHead(source)
         self.blocks = nn.ModuleList(OpenCLIPBlock(block) for block in source.transformer.resblocks)
-        use_onednn(self.blocks)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Embeds captions.

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempme_vl.backbones.linear import use_onednn
 from tempme_vl.precision import at_least_float32
 from tempme_vl.text.bert_layer import (
     NORM_EPS,
@@ -123,7 +122,6 @@ class BertDecoder(nn.Module):
         self.embeddings = BertEmbeddings(shape)
         self.embeddings.word_embeddings = TiedWords(shape.vocab_size, shape.width, padding_idx=PAD)
         self.layers = nn.ModuleList(DecoderLayer(shape, self.cross_width) for _ in range(layers))
-        use_onednn(self.layers)
         self.head = LanguageHead(shape.width, shape.vocab_size)
         self.grad_checkpointing = False
         self.apply(partial(initialise, std=shape.init_std))
