@@ -35,6 +35,11 @@ class Units:
             return cls(codec, (header[21] & 3) + 1, header[21] >> 3 & 7 == 1)
         return cls(codec)
 
+    @property
+    def known(self) -> bool:
+        """Whether the codec is one whose units are read."""
+        return self.codec in ("h264", "hevc")
+
     def is_idr(self, key_frame: memoryview) -> bool:
         """Whether nothing that comes after a key frame of H.264 or HEVC refers to what came before it."""
         slices = self._slices(key_frame)
@@ -65,7 +70,7 @@ class Units:
 
     def _slices(self, packet: memoryview) -> list[int]:
         """The first byte of each unit that holds a slice."""
-        if self.codec not in ("h264", "hevc"):
+        if not self.known:
             return []
         units = self._with_lengths(packet) if self.length_size else _with_start_codes(packet)
         if self.codec == "h264":

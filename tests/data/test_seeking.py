@@ -135,7 +135,7 @@ def test_a_damaged_picture_is_the_one_of_the_whole_stream(tmp_path: Path, place:
 
 def test_a_frame_that_the_decoder_calls_damaged_is_not_believed() -> None:
     with pytest.raises(Unsure):
-        list(seeking._checked([SimpleNamespace(pts=3, is_corrupt=True)], None, [3]))
+        list(seeking._checked(iter([SimpleNamespace(pts=3, is_corrupt=True)]), None, {3}, [3]))
 
 
 def test_frames_that_come_out_in_another_order_are_not_believed(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_frames_that_come_out_in_another_order_are_not_believed(tmp_path: Path) 
 def test_where_timestamps_lack_nothing_is_known_of_places(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 5)
     assert Listed(*decoder.index(str(path), exact=True)[1]).places([0, 4]) is None
-    assert timed([(0, 0, False), (None, 1, True)], 0.1, 10.0).places([0]) is None
-    assert timed([(0, 0, False), (0, 1, True)], 0.1, 10.0).places([1]) is None
-    assert timed([(8, 0, False), (3, None, True)], 0.1, 10.0).places([0, 1]) == [
+    assert Listed(*timed([(0, 0, False), (None, 1, True)], 0.1, 10.0)).places([0]) is None
+    assert Listed(*timed([(0, 0, False), (0, 1, True)], 0.1, 10.0)).places([1]) is None
+    assert Listed(*timed([(8, 0, False), (3, None, True)], 0.1, 10.0)).places([0, 1]) == [
         Place(3, Cut(3, 3)),
         Place(8, Cut(3, 3)),
     ]
