@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 import av
@@ -117,9 +118,10 @@ def _by_packets(container: Any, stream: Any) -> _Scan | None:
         elif found == 1:
             return None
         # Discarded packets lie before an edit list's start: decoded, but never shown.
-        if not packet.is_discard:
+        hidden = packet.is_discard
+        if not hidden:
             shown.append((pts, packet.dts, is_key and found > 1 and units.is_cut(memoryview(packet))))
-        if not doubt:
+        if not doubt and (is_key or hidden or pts is None or pts < latest_key):
             doubt = _packet_doubt(units, packet, latest_key)
     return _Scan(shown, found, doubt, packets)
 
@@ -154,8 +156,8 @@ def timed(shown: _Shown, step: float, fps: float) -> np.ndarray:
     if step <= 0 or len({pts for pts, _, _ in stamps}) < len(shown):
         rows[0], rows[1:] = np.arange(len(shown)) / (fps if fps > 0 else 1.0), np.nan
         return rows
-    rows[1:] = list(zip(*stamps, strict=True))
-    rows[3] = np.maximum.accumulate(np.where(rows[3], np.arange(len(shown)), -1.0))
+    rows[1], rows[2], cuts = zip(*stamps, strict=True)
+    rows[3] = list(accumulate((number if cut else -1 for number, cut in enumerate(cuts)), max))
     rows[0] = (rows[1] - rows[1, 0]) * step
     return rows
 
