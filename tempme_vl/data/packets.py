@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Decoders whose key frames, of these codecs all, are places to decode from (tests/data/test_seeking.py).
-WITH_CUTS = ("mpeg2video", "mpeg4", "vp8", "vp9", "av1", "libdav1d", "mjpeg")
+WITH_CUTS = frozenset({"mpeg2video", "mpeg4", "vp8", "vp9", "av1", "libdav1d", "mjpeg"})
 
 
 @dataclass(frozen=True)
