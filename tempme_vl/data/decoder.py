@@ -133,6 +133,7 @@ def _sparse_frames(path: str, places: Sequence[Place], pictures: Pictures, known
             decoder.options = {"err_detect": "explode"}  # no pictures in place of damaged ones
             for frame in frames_at(decoder, packets, places):
                 pictures.take(frame)
+                del frame  # so that its memory, which the cache holds, is the next one's
     except (Unsure, av.FFmpegError, OSError):
         pictures.clear()
         return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from fractions import Fraction
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 import av
@@ -37,8 +39,9 @@ class _Header(NamedTuple):
 
     @classmethod
     def of(cls, stream: Any) -> _Header:
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        return cls(_promised_frames(stream), float(stream.time_base or 0), fps)
+        rate, step = stream.average_rate, stream.time_base  # every look makes a fraction
+        fps = float(rate or stream.guessed_rate or 0)
+        return cls(_promised_frames(stream, rate, step), float(step or 0), fps)
 
 
 class _Scan(NamedTuple):
@@ -78,15 +81,16 @@ def index(path: str, exact: bool = False, memory: int | None = None, kept: Kept 
             raise typed(error, memory) from error
         if scan is None:
             return index(path, True, memory, kept)
-        listed, fps = _listed(header, scan)
+        rows, fps = _listed(header, scan)
+        listed = Listed(*rows)
         if exact:
-            listed = listed._replace(cuts=np.full(len(listed.cuts), np.nan))
-        if kept is not None and not exact:
+            listed.cuts[:] = np.nan
+        elif kept is not None:
             # AVI has no times of its own: FFmpeg numbers packets as they lie in the file, not as they are shown.
             kept.remember(path, listed.pts, "avi" not in _names(container) or not codec.has_b_frames)
             if scan.packets.few:
                 kept.hold(stream, scan.packets.all, opened.pop_all().close)
-    return {"fps": fps, "decord_doubt": scan.doubt}, np.stack(listed)
+    return {"fps": fps, "decord_doubt": scan.doubt}, rows
 
 
 def _by_decoding(container: Any, stream: Any) -> _Scan:
@@ -103,52 +107,59 @@ def _by_packets(container: Any, stream: Any) -> _Scan | None:
     shown: _Shown = []
     found = 0
     for packet in container.demux(stream):
-        if not packet.size:
+        size = packet.size
+        if not size:
             continue
         found += 1
-        packets.add(packet)
+        packets.add(packet, size)
         is_key, pts = packet.is_keyframe, packet.pts
         if is_key:
             latest_key = pts
         elif found == 1:
             return None
         # Discarded packets lie before an edit list's start: decoded, but never shown.
-        if not packet.is_discard:
+        hidden = packet.is_discard
+        if not hidden:
             shown.append((pts, packet.dts, is_key and found > 1 and units.is_cut(memoryview(packet))))
-        doubt = doubt or _packet_doubt(units, packet, latest_key)
+        if not doubt and (is_key or hidden or pts is None or pts < latest_key):
+            doubt = _packet_doubt(units, packet, latest_key)
     return _Scan(shown, found, doubt, packets)
 
 
-def _listed(header: _Header, scan: _Scan) -> tuple[Listed, float]:
-    """The frames, and how many of them there are a second. Raises DecodeError where many of them lack."""
+def _listed(header: _Header, scan: _Scan) -> tuple[np.ndarray, float]:
+    """The rows of a `Listed`, and how many frames there are a second. Raises DecodeError where many of them lack."""
     shown, fps = scan.shown, header.fps
     if not shown:
         raise DecodeError("no frame in its video stream")
     if header.promised - scan.found > max(1, MISSING_FRAMES_ALLOWED * header.promised):
         raise DecodeError(f"only {scan.found} of the {header.promised} frames that its header promises are there")
-    listed = timed(shown, header.step, fps)
+    rows = timed(shown, header.step, fps)
     if fps <= 0:
-        fps = (len(shown) - 1) / listed.times[-1] if len(shown) > 1 else 1.0
-    return listed, fps
+        fps = (len(shown) - 1) / rows[0, -1] if len(shown) > 1 else 1.0
+    return rows, fps
 
 
-def _promised_frames(stream: Any) -> int:
+def _promised_frames(stream: Any, rate: Fraction | None, step: Fraction | None) -> int:
     """The header's frame count; less where an edit list shortens the stream; 0 where there is no count."""
-    if not stream.duration or not stream.average_rate:
-        return stream.frames
-    return min(stream.frames, int(stream.duration * stream.time_base * stream.average_rate))
+    frames, duration = stream.frames, stream.duration
+    if not frames or not duration or not rate or not step:
+        return frames
+    shown = duration * step.numerator * rate.numerator // (step.denominator * rate.denominator)
+    return min(frames, shown)
 
 
-def timed(shown: _Shown, step: float, fps: float) -> Listed:
-    """From timestamps where all are there and differ; else times are those of the frame rate, and nothing is known of
-    places."""
-    stamps = [(pts, pts if dts is None else dts, cut) for pts, dts, cut in shown if pts is not None]
+def timed(shown: _Shown, step: float, fps: float) -> np.ndarray:
+    """(4, n) float64, the rows of a `Listed`: from timestamps where all are there and differ; else times are those of
+    the frame rate, and nothing is known of places."""
+    stamps = sorted((pts, pts if dts is None else dts, cut) for pts, dts, cut in shown if pts is not None)
+    rows = np.empty((4, len(shown)))
     if step <= 0 or len({pts for pts, _, _ in stamps}) < len(shown):
-        unknown = np.full((3, len(shown)), np.nan)
-        return Listed(np.arange(len(shown)) / (fps if fps > 0 else 1.0), *unknown)
-    pts, dts, cut = np.array(sorted(stamps), np.float64).T
-    cuts = np.maximum.accumulate(np.where(cut, np.arange(len(cut)), -1.0))
-    return Listed((pts - pts[0]) * step, pts, dts, cuts)
+        rows[0], rows[1:] = np.arange(len(shown)) / (fps if fps > 0 else 1.0), np.nan
+        return rows
+    rows[1], rows[2], cuts = zip(*stamps, strict=True)
+    rows[3] = list(accumulate((number if cut else -1 for number, cut in enumerate(cuts)), max))
+    rows[0] = (rows[1] - rows[1, 0]) * step
+    return rows
 
 
 def _stream_doubt(container: Any, codec: Any) -> str:

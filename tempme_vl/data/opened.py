@@ -51,12 +51,13 @@ class Packets:
         self.few = True
         self._size = 0
 
-    def add(self, packet: Any) -> None:
-        self._size += packet.size + PACKET_BYTES
-        self.few = self._size <= PACKETS_KEPT
-        if self.few:
+    def add(self, packet: Any, size: int) -> None:
+        """`size`: of its data, in bytes."""
+        self._size += size + PACKET_BYTES
+        if self._size <= PACKETS_KEPT:
             self.all.append(packet)
-        else:
+        elif self.few:
+            self.few = False
             self.all.clear()
 
 

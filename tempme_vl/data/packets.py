@@ -6,10 +6,11 @@ and Matroska, or with start codes as in transport streams. Of other codecs only 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Decoders whose key frames, of these codecs all, are places to decode from (tests/data/test_seeking.py).
-WITH_CUTS = ("mpeg2video", "mpeg4", "vp8", "vp9", "av1", "libdav1d", "mjpeg")
+WITH_CUTS = frozenset({"mpeg2video", "mpeg4", "vp8", "vp9", "av1", "libdav1d", "mjpeg"})
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,17 @@ class Units:
             return cls(codec, (header[21] & 3) + 1, header[21] >> 3 & 7 == 1)
         return cls(codec)
 
+    @property
+    def known(self) -> bool:
+        """Whether the codec is one whose units are read."""
+        return self.codec in ("h264", "hevc")
+
     def is_idr(self, key_frame: memoryview) -> bool:
         """Whether nothing that comes after a key frame of H.264 or HEVC refers to what came before it."""
-        slices = self._slices(key_frame)
-        if not slices:
+        first = next(self._slices(key_frame), None)
+        if first is None:
             return False
-        return slices[0] & 31 == 5 if self.codec == "h264" else slices[0] >> 1 & 63 in (19, 20)
+        return first & 31 == 5 if self.codec == "h264" else first >> 1 & 63 in (19, 20)
 
     def is_cut(self, key_frame: memoryview) -> bool:
         """Whether all frames shown from a key frame on can be decoded without what came before it.
@@ -49,42 +55,39 @@ class Units:
         that is no IDR picture may promise less.
         """
         if self.codec == "hevc":
-            slices = self._slices(key_frame)
-            return bool(slices) and 16 <= slices[0] >> 1 & 63 <= 21
+            first = next(self._slices(key_frame), None)
+            return first is not None and 16 <= first >> 1 & 63 <= 21
         return self.is_idr(key_frame) if self.codec == "h264" else self.codec in WITH_CUTS
 
     def is_unused(self, packet: memoryview) -> bool:
         """Whether no other picture refers to this one, so that the others are the same where it is left out."""
-        slices = self._slices(packet)
-        if not slices:
-            return False
-        if self.codec == "h264":
-            return not any(first & 0x60 for first in slices)  # nal_ref_idc
-        # a sub-layer non-reference picture, which those of higher layers alone could refer to
-        return self.one_layer and all(first >> 1 & 63 in range(0, 15, 2) for first in slices)
+        found = False
+        for first in self._slices(packet):
+            found = True
+            # nal_ref_idc; in HEVC a sub-layer non-reference picture, which those of higher layers alone could refer to
+            if first & 0x60 if self.codec == "h264" else not (self.one_layer and first >> 1 & 63 in range(0, 15, 2)):
+                return False  # as of most pictures, at the first slice
+        return found
 
-    def _slices(self, packet: memoryview) -> list[int]:
+    def _slices(self, packet: memoryview) -> Iterator[int]:
         """The first byte of each unit that holds a slice."""
-        if self.codec not in ("h264", "hevc"):
-            return []
-        units = self._with_lengths(packet) if self.length_size else _with_start_codes(packet)
-        if self.codec == "h264":
-            return [first for first in units if 1 <= first & 31 <= 5]
-        return [first for first in units if first >> 1 & 63 < 32]
+        if self.known:
+            h264 = self.codec == "h264"
+            for first in self._with_lengths(packet) if self.length_size else _with_start_codes(packet):
+                if 1 <= first & 31 <= 5 if h264 else first >> 1 & 63 < 32:
+                    yield first
 
-    def _with_lengths(self, packet: memoryview) -> list[int]:
+    def _with_lengths(self, packet: memoryview) -> Iterator[int]:
         """The first byte of each unit."""
-        position, firsts = self.length_size, []
+        position = self.length_size
         while position < len(packet):
-            firsts.append(packet[position])
+            yield packet[position]
             position += int.from_bytes(packet[position - self.length_size : position], "big") + self.length_size
-        return firsts
 
 
-def _with_start_codes(packet: memoryview) -> list[int]:
+def _with_start_codes(packet: memoryview) -> Iterator[int]:
     data = bytes(packet)
-    position, firsts = data.find(b"\0\0\1") + 3, []
+    position = data.find(b"\0\0\1") + 3
     while 3 <= position < len(data):
-        firsts.append(data[position])
+        yield data[position]
         position = data.find(b"\0\0\1", position) + 3
-    return firsts

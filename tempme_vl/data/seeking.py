@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby, islice
+from math import inf, isnan
 from typing import Any, NamedTuple, TypeAlias
 
 import av
@@ -55,13 +56,12 @@ class Listed(NamedTuple):
 
     def places(self, numbers: Sequence[int]) -> list[Place] | None:
         """Where these frames are found; None where packets do not tell."""
-        if np.isnan(self.cuts[numbers]).any():
-            return None
         found = []
-        for number in numbers:
-            start = int(self.cuts[number])
-            cut = None if start < 0 else Cut(int(self.pts[start]), int(self.dts[start]))
-            found.append(Place(int(self.pts[number]), cut))
+        for pts, start in zip(self.pts[numbers].tolist(), self.cuts[numbers].tolist(), strict=True):
+            if isnan(start):
+                return None
+            cut = None if start < 0 else Cut(int(self.pts[int(start)]), int(self.dts[int(start)]))
+            found.append(Place(int(pts), cut))
         return found
 
 
@@ -112,31 +112,50 @@ def frames_at(decoder: av.VideoCodecContext, packets: PacketsFrom, places: Seque
     units = Units.of(decoder.name, decoder.extradata or b"")
     for cut, group in groupby(places, lambda place: place.cut):
         wanted = {place.pts for place in group}
-        for frame in _decoded(decoder, packets(cut), cut, wanted, units):
-            if frame.pts in wanted:
-                yield frame
+        yield from _decoded(decoder, _needed(packets(cut), wanted, units), cut, wanted)
 
 
-def _decoded(
-    decoder: av.VideoCodecContext, packets: Iterator[Any], cut: Cut | None, wanted: Collection[int], units: Units
-) -> Iterator[av.VideoFrame]:
-    """Frames from a cut on, until all wanted ones have come; others that nothing refers to are left out."""
-    left = set(wanted)
-    waiting: list[int] = []  # a heap of when frames that went in are shown
+def _needed(packets: Iterator[Any], wanted: Collection[int], units: Units) -> Iterator[Any]:
+    """Packets until all wanted ones have come, without others that nothing refers to; then None: what is left inside
+    the decoder."""
+    left, known = set(wanted), units.known
     for packet in packets:
         pts = packet.pts
         if pts is None:
             raise Unsure
-        if pts not in left and units.is_unused(memoryview(packet)):
+        if pts in left:
+            left.remove(pts)
+        elif known and units.is_unused(memoryview(packet)):
             continue
-        left.discard(pts)
-        if not packet.is_discard and (cut is None or pts >= cut.pts):
-            heapq.heappush(waiting, pts)
-        yield from _checked(decoder.decode(packet), cut, waiting)
+        yield packet
         if not left:
             break
-    yield from _checked(decoder.decode(None), cut, waiting)
-    if left or waiting:
+    yield None
+    if left:
+        raise Unsure
+
+
+def _decoded(
+    decoder: av.VideoCodecContext, packets: Iterator[Any], cut: Cut | None, wanted: Collection[int]
+) -> Iterator[av.VideoFrame]:
+    """The wanted frames; all that are shown from the cut on are looked at. What refers across it comes out damaged or
+    not at all; other damage is hidden by pictures that were decoded before, which differ by where decoding began."""
+    begin = -inf if cut is None else cut.pts
+    waiting: list[int] = []  # a heap of when frames that went in are shown
+    for packet in packets:
+        if packet is not None and not packet.is_discard and packet.pts >= begin:
+            heapq.heappush(waiting, packet.pts)
+        for frame in decoder.decode(packet):
+            pts = frame.pts
+            if pts is None:
+                raise Unsure
+            if pts >= begin:
+                if frame.is_corrupt or not waiting or pts != heapq.heappop(waiting):
+                    raise Unsure
+                if pts in wanted:
+                    yield frame
+            del frame  # see decoder.py
+    if waiting:
         raise Unsure
 
 
@@ -152,16 +171,3 @@ def _from(cut: Cut | None, packets: Iterator[Any]) -> Iterator[Any]:
                 raise Unsure
         if begun:
             yield packet
-
-
-def _checked(frames: Sequence[av.VideoFrame], cut: Cut | None, waiting: list[int]) -> Iterator[av.VideoFrame]:
-    """Those shown from the cut on. What refers across it comes out damaged or not at all; other damage is hidden by
-    pictures that were decoded before, which differ by where decoding began."""
-    for frame in frames:
-        if frame.pts is None:
-            raise Unsure
-        if cut is not None and frame.pts < cut.pts:
-            continue
-        if frame.is_corrupt or not waiting or frame.pts != heapq.heappop(waiting):
-            raise Unsure
-        yield frame

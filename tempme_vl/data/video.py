@@ -167,8 +167,8 @@ class FileReading:
 
     def frames(self, listing: Listing, indices: np.ndarray, deadline: float | None) -> Frames:
         """The frames at sorted indices, which may repeat. Raises DecodeError."""
-        places = listing.frames.places(np.unique(indices).tolist())
-        arguments: dict[str, Any] = {"indices": indices.tolist(), "places": places}
+        chosen = indices.tolist()
+        arguments: dict[str, Any] = {"indices": chosen, "places": listing.frames.places(list(dict.fromkeys(chosen)))}
         arguments |= {"num_raw": len(listing.frames.times), "fit": self.fit}
         used, pixels = self._decode(listing.doubts, deadline, arguments)
         return Frames(pixels, indices, listing.frames.times[indices], listing.fps, used)

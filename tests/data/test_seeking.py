@@ -89,13 +89,14 @@ def test_little_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stre
     path = write_video(tmp_path / name, **{"num_frames": COUNT, **options})
     listed, _ = located(path)
     rounds: list[object] = []
-    checked = seeking._checked
+    needed = seeking._needed
 
-    def counting(frames: Any, *rest: Any) -> Any:
-        rounds.append(frames)
-        return checked(frames, *rest)
+    def counting(*given: Any) -> Any:
+        for packet in needed(*given):
+            rounds.append(packet)
+            yield packet
 
-    monkeypatch.setattr(seeking, "_checked", counting)
+    monkeypatch.setattr(seeking, "_needed", counting)
     for number in range(COUNT):
         pictures(path, listed.places([number]))
     assert len(rounds) / COUNT - 1 <= WORK[stream]  # the last round takes what is left in the decoder
@@ -135,7 +136,8 @@ def test_a_damaged_picture_is_the_one_of_the_whole_stream(tmp_path: Path, place:
 
 def test_a_frame_that_the_decoder_calls_damaged_is_not_believed() -> None:
     with pytest.raises(Unsure):
-        list(seeking._checked([SimpleNamespace(pts=3, is_corrupt=True)], None, [3]))
+        damaged = SimpleNamespace(decode=lambda packet: [SimpleNamespace(pts=3, is_corrupt=True)])
+        list(seeking._decoded(damaged, iter([SimpleNamespace(pts=3, is_discard=False)]), None, {3}))
 
 
 def test_frames_that_come_out_in_another_order_are_not_believed(tmp_path: Path) -> None:
@@ -150,9 +152,9 @@ def test_frames_that_come_out_in_another_order_are_not_believed(tmp_path: Path) 
 def test_where_timestamps_lack_nothing_is_known_of_places(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 5)
     assert Listed(*decoder.index(str(path), exact=True)[1]).places([0, 4]) is None
-    assert timed([(0, 0, False), (None, 1, True)], 0.1, 10.0).places([0]) is None
-    assert timed([(0, 0, False), (0, 1, True)], 0.1, 10.0).places([1]) is None
-    assert timed([(8, 0, False), (3, None, True)], 0.1, 10.0).places([0, 1]) == [
+    assert Listed(*timed([(0, 0, False), (None, 1, True)], 0.1, 10.0)).places([0]) is None
+    assert Listed(*timed([(0, 0, False), (0, 1, True)], 0.1, 10.0)).places([1]) is None
+    assert Listed(*timed([(8, 0, False), (3, None, True)], 0.1, 10.0)).places([0, 1]) == [
         Place(3, Cut(3, 3)),
         Place(8, Cut(3, 3)),
     ]
