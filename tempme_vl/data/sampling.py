@@ -21,9 +21,7 @@ def uniform(num_raw: int, num_frames: int) -> np.ndarray:
     Returns (num_frames,) int64, sorted; indices repeat where the video has fewer raw frames.
     """
     _check(num_raw, num_frames)
-    positions = np.arange(num_frames) * ((num_raw - 1) / max(1, num_frames - 1))
-    positions[1:][-1:] = num_raw - 1  # as np.linspace does it, whose own code takes longer than to decode a small frame
-    return positions.astype(np.int64)
+    return np.linspace(0, num_raw - 1, num_frames).astype(np.int64)
 
 
 def strided(num_raw: int, num_frames: int) -> np.ndarray:
