@@ -34,8 +34,8 @@ class Options:
     """CPU seconds of a clip: 57 real clips (docs/benchmarks.md)."""
     gpu_rate: float = 1208.0
     """Clips a second of a GPU: the tower of B/16 in bfloat16 on an H100 (docs/benchmarks.md)."""
-    encode_seconds: float = 4.63
-    """CPU seconds of a clip: B/16, two threads, eight at a time (docs/benchmarks.md)."""
+    encode_seconds: float = 3.28
+    """CPU seconds of a clip: B/16, two threads, four at a time (docs/benchmarks.md)."""
     write_seconds: float = 0.001
     """Of the one writer for a clip (docs/search.md)."""
     exact_ms: float = 2.0
