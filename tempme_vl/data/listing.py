@@ -118,11 +118,9 @@ def _by_packets(container: Any, stream: Any) -> _Scan | None:
         elif found == 1:
             return None
         # Discarded packets lie before an edit list's start: decoded, but never shown.
-        hidden = packet.is_discard
-        if not hidden:
+        if not packet.is_discard:
             shown.append((pts, packet.dts, is_key and found > 1 and units.is_cut(memoryview(packet))))
-        if not doubt and (is_key or hidden or pts is None or pts < latest_key):
-            doubt = _packet_doubt(units, packet, latest_key)
+        doubt = doubt or _packet_doubt(units, packet, latest_key)
     return _Scan(shown, found, doubt, packets)
 
 
@@ -144,8 +142,7 @@ def _promised_frames(stream: Any, rate: Fraction | None, step: Fraction | None) 
     frames, duration = stream.frames, stream.duration
     if not frames or not duration or not rate or not step:
         return frames
-    shown = duration * step.numerator * rate.numerator // (step.denominator * rate.denominator)
-    return min(frames, shown)
+    return min(frames, int(duration * step * rate))
 
 
 def timed(shown: _Shown, step: float, fps: float) -> np.ndarray:
@@ -186,7 +183,7 @@ def _packet_doubt(units: Units, packet: av.Packet, latest_key: int | None) -> st
     if packet.is_discard:
         return "an edit list hides frames, which decord counts"
     # H.264 and HEVC have key frames that are no clean cut, and units without lengths are not decord's
-    clean = units.codec not in ("h264", "hevc") or not packet.is_keyframe
+    clean = not units.known or not packet.is_keyframe
     if not clean and not (units.length_size > 0 and units.is_idr(memoryview(packet))):
         return "it has key frames which later frames reach across"
     if packet.pts < latest_key:

@@ -61,21 +61,27 @@ class Units:
 
     def is_unused(self, packet: memoryview) -> bool:
         """Whether no other picture refers to this one, so that the others are the same where it is left out."""
-        found = False
+        unused = False
         for first in self._slices(packet):
-            found = True
-            # nal_ref_idc; in HEVC a sub-layer non-reference picture, which those of higher layers alone could refer to
-            if first & 0x60 if self.codec == "h264" else not (self.one_layer and first >> 1 & 63 in range(0, 15, 2)):
-                return False  # as of most pictures, at the first slice
-        return found
+            unused = not self._is_referred_to(first)
+            if not unused:
+                break  # as of most pictures, at the first slice
+        return unused
+
+    def _is_referred_to(self, first: int) -> bool:
+        """By a slice's first byte: nal_ref_idc in H.264; in HEVC all but a sub-layer non-reference picture, which those
+        of higher layers alone could refer to."""
+        if self.codec == "h264":
+            return bool(first & 0x60)
+        return not (self.one_layer and first >> 1 & 63 in range(0, 15, 2))
 
     def _slices(self, packet: memoryview) -> Iterator[int]:
-        """The first byte of each unit that holds a slice."""
-        if self.known:
-            h264 = self.codec == "h264"
-            for first in self._with_lengths(packet) if self.length_size else _with_start_codes(packet):
-                if 1 <= first & 31 <= 5 if h264 else first >> 1 & 63 < 32:
-                    yield first
+        """The first byte of each unit that holds a slice; of codecs that are not known none."""
+        if not self.known:
+            return
+        for first in self._with_lengths(packet) if self.length_size else _with_start_codes(packet):
+            if 1 <= first & 31 <= 5 if self.codec == "h264" else first >> 1 & 63 < 32:
+                yield first
 
     def _with_lengths(self, packet: memoryview) -> Iterator[int]:
         """The first byte of each unit."""
