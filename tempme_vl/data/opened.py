@@ -16,6 +16,9 @@ PACKET_BYTES = 2**10  # of memory that a packet takes beside its data
 
 # Titles and the like that are not UTF-8 are no reason to refuse a video; from PyAV 19 on they never are.
 _LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+# Of the decoders that FFmpeg opens to learn of streams, before ours, and whose pictures nobody sees.
+_PROBING = {"skip_loop_filter": "all"}
+AVDISCARD_ALL = 48
 
 
 # What a handler of the decoder's process returns: some JSON and an array.
@@ -23,16 +26,19 @@ Answer = tuple[dict[str, Any], np.ndarray]
 
 
 def open_container(path: str) -> Any:
-    return av.open(path, **_LENIENT)
+    return av.open(path, options=_PROBING, **_LENIENT)
 
 
 def video_stream(container: Any) -> Any:
-    """The stream that FFmpeg calls best. Raises DecodeError."""
+    """The stream that FFmpeg calls best; packets of others are not read from now on. Raises DecodeError."""
     stream = container.streams.best("video")
     if stream is None:
         raise DecodeError("no video stream in it")
     if stream.codec_context is None:
         raise DecodeError("no decoder for the codec of its video stream")
+    for other in container.streams:
+        if other.index != stream.index and hasattr(other, "discard"):  # from PyAV 18 on
+            other.discard = AVDISCARD_ALL
     return stream
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,32 @@ def test_packets_are_kept_where_they_are_few(
     frames = read_frames(path, 5, sampling="uniform")
     assert opens == times * [str(path)]
     np.testing.assert_array_equal(frames.pixels, expected[frames.indices])
+
+
+@pytest.mark.skipif(not hasattr(av.stream.Stream, "discard"), reason="from PyAV 18 on")
+def test_packets_of_other_streams_are_not_read(tmp_path: Path) -> None:
+    """But for some that were read to open the file."""
+    path = str(tmp_path / "a.mkv")
+    with av.open(path, "w") as container:
+        pictures, sound = container.add_stream("libx264", rate=10), container.add_stream("aac", rate=8000)
+        pictures.width, pictures.height, pictures.pix_fmt = 96, 64, "yuv420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 40000), np.float32), "fltp", "mono")
+        silence.rate = 8000
+        for _ in range(50):
+            container.mux(pictures.encode(av.VideoFrame(96, 64, "yuv420p")))
+        for packets in (sound.encode(silence), sound.encode(), pictures.encode()):
+            container.mux(packets)
+
+    def kinds(container: Any) -> Counter[str]:
+        return Counter(packet.stream.type for packet in container.demux() if packet.size)
+
+    with av.open(path) as container:
+        there = kinds(container)
+    with opened.open_container(path) as container:
+        assert opened.video_stream(container).type == "video"
+        read = kinds(container)
+    assert there["video"] == read["video"] == 50
+    assert read["audio"] <= 4 < 30 < there["audio"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="it lists open files")
