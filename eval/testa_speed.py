@@ -121,7 +121,7 @@ def measured(options: Options, frames: int, step: str, method: str) -> Row:
 
 def train(frontend: VisualFrontend, video: torch.Tensor) -> None:
     """One step towards another embedding."""
-    optimizer = torch.optim.AdamW(frontend.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(frontend.parameters(), lr=1e-5, fused=True)  # as recipes do
     frontend.train()(video).pooled.square().sum().backward()
     optimizer.step()
 

@@ -225,14 +225,12 @@ def all_ways(model: Any, processor: Any, options: Options) -> list[Way]:
     r = nearest(tome_tokens, range(1, schedule.tokens // 2), known(inside))
     tome = compress(model, processor, "tome", options.frames, r=r)
 
-    def behind_options(intra: int) -> dict[str, Any]:
-        return {"merge_frames": options.merge_frames, "cross_percent": CROSS_PERCENT, "intra_percent": intra}
-
-    def merged_behind(intra: int) -> Compressed:
-        return compress(model, processor, "tempme", options.frames, "behind", **behind_options(intra))
-
-    intra = nearest(lambda percent: known(merged_behind(percent)), range(51), known(inside))
-    behind = merged_behind(intra)
+    alike: dict[str, Any] = {
+        "tokens": known(inside),
+        "merge_frames": options.merge_frames,
+        "cross_percent": CROSS_PERCENT,
+    }
+    behind = compress(model, processor, "tempme", options.frames, "behind", **alike)
 
     def prefill(tokens: int) -> float:
         return prefill_gflops(inside.host, tokens + len(PROMPT.split()))  # <s> in place of <video>
@@ -247,7 +245,7 @@ def all_ways(model: Any, processor: Any, options: Options) -> list[Way]:
         Way("host", partial(host_inputs, model, processor), "", *native),
         way("tempme", inside, tempme),
         way("tome", tome, {"r": r}),
-        way("post-encoder", behind, behind_options(intra)),
+        way("post-encoder", behind, alike),
     ]
 
 

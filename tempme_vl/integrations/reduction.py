@@ -245,7 +245,7 @@ class Merging(Reduction):
         most = self.most(slots, grid)
         if most is None:
             return make_plan(self.method, slots, grid, self.given)
-        return solved_plan(self.method, slots, grid, self.given, most)
+        return solved_plan(self.method, slots, grid, self.given, most, self.fixed)
 
     def count(self, slots: int, grid: Grid) -> int | None:
         return self.plan(slots, grid).output_tokens
@@ -305,8 +305,13 @@ def make_plan(method: str, frames: int, grid: Grid, options: Any) -> MergeSchedu
     return schedule
 
 
-def solved_plan(method: str, frames: int, grid: Grid, given: Mapping[str, Any], most: int) -> MergeSchedule:
+def solved_plan(
+    method: str, frames: int, grid: Grid, given: Mapping[str, Any], most: int, fixed: int = 0
+) -> MergeSchedule:
     """The merging that leaves the most tokens up to a limit, by the options that are not given.
+
+    Args:
+        fixed: tokens that always stay, beside these, and that a user counts among them.
 
     Raises:
         ValueError: a limit that cannot be reached.
@@ -325,10 +330,11 @@ def solved_plan(method: str, frames: int, grid: Grid, given: Mapping[str, Any], 
         if limit.holds(schedule):
             return schedule
         lowest.append(schedule.output_tokens)
-    fixed = f" with {', '.join(sorted(given))} as given" if given else ""
+    always = f" and {fixed} that always stay" if fixed else ""
+    as_given = f" with {', '.join(sorted(given))} as given" if given else ""
     raise ValueError(
-        f"{most} tokens cannot be reached by {method} behind a tower on {frames} frames of {grid[0]} x {grid[1]} "
-        f"tokens{fixed}: the lowest is {min(lowest)}"
+        f"{most + fixed} tokens cannot be reached by {method} behind a tower on {frames} frames "
+        f"of {grid[0]} x {grid[1]} tokens{always}{as_given}: the lowest is {min(lowest) + fixed}"
     )
 
 

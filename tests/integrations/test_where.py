@@ -166,6 +166,19 @@ def test_what_does_not_fit_is_refused() -> None:
         made("InternVL", "testa", tokens=1).counts()
 
 
+def test_a_limit_out_of_reach_is_told_with_the_tokens_that_always_stay() -> None:
+    def left(tokens: int) -> int | None:
+        host = model_of("VideoLlava")
+        return compress(*host, "tempme", FRAMES, "behind", tokens=tokens, cross_percent=40).counts().ours
+
+    with pytest.raises(
+        ValueError, match=rf"^{FRAMES + 2} tokens .* and {FRAMES} that always stay .* lowest is "
+    ) as caught:
+        left(FRAMES + 2)
+    lowest = int(str(caught.value).rpartition(" ")[2])
+    assert left(lowest) == lowest
+
+
 # ---- inside towers that need their grid
 
 
