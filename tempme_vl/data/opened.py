@@ -16,9 +16,9 @@ PACKET_BYTES = 2**10  # of memory that a packet takes beside its data
 
 # Titles and the like that are not UTF-8 are no reason to refuse a video; from PyAV 19 on they never are.
 _LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
-# Of the decoders that FFmpeg opens to learn of streams, before ours, and whose pictures nobody sees.
+# For the decoders by which FFmpeg learns of a file's streams while it is opened, and whose pictures nobody sees.
 _PROBING = {"skip_loop_filter": "all"}
-AVDISCARD_ALL = 48
+AVDISCARD_ALL = 48  # FFmpeg's number
 
 
 # What a handler of the decoder's process returns: some JSON and an array.
