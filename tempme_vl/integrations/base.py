@@ -72,10 +72,19 @@ class Keep:
 
         Args:
             fixed: those of them that always stay (CLS, newline), which count and cannot be left out.
+
+        Raises:
+            ValueError: no more than those are asked for.
         """
-        if self.budget is not None:
-            return min(max(1, int(self.budget * native + 1e-9) - fixed), native - fixed)
-        return None if self.tokens is None else min(max(1, self.tokens - fixed), native - fixed)
+        if self.budget is None and self.tokens is None:
+            return None
+        most = self.tokens if self.budget is None else max(1, int(self.budget * native + 1e-9))
+        assert most is not None
+        if most <= fixed:
+            raise ValueError(
+                f"{most} tokens cannot be reached: of the host's own {native}, {fixed} always stay; ask for more"
+            )
+        return min(most, native) - fixed
 
 
 @dataclass(frozen=True)

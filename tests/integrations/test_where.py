@@ -177,6 +177,9 @@ def test_a_limit_out_of_reach_is_told_with_the_tokens_that_always_stay() -> None
         left(FRAMES + 2)
     lowest = int(str(caught.value).rpartition(" ")[2])
     assert left(lowest) == lowest
+    for few in (1, FRAMES):
+        with pytest.raises(ValueError, match=rf"^{few} tokens cannot be reached: .* {FRAMES} always stay"):
+            left(few)
 
 
 # ---- inside towers that need their grid
